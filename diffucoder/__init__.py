@@ -1,0 +1,33 @@
+"""DiffuCoder: masked-diffusion language models that write code in any order.
+
+The public names are loaded on first use (PEP 562), so that `import diffucoder`, `diffucoder --help` and the sandbox
+start without torch.
+"""
+
+from importlib import import_module
+from typing import Any
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "Canvas": "diffucoder.decoding.canvas",
+    "DecodingParams": "diffucoder.decoding.params",
+    "Denoiser": "diffucoder.models.denoiser",
+    "DiffuCoder": "diffucoder.decoding.generate",
+    "DiffuCoderError": "diffucoder.errors",
+    "Generation": "diffucoder.decoding.generate",
+    "Step": "diffucoder.decoding.denoise",
+    "denoise": "diffucoder.decoding.denoise",
+    "load_denoiser": "diffucoder.models.checkpoint",
+}
+__all__ = sorted(_HOME)
+
+
+def __getattr__(name: str) -> Any:  # Any: a module attribute may be of any type (PEP 562)
+    if name not in _HOME:
+        raise AttributeError(f"module 'diffucoder' has no attribute {name!r}; public names: {', '.join(__all__)}")
+    return getattr(import_module(_HOME[name]), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

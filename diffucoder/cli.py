@@ -1,0 +1,257 @@
+"""The command line: one door, thin commands over the Python objects.
+
+Heavy imports happen inside the commands, so that `--help` answers at once. Sampling options are made from the fields of
+`DecodingParams`: their names, defaults and help are written there, once.
+"""
+
+import inspect
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from diffucoder.decoding.params import DecodingParams
+from diffucoder.errors import ConfigError, DiffuCoderError, PromptError
+
+if TYPE_CHECKING:
+    from diffucoder.decoding.canvas import Canvas
+    from diffucoder.decoding.generate import DiffuCoder, Generation
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    help="Write code in any order with masked-diffusion language models.",
+    epilog='Start here: diffucoder generate "Write a function that reverses the string." --watch',
+)
+
+Model = Annotated[
+    str | None, typer.Option(help="folder, hub id, or name from `diffucoder models`; the shipped one if left out")
+]
+DType = Annotated[str | None, typer.Option(help="float32 or bfloat16; what is fast here if left out")]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda, mps; the best there is if left out")]
+Json = Annotated[bool, typer.Option("--json", help="print one JSON object per result instead of text")]
+Watch = Annotated[bool, typer.Option("--watch", help="show the canvas filling in, coloured by step")]
+Raw = Annotated[bool, typer.Option("--raw", help="continue the prompt as it is, without a chat template (base models)")]
+File = Annotated[Path | None, typer.Option("--file", help="read the prompt from a file")]
+Text = Annotated[str | None, typer.Argument(help="the request; - reads it from standard input")]
+
+_REPORTED = (  # by --json, besides the model's name
+    *("text", "tokens", "forward_passes", "tokens_per_forward", "seconds", "tokens_per_second"),
+    *("finish_reason", "seed"),
+)
+
+
+def main() -> None:
+    """Run the command line; bad input is one line on standard error and exit code 2, never a traceback."""
+    try:
+        app()
+    except DiffuCoderError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except BrokenPipeError:  # the reader of our output left
+        sys.exit(1)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def _with_sampling_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Give `command(*, params, **own)` one option for each field of `DecodingParams`, gathered into `params`."""
+    own = [p for p in inspect.signature(command).parameters.values() if p.name != "params"]
+    sampling = []
+    for name, field in DecodingParams.model_fields.items():
+        kind: Any = list[str] if name == "stop" else field.annotation  # Any: annotations are not all plain types
+        if name in ("preset", "policy"):
+            kind = str  # pydantic knows the choices and names them when one is wrong
+        annotation = Annotated[kind, typer.Option(help=field.description, show_default=field.default not in (None, ()))]
+        default = [] if name == "stop" else field.default
+        sampling.append(inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation))
+
+    def wrapped(**options: Any) -> None:  # Any: whatever typer parsed
+        chosen = {name: options.pop(name) for name in DecodingParams.model_fields}
+        command(params=DecodingParams(**chosen | {"stop": tuple(chosen["stop"])}), **options)
+
+    wrapped.__name__, wrapped.__doc__ = command.__name__, command.__doc__
+    signature = inspect.Signature([*own, *sampling])
+    wrapped.__signature__ = signature  # type: ignore[attr-defined]  # PEP 362: what typer reads
+    wrapped.__annotations__ = {p.name: p.annotation for p in (*own, *sampling)}
+    return wrapped
+
+
+@app.command()
+@_with_sampling_options
+def generate(
+    prompt: Text = None,
+    *,
+    file: File = None,
+    model: Model = None,
+    raw: Raw = False,
+    watch: Watch = False,
+    as_json: Json = False,
+    trace: Annotated[Path | None, typer.Option(help="write the order of commitment to this JSONL file")] = None,
+    dtype: DType = None,
+    device: Device = None,
+    params: DecodingParams,
+) -> None:
+    """Answer a request with code."""
+    request = _read_text(prompt, file)
+    coder = _load(model, dtype, device)
+    canvas = coder.canvas([request], params, chat=not raw)
+    results = _decode(coder, canvas, params, watched=watch)
+    for result in results:
+        _print(result, coder, as_json=as_json, watched=watch)
+    if trace is not None:
+        from diffucoder.decoding.trace import write_traces
+
+        write_traces(trace, [result.trace for result in results])
+
+
+@app.command()
+@_with_sampling_options
+def infill(
+    path: Annotated[str, typer.Argument(help="a file with holes, <|hole|> or <|hole:12|>; - for standard input")],
+    *,
+    model: Model = None,
+    as_json: Json = False,
+    in_place: Annotated[bool, typer.Option("--in-place", help="write the filled text back to the file")] = False,
+    dtype: DType = None,
+    device: Device = None,
+    params: DecodingParams,
+) -> None:
+    """Fill every hole of a file, all of them jointly."""
+    text = sys.stdin.read() if path == "-" else _read_text(None, Path(path))
+    if in_place and path == "-":
+        raise ConfigError("--in-place needs a file to write to, and '-' is standard input; give a path")
+    coder = _load(model, dtype, device)
+    result = coder.fill(text, params)
+    if in_place:
+        Path(path).write_text(result.text, encoding="utf-8")
+    _print(result, coder, as_json=as_json, watched=in_place)
+
+
+@app.command()
+@_with_sampling_options
+def chat(
+    *, model: Model = None, watch: Watch = False, dtype: DType = None, device: Device = None, params: DecodingParams
+) -> None:
+    """Talk to a model; an empty line or end of file ends the conversation."""
+    coder = _load(model, dtype, device)
+    messages: list[dict[str, str]] = []
+    while True:
+        try:
+            said = input("> " if sys.stdin.isatty() else "")
+        except EOFError:
+            return
+        if not said.strip():
+            return
+        messages.append({"role": "user", "content": said})
+        try:
+            canvas = coder.canvas([messages], params)
+        except PromptError:
+            if len(messages) == 1:
+                raise
+            messages = messages[-1:]  # the conversation outgrew the context: go on from here
+            print("(the conversation outgrew the model's context; starting anew)", file=sys.stderr)
+            canvas = coder.canvas([messages], params)
+        result = _decode(coder, canvas, params, watched=watch)[0]
+        _print(result, coder, as_json=False, watched=watch)
+        messages.append({"role": "assistant", "content": result.text})
+
+
+@app.command()
+def models() -> None:
+    """List the models that are here, and those that can be fetched."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from diffucoder.models.hub import KNOWN_MODELS, SHIPPED
+
+    table = Table("name", "model", "parameters", "size", "licence", "here", "note", box=None)
+    if SHIPPED.is_dir():
+        stored = (SHIPPED / "model.safetensors").stat().st_size
+        figures = f"{stored / 2e6:.1f}M", f"{stored / 1e6:.0f} MB", "Apache-2.0"
+        table.add_row("(default)", "tiny, shipped", *figures, "yes", "short functions; see docs/models.md")
+    for known in KNOWN_MODELS:
+        here = "yes" if known.cached else "no"
+        size = f"{known.size_gb} GB"
+        table.add_row(known.name, known.hub_id, known.parameters, size, known.licence, here, known.note)
+    Console().print(table)
+
+
+@app.command()
+def bench(
+    *,
+    model: Model = None,
+    prompt_tokens: Annotated[int, typer.Option(help="tokens of the prompt")] = 32,
+    new_tokens: Annotated[int, typer.Option(help="masked tokens behind it")] = 64,
+    batch: Annotated[int, typer.Option(help="rows decoded together")] = 1,
+    as_json: Json = False,
+    dtype: DType = None,
+    device: Device = None,
+) -> None:
+    """Measure a model here: ms per forward pass, tokens per second, share of this machine's matmul."""
+    from diffucoder.bench import bench as measure
+
+    result = measure(_load(model, dtype, device).model, prompt_tokens=prompt_tokens, new_tokens=new_tokens, batch=batch)
+    if as_json:
+        print(json.dumps(asdict(result) | {"share": result.share}))
+        return
+    machine = f"{result.dtype}, {result.device}, {result.threads} threads"
+    achieved, matmul = result.flops_per_second / 1e9, result.matmul_flops_per_second / 1e9
+    print(f"model      {result.parameters / 1e6:.1f} M parameters, {machine}")
+    print(f"canvas     {result.batch} x {result.positions} positions, {new_tokens} masked")
+    print(f"forward    {result.forward_ms:.2f} ms, {result.forward_flops / 1e9:.2f} GFLOP")
+    print(f"achieved   {achieved:.0f} GFLOP/s, {result.share:.0%} of the {matmul:.0f} GFLOP/s of a matmul here")
+    print(f"decoding   {result.tokens_per_second:.0f} tokens/s at {result.tokens_per_forward:.2f} tokens per pass")
+
+
+def _read_text(text: str | None, file: Path | None) -> str:
+    """The request, from where the user put it. Raises PromptError."""
+    if (text is None) == (file is None):
+        raise PromptError("give the prompt once: as an argument, as - for standard input, or by --file")
+    if file is None:
+        assert text is not None
+        return sys.stdin.read() if text == "-" else text
+    try:
+        return file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
+        raise PromptError(f"file {str(file)!r} cannot be read ({reason}); check the path") from None
+
+
+def _load(model: str | None, dtype: str | None, device: str | None) -> "DiffuCoder":
+    import torch
+
+    from diffucoder.decoding.generate import DiffuCoder
+
+    dtypes = {None: None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    if dtype not in dtypes:
+        raise ConfigError(f"dtype={dtype!r} is not known; use float32, bfloat16 or float16")
+    return DiffuCoder.load(model, dtype=dtypes[dtype], device=device)
+
+
+def _decode(coder: "DiffuCoder", canvas: "Canvas", params: DecodingParams, *, watched: bool) -> "list[Generation]":
+    if not watched:
+        return coder.decode(canvas, params)
+    from rich.console import Console
+
+    from diffucoder.watch import CanvasView, watch
+
+    view = CanvasView(coder.tokenizer, canvas.masked[0])
+    return coder.decode(canvas, params, through=lambda steps: watch(steps, view, Console(stderr=True)))
+
+
+def _print(result: "Generation", coder: "DiffuCoder", *, as_json: bool, watched: bool) -> None:
+    if as_json:
+        print(json.dumps({name: getattr(result, name) for name in _REPORTED} | {"model": coder.name}))
+    elif not (watched and sys.stdout.isatty()):  # the live view has shown it
+        print(result.text, end="" if result.text.endswith("\n") else "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,108 @@
+"""The canvas: rows of tokens, some of them masked, that decoding fills in.
+
+For: laying out prompts, holes, frozen text and padding as tensors, and refusing what cannot be decoded.
+Not for: text (`generate`, `tokenizer`), or how it is filled (`DecodingParams`).
+
+Shapes: B rows of T positions. A position is padding (`valid` False, only on the left), masked (holds `mask_id`) or
+known. Masks may stand anywhere but first: the whole row counts, so a mask within a prompt is a hole and is filled too.
+"""
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from diffucoder.errors import PromptError
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Canvas:
+    """What is to be decoded. Raises PromptError for a canvas that cannot be."""
+
+    tokens: Tensor  # (B, T) int64
+    valid: Tensor  # (B, T) bool, False on left padding
+    sample: Tensor  # (B,) int64: which sample of its prompt a row is; with the seed it fixes the row's random numbers
+    mask_id: int
+    pad_id: int | None = None  # fills what is left behind a terminator; None leaves the masks there
+    terminators: tuple[int, ...] = ()  # ids that end a row once nothing before them is masked (preset `exact`)
+    forbidden: tuple[int, ...] = ()  # ids never proposed, besides the mask (preset `exact`)
+
+    def __post_init__(self) -> None:
+        shape = _matrix("tokens", self.tokens)
+        if self.valid.shape != shape or self.sample.shape != shape[:1]:
+            shapes = f"valid {tuple(self.valid.shape)} and sample {tuple(self.sample.shape)}"
+            raise PromptError(f"{shapes} do not fit tokens {tuple(shape)}; give valid (B, T) and sample (B,)")
+        padded_inside = (self.valid[:, :-1] & ~self.valid[:, 1:]).any(-1)  # (B,)
+        if padded_inside.any():
+            raise PromptError(f"row {_first(padded_inside)} has padding right of a token; pad on the left only")
+        if not self.masked.any():
+            raise PromptError(f"no position holds the mask id {self.mask_id}: nothing to decode; add new_tokens")
+        opens_masked = (self.masked & (self.valid.cumsum(-1) == 1)).any(-1)  # (B,)
+        if opens_masked.any():
+            row = _first(opens_masked)
+            raise PromptError(f"row {row} begins with a mask, which has nothing to its left; put a token before it")
+
+    @classmethod
+    def from_prompts(
+        cls,
+        input_ids: Tensor,
+        *,
+        valid: Tensor | None = None,
+        new_tokens: int,
+        mask_id: int,
+        pad_id: int | None = None,
+        terminators: tuple[int, ...] = (),
+        forbidden: tuple[int, ...] = (),
+    ) -> "Canvas":
+        """Left-padded prompts (B, P), `valid` False on padding, with `new_tokens` masks behind each; 0 = holes only."""
+        shape = _matrix("input_ids", input_ids)
+        if new_tokens < 0:
+            raise PromptError(f"new_tokens={new_tokens} is negative; give 0 to fill only the masks within the prompts")
+        valid = torch.ones_like(input_ids, dtype=torch.bool) if valid is None else valid.bool()
+        if valid.shape != shape:
+            raise PromptError(f"valid {tuple(valid.shape)} does not fit input_ids {tuple(shape)}; give (B, P) of both")
+        return cls(
+            tokens=torch.nn.functional.pad(input_ids.long(), (0, new_tokens), value=mask_id),
+            valid=torch.nn.functional.pad(valid, (0, new_tokens), value=True),
+            sample=torch.zeros(shape[0], dtype=torch.long, device=input_ids.device),
+            mask_id=mask_id,
+            pad_id=pad_id,
+            terminators=tuple(terminators),
+            forbidden=tuple(forbidden),
+        )
+
+    @property
+    def masked(self) -> Tensor:
+        """(B, T) bool: what is to be filled in."""
+        return self.valid & (self.tokens == self.mask_id)
+
+    def repeat(self, num_samples: int) -> "Canvas":
+        """Each row `num_samples` times, consecutively, as samples that differ."""
+        offset = torch.arange(num_samples, device=self.sample.device)  # (n,)
+        return replace(
+            self,
+            tokens=self.tokens.repeat_interleave(num_samples, 0),
+            valid=self.valid.repeat_interleave(num_samples, 0),
+            sample=(self.sample[:, None] * num_samples + offset).flatten(),
+        )
+
+    def end(self, tokens: Tensor) -> Tensor:
+        """(B,) position of the first terminator that decoding put into `tokens` (B, T) of this canvas; T where none."""
+        terminators = torch.tensor(self.terminators, dtype=torch.long, device=tokens.device)
+        return leftmost(self.masked.to(tokens.device) & torch.isin(tokens, terminators))
+
+
+def leftmost(found: Tensor) -> Tensor:
+    """(B,) position of the first True of each row of `found` (B, T); T where there is none."""
+    return torch.nn.functional.pad(found, (0, 1), value=True).int().argmax(-1)  # the first of equals
+
+
+def _matrix(name: str, tokens: Tensor) -> torch.Size:
+    """The (rows, length) shape of a tensor of ids; PromptError where it is no such tensor."""
+    if tokens.ndim != 2 or tokens.is_floating_point() or tokens.numel() == 0:
+        raise PromptError(f"{name} is {tokens.dtype} of shape {tuple(tokens.shape)}; give ids of shape (rows, length)")
+    return tokens.shape
+
+
+def _first(rows: Tensor) -> int:
+    return int(rows.int().argmax())

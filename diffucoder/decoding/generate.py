@@ -1,0 +1,241 @@
+"""DiffuCoder: text in, text out. Loads a model with its tokenizer and turns requests into canvases for `denoise`.
+
+Not for decoding itself, which is `denoise`'s, nor for reading files, which is `models.checkpoint`'s.
+
+A hole whose length is not given is tried at a few lengths, as rows of one batch; the row whose tokens were likeliest on
+average is kept. Several such holes in one text grow together: a row gives all of them the same length.
+"""
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from diffucoder.decoding.canvas import Canvas
+from diffucoder.decoding.denoise import Step, denoise
+from diffucoder.decoding.params import DecodingParams
+from diffucoder.decoding.trace import Trace, record
+from diffucoder.errors import ConfigError, PromptError
+from diffucoder.models.checkpoint import load_denoiser, load_tokenizer
+from diffucoder.models.denoiser import Denoiser
+from diffucoder.tokenizer import Hole, Tokenizer, split_holes
+
+HOLE_LENGTHS = (2, 4, 6, 8, 12, 16, 24)  # tokens, tried for a hole that does not say
+Prompt = str | Sequence[Mapping[str, str]]  # a request, or the messages of a conversation
+
+
+@dataclass(frozen=True)
+class Generation:
+    """One finished sample."""
+
+    text: str  # what was asked for: the answer, the middle of an infill, or the whole text of a fill
+    pieces: tuple[str, ...]  # the text of each hole; for a generation the answer alone
+    tokens: tuple[int, ...]  # what was generated, up to the terminator
+    forward_passes: int
+    seconds: float  # of the whole batch that the sample was in
+    finish_reason: str  # "stop": a terminator or stop string; "length": the canvas is full
+    trace: Trace  # the whole row, and the step that committed each token
+
+    @property
+    def order(self) -> list[int]:
+        """Positions, counted from the first hole, in the order of their commitment."""
+        return [position - self.trace.prompt_length for position in self.trace.order]
+
+    @property
+    def seed(self) -> int:
+        """What fixes this result."""
+        return int(self.trace.params["seed"])
+
+    @property
+    def tokens_per_forward(self) -> float:
+        """TPF: tokens before the terminator for each forward pass."""
+        return len(self.tokens) / max(1, self.forward_passes)
+
+    @property
+    def tokens_per_second(self) -> float:
+        """TPS: tokens before the terminator; neither prompt nor padding counts."""
+        return len(self.tokens) / max(1e-9, self.seconds)
+
+
+class DiffuCoder:
+    """A model with its tokenizer, ready to write."""
+
+    def __init__(self, model: Denoiser, tokenizer: Tokenizer, *, name: str = "custom") -> None:
+        """`name` is what results and traces call the model."""
+        tokenizer.check_fits(mask_id=model.mask_id, rows=model.vocab_size)
+        model.proposable = min(model.proposable, tokenizer.vocab_size)
+        self.model, self.tokenizer, self.name = model, tokenizer, name
+
+    @classmethod
+    def load(
+        cls,
+        source: str | Path | None = None,
+        *,
+        dtype: torch.dtype | None = None,
+        device: str | torch.device | None = None,
+    ) -> "DiffuCoder":
+        """Load a folder, a Hub id, a known name, or (None) the shipped model. Raises CheckpointError."""
+        tokenizer = load_tokenizer(source)  # first: it is quick, and fails for the same reasons
+        model = load_denoiser(source, dtype=dtype, device=device)
+        return cls(model, tokenizer, name="tiny" if source is None else str(source))
+
+    def generate(self, prompt: Prompt, params: DecodingParams | None = None, *, chat: bool = True) -> Generation:
+        """Answer one request; `chat=False` continues `prompt` as raw text, which is what base models are for."""
+        params = params or DecodingParams()
+        if params.num_samples != 1:
+            raise ConfigError(f"num_samples={params.num_samples} gives several results; use generate_batch")
+        return self.generate_batch([prompt], params, chat=chat)[0]
+
+    def generate_batch(
+        self, prompts: Sequence[Prompt], params: DecodingParams | None = None, *, chat: bool = True
+    ) -> list[Generation]:
+        """Answer several requests in one batch, `num_samples` consecutive results for each."""
+        params = params or DecodingParams()
+        return self.decode(self.canvas(prompts, params, chat=chat), params)
+
+    def stream(self, prompt: Prompt, params: DecodingParams | None = None, *, chat: bool = True) -> Iterator[Step]:
+        """Answer one request, and yield every step as it happens; `show` turns a step into text."""
+        params = params or DecodingParams()
+        yield from self._steps(self.canvas([prompt], params, chat=chat), params)
+
+    def infill(
+        self, prefix: str, suffix: str, *, length: int | None = None, params: DecodingParams | None = None
+    ) -> Generation:
+        """Write what belongs between `prefix` and `suffix`: `length` tokens, or as many as suit best."""
+        if not prefix:
+            raise PromptError("prefix is empty, and the first token needs one to its left; start it with a newline")
+        if length is not None and length < 1:
+            raise PromptError(f"length={length} is no hole; give at least 1 token, or leave it out")
+        return self._fill([prefix, Hole(length), suffix], params or DecodingParams(), whole=False)
+
+    def fill(self, text: str, params: DecodingParams | None = None) -> Generation:
+        """Fill every `<|hole|>` or `<|hole:12|>` of `text` jointly; the result's `text` is the whole, filled."""
+        pieces = split_holes(text)
+        if not any(isinstance(piece, Hole) for piece in pieces):
+            raise PromptError("the text has no hole to fill; mark one with <|hole|>, or <|hole:12|> for 12 tokens")
+        if isinstance(pieces[0], Hole):
+            raise PromptError("the text begins with a hole, and the first token needs one to its left; put text before")
+        return self._fill(pieces, params or DecodingParams(), whole=True)
+
+    def canvas(self, prompts: Sequence[Prompt], params: DecodingParams, *, chat: bool = True) -> Canvas:
+        """The canvas of `prompts`: left-padded, with `params.new_tokens` masks behind each. Raises PromptError."""
+        if not prompts:
+            raise PromptError("no prompt is given; pass at least one")
+        rows = [self.tokenizer.encode(self._text(prompt, chat)) for prompt in prompts]
+        return self._canvas(rows, params.new_tokens)
+
+    def show(self, step: Step, row: int = 0) -> str:
+        """The text of a canvas row as it stands, masks as placeholders, special tokens left out."""
+        return self.tokenizer.decode_partial(step.canvas[row].tolist())
+
+    def _text(self, prompt: Prompt, chat: bool) -> str:
+        empty = not prompt.strip() if isinstance(prompt, str) else not prompt
+        if empty:
+            raise PromptError("the prompt is empty; say what to write")
+        if chat:
+            return self.tokenizer.chat(prompt)
+        if not isinstance(prompt, str):
+            raise PromptError("messages are a conversation; raw text is a string: leave chat=True, or pass a string")
+        return prompt
+
+    def _canvas(self, rows: Sequence[list[int]], new_tokens: int, *, forbidden: tuple[int, ...] = ()) -> Canvas:
+        longest = max(len(row) for row in rows)
+        if longest + new_tokens > self.model.max_length:
+            raise PromptError(
+                f"prompt of {longest} tokens and {new_tokens} new ones exceed the model's context of "
+                f"{self.model.max_length}; shorten the prompt or ask for fewer new tokens"
+            )
+        pad, device = self.tokenizer.pad_id, self.model.device
+        return Canvas.from_prompts(
+            torch.tensor([[pad] * (longest - len(row)) + row for row in rows], device=device),  # (B, P)
+            valid=torch.tensor([[False] * (longest - len(row)) + [True] * len(row) for row in rows], device=device),
+            new_tokens=new_tokens,
+            mask_id=self.model.mask_id,
+            pad_id=pad,
+            terminators=tuple(sorted(self.tokenizer.terminator_ids - set(forbidden))),
+            forbidden=forbidden,
+        )
+
+    def _steps(self, canvas: Canvas, params: DecodingParams) -> Iterator[Step]:
+        def stopped(settled: Tensor) -> bool:
+            text = self.tokenizer.decode(settled.tolist())
+            return any(stop in text for stop in params.stop)
+
+        return denoise(self.model, canvas, params, until=stopped if params.stop else None)
+
+    def decode(
+        self, canvas: Canvas, params: DecodingParams, *, through: Callable[[Iterator[Step]], Iterable[Step]] = iter
+    ) -> list[Generation]:
+        """Decode a canvas of prompts and answers to the end. `through` sees every step pass by, and passes it on."""
+        began = time.perf_counter()
+        traces = record(through(self._steps(canvas, params)), canvas, params=params, model=self.name)
+        seconds = time.perf_counter() - began
+        return [self._answer(trace, seconds) for trace in traces]
+
+    def _answer(self, trace: Trace, seconds: float) -> Generation:
+        answer = trace.tokens[trace.prompt_length :]
+        end = next((i for i, token in enumerate(answer) if token in self.tokenizer.terminator_ids), len(answer))
+        text = whole = self.tokenizer.decode(answer[:end])
+        for stop in trace.params["stop"]:
+            text = text.partition(stop)[0]
+        return Generation(
+            text=text,
+            pieces=(text,),
+            tokens=tuple(answer[:end]),
+            forward_passes=trace.forward_passes,
+            seconds=seconds,
+            finish_reason="stop" if end < len(answer) or text != whole else "length",
+            trace=trace,
+        )
+
+    def _fill(self, pieces: Sequence[str | Hole], params: DecodingParams, *, whole: bool) -> Generation:
+        """Try the lengths that holes leave open, and keep the row whose tokens were likeliest on average."""
+        known = [self.tokenizer.encode(piece) if isinstance(piece, str) else piece.length for piece in pieces]
+        lengths = HOLE_LENGTHS if None in known else (0,)
+        rows, special = [], tuple(sorted(self.tokenizer.special_ids))
+        for length in lengths:
+            parts = [part if isinstance(part, list) else [self.model.mask_id] * (part or length) for part in known]
+            rows.append([token for part in parts for token in part])
+        canvas = self._canvas(rows, 0, forbidden=tuple(i for i in special if i != self.model.mask_id))
+        began = time.perf_counter()
+        steps = list(self._steps(canvas, params))
+        seconds = time.perf_counter() - began
+        total = torch.stack([step.log_prob.sum(-1) for step in steps]).sum(0)  # (B,)
+        count = torch.stack([step.committed.sum(-1) for step in steps]).sum(0)  # (B,)
+        best = int((total / count).argmax())
+        trace = record(steps, canvas, params=params, model=self.name)[best]
+        length = lengths[best // params.num_samples]
+        return self._filled(pieces, known, length, trace, seconds, whole=whole)
+
+    def _filled(
+        self,
+        pieces: Sequence[str | Hole],
+        known: Sequence[list[int] | int | None],
+        length: int,
+        trace: Trace,
+        seconds: float,
+        *,
+        whole: bool,
+    ) -> Generation:
+        text, holes, tokens, position = "", [], list[int](), 0
+        for piece, part in zip(pieces, known, strict=True):
+            size = len(part) if isinstance(part, list) else part or length
+            if isinstance(piece, str):
+                text += piece
+            else:
+                tokens += trace.tokens[position : position + size]
+                holes.append(self.tokenizer.decode(trace.tokens[position : position + size]))
+                text += holes[-1]
+            position += size
+        return Generation(
+            text=text if whole else holes[0],
+            pieces=tuple(holes),
+            tokens=tuple(tokens),
+            forward_passes=trace.forward_passes,
+            seconds=seconds,
+            finish_reason="length",
+            trace=trace,
+        )

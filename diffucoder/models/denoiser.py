@@ -1,0 +1,200 @@
+"""The Denoiser: a transformers causal language model made bidirectional, whose row i scores token i.
+
+For: one forward pass over canvases, with padding, annealed attention, and logits for wanted rows only.
+Not for: reading checkpoints (`checkpoint`), corrupting or losses (`diffusion`), choosing tokens (`decoding`).
+
+Two ideas a newcomer needs:
+
+* **Bidirectional.** transformers' own classes attend both ways once `config.is_causal` and each attention module's
+  `is_causal` are False; so set they are bit-equal to Dream's released model, and no modelling code is kept here.
+* **The shift.** The weights come from next-token models, so the hidden state at i-1 predicts token i. This module moves
+  rows so that row i scores token i, and nothing else in the project knows about it.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from diffucoder.errors import CheckpointError
+
+SUPPORTED_TYPES = ("qwen2", "qwen3", "llama")  # plain softmax attention, logits = lm_head(hidden), nothing in between
+CHUNK_ELEMENTS = 2**25  # logits alive at once under `reduce`: 64 MiB in bf16, 220 rows of Qwen's vocabulary
+
+Reduced = Tensor | tuple[Tensor, ...]
+Reduce = Callable[[Tensor, slice], Reduced]
+"""`reduce(logits (m, V), chunk)`: one result row for each of the m logit rows; `chunk` says which rows of the whole."""
+
+
+class Denoiser(nn.Module):
+    """A bidirectional language model that scores every position of a canvas from all the others."""
+
+    # Any: transformers is not followed by mypy; `model` is a `PreTrainedModel`, `config` its `PreTrainedConfig`
+    def __init__(self, model: Any, *, mask_id: int, shifted: bool = True) -> None:
+        """Wrap `model` as it is; `from_causal_lm` prepares one first. `shifted=False` is LLaDA's convention."""
+        super().__init__()
+        self.model: Any = model
+        self.training = model.training  # a new module says True, whatever it wraps
+        self.mask_id = mask_id
+        self.shifted = shifted
+        self.chunk_elements = CHUNK_ELEMENTS
+        self.proposable: int = self.vocab_size  # how many leading ids decoding may propose; fewer where some are spare
+
+    @classmethod
+    def from_causal_lm(cls, model: Any, *, mask_id: int, shifted: bool = True) -> "Denoiser":
+        """Make `model`, a transformers causal LM, bidirectional in place and wrap it.
+
+        `mask_id` is the token that stands for "unknown": an id the tokenizer leaves free. Where the model has no such
+        row, its embeddings grow to hold it, the new rows being the mean of the old. CheckpointError where the
+        architecture is not one of `SUPPORTED_TYPES` or attends through a sliding window.
+        """
+        kind = model.config.model_type
+        if kind not in SUPPORTED_TYPES:
+            raise CheckpointError(
+                f"architecture {kind!r} cannot be made bidirectional here; use one of {', '.join(SUPPORTED_TYPES)}"
+            )
+        if "sliding_attention" in (getattr(model.config, "layer_types", None) or ()):
+            raise CheckpointError(f"{kind!r} with sliding_attention layers cannot see a canvas; use full attention")
+        if mask_id < 0:
+            raise CheckpointError(f"mask_id={mask_id} is not a token id; use a free id of the tokenizer")
+        _grow(model, mask_id + 1)
+        set_causal(model, False)
+        return cls(model, mask_id=mask_id, shifted=shifted)
+
+    @property
+    def config(self) -> Any:
+        """The transformers config of the wrapped model."""
+        return self.model.config
+
+    @property
+    def vocab_size(self) -> int:
+        """V: the columns of the logits, used or spare."""
+        return int(self.model.get_output_embeddings().weight.shape[0])
+
+    @property
+    def max_length(self) -> int:
+        """The longest canvas the model was made for."""
+        return int(self.config.max_position_embeddings)
+
+    @property
+    def pad_id(self) -> int:
+        """What fills slots that `valid` marks False: the config's pad, else its end of text, else the mask."""
+        pad = self.config.pad_token_id
+        return int(pad) if pad is not None else next(iter(self.eos_ids), self.mask_id)
+
+    @property
+    def eos_ids(self) -> tuple[int, ...]:
+        """Ids the config calls end of text; none where it names none. A chat's terminators are the tokenizer's."""
+        eos = self.config.eos_token_id
+        if eos is None:
+            return ()
+        return tuple(eos) if isinstance(eos, list | tuple) else (int(eos),)
+
+    @property
+    def device(self) -> torch.device:
+        """Where tokens must be."""
+        return next(self.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the weights, and of the logits outside autocast."""
+        return self.model.get_input_embeddings().weight.dtype  # type: ignore[no-any-return]  # model is Any
+
+    def forward(
+        self,
+        tokens: Tensor,
+        *,
+        valid: Tensor | None = None,
+        attention: Tensor | None = None,
+        rows: Tensor | None = None,
+        reduce: Reduce | None = None,
+    ) -> Reduced:
+        """Score positions of `tokens` (B, T) int64: row i of the result holds the logits of token i.
+
+        `valid` (B, T) bool is False on left padding; leave it out where nothing is padded, which saves a look at the
+        device. What padded positions score means nothing, but is finite. `attention` bool, (T, T) or (B, T, T),
+        True where query (row) may see key (column), narrows full attention; a lower triangle is the autoregressive
+        model. The first real position has no neighbour to its left and is scored from itself: put a real token there.
+
+        Returns (B, T, V) logits in the model's dtype; with `rows` (M, 2) int64 of (row, position) pairs only those,
+        (M, V). With `reduce`, its results instead, one row for each logit row, (B, T, ...) or (M, ...): it is called
+        on chunks of at most `chunk_elements` logits, so the whole never exists, in training either.
+        """
+        mask, positions = _mask(tokens, valid, attention)
+        body = self.model.base_model  # the layers and final norm, without the head
+        hidden = body(
+            input_ids=tokens, attention_mask=mask, position_ids=positions, use_cache=False
+        ).last_hidden_state  # (B, T, H)
+        hidden = self._aligned(hidden, valid, rows)  # (B, T, H) or (M, H)
+        if reduce is None:
+            return self.model.get_output_embeddings()(hidden)  # type: ignore[no-any-return]  # model is Any
+        results = self._reduced(hidden.flatten(0, -2), reduce)  # each (B * T, ...) or (M, ...)
+        shaped = tuple(r.reshape(*hidden.shape[:-1], *r.shape[1:]) for r in results)
+        return shaped if len(shaped) > 1 else shaped[0]
+
+    def _aligned(self, hidden: Tensor, valid: Tensor | None, rows: Tensor | None) -> Tensor:
+        """The hidden state that scores each wanted position: (B, T, H) -> (B, T, H), or (M, H) with `rows`."""
+        batch, length = hidden.shape[:2]
+        source = torch.arange(length, device=hidden.device).expand(batch, length)  # (B, T)
+        if self.shifted:
+            # a row's first real token has no real left neighbour: like token 0, it reads itself, padded or not
+            real = torch.ones_like(source, dtype=torch.bool) if valid is None else valid
+            source = source - nn.functional.pad(real[:, :-1], (1, 0)).long()
+        if rows is not None:
+            row, position = rows.unbind(-1)  # (M,) each
+            return hidden[row, source[row, position]]
+        return hidden.gather(1, source[..., None].expand_as(hidden)) if self.shifted else hidden
+
+    def _reduced(self, hidden: Tensor, reduce: Reduce) -> tuple[Tensor, ...]:
+        """`reduce` over the logits of `hidden` (N, H), chunk by chunk: tensors of N rows each."""
+        head = self.model.get_output_embeddings()
+        size = max(1, self.chunk_elements // self.vocab_size)
+        starts = range(0, max(len(hidden), 1), size)  # no rows is still one (empty) chunk: it gives shapes and dtypes
+
+        def part(chunk_hidden: Tensor, chunk: slice) -> Reduced:
+            return reduce(head(chunk_hidden), chunk)
+
+        parts = []
+        for start in starts:
+            chunk = slice(start, min(start + size, len(hidden)))
+            # With gradients each chunk's logits would stay alive until backward: compute them again there instead.
+            again = torch.is_grad_enabled() and len(starts) > 1
+            out = checkpoint(part, hidden[chunk], chunk, use_reentrant=False) if again else part(hidden[chunk], chunk)
+            parts.append(out if isinstance(out, tuple) else (out,))
+        return tuple(torch.cat(column) for column in zip(*parts, strict=True))
+
+
+def set_causal(model: Any, causal: bool) -> None:
+    """Make a transformers model attend left to right only, or both ways, in place."""
+    # transformers reads both: the config when it builds masks, the module when there is no mask to build
+    model.config.is_causal = causal
+    for module in model.modules():
+        if hasattr(module, "is_causal"):
+            module.is_causal = causal
+
+
+def _mask(tokens: Tensor, valid: Tensor | None, attention: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """Attention mask (B or 1, 1, T, T) bool, True = visible, and position ids (B, T); None where nothing narrows."""
+    mask = None if attention is None else attention[None] if attention.ndim == 2 else attention  # (B or 1, T, T)
+    positions = None
+    if valid is not None and not bool(valid.all()):
+        # Dream: positions count real tokens, padding sits at 1; a key is seen where both key and query are real
+        positions = (valid.long().cumsum(-1) - 1).masked_fill(~valid, 1)  # (B, T)
+        both = valid[:, None, :] & valid[:, :, None]  # (B, T, T)
+        mask = both if mask is None else mask & both
+        # A query that sees nothing is NaN in some attention kernels. Padding sees itself, and nobody sees padding.
+        mask = mask | torch.diag_embed(~valid)
+    return (None if mask is None else mask[:, None]), positions
+
+
+@torch.no_grad()
+def _grow(model: Any, rows: int) -> None:
+    """Give the embeddings (and the head) at least `rows` rows; new ones are the mean of the old."""
+    old = model.get_input_embeddings().weight.shape[0]
+    if rows <= old:
+        return
+    model.resize_token_embeddings(rows, mean_resizing=False)  # its own mean resizing draws from the global generator
+    for layer in (model.get_input_embeddings(), model.get_output_embeddings()):
+        layer.weight[old:] = layer.weight[:old].float().mean(0).to(layer.weight.dtype)

@@ -1,0 +1,116 @@
+"""Policies: the published schedules, exact budgets, and draws without replacement."""
+
+from itertools import combinations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from diffucoder.decoding.params import DecodingParams
+from diffucoder.decoding.policies import commit, commit_randomly, commit_released, gumbel, quotas, schedule, shares
+
+
+def released_counts(masked: int, steps: int, eps: float = 1e-3) -> list[int]:
+    """What each step of the reference preset commits, one row's masks being all there is."""
+    left, counts = masked, []
+    for share in shares(steps, eps):
+        counts.append(int((share * left).floor()))
+        left -= counts[-1]
+    return counts
+
+
+@pytest.mark.parametrize(
+    ("masked", "steps", "counts"),
+    [
+        (256, 256, [0] + [1] * 254 + [2]),
+        (512, 512, [0] + [1] * 510 + [2]),
+        (1024, 1024, [0] * 2 + [1] * 1021 + [3]),
+        (2048, 2048, [0] * 3 + [1] * 2044 + [4]),
+        (256, 128, [1] + [2] * 126 + [3]),
+        (512, 256, [1] + [2] * 254 + [3]),
+        (256, 64, [3] + [4] * 62 + [5]),
+        (256, 512, [0] * 257 + [1] * 254 + [2]),
+        (100, 30, [3] * 21 + [4] * 8 + [5]),
+        (16, 16, [0] + [1] * 14 + [2]),
+        (32, 8, [3] + [4] * 6 + [5]),
+        (10, 3, [3, 3, 4]),
+        (128, 32, [3] + [4] * 30 + [5]),
+        (7, 1, [7]),
+    ],
+)
+def test_the_reference_schedule_is_the_published_one(masked: int, steps: int, counts: list[int]) -> None:
+    assert released_counts(masked, steps) == counts
+
+
+@given(masked=st.integers(0, 300), steps=st.integers(1, 300))
+def test_exact_quotas_are_even_and_add_up(masked: int, steps: int) -> None:
+    counts = quotas(masked, steps)
+    assert counts.sum() == masked
+    assert len(counts) == min(masked, steps)
+    assert masked == 0 or counts.max() - counts.min() <= 1
+    assert counts.tolist() == sorted(counts.tolist(), reverse=True)
+
+
+def test_without_steps_each_masked_token_has_its_own() -> None:
+    assert schedule(5, DecodingParams()).tolist() == [1] * 5
+    assert len(schedule(5, DecodingParams(preset="reference"))) == 5
+
+
+def test_the_surest_masked_positions_are_committed() -> None:
+    confidence = torch.tensor([[0.9, 0.1, 0.8, 0.7], [0.1, 0.2, 0.3, 0.4]])
+    masked = torch.tensor([[False, True, True, True], [True, True, True, False]])
+    for choose in (commit, commit_released):
+        assert choose(confidence, masked, torch.tensor([2, 1])).int().tolist() == [[0, 0, 1, 1], [0, 0, 1, 0]]
+        assert not choose(confidence, masked, torch.tensor([0, 0])).any()
+
+
+def test_ties_go_to_the_left_however_a_row_is_padded() -> None:
+    confidence, masked = torch.ones(1, 40), torch.ones(1, 40, dtype=torch.bool)
+    masked[:, :7] = False
+    assert commit(confidence, masked, torch.tensor([3])).nonzero()[:, 1].tolist() == [7, 8, 9]
+
+
+def test_the_released_choice_among_equals_is_torchs() -> None:
+    confidence = torch.randint(0, 3, (6, 33), generator=torch.Generator().manual_seed(0)).float()
+    masked = torch.ones_like(confidence, dtype=torch.bool)
+    budget = torch.tensor([1, 4, 4, 9, 30, 1])
+    chosen = commit_released(confidence, masked, budget)
+    for row, count in enumerate(budget.tolist()):
+        assert set(chosen[row].nonzero()[:, 0].tolist()) == set(confidence[row].topk(count).indices.tolist())
+
+
+@given(st.lists(st.sampled_from([-float("inf"), -1e38, 0.0, 1.0, float("inf"), float("nan")]), min_size=3, max_size=9))
+def test_a_budget_is_met_whatever_the_confidence(confidence: list[float]) -> None:
+    masked = torch.arange(len(confidence))[None] > 0
+    chosen = commit(torch.tensor([confidence]), masked, torch.tensor([2]))
+    assert chosen.sum() == 2
+    assert not chosen[0, 0]
+
+
+@pytest.mark.parametrize("choose", [commit, commit_released])
+def test_gumbel_noise_draws_without_replacement(choose: type(commit)) -> None:
+    samples, scores = 40_000, torch.tensor([1.0, 0.0, -1.0, 0.5])
+    noise = gumbel(torch.rand(samples, 4, generator=torch.Generator().manual_seed(0)))
+    everything = torch.ones(samples, 4, dtype=torch.bool)
+    chosen = choose(scores + noise, everything, torch.full((samples,), 2))  # (samples, 4)
+    p = scores.softmax(0)
+    statistic = 0.0
+    for i, j in combinations(range(4), 2):
+        expected = samples * float(p[i] * p[j] / (1 - p[i]) + p[j] * p[i] / (1 - p[j]))  # first one, then the other
+        statistic += (int((chosen[:, i] & chosen[:, j]).sum()) - expected) ** 2 / expected
+    assert statistic < 20.5  # chi-square, 5 degrees of freedom, 99.9 %
+
+
+def test_gumbel_noise_is_finite() -> None:
+    assert gumbel(torch.tensor([0.0, 2**-24, 0.5, 1 - 2**-24])).isfinite().all()
+
+
+def test_origin_commits_each_position_by_itself() -> None:
+    uniform = torch.rand(2, 10_000, generator=torch.Generator().manual_seed(0))
+    masked = torch.ones_like(uniform, dtype=torch.bool)
+    masked[:, ::2] = False
+    chosen = commit_randomly(uniform, masked, torch.tensor([0.3, 1.0]))
+    assert not (chosen & ~masked).any()
+    assert abs(chosen[0].sum() / 5_000 - 0.3) < 0.03
+    assert chosen[1].sum() == 5_000

@@ -1,0 +1,164 @@
+"""Verdicts: honest programs get what they deserve, and the usual ways of not earning a pass do not work."""
+
+import pytest
+
+from diffucoder.errors import ConfigError, SandboxError
+from diffucoder.grading.grade import Verdict, grade, grade_many
+from diffucoder.grading.sandbox import Limits, isolation
+
+GOOD = "def add(a, b):\n    return a + b\n"
+TESTS = ["assert add(1, 2) == 3", "assert add(0, 0) == 0", "assert add(-1, 1) == 0"]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def isolated() -> None:
+    try:
+        isolation()
+    except SandboxError as error:
+        pytest.skip(str(error))
+
+
+def test_a_good_program_passes() -> None:
+    verdict = grade(GOOD, TESTS)
+    assert (verdict.passed, verdict.passed_tests, verdict.total_tests) == (True, 3, 3)
+    assert (verdict.status, verdict.detail) == ("ok", "")
+    assert verdict.seconds > 0
+
+
+def test_each_test_counts_for_itself() -> None:
+    verdict = grade(GOOD, [TESTS[0], "assert add(1, 1) == 3", TESTS[1], "add(1)", "add(", TESTS[2]])
+    assert (verdict.passed, verdict.passed_tests, verdict.total_tests) == (False, 3, 6)
+    assert (verdict.status, verdict.detail) == ("failed", "test 2: AssertionError: assert add(1, 1) == 3")
+
+
+def test_each_test_gets_a_fresh_program() -> None:
+    assert grade("seen = []", ["seen.append(1); assert seen == [1]"] * 2).passed
+
+
+@pytest.mark.parametrize(
+    ("program", "status", "detail"),
+    [
+        ("def add(a, b:\n", "failed", "SyntaxError"),
+        ("raise ValueError('no\\nway')", "failed", "ValueError: no way"),
+        ("x = bytearray(1 << 40)", "failed", "MemoryError"),
+        ("import os; os.abort()", "killed", "Aborted"),
+        ("input()", "failed", "EOFError"),
+        ("  \n", "no program", "empty"),
+        ("\0", "failed", "null bytes"),
+        ("x = '\ud800'", "failed", "UnicodeEncodeError"),
+    ],
+)
+def test_a_broken_program_fails_every_test(program: str, status: str, detail: str) -> None:
+    verdict = grade(program, TESTS)
+    assert (verdict.passed_tests, verdict.total_tests, verdict.status) == (0, 3, status)
+    assert detail in verdict.detail
+
+
+def test_what_a_script_does_when_started_is_left_out() -> None:
+    assert grade(GOOD + "if __name__ == '__main__':\n    add(int(input()), 1)\n", TESTS).passed
+
+
+def test_classes_can_look_up_their_module() -> None:
+    program = "import pickle\nfrom dataclasses import dataclass\n@dataclass\nclass P:\n    x: int\n"
+    assert grade(program, ["assert pickle.loads(pickle.dumps(P(1))) == P(1)"]).passed
+
+
+def test_an_endless_loop_in_one_test_does_not_spoil_the_others() -> None:
+    program = "def f(n):\n    while n == 0: pass\n    return n\n"
+    verdict = grade(program, ["assert f(1) == 1", "assert f(0) == 0", "assert f(2) == 2"], Limits(seconds=1.5))
+    assert (verdict.passed_tests, verdict.status) == (2, "timeout")
+    assert verdict.detail.startswith("test 2:")
+
+
+def test_a_slow_test_may_use_what_the_others_left() -> None:
+    program = "import time\ndef f(seconds):\n    time.sleep(seconds)\n"
+    assert grade(program, ["f(1)"] + ["f(0)"] * 3, Limits(seconds=3)).passed  # 1 s, where a fair share is 0.75
+
+
+def test_an_endless_loop_in_the_program_fails_all_in_time() -> None:
+    verdict = grade("while True: pass", TESTS, Limits(seconds=0.5))
+    assert (verdict.passed_tests, verdict.status) == (0, "timeout")
+    assert verdict.seconds < 1.4
+
+
+def test_processes_left_behind_do_not_hold_the_verdict_up() -> None:
+    program = GOOD + "import os, time\nif os.fork() == 0:\n    os.setsid()\n    time.sleep(60)\n"
+    verdict = grade(program, TESTS)
+    assert verdict.passed
+    assert verdict.seconds < 4
+
+
+WALK = """
+import sys
+from types import FrameType
+def values(thing, depth=0):
+    if isinstance(thing, bytes):
+        yield thing
+    elif depth < 4 and isinstance(thing, (list, tuple, set)):
+        for each in thing:
+            yield from values(each, depth + 1)
+    elif depth < 4 and isinstance(thing, dict):
+        yield from values(list(thing.values()), depth + 1)
+frame, found = sys._getframe(), []
+while frame:
+    found += [*values(dict(frame.f_locals)), *values(dict(frame.f_globals))]
+    frame = frame.f_back
+import os
+for secret in found:
+    for pipe in range(3, 20):
+        try:
+            os.write(pipe, secret)
+        except OSError:
+            pass
+os._exit(0)
+"""
+
+
+@pytest.mark.parametrize(
+    "program",
+    [
+        pytest.param("import sys; sys.exit(0)", id="sys.exit(0)"),
+        pytest.param("import os; os._exit(0)", id="os._exit(0)"),
+        pytest.param("raise SystemExit", id="SystemExit"),
+        pytest.param("import sys\ndef add(a, b): sys.exit(0)", id="sys.exit within the test"),
+        pytest.param("import os\ndef add(a, b): os._exit(0)", id="os._exit within the test"),
+        pytest.param("import os\nfor i in range(9): print(i, 'ok', flush=True)\nos._exit(0)", id="printing results"),
+        pytest.param("import os\nfor fd in range(99):\n  try: os.write(fd, b'0 ok \\n1 ok \\n2 ok \\n')\n"
+                     "  except OSError: pass\nos._exit(0)", id="writing to every file"),
+        pytest.param("import atexit, os\natexit.register(os._exit, 0)\nraise ValueError", id="an exit handler"),
+        pytest.param("import builtins\nbuiltins.AssertionError = Exception\nadd = max", id="another AssertionError"),
+        pytest.param("import os\nos._exit = os.write = lambda *a: None\nadd = max", id="a patched os"),
+        pytest.param("import os\nopen(f'/proc/{os.getppid()}/fd/1', 'w').write('0 ok \\n1 ok \\n2 ok \\n')",
+                     id="the harness's stdout"),
+        pytest.param("import os\nopen('/proc/1/fd/1', 'w').write('0 ok \\n1 ok \\n2 ok \\n')",
+                     id="the supervisor's stdout"),
+        pytest.param("import os\nos.kill(os.getppid(), 9)", id="killing the harness"),
+        pytest.param("import os\nif os.fork(): os._exit(0)\nadd = max", id="leaving it to a child"),
+        pytest.param(WALK, id="variables up the stack"),
+    ],
+)  # fmt: skip
+def test_a_pass_cannot_be_had_by(program: str) -> None:
+    verdict = grade(program, ["assert add(1, 2) == 3", "assert add(2, 2) == 4", "assert add(3, 4) == 7"])
+    assert (verdict.passed, verdict.passed_tests) == (False, 0), verdict
+
+
+@pytest.mark.parametrize("tests", [[], (), "assert True"])
+def test_tests_must_be_a_list_of_at_least_one(tests: list[str]) -> None:
+    with pytest.raises(ConfigError, match="list of one or more"):
+        grade(GOOD, tests)
+
+
+def test_many_are_graded_in_order_with_progress() -> None:
+    heard: list[int] = []
+    pairs = [(GOOD, [f"assert add({n}, 0) == 2"]) for n in range(6)]
+    verdicts = grade_many(pairs, workers=2, progress=heard.append)
+    assert [verdict.passed for verdict in verdicts] == [n == 2 for n in range(6)]
+    assert heard == [1, 2, 3, 4, 5, 6]
+
+
+def test_without_a_sandbox_grading_works_when_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(SandboxError):
+        grade(GOOD, TESTS)
+    verdict = grade(GOOD, TESTS, unsafe=True)
+    assert verdict == Verdict(True, 3, 3, "ok", verdict.seconds, "")

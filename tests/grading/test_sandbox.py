@@ -1,0 +1,391 @@
+"""One property of the sandbox a test; the programs are adversaries, the sandbox is the real one."""
+
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from diffucoder.errors import ConfigError, SandboxError
+from diffucoder.grading import sandbox
+from diffucoder.grading.sandbox import ExecutionResult, Limits, isolation, run, run_many
+
+REACH = """
+import socket
+try:
+    socket.create_connection(("127.0.0.1", {port}), timeout=1).close()
+    print("reached")
+except OSError as error:
+    print("refused", error)
+"""
+
+
+@pytest.fixture(autouse=True, scope="module")
+def isolated() -> None:
+    try:
+        isolation()
+    except SandboxError as error:
+        pytest.skip(str(error))
+
+
+@pytest.fixture
+def listener() -> Iterator[int]:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        yield server.getsockname()[1]
+
+
+def printed(program: str, limits: Limits = sandbox.DEFAULT_LIMITS) -> str:
+    result = run(program, limits)
+    assert result.status == "ok", result
+    return result.stdout.strip()
+
+
+def living(marker: str) -> list[str]:
+    """Command lines of living processes that hold the marker."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            line = path.read_bytes().decode(errors="replace")
+        except OSError:
+            continue
+        if marker in line:
+            found.append(line)
+    return found
+
+
+def gone(marker: str, seconds: float = 3.0) -> bool:
+    end = time.monotonic() + seconds
+    while living(marker):
+        if time.monotonic() > end:
+            return False
+        time.sleep(0.02)
+    return True
+
+
+# What a run tells
+
+
+def test_a_program_runs_as_main_and_its_output_comes_back() -> None:
+    result = run("import sys\nprint(__name__)\nprint('to stderr', file=sys.stderr)")
+    assert (result.status, result.stdout, result.stderr, result.detail) == ("ok", "__main__\n", "to stderr\n", "")
+    assert 0 < result.seconds < 5
+    assert result.memory > 1 << 20
+
+
+def test_a_crash_is_a_result_with_a_natural_traceback() -> None:
+    result = run("def f():\n    return 1 / 0\nf()\n")
+    assert (result.status, result.detail) == ("failed", "ZeroDivisionError: division by zero")
+    assert "line 2, in f\n    return 1 / 0" in result.stderr
+    assert "<string>" not in result.stderr
+
+
+def test_a_syntax_error_is_a_result() -> None:
+    result = run("def f(:\n")
+    assert (result.status, result.detail) == ("failed", "SyntaxError: invalid syntax")
+
+
+def test_exit_codes_and_signals_are_told_apart() -> None:
+    leave, die = run_many(["exit(3)", "import os; os.abort()"], workers=2)
+    assert (leave.status, leave.detail) == ("failed", "exit code 3")
+    assert (die.status, die.detail) == ("killed", "signal SIGABRT")
+
+
+def test_stdin_is_delivered_whole() -> None:
+    text = "zwölf\n" * 50_000
+    result = run("import sys\nprint(len(sys.stdin.read()))", stdin=text)
+    assert result.stdout == f"{len(text)}\n"
+
+
+def test_unread_stdin_does_no_harm() -> None:
+    assert run("print('done')", stdin="x" * 1_000_000).stdout == "done\n"
+
+
+def test_without_stdin_input_ends_at_once() -> None:
+    assert run("input()").detail.startswith("EOFError")
+
+
+def test_files_are_delivered_and_can_be_imported() -> None:
+    files = {"helper.py": "answer = 42", "data/words.txt": "früh\nspät\n"}
+    result = run("import helper\nprint(helper.answer, open('data/words.txt').read().split())", files=files)
+    assert result.stdout == "42 ['früh', 'spät']\n"
+
+
+@pytest.mark.parametrize("name", ["/etc/passwd", "../up", "a/../../up", "", ".", "program.py", "a\0b"])
+def test_a_file_cannot_be_placed_elsewhere(name: str) -> None:
+    with pytest.raises(ConfigError, match="relative"):
+        run("", files={name: ""})
+
+
+def test_files_beyond_the_limit_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"limits\.files"):
+        run("pass", Limits(files=1 << 20), files={"big": "x" * (1 << 20)})
+
+
+def test_unicode_goes_both_ways() -> None:
+    assert printed("print('ключ 鍵 🔑')") == "ключ 鍵 🔑"
+
+
+def test_a_program_of_200_kilobytes_runs() -> None:
+    lines = "".join(f"x{index} = {index}\n" for index in range(15_000))
+    assert len(lines) > 200_000
+    assert printed(lines + "print(x14999)") == "14999"
+
+
+def test_the_same_program_prints_the_same_set_twice() -> None:
+    program = "print({str(n) for n in range(99)})"
+    assert printed(program) == printed(program)
+
+
+# What a program cannot reach
+
+
+def test_the_network_cannot_be_reached(listener: int) -> None:
+    program = REACH.format(port=listener)
+    outside = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert outside.stdout == "reached\n"  # the control: it can be reached without a sandbox
+    assert printed(program).startswith("refused")
+
+
+def test_the_environment_is_not_passed_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("API_TOKEN", "secret")
+    names = printed("import os\nprint(*sorted(os.environ))").split()
+    assert set(names) <= {"PATH", "LANG", "PYTHONHASHSEED", "PWD"}
+
+
+def test_the_home_and_the_repository_are_not_there() -> None:
+    paths = [str(Path.home()), str(Path(__file__).resolve()), "/etc/passwd", "/root", "/home", "/var", "/sys"]
+    assert printed(f"import os\nprint([p for p in {paths!r} if os.path.exists(p)])") == "[]"
+
+
+def test_nothing_can_be_written_but_the_tmpfs() -> None:
+    program = """
+import os
+written = []
+dev = [folder for folder, _, _ in os.walk("/dev")]
+for folder in ["/", "/usr", "/usr/bin", "/usr/lib", "/usr/lib/python3", "/etc", "/proc/sys/kernel", "/tmp", *dev]:
+    try:
+        open(os.path.join(folder, "mark"), "w").close()
+        written.append(folder)
+    except OSError:
+        pass
+print(*written)
+"""
+    assert set(printed(program).split()) == {"/tmp", "/dev/shm"}
+
+
+def test_the_tmpfs_is_fresh_each_time() -> None:
+    assert printed("import os\nopen('left', 'w').close()\nprint(sorted(os.listdir()))") == "['left', 'program.py']"
+    assert printed("import os\nprint(os.listdir())") == "['program.py']"
+
+
+def test_no_other_process_can_be_seen() -> None:
+    assert printed("import os\nprint([n for n in os.listdir('/proc') if n.isdigit()])") == "['1', '2']"
+
+
+def test_the_supervisor_cannot_be_read_traced_or_killed() -> None:
+    program = """
+import ctypes, os
+os.kill(1, 9), os.kill(1, 19)
+for path in ("/proc/1/mem", "/proc/1/fd/1", "/proc/1/fd/3", "/proc/1/environ"):
+    try:
+        open(path, "rb+", buffering=0)
+        print("opened", path)
+    except OSError:
+        pass
+print(ctypes.CDLL(None).ptrace(16, 1, 0, 0))  # PTRACE_ATTACH
+"""
+    assert printed(program) == "-1"
+
+
+def test_the_program_has_no_capabilities_and_is_nobody() -> None:
+    facts = printed("import os\nprint(os.getuid(), open('/proc/self/status').read())")
+    assert facts.startswith("65534 ")
+    assert "CapEff:\t0000000000000000\n" in facts
+    assert "NoNewPrivs:\t1\n" in facts
+
+
+def test_user_namespaces_cannot_be_nested() -> None:
+    assert printed("import ctypes\nprint(ctypes.CDLL(None).unshare(0x10000000))") == "-1"
+
+
+# What a program cannot exceed
+
+
+def test_an_endless_loop_ends_in_time() -> None:
+    begin = time.monotonic()
+    result = run("print('begun', flush=True)\nwhile True: pass", Limits(seconds=0.5))
+    assert (result.status, result.stdout, result.detail) == ("timeout", "begun\n", "seconds: ran longer than 0.5")
+    assert time.monotonic() - begin < 2
+
+
+def test_endless_printing_is_ended_at_the_limit() -> None:
+    result = run("while True: print('x' * 9999)", Limits(output=10_000, seconds=4))
+    assert (result.status, len(result.stdout)) == ("killed", 10_000)
+    assert "10000 bytes" in result.detail
+    assert result.seconds < 3
+
+
+def test_endless_printing_to_stderr_is_ended_too() -> None:
+    result = run("import os\nwhile True: os.write(2, b'x' * 9999)", Limits(output=10_000, seconds=4))
+    assert (result.status, len(result.stderr)) == ("killed", 10_000)
+
+
+def test_printing_too_much_at_the_very_end_counts_as_well() -> None:
+    assert run("print('x' * 99)", Limits(output=50)).status == "killed"
+
+
+def test_memory_is_limited() -> None:
+    result = run("x = bytearray(300 << 20)", Limits(memory=200 << 20))
+    assert (result.status, result.detail) == ("failed", "MemoryError")
+
+
+def test_peak_memory_is_told() -> None:
+    small, large = run_many(["x = b''", "x = b'x' * (100 << 20)"], workers=2)
+    assert 95 << 20 < large.memory - small.memory < 110 << 20
+
+
+def test_the_tmpfs_is_bounded() -> None:
+    program = """
+written = 0
+try:
+    for index in range(100):
+        with open(str(index), "wb", buffering=0) as file:
+            written += file.write(bytes(1 << 20))
+except OSError as error:
+    print(written >> 20, error.strerror)
+"""
+    megabytes, reason = printed(program, Limits(files=4 << 20)).split(maxsplit=1)
+    assert (int(megabytes) <= 4, reason) == (True, "No space left on device")
+
+
+def test_a_file_is_bounded() -> None:
+    program = "import os\nfile = os.open('/dev/shm/x', os.O_CREAT | os.O_RDWR)\nos.ftruncate(file, 5 << 20)"
+    assert run(program, Limits(files=4 << 20)).detail == "OSError: [Errno 27] File too large"
+
+
+def test_a_fork_bomb_is_held() -> None:
+    program = """
+import os, time
+children = 0
+try:
+    while children < 1000:
+        if os.fork() == 0:
+            time.sleep(60)
+        children += 1
+except BlockingIOError:
+    print(children)
+"""
+    first, second = run_many([program, program], Limits(processes=8), workers=2)
+    assert (first.stdout, second.stdout) == ("7\n", "7\n")  # each its own count, though both are the same user
+
+
+def test_threads_count_as_processes() -> None:
+    program = """
+import threading, time
+try:
+    for count in range(1000):
+        threading.Thread(target=time.sleep, args=(60,), daemon=True).start()
+except RuntimeError:
+    print(count)
+"""
+    assert printed(program, Limits(processes=4)) == "3"
+
+
+def test_the_whole_tree_dies_at_the_timeout() -> None:
+    marker = f"marker-{uuid.uuid4()}"
+    program = f"""
+import os, subprocess, sys, time
+if os.fork() == 0:
+    os.setsid()
+    if os.fork() == 0:
+        subprocess.Popen(["/usr/bin/python3", "-c", "import time; time.sleep(60)", {marker!r}], start_new_session=True)
+        time.sleep(60)
+time.sleep(60)
+"""
+    seen: list[str] = []
+    watch = threading.Thread(target=lambda: seen.extend(wait_for(marker)))
+    watch.start()
+    assert run(program, Limits(seconds=1.5)).status == "timeout"
+    watch.join()
+    assert seen, "the grandchild never ran, so its death shows nothing"
+    assert gone(marker)
+
+
+def wait_for(marker: str) -> list[str]:
+    end = time.monotonic() + 5
+    while not (found := living(marker)) and time.monotonic() < end:
+        time.sleep(0.01)
+    return found
+
+
+def test_what_a_program_leaves_behind_dies_with_it() -> None:
+    marker = f"marker-{uuid.uuid4()}"
+    program = (
+        "import subprocess\n"
+        f"sleeper = ['/usr/bin/python3', '-c', 'import time; time.sleep(60)', {marker!r}]\n"
+        "print(subprocess.Popen(sleeper, start_new_session=True).poll())"
+    )
+    begin = time.monotonic()
+    assert printed(program) == "None"
+    assert time.monotonic() - begin < 3
+    assert gone(marker)
+
+
+def test_runs_leave_no_zombies_and_no_open_files() -> None:
+    def children() -> int:
+        return len(Path(f"/proc/self/task/{threading.get_native_id()}/children").read_text().split())
+
+    run("")
+    before = children(), len(os.listdir("/proc/self/fd"))
+    run("")
+    run("while True: pass", Limits(seconds=0.2))
+    assert (children(), len(os.listdir("/proc/self/fd"))) == before
+
+
+def test_parallel_runs_do_not_disturb_each_other() -> None:
+    programs = [f"open('x', 'w').write('{index}')\nprint(open('x').read())" for index in range(20)]
+    assert [result.stdout for result in run_many(programs, workers=2)] == [f"{index}\n" for index in range(20)]
+
+
+@pytest.mark.parametrize("name", ["seconds", "memory", "output", "files", "processes"])
+def test_a_limit_must_be_positive(name: str) -> None:
+    with pytest.raises(ConfigError, match=rf"limits\.{name}=0"):
+        Limits(**{name: 0})
+
+
+# Where there is no isolation
+
+
+def test_without_bubblewrap_a_run_is_refused_with_reason_and_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(SandboxError, match="no bwrap on PATH; install it with `apt-get install bubblewrap`"):
+        run("print(1)")
+
+
+def test_where_namespaces_are_refused_a_run_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    with tempfile.TemporaryDirectory() as folder:  # pytest's own is closed to the user that bwrap is started as
+        os.chmod(folder, 0o755)
+        fake = Path(folder, "bwrap")
+        fake.write_text("#!/bin/sh\necho 'bwrap: No permissions to create a new namespace' >&2\nexit 1\n")
+        fake.chmod(0o755)
+        monkeypatch.setenv("PATH", folder)
+        with pytest.raises(SandboxError, match=r"cannot isolate here \(bwrap: No permissions"):
+            run("print(1)")
+
+
+def test_unsafe_runs_without_isolation_but_with_limits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "")
+
+    def unsafe(program: str) -> ExecutionResult:
+        return run(program, Limits(seconds=1, memory=200 << 20), stdin="in", files={"a": "file"}, unsafe=True)
+
+    assert unsafe("print(input(), open('a').read())").stdout == "in file\n"
+    assert unsafe("x = bytearray(300 << 20)").detail == "MemoryError"
+    assert unsafe("while True: pass").status == "timeout"

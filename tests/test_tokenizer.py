@@ -1,0 +1,294 @@
+"""Qwen2's vocabulary as DiffuCoder spells it: published ids, exact prompts, holes, and text half written."""
+
+import gzip
+import json
+from pathlib import Path
+
+import pytest
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers
+
+from diffucoder.errors import CheckpointError, PromptError
+from diffucoder.tokenizer import PLACEHOLDER, Hole, Tokenizer, split_holes
+
+HELLO_TEMPLATE = (
+    "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
+    "<|im_start|>user\nWrite a sort.<|im_end|>\n<|im_start|>assistant\n"
+)
+HELLO_README = (
+    "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
+    "<|im_start|>user\nWrite a sort.\n<|im_end|>\n<|im_start|>assistant\n"
+)
+
+
+@pytest.fixture(scope="session")
+def base_folder(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Files as DiffuCoder-Base ships them, without any list of added tokens."""
+    folder = tmp_path_factory.mktemp("qwen2")
+    for name in ("vocab.json", "merges.txt"):
+        (folder / name).write_bytes(gzip.decompress((shared / "data/qwen2-tokenizer" / f"{name}.gz").read_bytes()))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def base(base_folder: Path) -> Tokenizer:
+    return Tokenizer.load(base_folder)
+
+
+@pytest.fixture
+def instruct_folder(base_folder: Path, base: Tokenizer, tmp_path: Path) -> Path:
+    """Files as DiffuCoder-Instruct ships them: `<|dlm_pad|>` listed, and used to pad."""
+    for name in ("vocab.json", "merges.txt"):
+        (tmp_path / name).symlink_to(base_folder / name)
+    listed = {token.content: id_ for id_, token in base.backend.get_added_tokens_decoder().items()}
+    (tmp_path / "added_tokens.json").write_text(json.dumps({**listed, "<|dlm_pad|>": 151667}))
+    roles = {"pad_token": "<|dlm_pad|>", "eos_token": {"content": "<|endoftext|>"}, "mask_token": "<|mask|>"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(roles))
+    return tmp_path
+
+
+@pytest.fixture(scope="session")
+def small() -> Tokenizer:
+    """Bytes, one token each, then a mask: what a tokenizer must do without any vocabulary at hand."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    backend = tokenizers.Tokenizer(models.BPE({char: id_ for id_, char in enumerate(alphabet)}, []))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens(["<|mask|>", "<|endoftext|>", "<|im_start|>", "<|im_end|>"])
+    return Tokenizer(backend)
+
+
+# ---- DiffuCoder's vocabulary ----
+
+
+def test_published_ids(base: Tokenizer) -> None:
+    assert base.encode("Hello world") == [9707, 1879]
+    assert base.encode(" Hello world") == [21927, 1879]
+    assert base.mask_id == 151666
+    assert base.encode("<|im_end|><|mask|><|beginoftext|><|file_sep|>") == [151645, 151666, 151665, 151664]
+    assert base.encode("<|fim_prefix|><tool_call>") == [151659, 151657]
+
+
+def test_base_has_no_pad_of_its_own(base: Tokenizer) -> None:
+    assert base.vocab_size == 151667
+    assert base.backend.token_to_id("<|dlm_pad|>") is None
+    assert (base.pad_id, base.eos_id) == (151643, 151643)
+    assert base.terminator_ids == {151643, 151645}
+
+
+def test_instruct_lists_one(instruct_folder: Path) -> None:
+    instruct = Tokenizer.load(instruct_folder)
+    assert instruct.vocab_size == 151668
+    assert (instruct.pad_id, instruct.eos_id, instruct.mask_id) == (151667, 151643, 151666)
+    assert instruct.terminator_ids == {151643, 151645, 151667}
+
+
+def test_digits_stand_alone(base: Tokenizer) -> None:
+    assert [base.decode([id_]) for id_ in base.encode("x = 2048")] == ["x", " =", " ", "2", "0", "4", "8"]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "def f(xs):\n    return [x for x in xs if x > 10]\n\n\n",
+        "it's  WE'LL\t\t\r\n  \n x",
+        "naïve 你好 🙂 été",
+        "a b  c   d    e\n\n    f",
+        "\n\n  def\n",
+        "",
+    ],
+)
+def test_text_survives(base: Tokenizer, text: str) -> None:
+    assert base.decode(base.encode(text)) == text
+
+
+def test_text_is_composed_first(base: Tokenizer) -> None:
+    assert base.encode("e\u0301") == base.encode("é")
+
+
+def test_plain_text_may_quote_special_tokens(base: Tokenizer) -> None:
+    quoted = base.encode("a <|mask|> b", special=False)
+    assert base.mask_id not in quoted
+    assert base.decode(quoted) == "a <|mask|> b"
+    assert base.mask_id in base.encode("a <|mask|> b")
+
+
+def test_special_tokens_are_skipped_unless_wanted(base: Tokenizer) -> None:
+    ids = base.encode("x<|im_end|><|endoftext|>")
+    assert base.decode(ids) == "x"
+    assert base.decode(ids, skip_special=False) == "x<|im_end|><|endoftext|>"
+    assert base.decode([*ids, 152_000]) == "x"  # a spare row of the model
+    assert base.decode(base.encode("<|fim_prefix|>")) == "<|fim_prefix|>"  # text to Qwen2.5, not special
+
+
+# ---- save and load ----
+
+
+def test_saved_and_loaded_it_is_the_same(instruct_folder: Path, tmp_path: Path) -> None:
+    instruct = Tokenizer.load(instruct_folder)
+    instruct.save(tmp_path / "one")
+    again = Tokenizer.load(tmp_path / "one")
+    text = "<|im_start|>user\nsum 1..10 — naïve<|im_end|><|mask|><|dlm_pad|>"
+    assert again.encode(text) == instruct.encode(text)
+    for name in ("mask_id", "pad_id", "eos_id", "terminator_ids", "vocab_size", "chat_template"):
+        assert getattr(again, name) == getattr(instruct, name)
+    again.save(tmp_path / "two")
+    for file in (tmp_path / "one").iterdir():
+        assert file.read_bytes() == (tmp_path / "two" / file.name).read_bytes()
+
+
+def test_transformers_reads_what_is_saved(base: Tokenizer, tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    base.save(tmp_path)
+    theirs = AutoTokenizer.from_pretrained(tmp_path)
+    text = HELLO_README + "x = 2048 <|mask|>"
+    assert theirs(text)["input_ids"] == base.encode(text)
+    assert (theirs.mask_token_id, theirs.pad_token_id) == (base.mask_id, base.pad_id)
+
+
+def test_a_parent_gets_a_mask_at_the_next_free_id(small: Tokenizer, tmp_path: Path) -> None:
+    small.save(tmp_path)
+    text = (tmp_path / "tokenizer.json").read_text()
+    (tmp_path / "tokenizer.json").write_text(text.replace("<|mask|>", "<|other|>"))
+    (tmp_path / "tokenizer_config.json").unlink()
+    with pytest.raises(CheckpointError, match=r"no mask token '<\|mask\|>'; use the tokenizer saved with the model"):
+        Tokenizer.load(tmp_path)
+    parent = Tokenizer.load(tmp_path, add_mask=True)
+    assert (parent.mask_id, parent.vocab_size) == (260, 261)
+    assert parent.encode("a<|mask|>")[-1] == 260
+
+
+def test_damaged_and_missing_files(base_folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"has no tokenizer.json, nor vocab.json and merges.txt"):
+        Tokenizer.load(tmp_path)
+    (tmp_path / "tokenizer.json").write_text('{"model"')
+    with pytest.raises(CheckpointError, match="tokenizer cannot be read"):
+        Tokenizer.load(tmp_path)
+    (tmp_path / "tokenizer.json").unlink()
+    (tmp_path / "tokenizer_config.json").write_text("[]")
+    with pytest.raises(CheckpointError, match="holds no JSON object"):
+        Tokenizer.load(tmp_path)
+
+
+def test_added_tokens_must_fit_the_vocabulary(instruct_folder: Path) -> None:
+    (instruct_folder / "added_tokens.json").write_text(json.dumps({"<|mask|>": 151666}))
+    with pytest.raises(CheckpointError, match=r"'<\|mask\|>' should be token 151666, is 151643"):
+        Tokenizer.load(instruct_folder)
+
+
+# ---- prompts ----
+
+
+def test_both_prompt_forms_are_exact_and_survive(base: Tokenizer) -> None:
+    assert base.chat("Write a sort.") == HELLO_TEMPLATE
+    assert base.chat(" Write a sort.\n", style="readme") == HELLO_README
+    for prompt in (HELLO_TEMPLATE, HELLO_README):
+        assert base.decode(base.encode(prompt), skip_special=False) == prompt
+    assert base.encode(HELLO_TEMPLATE)[-3:] == [151644, *base.encode("assistant\n")]
+
+
+def test_conversations_systems_and_prefills(small: Tokenizer) -> None:
+    turns = [
+        {"role": "user", "content": "hi"},
+        {"role": "assistant", "content": "yes?"},
+        {"role": "user", "content": "bye"},
+    ]
+    expected = (
+        "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
+        "yes?<|im_end|>\n<|im_start|>user\nbye<|im_end|>\n<|im_start|>assistant\n```python\n"
+    )
+    assert small.chat(turns, system="Be brief.", prefill="```python\n") == expected
+    assert small.chat([{"role": "system", "content": "Be brief."}, *turns], prefill="```python\n") == expected
+
+
+def test_a_checkpoints_own_template_is_used(small: Tokenizer) -> None:
+    template = (
+        "{% for m in messages %}[{{ m.role }}] {{ m.content }}{{ eos_token }}\n{% endfor %}"
+        "{% if messages[0].content == 'no' %}{{ raise_exception('never') }}{% endif %}"
+        "{% if add_generation_prompt %}[bot]{% endif %}"
+    )
+    own = Tokenizer(small.backend, config={"chat_template": template, "eos_token": "<|endoftext|>"})
+    assert own.chat("hi", prefill=" x") == "[user] hi<|endoftext|>\n[bot] x"
+    assert own.chat("hi", style="readme").startswith("<|im_start|>system\nYou are")
+    with pytest.raises(PromptError, match="template refuses these messages: never"):
+        own.chat("no")
+
+
+def test_the_template_is_read_from_its_own_file_and_kept(small: Tokenizer, tmp_path: Path) -> None:
+    small.save(tmp_path)
+    (tmp_path / "chat_template.jinja").write_text("{{ messages[0].content }}!")
+    loaded = Tokenizer.load(tmp_path)
+    assert loaded.chat("hi") == "hi!"
+    loaded.save(tmp_path / "copy")
+    assert Tokenizer.load(tmp_path / "copy").chat("hi") == "hi!"
+
+
+def test_a_template_cannot_reach_out_of_its_sandbox(small: Tokenizer) -> None:
+    own = Tokenizer(small.backend, config={"chat_template": "{{ messages.__class__.__mro__[1].__subclasses__() }}"})
+    with pytest.raises(PromptError):
+        own.chat("hi")
+
+
+@pytest.mark.parametrize(
+    ("messages", "said"),
+    [
+        ([], "holds nothing to answer"),
+        ([{"role": "user"}], "needs a text content"),
+        ([{"role": "robot", "content": "x"}], "role: system, user or assistant"),
+    ],
+)
+def test_messages_that_cannot_be_written(small: Tokenizer, messages: list[dict[str, str]], said: str) -> None:
+    with pytest.raises(PromptError, match=said):
+        small.chat(messages)
+
+
+def test_a_system_given_twice_is_refused(small: Tokenizer) -> None:
+    with pytest.raises(PromptError, match="system is given twice"):
+        small.chat([{"role": "system", "content": "a"}], system="b")
+
+
+# ---- holes ----
+
+
+def test_holes_split_text() -> None:
+    assert split_holes("def f(xs):\n    <|hole|>\n    return <|hole:12|>\n") == [
+        "def f(xs):\n    ",
+        Hole(),
+        "\n    return ",
+        Hole(12),
+        "\n",
+    ]
+    assert split_holes("<|hole|><|hole:1|>") == [Hole(None), Hole(1)]
+    assert split_holes("no hole <|mask|>") == ["no hole <|mask|>"]
+    assert split_holes("") == []
+
+
+@pytest.mark.parametrize(
+    "hole", ["<|hole:|>", "<|hole:0|>", "<|hole:-3|>", "<|hole:x|>", "<|holes|>", "<|hole:9999999|>"]
+)
+def test_malformed_holes(hole: str) -> None:
+    with pytest.raises(PromptError, match="is malformed; write"):
+        split_holes(f"a {hole} b")
+
+
+# ---- half-written text ----
+
+
+def test_masks_show_as_placeholders(small: Tokenizer) -> None:
+    mask = small.mask_id
+    assert small.decode_partial([*small.encode("ab"), mask, mask, *small.encode("c")]) == f"ab{PLACEHOLDER * 2}c"
+    assert small.decode_partial([mask, *small.encode("c<|endoftext|>")], placeholder="_") == "_c"
+    assert small.decode_partial([]) == ""
+
+
+def test_half_a_character_shows_as_a_placeholder(small: Tokenizer) -> None:
+    ids = small.encode("a🙂b")  # 1 + 4 + 1 bytes, one token each
+    assert len(ids) == 6
+    mask = small.mask_id
+    for hidden in range(1, 5):  # any one byte of the character still masked
+        partial = small.decode_partial([mask if i == hidden else id_ for i, id_ in enumerate(ids)], placeholder="_")
+        assert (partial[0], set(partial[1:-1]), partial[-1]) == ("a", {"_"}, "b")
+    assert small.decode_partial(ids[:3], placeholder="_") == "a_"
+    assert small.decode_partial(ids[1:2], placeholder="_") == "_"
+    assert small.decode_partial(ids) == "a🙂b"
