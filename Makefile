@@ -11,7 +11,7 @@ DEV     := $(VENV)/.installed-dev
 help:            ## this list
 	@grep -hE '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 14
 
-run: $(STAMP)    ## generate code from the shipped model; PROMPT="..." asks for something else
+run: $(STAMP) sandbox  ## generate code from the shipped model; PROMPT="..." asks for something else
 	$(VENV)/bin/diffucoder generate "$(PROMPT)"
 
 test: $(DEV) sandbox  ## the whole test suite, offline

@@ -47,9 +47,10 @@ def bench(
     model: Denoiser, *, prompt_tokens: int = 32, new_tokens: int = 64, batch: int = 1, repeats: int = 10
 ) -> BenchResult:
     """Measure `model` on `batch` rows of random prompts. Raises ConfigError for sizes that make no canvas."""
-    for name, value in (("prompt_tokens", prompt_tokens), ("new_tokens", new_tokens), ("batch", batch)):
+    sizes = {"prompt_tokens": prompt_tokens, "new_tokens": new_tokens, "batch": batch, "repeats": repeats}
+    for name, value in sizes.items():
         if value < 1:
-            raise ConfigError(f"{name}={value} makes no canvas; give at least 1")
+            raise ConfigError(f"{name}={value} leaves nothing to measure; give at least 1")
     if prompt_tokens + new_tokens > model.max_length:
         raise ConfigError(f"{prompt_tokens + new_tokens} positions exceed the model's context of {model.max_length}")
     generator = torch.Generator().manual_seed(0)

@@ -124,14 +124,15 @@ def infill(
     params: DecodingParams,
 ) -> None:
     """Fill every hole of a file, all of them jointly."""
-    text = sys.stdin.read() if path == "-" else _read_text(None, Path(path))
+    text = _read_text("-", None) if path == "-" else _read_text(None, Path(path))
     if in_place and path == "-":
         raise ConfigError("--in-place needs a file to write to, and '-' is standard input; give a path")
     coder = _load(model, dtype, device)
     result = coder.fill(text, params)
     if in_place:
         Path(path).write_text(result.text, encoding="utf-8")
-    _print(result, coder, as_json=as_json, watched=in_place)
+    if as_json or not in_place:
+        _print(result, coder, as_json=as_json, watched=False)
 
 
 @app.command()
@@ -171,7 +172,9 @@ def models() -> None:
 
     from diffucoder.models.hub import KNOWN_MODELS, SHIPPED
 
-    table = Table("name", "model", "parameters", "size", "licence", "here", "note", box=None)
+    table = Table("name", box=None)
+    for heading in ("model", "parameters", "size", "licence", "here", "note"):
+        table.add_column(heading, overflow="fold")  # never cut: these are to be copied
     if SHIPPED.is_dir():
         stored = (SHIPPED / "model.safetensors").stat().st_size
         figures = f"{stored / 2e6:.1f}M", f"{stored / 1e6:.0f} MB", "Apache-2.0"
@@ -180,7 +183,7 @@ def models() -> None:
         here = "yes" if known.cached else "no"
         size = f"{known.size_gb} GB"
         table.add_row(known.name, known.hub_id, known.parameters, size, known.licence, here, known.note)
-    Console().print(table)
+    Console(width=None if sys.stdout.isatty() else 160).print(table)
 
 
 @app.command()
@@ -214,14 +217,14 @@ def _read_text(text: str | None, file: Path | None) -> str:
     """The request, from where the user put it. Raises PromptError."""
     if (text is None) == (file is None):
         raise PromptError("give the prompt once: as an argument, as - for standard input, or by --file")
-    if file is None:
-        assert text is not None
-        return sys.stdin.read() if text == "-" else text
+    if text is not None and text != "-":
+        return text
     try:
-        return file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
-        raise PromptError(f"file {str(file)!r} cannot be read ({reason}); check the path") from None
+        return sys.stdin.read() if file is None else file.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise PromptError(f"{'standard input' if file is None else file} is not UTF-8 text; convert it") from None
+    except OSError as error:
+        raise PromptError(f"file {str(file)!r} cannot be read ({error.strerror}); check the path") from None
 
 
 def _load(model: str | None, dtype: str | None, device: str | None) -> "DiffuCoder":
@@ -236,14 +239,18 @@ def _load(model: str | None, dtype: str | None, device: str | None) -> "DiffuCod
 
 
 def _decode(coder: "DiffuCoder", canvas: "Canvas", params: DecodingParams, *, watched: bool) -> "list[Generation]":
-    if not watched:
-        return coder.decode(canvas, params)
     from rich.console import Console
 
-    from diffucoder.watch import CanvasView, watch
+    from diffucoder.watch import CanvasView, progress, watch
 
-    view = CanvasView(coder.tokenizer, canvas.masked[0])
-    return coder.decode(canvas, params, through=lambda steps: watch(steps, view, Console(stderr=True)))
+    console = Console(stderr=True)
+    if watched:
+        view = CanvasView(coder.tokenizer, canvas.masked[0])
+        return coder.decode(canvas, params, through=lambda steps: watch(steps, view, console))
+    if not console.is_terminal:
+        return coder.decode(canvas, params)
+    wanted = int(canvas.masked.sum()) * params.num_samples
+    return coder.decode(canvas, params, through=lambda steps: progress(steps, wanted, console))
 
 
 def _print(result: "Generation", coder: "DiffuCoder", *, as_json: bool, watched: bool) -> None:

@@ -8,7 +8,7 @@ import tomllib
 from collections.abc import Iterable
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -19,6 +19,15 @@ class Settings(BaseModel):
     """Base of every settings class: unknown keys and later changes are errors."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    if not TYPE_CHECKING:  # mypy then keeps the signature that pydantic makes from the fields
+
+        def __init__(self, **settings: object) -> None:
+            """Validate. Raises ConfigError, one line, in place of pydantic's own error."""
+            try:
+                super().__init__(**settings)
+            except ValidationError as error:
+                raise ConfigError(_explain(type(self), error)) from None
 
 
 S = TypeVar("S", bound=Settings)
@@ -34,15 +43,7 @@ def load_settings(kind: type[S], path: Path | None = None, overrides: Iterable[s
         if not separator:
             raise ConfigError(f"--set {override!r} is not of the form key=value; write for example --set lr=1e-5")
         values[key.strip()] = _parse(text.strip())
-    return build_settings(kind, values)
-
-
-def build_settings(kind: type[S], values: dict[str, Any]) -> S:
-    """Validate `values` into `kind`, with our one-line errors in place of pydantic's."""
-    try:
-        return kind(**values)
-    except ValidationError as error:
-        raise ConfigError(_explain(kind, error)) from None
+    return kind(**values)
 
 
 def _read_toml(path: Path) -> dict[str, Any]:
@@ -50,7 +51,7 @@ def _read_toml(path: Path) -> dict[str, Any]:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"settings file {str(path)!r} cannot be read ({error.strerror}); check the path") from None
-    except tomllib.TOMLDecodeError as error:
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"settings file {str(path)!r} is not TOML: {error}") from None
 
 

@@ -52,8 +52,8 @@ def diffusion_loss(cross_entropy: Tensor, masked: Tensor, t: Tensor, maskable: T
 
     `cross_entropy` (M,) belongs to the M masked positions in row-major order, `masked` and `maskable` are (B, T), `t`
     is (B,). `length` (LLaDA) divides by the number of maskable tokens, which makes the loss an unbiased bound on the
-    negative log-likelihood per token; `masked` (DiffuLLaMA, DiffuCoder) by the number of masked ones, whose expectation
-    is about E[1/t] = 6.9 times larger for eps = 1e-3.
+    negative log-likelihood per token; `masked` (DiffuLLaMA, DiffuCoder) by the number of masked ones, which makes it
+    larger: for one row E[1/t] = 6.9 times with eps = 1e-3, and 1/E[t] = 2 times where many rows share the sum.
     """
     if normaliser not in NORMALISERS:
         raise ConfigError(f"normaliser={normaliser!r} is not known; use one of {', '.join(NORMALISERS)}")

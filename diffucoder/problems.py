@@ -41,6 +41,7 @@ _PARAMETERS = {
     "num": ("n", "num", "number", "x", "limit"),
     "table": ("table", "scores", "prices", "mapping"),
 }
+_EMPTY: dict[str, Callable[[], Value]] = {"nums": list, "words": list, "text": str, "table": dict}
 _FALLBACKS = (("0", "0"), ("-1", "-1"), ("None", "None"), ("an empty list", "[]"), ("an empty string", '""'))
 _FALLBACK = object()  # stands for a guard's constant among the outputs, until the wording chooses one
 _VERBS = (
@@ -115,7 +116,7 @@ def split_of(composition: Sequence[str]) -> Split:
 
 @cache
 def load_blocks() -> tuple[Block, ...]:
-    """The table in data/blocks.txt, in its order. Raises ConfigError naming the line that cannot be read."""
+    """The table in data/blocks.txt, in its order."""
     blocks: list[Block] = []
     takes = gives = ""
     phrasings: tuple[str, ...] = ()
@@ -150,9 +151,11 @@ def sample_problem(rng: random.Random) -> Problem:
         if uses is None:
             continue
         outcome = partial(_KINDS[kind][1], uses)
-        tests = _examples(rng, takes, uses, outcome)
-        if tests is not None:
-            return _worded(rng, kind, takes, uses, tests)
+        pairs = _examples(rng, takes, uses, outcome, condition=None if kind == "chain" else uses[0])
+        if pairs is not None:
+            problem = _worded(rng, kind, takes, uses, pairs)
+            if len({test.rpartition(" == ")[2] for test in problem.tests}) > 1:  # a guard's constant may equal the rest
+                return problem
 
 
 def problems(split: Split, count: int, *, seed: int) -> Iterator[Problem]:
@@ -264,9 +267,18 @@ _KINDS: dict[Kind, tuple[Any, Callable[[Sequence[_Use], Value], Value]]] = {  # 
 
 
 def _examples(
-    rng: random.Random, takes: str, uses: Sequence[_Use], outcome: Callable[[Value], Value], wanted: int = 5
+    rng: random.Random,
+    takes: str,
+    uses: Sequence[_Use],
+    outcome: Callable[[Value], Value],
+    *,
+    condition: Callable[[Value], Value] | None = None,
+    wanted: int = 5,
 ) -> list[tuple[Value, Value]] | None:
-    """`wanted` pairs of input and output that tell the problem from a constant, or None for a degenerate one."""
+    """`wanted` pairs of input and output that tell the problem from a constant, or None for a degenerate one.
+
+    Where there is a `condition`, it holds for some of them and not for others.
+    """
     pairs: list[tuple[Value, Value]] = []
     slots = dict(pair for use in uses for pair in use.slots)
     for _ in range(4 * wanted):
@@ -281,19 +293,25 @@ def _examples(
     chosen = list(distinct.values()) + [p for p in pairs if p not in distinct.values()]
     if len(distinct) < 2 or len(chosen) < wanted:
         return None
+    if condition is not None:
+        sides = {bool(condition(value)): (value, result) for value, result in reversed(chosen)}  # the first of each
+        if len(sides) < 2:
+            return None
+        chosen = list(sides.values()) + [p for p in chosen if p not in sides.values()]
     return chosen[:wanted]
 
 
 def _input(rng: random.Random, takes: str, slots: dict[str, str]) -> Value:
-    """A value of type `takes`, biased towards the problem's own constants so that they matter."""
+    """A value of type `takes`, empty now and then, biased towards the problem's own constants so that they matter."""
+    if takes in _EMPTY and rng.random() < 0.05:
+        return _EMPTY[takes]()
     k, letter, word = int(slots.get("k", "3")), slots.get("c", ""), slots.get("w", "apple")
     if takes == "num":
         return rng.choice((rng.randint(0, 20), rng.randint(-9, 60), k * rng.randint(1, 8)))
     if takes == "nums":
         low = rng.choice((0, 0, -9))
         pool = [rng.randint(low, 12), rng.randint(low, 70), k, k * rng.randint(1, 9), 0]
-        size = rng.randint(1, 7) if rng.random() > 0.05 else 0
-        return [rng.choice((*pool, rng.randint(low, 20))) for _ in range(size)]
+        return [rng.choice((*pool, rng.randint(low, 20))) for _ in range(rng.randint(1, 7))]
     words = [rng.choice((rng.choice(_WORDS), rng.choice(_WORDS), word, letter + rng.choice(_WORDS))) for _ in range(6)]
     if takes == "words":
         return words[: rng.randint(1, 5)] + rng.choice(([], words[:1]))
@@ -323,16 +341,13 @@ def _text(rng: random.Random, words: list[str]) -> str:
 
 def _third_person(phrase: str) -> str:
     verb, _, rest = phrase.partition(" ")
-    head, dash, tail = verb.partition("-")  # upper-case, integer-divide
-    if dash and head in ("integer", "floor"):
-        return f"{head}-{_third_person(tail)} {rest}"
-    if head.endswith(("s", "sh", "ch", "x", "z", "o")):
-        head += "es"
-    elif head.endswith("y") and head[-2] not in "aeiou":
-        head = head[:-1] + "ies"
+    if verb.endswith(("s", "sh", "ch", "x", "z", "o")):
+        verb += "es"
+    elif verb.endswith("y") and verb[-2] not in "aeiou":
+        verb = verb[:-1] + "ies"
     else:
-        head += "s"
-    return f"{head}{dash}{tail} {rest}".rstrip()
+        verb += "s"
+    return f"{verb} {rest}".rstrip()
 
 
 def _clauses(rng: random.Random, uses: Sequence[_Use], third: bool) -> str:

@@ -172,9 +172,15 @@ class Tokenizer:
             )
 
     def encode(self, text: str, *, special: bool = True) -> list[int]:
-        """Token ids of `text`, nothing added. `special=False` reads `<|mask|>` and its like as plain characters."""
+        """Token ids of `text`, nothing added. `special=False` reads `<|mask|>` and its like as plain characters.
+
+        PromptError for a string that is no text: Python puts lone surrogates where bytes were not UTF-8.
+        """
         backend = self.backend if special else self._plain
-        return list(backend.encode(text, add_special_tokens=False).ids)
+        try:
+            return list(backend.encode(text, add_special_tokens=False).ids)
+        except TypeError:
+            raise PromptError(f"text {text[:40]!r} is not Unicode; give it as UTF-8") from None
 
     def decode(self, ids: Iterable[int], *, skip_special: bool = True) -> str:
         """Text of `ids`; bytes that form no character become U+FFFD, spare ids nothing."""

@@ -1,4 +1,4 @@
-"""The live view of `--watch`: a canvas filling in, each token coloured by the step that committed it.
+"""What a terminal shows of decoding: the live view of `--watch`, tokens coloured by step, or just a progress bar.
 
 For: rendering Steps with rich, on a terminal or into a recording. Not for: generating (`decoding`), options (`cli`).
 """
@@ -10,6 +10,7 @@ from rich.color import Color
 from rich.console import Console, Group
 from rich.live import Live
 from rich.panel import Panel
+from rich.progress import Progress
 from rich.progress_bar import ProgressBar
 from rich.style import Style
 from rich.table import Table
@@ -51,22 +52,30 @@ class CanvasView:
         """The canvas, masks as placeholders, nothing behind the first terminator once it is known."""
         text = Text()
         last = max(self.passes - 1, 1)
-        for token, step in zip(self.tokens, self.committed_by, strict=True):
+        for token, step in self._shown():
             if token == self.tokenizer.mask_id:
                 text.append(PLACEHOLDER, style="dim")
             elif token in self.tokenizer.terminator_ids:
-                text.append("·", style="dim")  # the end, or a pad behind it
+                text.append("·", style="dim")  # an end, unless a mask before it becomes another
             else:
                 style = Style(color=_shade(step / last)) if step >= 0 else Style()
                 text.append(self.tokenizer.decode([token]), style=style)
         return text
 
+    def _shown(self) -> list[tuple[int, int]]:
+        """Tokens and the steps that committed them, up to the terminator once nothing before it is masked."""
+        shown = list(zip(self.tokens, self.committed_by, strict=True)) if self.tokens else []
+        for i, (token, _) in enumerate(shown):
+            if token == self.tokenizer.mask_id:
+                break
+            if token in self.tokenizer.terminator_ids:
+                return shown[:i]
+        return shown
+
     def render(self, *, finished: bool = False) -> Group:
         """Canvas, progress bar and figures."""
         seconds = time.perf_counter() - self.began
-        written = sum(
-            token != self.tokenizer.mask_id and token not in self.tokenizer.terminator_ids for token in self.tokens
-        )
+        written = sum(step >= 0 and token not in self.tokenizer.terminator_ids for token, step in self._shown())
         figures = (
             f"{self.passes} forward passes · {written / max(1, self.passes):.2f} tokens per pass · "
             f"{written / max(seconds, 1e-9):.0f} tokens/s"
@@ -89,6 +98,15 @@ def watch(steps: Iterable[Step], view: CanvasView, console: Console) -> Iterator
             live.update(view.render())
             yield step
         live.update(view.render(finished=True))
+
+
+def progress(steps: Iterable[Step], wanted: int, console: Console) -> Iterator[Step]:
+    """Pass `steps` on beside a progress bar over the `wanted` tokens of all rows, which goes away at the end."""
+    with Progress(console=console, transient=True) as bar:
+        task = bar.add_task("decoding", total=wanted)
+        for step in steps:
+            bar.advance(task, int(step.committed.sum()))
+            yield step
 
 
 def _shade(share: float) -> Color:

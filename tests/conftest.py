@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from diffucoder.models.denoiser import Denoiser
 
+torch.set_num_threads(1)  # the models are tiny: a second thread only waits for the first, above all on a busy machine
 REPOSITORY = Path(__file__).parents[1]
 
 

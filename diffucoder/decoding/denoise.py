@@ -25,6 +25,7 @@ from diffucoder.decoding.canvas import Canvas, leftmost
 from diffucoder.decoding.params import DecodingParams
 from diffucoder.decoding.policies import commit, commit_randomly, commit_released, gumbel, schedule
 from diffucoder.decoding.sampling import Rules, propose
+from diffucoder.errors import PromptError
 from diffucoder.models.denoiser import Denoiser
 
 Until = Callable[[Tensor], bool]
@@ -97,6 +98,10 @@ def denoise(model: Denoiser, canvas: Canvas, params: DecodingParams, *, until: U
     Steps have the canvas's own shape and padding, with `params.num_samples` consecutive rows for each of its rows.
     `until` may end any row early; what is still masked there is filled with the canvas's `pad_id`.
     """
+    if canvas.mask_id != model.mask_id:
+        raise PromptError(
+            f"the canvas marks holes with {canvas.mask_id}, the model with {model.mask_id}; use the model's"
+        )
     canvas = canvas.repeat(params.num_samples)
     states = [DecodeState(canvas, params, row=row, until=until) for row in range(len(canvas.tokens))]
     tokens = canvas.tokens

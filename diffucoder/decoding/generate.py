@@ -124,7 +124,7 @@ class DiffuCoder:
         """The canvas of `prompts`: left-padded, with `params.new_tokens` masks behind each. Raises PromptError."""
         if not prompts:
             raise PromptError("no prompt is given; pass at least one")
-        rows = [self.tokenizer.encode(self._text(prompt, chat)) for prompt in prompts]
+        rows = [self._encode(self._text(prompt, chat)) for prompt in prompts]
         return self._canvas(rows, params.new_tokens)
 
     def show(self, step: Step, row: int = 0) -> str:
@@ -140,6 +140,12 @@ class DiffuCoder:
         if not isinstance(prompt, str):
             raise PromptError("messages are a conversation; raw text is a string: leave chat=True, or pass a string")
         return prompt
+
+    def _encode(self, text: str) -> list[int]:
+        ids = self.tokenizer.encode(text)
+        if self.model.mask_id in ids:  # else the answer would be sought from there on
+            raise PromptError(f"the text holds the mask {self.tokenizer.mask_token} itself; mark a hole with <|hole|>")
+        return ids
 
     def _canvas(self, rows: Sequence[list[int]], new_tokens: int, *, forbidden: tuple[int, ...] = ()) -> Canvas:
         longest = max(len(row) for row in rows)
@@ -193,7 +199,11 @@ class DiffuCoder:
 
     def _fill(self, pieces: Sequence[str | Hole], params: DecodingParams, *, whole: bool) -> Generation:
         """Try the lengths that holes leave open, and keep the row whose tokens were likeliest on average."""
-        known = [self.tokenizer.encode(piece) if isinstance(piece, str) else piece.length for piece in pieces]
+        if params.stop:
+            raise ConfigError(
+                f"stop={params.stop!r} ends an answer, but holes end where the text goes on; leave it out"
+            )
+        known = [self._encode(piece) if isinstance(piece, str) else piece.length for piece in pieces]
         lengths = HOLE_LENGTHS if None in known else (0,)
         rows, special = [], tuple(sorted(self.tokenizer.special_ids))
         for length in lengths:

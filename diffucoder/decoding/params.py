@@ -11,11 +11,11 @@ Two presets share all settings:
 """
 
 from difflib import get_close_matches
-from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
-from pydantic import Field, ValidationError
+from pydantic import Field
 
-from diffucoder.config import Settings, _explain
+from diffucoder.config import Settings
 from diffucoder.errors import ConfigError
 
 Policy = Literal["random", "max_prob", "margin", "entropy"]
@@ -60,14 +60,6 @@ class DecodingParams(Settings):
 
     stop: tuple[Annotated[str, Field(min_length=1)], ...] = ()
     """end a text before the first of these strings; for text-level generation"""
-
-    if not TYPE_CHECKING:  # mypy then keeps the signature that pydantic makes from the fields
-
-        def __init__(self, **settings: object) -> None:
-            try:
-                super().__init__(**settings)
-            except ValidationError as error:
-                raise ConfigError(_explain(type(self), error)) from None
 
     @property
     def stochastic(self) -> bool:

@@ -81,11 +81,13 @@ def record(steps: Iterable[Step], canvas: Canvas, *, params: DecodingParams, mod
 
 
 def write_traces(path: str | Path, traces: Iterable[Trace]) -> None:
-    """Write one line a trace, in place of what was there."""
-    with open(path, "w", encoding="utf-8") as file:
-        for trace in traces:
-            content = {"format": FORMAT, "version": VERSION, **asdict(trace)}
-            file.write(json.dumps(content, separators=(",", ":")) + "\n")
+    """Write one line a trace, in place of what was there. Raises ConfigError for a path that cannot be written."""
+    contents = ({"format": FORMAT, "version": VERSION, **asdict(trace)} for trace in traces)
+    lines = [json.dumps(content, separators=(",", ":")) + "\n" for content in contents]
+    try:
+        Path(path).write_text("".join(lines), encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"trace file {str(path)!r} cannot be written ({error.strerror}); check the path") from None
 
 
 def read_traces(path: str | Path) -> list[Trace]:

@@ -122,7 +122,7 @@ def default_device_and_dtype(
         device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
         device = torch.device(device)
-        torch.empty(0, device=device)
+        torch.empty(0, device=device).cpu()  # "meta" is a device, but gives nothing back
     except (RuntimeError, AssertionError) as error:  # torch built without CUDA asserts
         raise ConfigError(f"device={str(device)!r} is not on this machine; use 'cpu' or leave it out") from error
     if dtype is None:

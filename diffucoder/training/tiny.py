@@ -9,6 +9,7 @@ A run can be stopped at any moment: the newest checkpoint in the run folder cont
 """
 
 import json
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,8 +24,9 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from diffucoder.config import Settings
+from diffucoder.config import Settings, load_settings
 from diffucoder.diffusion import corrupt, diffusion_loss, sample_time
+from diffucoder.errors import DiffuCoderError
 from diffucoder.models.denoiser import Denoiser
 from diffucoder.problems import problems
 from diffucoder.training.tiny_tokenizer import train_tokenizer
@@ -108,7 +110,9 @@ def _load_examples(settings: TinySettings) -> Examples:
         pairs = [(a.ids, b.ids) for a, b in zip(asked, answers, strict=True) if len(b.ids) <= settings.canvas]
         start = np.cumsum([0, *(len(a) + len(b) for a, b in pairs)])
         flat = np.concatenate([np.array(part, dtype=np.int16) for pair in pairs for part in pair])
-        torch.save(tuple(map(torch.as_tensor, (flat, start, [len(a) for a, _ in pairs]))), cached)
+        partial = cached.with_suffix(".pt.partial")  # as for checkpoints: a kill leaves nothing half written
+        torch.save(tuple(map(torch.as_tensor, (flat, start, [len(a) for a, _ in pairs]))), partial)
+        partial.replace(cached)
     return Examples(*torch.load(cached))
 
 
@@ -288,3 +292,18 @@ def _figures(loss: Tensor, plain: Tensor, logits: Tensor, targets: Tensor, named
         "accuracy": float(right.mean()),
         "copied": float(right[named].mean()),  # accuracy on tokens that only the request can tell
     }
+
+
+def main() -> None:
+    """`python -m diffucoder.training.tiny RECIPE.toml [key=value ...]`: train, and say where the model is."""
+    try:
+        recipe = Path(sys.argv[1]) if len(sys.argv) > 1 else None
+        folder = train_tiny(load_settings(TinySettings, recipe, sys.argv[2:]))
+    except DiffuCoderError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    print(f"model in {folder}; try: diffucoder generate --model {folder} ...")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,7 +1,6 @@
 """Fixtures for decoding: the recorded behaviour of Dream's released code."""
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,15 +22,6 @@ class Recording(NamedTuple):
     params: DecodingParams
     sequences: Tensor  # (B, T)
     history: Tensor  # (steps, B, T)
-
-
-@pytest.fixture(scope="package", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Tiny tensors gain nothing from threads, and wait for them on a busy machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")

@@ -12,6 +12,7 @@ from torch import Tensor
 from diffucoder.decoding.canvas import Canvas
 from diffucoder.decoding.denoise import DecodeState, Step, advance, denoise
 from diffucoder.decoding.params import POLICIES, DecodingParams
+from diffucoder.errors import PromptError
 from diffucoder.models.denoiser import Denoiser
 
 left_to_right = sure_of(lambda place: place)  # proposes place % 8
@@ -219,6 +220,11 @@ def test_what_one_request_forbids_another_may_propose() -> None:
     finish(model, states)
     assert 10 not in states[0].tokens
     assert 10 in states[1].tokens
+
+
+def test_a_canvas_of_another_models_mask_is_refused() -> None:
+    with pytest.raises(PromptError, match="marks holes with 3, the model with 9"):
+        next(denoise(Scripted(rugged), canvas([1], new_tokens=2, mask_id=3), DecodingParams()))
 
 
 # --- where a row ends

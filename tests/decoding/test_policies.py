@@ -1,5 +1,6 @@
 """Policies: the published schedules, exact budgets, and draws without replacement."""
 
+from collections.abc import Callable
 from itertools import combinations
 
 import pytest
@@ -89,7 +90,7 @@ def test_a_budget_is_met_whatever_the_confidence(confidence: list[float]) -> Non
 
 
 @pytest.mark.parametrize("choose", [commit, commit_released])
-def test_gumbel_noise_draws_without_replacement(choose: type(commit)) -> None:
+def test_gumbel_noise_draws_without_replacement(choose: Callable[..., torch.Tensor]) -> None:
     samples, scores = 40_000, torch.tensor([1.0, 0.0, -1.0, 0.5])
     noise = gumbel(torch.rand(samples, 4, generator=torch.Generator().manual_seed(0)))
     everything = torch.ones(samples, 4, dtype=torch.bool)

@@ -1,0 +1,339 @@
+"""The command line as a user meets it: results on standard output, one line and exit code 2 for bad input.
+
+A process that loads torch takes seconds, so most tests call `main` in this one; a few go through a real process.
+"""
+
+import io
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+from diffucoder.cli import main
+from diffucoder.decoding.trace import read_traces
+from diffucoder.models.hub import KNOWN_MODELS, SHIPPED
+from diffucoder.problems import problems
+from diffucoder.training.tiny_tokenizer import train_tokenizer
+
+REQUEST = "Write a function total(nums) that sums the numbers."
+QUICK = ("--new-tokens", "8", "--steps", "4", "--dtype", "float32")
+
+
+class Outcome(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+
+Run = Callable[..., Outcome]
+
+
+@pytest.fixture
+def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """Call the command line in this process: `cli("generate", "x", stdin="...")`."""
+
+    def call(*arguments: object, stdin: str | bytes = "") -> Outcome:
+        given = stdin if isinstance(stdin, bytes) else stdin.encode()
+        monkeypatch.setattr(sys, "argv", ["diffucoder", *map(str, arguments)])
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(given), encoding="utf-8"))
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            main()
+        out, err = capsys.readouterr()
+        return Outcome(int(ended.value.code or 0), out, err)
+
+    return call
+
+
+def process(*arguments: object, stdin: str = "") -> Outcome:
+    """The same, as a process of its own."""
+    command = [sys.executable, "-m", "diffucoder.cli", *map(str, arguments)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    ended = subprocess.run(command, input=stdin, capture_output=True, text=True, env=environment)
+    return Outcome(ended.returncode, ended.stdout, ended.stderr)
+
+
+@pytest.fixture
+def damaged(tmp_path: Path) -> Path:
+    """A copy of the shipped model, to be damaged."""
+    return Path(shutil.copytree(SHIPPED, tmp_path / "model"))
+
+
+def assert_refused(outcome: Outcome, *parts: str) -> None:
+    """One line on standard error that says all of `parts`, exit code 2, nothing on standard output."""
+    assert (outcome.code, outcome.out) == (2, ""), outcome
+    assert outcome.err.startswith("error: "), outcome.err
+    assert outcome.err.count("\n") == 1, outcome.err
+    assert all(part in outcome.err for part in parts), outcome.err
+
+
+# --- a real process --------------------------------------------------------------------------------------------------
+
+
+def test_a_process_answers_on_standard_output_alone() -> None:
+    outcome = process("generate", REQUEST, *QUICK)
+    assert (outcome.code, outcome.err) == (0, "")
+    assert outcome.out.strip()
+
+
+def test_a_process_says_what_is_wrong_in_one_line() -> None:
+    assert_refused(process("generate", REQUEST, "--model", "nobody"), "model 'nobody' is no folder")
+
+
+# --- generate --------------------------------------------------------------------------------------------------------
+
+
+def test_json_has_the_documented_keys_and_they_agree(cli: Run) -> None:
+    code, out, err = cli("generate", REQUEST, *QUICK, "--seed", 7, "--json")
+    assert (code, err) == (0, "")
+    result = json.loads(out)
+    assert set(result) == {
+        *("text", "tokens", "forward_passes", "tokens_per_forward", "seconds", "tokens_per_second"),
+        *("finish_reason", "seed", "model"),
+    }
+    assert (result["seed"], result["model"]) == (7, "tiny")
+    assert result["finish_reason"] in ("stop", "length")
+    assert 1 <= result["forward_passes"] <= 4
+    assert result["tokens_per_forward"] == len(result["tokens"]) / result["forward_passes"]
+
+
+def test_json_has_one_line_a_sample(cli: Run) -> None:
+    out = cli("generate", REQUEST, *QUICK, "--json", "--num-samples", 3, "--temperature", 1).out
+    assert len([json.loads(line) for line in out.splitlines()]) == 3
+
+
+def test_the_prompt_comes_from_an_argument_a_pipe_or_a_file(cli: Run, tmp_path: Path) -> None:
+    (tmp_path / "request.txt").write_text(REQUEST)
+    given = cli("generate", REQUEST, *QUICK)
+    assert given.code == 0
+    assert cli("generate", "-", *QUICK, stdin=REQUEST) == given
+    assert cli("generate", "--file", tmp_path / "request.txt", *QUICK) == given
+
+
+def test_raw_continues_the_prompt_without_a_template(cli: Run, tmp_path: Path) -> None:
+    path = tmp_path / "trace.jsonl"
+    assert cli("generate", "def f(x):", *QUICK, "--raw", "--trace", path).code == 0
+    assert read_traces(path)[0].prompt_length < 10
+
+
+def test_the_trace_can_be_read_back(cli: Run, tmp_path: Path) -> None:
+    path = tmp_path / "trace.jsonl"
+    result = json.loads(cli("generate", REQUEST, *QUICK, "--json", "--trace", path).out)
+    (trace,) = read_traces(path)
+    assert trace.tokens[trace.prompt_length :][: len(result["tokens"])] == result["tokens"]
+    assert (trace.model, trace.params["steps"], trace.forward_passes) == ("tiny", 4, result["forward_passes"])
+
+
+def test_watching_without_a_terminal_leaves_the_answer_alone(cli: Run) -> None:
+    plain, watched = cli("generate", REQUEST, *QUICK), cli("generate", REQUEST, *QUICK, "--watch")
+    assert (watched.code, watched.out) == (0, plain.out)
+    assert "forward passes" in watched.err
+    assert "\x1b" not in watched.out + watched.err
+
+
+# --- infill ----------------------------------------------------------------------------------------------------------
+
+
+def test_infill_prints_the_file_with_its_holes_filled(cli: Run, tmp_path: Path) -> None:
+    path = tmp_path / "code.py"
+    path.write_text("def f(xs):\n    <|hole:3|>\n    return <|hole:2|>\n")
+    code, out, err = cli("infill", path, "--dtype", "float32")
+    assert (code, err) == (0, "")
+    assert out.startswith("def f(xs):\n    ")
+    assert "\n    return " in out
+    assert "<|hole" in path.read_text()
+    assert cli("infill", "-", "--dtype", "float32", stdin=path.read_text()).out == out
+
+
+def test_infill_in_place_writes_the_file_and_prints_nothing(cli: Run, tmp_path: Path) -> None:
+    path = tmp_path / "code.py"
+    path.write_text("def f(xs):\n    <|hole:3|>\n    return xs\n")
+    wanted = cli("infill", path, "--dtype", "float32").out
+    assert cli("infill", path, "--dtype", "float32", "--in-place") == (0, "", "")
+    assert path.read_text() == wanted
+
+
+def test_infill_reports_json(cli: Run, tmp_path: Path) -> None:
+    (tmp_path / "code.py").write_text("def f(xs):\n    <|hole:3|>\n")
+    result = json.loads(cli("infill", tmp_path / "code.py", "--json", "--dtype", "float32").out)
+    assert result["text"].startswith("def f(xs):\n    ")
+    assert len(result["tokens"]) == 3
+
+
+# --- chat, models, bench ---------------------------------------------------------------------------------------------
+
+
+def test_chat_answers_every_line_until_the_input_ends(cli: Run) -> None:
+    once = cli("chat", *QUICK, stdin=f"{REQUEST}\n")
+    twice = cli("chat", *QUICK, stdin=f"{REQUEST}\nReverse the string.\n\nnever read\n")
+    assert (once.code, once.err, twice.code, twice.err) == (0, "", 0, "")
+    assert twice.out.startswith(once.out)
+    assert len(twice.out) > len(once.out)
+
+
+def test_chat_forgets_rather_than_outgrow_the_context(cli: Run) -> None:
+    lines = f"{REQUEST * 10}\n" * 2
+    outcome = cli("chat", "--new-tokens", 280, "--steps", 1, "--dtype", "float32", stdin=lines)
+    assert outcome.code == 0
+    assert outcome.err == "(the conversation outgrew the model's context; starting anew)\n"
+
+
+def test_models_lists_what_is_here_and_what_can_be_fetched_with_licences(cli: Run) -> None:
+    code, out, _ = cli("models")
+    assert code == 0
+    rows = {known.hub_id: line for line in out.splitlines() for known in KNOWN_MODELS if known.hub_id in line}
+    assert len(rows) == len(KNOWN_MODELS)
+    apple = [line for hub_id, line in rows.items() if hub_id.startswith("apple/")]
+    assert len(apple) == 3
+    assert all("apple-amlr (research only)" in line and "15.2 GB" in line for line in apple)
+    (shipped,) = [line for line in out.splitlines() if "shipped" in line]
+    assert "Apache-2.0" in shipped
+    assert "yes" in shipped
+
+
+def test_bench_prints_figures_for_people_and_for_programs(cli: Run) -> None:
+    sizes = ("--prompt-tokens", 4, "--new-tokens", 4, "--dtype", "float32")
+    result = json.loads(cli("bench", *sizes, "--json").out)
+    assert result["positions"] == 8
+    assert result["share"] > 0
+    assert result["share"] == pytest.approx(result["flops_per_second"] / result["matmul_flops_per_second"])
+    printed = cli("bench", *sizes).out
+    assert all(word in printed for word in ("ms", "GFLOP/s", "tokens/s", "tokens per pass"))
+
+
+# --- bad input -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        (["--steps", 0], ["steps=0", "greater than or equal to 1"]),
+        (["--temperature", -1], ["temperature=-1", "greater than or equal to 0"]),
+        (["--temperature", "inf"], ["temperature=inf", "finite"]),
+        (["--top-p", 2], ["top_p=2", "less than or equal to 1"]),
+        (["--top-k", 0], ["top_k=0"]),
+        (["--policy", "best"], ["policy='best'", "'random', 'max_prob', 'margin' or 'entropy'"]),
+        (["--preset", "fastest"], ["preset='fastest'", "'exact' or 'reference'"]),
+        (["--new-tokens", 0], ["new_tokens=0"]),
+        (["--num-samples", 0], ["num_samples=0"]),
+        (["--seed", -1], ["seed=-1"]),
+        (["--stop", ""], ["stop.0=''"]),
+        (["--dtype", "int3"], ["dtype='int3' is not known; use float32, bfloat16 or float16"]),
+        (["--device", "abacus"], ["device='abacus' is not on this machine; use 'cpu'"]),
+        (["--device", "meta"], ["device='meta' is not on this machine"]),
+        (["--model", "nobody"], ["model 'nobody' is no folder", "cpgrpo"]),
+        (["--model", "nobody/nothing"], ["'nobody/nothing'", "connect, or give a folder"]),
+        (["--model", "cpgrpo"], ["'apple/DiffuCoder-7B-cpGRPO'", "the Hub cannot be reached"]),  # no network in tests
+        (["--model", "/no/such/folder"], ["'/no/such/folder' is no folder"]),
+        (["--new-tokens", 600], ["new ones exceed the model's context of 512; shorten the prompt"]),
+    ],
+)
+def test_bad_settings_are_one_line(cli: Run, arguments: list[object], parts: list[str]) -> None:
+    assert_refused(cli("generate", REQUEST, *arguments), *parts)
+
+
+def test_a_trace_that_cannot_be_written_does_not_cost_the_answer(cli: Run, tmp_path: Path) -> None:
+    code, out, err = cli("generate", REQUEST, *QUICK, "--trace", tmp_path / "none" / "trace.jsonl")
+    assert (code, out) == (2, cli("generate", REQUEST, *QUICK).out)
+    assert err.startswith("error: trace file ")
+    assert err.endswith("cannot be written (No such file or directory); check the path\n")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "stdin", "parts"),
+    [
+        (["generate"], "", ["give the prompt once"]),
+        (["generate", REQUEST, "--file", "request.txt"], "", ["give the prompt once"]),
+        (["generate", ""], "", ["the prompt is empty; say what to write"]),
+        (["generate", "-"], " \n", ["the prompt is empty"]),
+        (["generate", "-"], b"caf\xe9", ["standard input", "not UTF-8"]),
+        (["generate", "half \udcff"], "", ["is not Unicode; give it as UTF-8"]),
+        (["generate", "--file", "/no/such/file"], "", ["file '/no/such/file' cannot be read", "check the path"]),
+        (["generate", "word " * 600], "", ["exceed the model's context of 512; shorten the prompt"]),
+        (["generate", "What is <|mask|>?"], "", ["the text holds the mask <|mask|> itself"]),
+        (["infill", "/no/such/file.py"], "", ["file '/no/such/file.py' cannot be read"]),
+        (["infill", "-"], "x = 1\n", ["has no hole to fill; mark one with <|hole|>"]),
+        (["infill", "-"], "<|hole|> = 1\n", ["begins with a hole", "put text before"]),
+        (["infill", "-"], "x = <|hole:none|>\n", ["hole '<|hole:none|>' is malformed"]),
+        (["infill", "-"], "x = <|hole:9999|>\n", ["exceed the model's context of 512"]),
+        (["infill", "-"], b"caf\xe9 <|hole|>", ["standard input", "not UTF-8"]),
+        (["infill", "-", "--in-place"], "x = <|hole|>\n", ["--in-place needs a file"]),
+        (["infill", "-", "--stop", "x"], "x = <|hole|>\n", ["holes end where the text goes on"]),
+        (["chat"], "word " * 600, ["exceed the model's context of 512"]),
+        (["chat", "--steps", "0"], "", ["steps=0"]),
+        (["bench", "--new-tokens", "0"], "", ["new_tokens=0 leaves nothing to measure"]),
+        (["bench", "--prompt-tokens", "600"], "", ["664 positions exceed the model's context of 512"]),
+    ],
+)
+def test_bad_requests_are_one_line(cli: Run, arguments: list[str], stdin: str | bytes, parts: list[str]) -> None:
+    assert_refused(cli(*arguments, stdin=stdin), *parts)
+
+
+def test_a_folder_is_no_file_to_fill(cli: Run, tmp_path: Path) -> None:
+    assert_refused(cli("infill", tmp_path), "cannot be read (Is a directory)")
+
+
+def truncate(folder: Path) -> None:
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:100_000])
+
+
+def overwrite(folder: Path) -> None:
+    (folder / "model.safetensors").write_bytes(b"<html>not found</html>" * 10)
+
+
+def swap_vocabulary(folder: Path) -> None:
+    train_tokenizer(list(problems("train", 400, seed=0)), 1600, folder)
+
+
+def edit_config(folder: Path, **changes: object) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, **changes}))
+
+
+@pytest.mark.parametrize(
+    ("damage", "parts"),
+    [
+        (lambda folder: (folder / "config.json").unlink(), ["has no config.json; is it a model's folder?"]),
+        (lambda folder: (folder / "config.json").write_text("{"), ["config.json cannot be read as JSON"]),
+        (lambda folder: edit_config(folder, model_type="mamba"), ["model_type 'mamba' is not understood", "Dream"]),
+        (lambda folder: edit_config(folder, hidden_size=128), ["has wrong shapes for"]),
+        (lambda folder: edit_config(folder, num_hidden_layers=9), ["lacks model.layers.", "do not match"]),
+        (
+            lambda folder: (folder / "model.safetensors").unlink(),
+            ["lacks weight file model.safetensors; fetch it again"],
+        ),
+        (truncate, ["model.safetensors is damaged or cut short", "fetch it again"]),
+        (overwrite, ["model.safetensors is damaged or cut short", "fetch it again"]),
+        (lambda folder: (folder / "tokenizer.json").unlink(), ["has no tokenizer.json"]),
+        (lambda folder: (folder / "tokenizer.json").write_text("{}"), ["tokenizer cannot be read"]),
+        (swap_vocabulary, ["use the tokenizer saved with the model"]),
+        (
+            lambda folder: edit_config(folder, mask_token_id=9),
+            ["mask '<|mask|>' at 3, but the model's mask_token_id=9"],
+        ),
+    ],
+)
+def test_a_damaged_model_is_one_line(
+    cli: Run, damaged: Path, damage: Callable[[Path], object], parts: list[str]
+) -> None:
+    damage(damaged)
+    assert_refused(cli("generate", REQUEST, "--model", damaged), *parts)
+
+
+def test_an_undamaged_copy_writes_like_the_shipped_model(cli: Run, damaged: Path) -> None:
+    assert cli("generate", REQUEST, *QUICK, "--model", damaged) == cli("generate", REQUEST, *QUICK)
+
+
+@pytest.mark.parametrize("arguments", [["generate", REQUEST, "--steps", "many"], ["generate", "--colour"], ["paint"]])
+def test_a_command_line_that_is_none_says_how_to_get_help(cli: Run, arguments: list[str]) -> None:
+    outcome = cli(*arguments)
+    assert (outcome.code, outcome.out) == (2, "")
+    assert "Traceback" not in outcome.err
+    assert "--help" in outcome.err

@@ -1,0 +1,103 @@
+"""Settings: where values come from, which one wins, and what a wrong one is told."""
+
+from pathlib import Path
+
+import pytest
+from pydantic import Field
+
+from diffucoder.config import Settings, load_settings
+from diffucoder.errors import ConfigError
+
+
+class Recipe(Settings):
+    """Stands for any settings class."""
+
+    lr: float = Field(default=1e-3, gt=0, description="peak of the schedule")
+    steps: int = Field(default=10, ge=1, description="optimiser steps")
+    name: str = Field(default="plain", description="of the run")
+    ratios: tuple[float, ...] = Field(default=(), description="of the mixture")
+
+
+class Named(Settings):
+    """A setting without a default."""
+
+    model: str = Field(description="where to start")
+
+
+@pytest.fixture
+def toml(tmp_path: Path) -> Path:
+    path = tmp_path / "recipe.toml"
+    path.write_text('lr = 2e-5\nname = "warm"\nratios = [0.5, 0.25]\n')
+    return path
+
+
+def test_defaults_stand_where_nothing_is_said() -> None:
+    assert load_settings(Recipe) == Recipe() == Recipe(lr=1e-3, steps=10, name="plain", ratios=())
+
+
+def test_the_file_overrides_the_defaults(toml: Path) -> None:
+    assert load_settings(Recipe, toml) == Recipe(lr=2e-5, name="warm", ratios=(0.5, 0.25))
+
+
+def test_set_overrides_the_file_and_the_last_one_wins(toml: Path) -> None:
+    settings = load_settings(Recipe, toml, ["lr=1e-4", "steps=3", "steps = 4", "ratios=[1.0]"])
+    assert settings == Recipe(lr=1e-4, steps=4, name="warm", ratios=(1.0,))
+
+
+@pytest.mark.parametrize("text", ["bare", "two words", "a/path.toml", "x=y", '"quoted"'])
+def test_strings_need_no_quotes_on_the_command_line(text: str) -> None:
+    assert load_settings(Recipe, overrides=[f"name={text}"]).name == text.strip('"')
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["stepz=3"], "unknown setting 'stepz'; did you mean 'steps'?"),
+        (["temperature=1"], "unknown setting 'temperature'; known: lr, name, ratios, steps"),
+        (["steps"], "--set 'steps' is not of the form key=value; write for example --set lr=1e-5"),
+        (["steps=0"], "steps=0: input should be greater than or equal to 1 (optimiser steps)"),
+        (["lr=fast"], "lr='fast': input should be a valid number, unable to parse string as a number"),
+        (["lr=fast"], "(peak of the schedule)"),
+        (["steps=2.5"], "steps=2.5: input should be a valid integer"),
+        (['ratios=["half"]'], "ratios.0='half': input should be a valid number"),
+    ],
+)
+def test_a_wrong_value_is_told_its_name_and_its_rule(overrides: list[str], message: str) -> None:
+    with pytest.raises(ConfigError) as refused:
+        load_settings(Recipe, overrides=overrides)
+    assert message in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
+def test_an_unknown_key_of_a_file_is_refused_too(tmp_path: Path) -> None:
+    (tmp_path / "typo.toml").write_text("nmae = 'x'\n")
+    with pytest.raises(ConfigError, match="unknown setting 'nmae'; did you mean 'name'"):
+        load_settings(Recipe, tmp_path / "typo.toml")
+
+
+def test_a_missing_setting_says_how_to_give_it() -> None:
+    with pytest.raises(ConfigError, match=r"setting 'model' is missing; .*--set model="):
+        load_settings(Named)
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"none\.toml' cannot be read \(No such file or directory\); check the path"):
+        load_settings(Recipe, tmp_path / "none.toml")
+
+
+@pytest.mark.parametrize("content", [b"lr = = 1\n", b"[recipe\n", b"name = '\xff'\n"])
+def test_a_broken_file_is_named(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "broken.toml").write_bytes(content)
+    with pytest.raises(ConfigError, match=r"broken\.toml' is not TOML"):
+        load_settings(Recipe, tmp_path / "broken.toml")
+
+
+def test_settings_made_by_hand_are_validated_like_those_of_a_file() -> None:
+    with pytest.raises(ConfigError, match="steps=-1"):
+        Recipe(steps=-1)
+
+
+def test_settings_do_not_change() -> None:
+    settings = Recipe()
+    with pytest.raises(ValueError, match="frozen"):
+        settings.steps = 5  # type: ignore[misc]  # what the test is about

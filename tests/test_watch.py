@@ -1,0 +1,139 @@
+"""The live view: masks as placeholders, tokens coloured by their step, figures that agree with the result."""
+
+import io
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+from rich.style import Style
+from rich.text import Text
+
+from diffucoder import Canvas, DecodingParams, Denoiser, Step
+from diffucoder.decoding.denoise import denoise
+from diffucoder.problems import problems
+from diffucoder.tokenizer import PLACEHOLDER, Tokenizer
+from diffucoder.training.tiny_tokenizer import train_tokenizer
+from diffucoder.watch import CanvasView, progress, watch
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    folder = tmp_path_factory.mktemp("tokenizer")
+    train_tokenizer(list(problems("train", 100, seed=0)), 320, folder)
+    return Tokenizer.load(folder)
+
+
+@pytest.fixture(scope="module")
+def canvas(tokenizer: Tokenizer) -> Canvas:
+    prompt = torch.tensor([tokenizer.encode("def f(x):")])
+    return Canvas.from_prompts(prompt, new_tokens=8, mask_id=tokenizer.mask_id)
+
+
+@pytest.fixture(scope="module")
+def steps(causal_lm: Callable[..., Any], tokenizer: Tokenizer, canvas: Canvas) -> list[Step]:
+    model = Denoiser.from_causal_lm(causal_lm(vocab_size=320), mask_id=tokenizer.mask_id)
+    return list(denoise(model, canvas, DecodingParams(steps=4)))
+
+
+@pytest.fixture
+def view(tokenizer: Tokenizer, canvas: Canvas) -> CanvasView:
+    return CanvasView(tokenizer, canvas.masked[0])
+
+
+@pytest.fixture
+def console() -> Console:
+    return Console(record=True, file=io.StringIO(), force_terminal=True, width=80, color_system="truecolor")
+
+
+def at(canvas: Canvas, index: int, written: dict[int, int]) -> Step:
+    """A step that commits ids at places behind the prompt."""
+    tokens, committed = canvas.tokens.clone(), torch.zeros_like(canvas.masked)
+    first = int(canvas.masked[0].int().argmax())
+    for place, token in written.items():
+        tokens[0, first + place], committed[0, first + place] = token, True
+    nothing = torch.zeros(tokens.shape)
+    return Step(index, tokens, committed, None, nothing, index + 1, nothing)
+
+
+def colours(text: Text) -> set[object]:
+    styles = [span.style for span in text.spans if isinstance(span.style, Style)]
+    return {style.color for style in styles if style.color is not None}
+
+
+def test_masks_are_placeholders_until_they_are_tokens(view: CanvasView, steps: list[Step]) -> None:
+    for step in steps:
+        view.update(step)
+        masks = int((step.canvas == view.tokenizer.mask_id).sum())
+        assert view.text().plain.count(PLACEHOLDER) == masks
+        assert view.committed == 8 - masks
+
+
+def test_the_finished_text_is_what_was_generated(view: CanvasView, steps: list[Step], canvas: Canvas) -> None:
+    for step in steps:
+        view.update(step)
+    tokens = steps[-1].canvas[0, canvas.masked[0]].tolist()
+    assert view.tokenizer.terminator_ids.isdisjoint(tokens), "this test wants an answer that fills its canvas"
+    assert view.text().plain == "".join(view.tokenizer.decode([token]) for token in tokens)
+
+
+def test_each_step_has_a_colour_of_its_own(view: CanvasView, steps: list[Step]) -> None:
+    for step in steps:
+        view.update(step)
+    assert len(colours(view.text())) == len(steps) == 4
+
+
+def test_nothing_is_shown_behind_the_terminator_once_it_is_known(view: CanvasView, canvas: Canvas) -> None:
+    one, two, three = view.tokenizer.encode("xyz")[:3]
+    end = view.tokenizer.encode("<|im_end|>")[0]
+    view.update(at(canvas, 0, {2: end, 3: three}))
+    assert view.text().plain == f"{PLACEHOLDER * 2}·z{PLACEHOLDER * 4}"
+    view.update(at(canvas, 1, {0: one, 1: two, 2: end, 3: three}))
+    assert view.text().plain == "xy"
+
+
+def test_figures_count_passes_and_the_tokens_before_the_terminator(
+    view: CanvasView, canvas: Canvas, console: Console
+) -> None:
+    one, two, three = view.tokenizer.encode("xyz")[:3]
+    view.update(at(canvas, 1, {0: one, 1: two, 2: view.tokenizer.encode("<|im_end|>")[0], 3: three}))
+    console.print(view.render(finished=True))
+    shown = console.export_text()
+    assert "2 forward passes · 1.00 tokens per pass" in shown
+    assert "tokens/s" in shown
+    assert "first" in shown
+
+
+def test_a_view_can_be_drawn_before_the_first_step(view: CanvasView, console: Console) -> None:
+    console.print(view.render())
+    assert "0 forward passes" in console.export_text()
+
+
+def test_watching_passes_every_step_on_as_it_is(view: CanvasView, steps: list[Step], console: Console) -> None:
+    assert [id(step) for step in watch(iter(steps), view, console)] == [id(step) for step in steps]
+    assert view.text().plain.strip().splitlines()[0] in console.export_text()
+
+
+def test_a_pipe_gets_the_finished_view_once(view: CanvasView, steps: list[Step]) -> None:
+    pipe = io.StringIO()
+    assert list(watch(steps, view, Console(file=pipe, width=80))) == steps
+    assert pipe.getvalue().count("forward passes") == 1
+    assert "\x1b" not in pipe.getvalue()
+
+
+def test_a_progress_bar_passes_every_step_on_and_leaves_no_trace(steps: list[Step]) -> None:
+    pipe = io.StringIO()
+    assert list(progress(iter(steps), 8, Console(file=pipe, width=80))) == steps
+    assert pipe.getvalue().strip() == ""
+
+
+def test_the_view_can_be_saved_as_a_picture(
+    view: CanvasView, steps: list[Step], console: Console, tmp_path: Path
+) -> None:
+    for step in steps:
+        view.update(step)
+    console.print(view.render(finished=True))
+    console.save_svg(str(tmp_path / "watch.svg"), title="diffucoder")
+    assert "<svg" in (tmp_path / "watch.svg").read_text(encoding="utf-8")
