@@ -1,7 +1,7 @@
 """How many held-out problems a model solves, at full, half and a quarter of the steps: pass@1, greedy, in the sandbox.
 
     python benchmarks/tiny_accuracy.py                       # the shipped model, 2,000 problems of the test split
-    python benchmarks/tiny_accuracy.py --split dev --count 200 --steps 96
+    python benchmarks/tiny_accuracy.py --split dev --count 200 --steps 64
 
 Answers are written to the run folder as they come and are not asked for twice, so a stopped run goes on where it was.
 The table goes to benchmarks/results/tiny_accuracy.md.
@@ -33,8 +33,8 @@ def main(
     model: Annotated[str | None, typer.Option(help="folder or hub id; the shipped model if left out")] = None,
     split: Annotated[str, typer.Option(help="test for figures to report, dev for decisions")] = "test",
     count: Annotated[int, typer.Option(help="distinct problems")] = 2000,
-    new_tokens: Annotated[int, typer.Option(help="canvas behind the request")] = 96,
-    steps: Annotated[str, typer.Option(help="steps to measure at, separated by commas")] = "96,48,24",
+    new_tokens: Annotated[int, typer.Option(help="canvas behind the request")] = 64,
+    steps: Annotated[str, typer.Option(help="steps to measure at, separated by commas")] = "64,32,16",
     policy: Annotated[str, typer.Option(help="which positions go first")] = "entropy",
     seed: Annotated[int, typer.Option(help="of the problems drawn")] = 1,
     batch: Annotated[int, typer.Option(help="requests decoded together")] = 32,

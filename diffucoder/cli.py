@@ -9,6 +9,7 @@ import json
 import sys
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
     from diffucoder.decoding.generate import DiffuCoder, Generation
 
 app = typer.Typer(
-    no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
@@ -41,6 +41,7 @@ Raw = Annotated[bool, typer.Option("--raw", help="continue the prompt as it is, 
 File = Annotated[Path | None, typer.Option("--file", help="read the prompt from a file")]
 Text = Annotated[str | None, typer.Argument(help="the request; - reads it from standard input")]
 
+_UsageError: Any = typer.BadParameter.__base__  # Any: typer names only this child of it, and moved it between versions
 _REPORTED = (  # by --json, besides the model's name
     *("text", "tokens", "forward_passes", "tokens_per_forward", "seconds", "tokens_per_second"),
     *("finish_reason", "seed"),
@@ -50,21 +51,29 @@ _REPORTED = (  # by --json, besides the model's name
 def main() -> None:
     """Run the command line; bad input is one line on standard error and exit code 2, never a traceback."""
     try:
-        app()
+        sys.exit(app(sys.argv[1:] or ["--help"], prog_name="diffucoder", standalone_mode=False) or 0)
+    except _UsageError as error:
+        where = error.ctx.command_path if error.ctx else "diffucoder"
+        print(f"error: {error.format_message().rstrip('.')}; see {where} --help", file=sys.stderr)
+        sys.exit(2)
     except DiffuCoderError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except BrokenPipeError:  # the reader of our output left
         sys.exit(1)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, typer.Abort):
         sys.exit(130)
 
 
-def _with_sampling_options(command: Callable[..., None]) -> Callable[..., None]:
-    """Give `command(*, params, **own)` one option for each field of `DecodingParams`, gathered into `params`."""
+def _with_sampling_options(command: Callable[..., None], *, without: tuple[str, ...] = ()) -> Callable[..., None]:
+    """Give `command(*, params, **own)` one option for each field of `DecodingParams`, gathered into `params`.
+
+    `without` names the fields that mean nothing to the command, which then refuses them.
+    """
     own = [p for p in inspect.signature(command).parameters.values() if p.name != "params"]
+    fields = {name: field for name, field in DecodingParams.model_fields.items() if name not in without}
     sampling = []
-    for name, field in DecodingParams.model_fields.items():
+    for name, field in fields.items():
         kind: Any = list[str] if name == "stop" else field.annotation  # Any: annotations are not all plain types
         if name in ("preset", "policy"):
             kind = str  # pydantic knows the choices and names them when one is wrong
@@ -73,8 +82,8 @@ def _with_sampling_options(command: Callable[..., None]) -> Callable[..., None]:
         sampling.append(inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation))
 
     def wrapped(**options: Any) -> None:  # Any: whatever typer parsed
-        chosen = {name: options.pop(name) for name in DecodingParams.model_fields}
-        command(params=DecodingParams(**chosen | {"stop": tuple(chosen["stop"])}), **options)
+        chosen = {name: options.pop(name) for name in fields}
+        command(params=DecodingParams(**chosen), **options)
 
     wrapped.__name__, wrapped.__doc__ = command.__name__, command.__doc__
     signature = inspect.Signature([*own, *sampling])
@@ -112,7 +121,7 @@ def generate(
 
 
 @app.command()
-@_with_sampling_options
+@partial(_with_sampling_options, without=("new_tokens", "stop"))  # holes say how long they are, and where they end
 def infill(
     path: Annotated[str, typer.Argument(help="a file with holes, <|hole|> or <|hole:12|>; - for standard input")],
     *,

@@ -27,7 +27,7 @@ DEFAULT_SYSTEM = "You are a helpful assistant."  # Qwen2.5's, which DiffuCoder w
 TERMINATORS = ("<|endoftext|>", "<|im_end|>", "<|dlm_pad|>")
 
 # Qwen2's: contractions; letters with one leading mark; single digits; punctuation; line ends; spaces
-_WORDS = (
+QWEN2_WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 # What Dream adds to Qwen2's vocabulary, in id order, where a checkpoint lists nothing itself. `<|dlm_pad|>` would be
@@ -281,7 +281,7 @@ def _build(folder: Path, config: Json) -> tokenizers.Tokenizer:
     backend.normalizer = normalizers.NFC()
     backend.pre_tokenizer = pre_tokenizers.Sequence(
         [
-            pre_tokenizers.Split(Regex(_WORDS), behavior="isolated"),
+            pre_tokenizers.Split(Regex(QWEN2_WORDS), behavior="isolated"),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )

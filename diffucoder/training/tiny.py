@@ -26,11 +26,12 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from diffucoder.config import Settings, load_settings
 from diffucoder.diffusion import corrupt, diffusion_loss, sample_time
-from diffucoder.errors import DiffuCoderError
+from diffucoder.errors import ConfigError, DiffuCoderError
 from diffucoder.models.denoiser import Denoiser
 from diffucoder.problems import problems
 from diffucoder.training.tiny_tokenizer import train_tokenizer
 
+_FIXED = ("seed", "problems", "vocabulary", "hidden", "layers", "intermediate", "batch_tokens", "longest")
 END, MASK, PAD = 2, 3, 4  # <|im_end|>, <|mask|>, <|dlm_pad|>: the order of tiny_tokenizer.SPECIAL_TOKENS
 
 
@@ -45,12 +46,13 @@ class TinySettings(Settings):
     layers: int = Field(default=5, description="depth of the model")
     intermediate: int = Field(default=640, description="width of the feed-forward blocks")
     batch_tokens: int = Field(default=4096, description="tokens of a batch, padding included")
-    causal_steps: int = Field(default=1600, description="autoregressive warm-up")
+    causal_steps: int = Field(default=1000, description="autoregressive warm-up")
     anneal_steps: int = Field(default=300, description="causal to full attention, within the diffusion steps")
-    diffusion_steps: int = Field(default=4800, description="masked diffusion")
-    raw_share: float = Field(default=0.1, ge=0, le=1, description="batches of code alone, without a request")
-    canvas: int = Field(default=96, description="longest answer trained on, pads included")
-    short_share: float = Field(default=0.6, ge=0, le=1, description="batches cut at their longest answer")
+    diffusion_steps: int = Field(default=5300, description="masked diffusion")
+    raw_share: float = Field(default=0.05, ge=0, le=1, description="batches of code alone, without a request")
+    longest: int = Field(default=96, ge=8, description="tokens; problems with longer answers are left out")
+    spare: int = Field(default=64, ge=1, description="most pads a batch gets behind its longest row")
+    short_share: float = Field(default=0.75, ge=0, le=1, description="batches without spare pads")
     lr: float = Field(default=2e-3, gt=0, description="peak; linear warm-up, constant, linear decay over the last 30 %")
     warmup: int = Field(default=200, description="steps of linear warm-up")
     weight_decay: float = Field(default=0.05, ge=0, description="of the matrices")
@@ -82,6 +84,7 @@ def train_tiny(settings: TinySettings) -> Path:
     if settings.threads:
         torch.set_num_threads(settings.threads)
     settings.run.mkdir(parents=True, exist_ok=True)
+    _claim(settings)
     examples = _load_examples(settings)
     trainer = _Trainer(settings)
     trainer.resume()
@@ -93,6 +96,22 @@ def train_tiny(settings: TinySettings) -> Path:
             stage = "causal" if trainer.step <= settings.causal_steps else "diffusion"
             progress.update(task, completed=trainer.step, description=f"{stage} loss {loss:.3f}")
     return trainer.export()
+
+
+def _claim(settings: TinySettings) -> None:
+    """Refuse to continue a run folder with other data or another model than it was begun with."""
+    fixed = settings.model_dump(mode="json", include=set(_FIXED))
+    path = settings.run / "settings.json"
+    if not path.exists():
+        path.write_text(json.dumps(fixed, indent=2) + "\n", encoding="utf-8")
+        return
+    begun = json.loads(path.read_text(encoding="utf-8"))
+    for name, value in fixed.items():
+        if begun.get(name) != value:
+            raise ConfigError(
+                f"{name}={value} but the run in {str(settings.run)!r} was begun with {begun.get(name)}; "
+                "give it back, or name another folder by run=..."
+            )
 
 
 # --- data ------------------------------------------------------------------------------------------------------------
@@ -107,7 +126,7 @@ def _load_examples(settings: TinySettings) -> Examples:
         ask = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"  # the chat template of tiny_tokenizer
         asked = tokenizer.encode_batch([ask.format(p.prompt) for p in drawn])
         answers = tokenizer.encode_batch([p.solution + "<|im_end|>" for p in drawn])
-        pairs = [(a.ids, b.ids) for a, b in zip(asked, answers, strict=True) if len(b.ids) <= settings.canvas]
+        pairs = [(a.ids, b.ids) for a, b in zip(asked, answers, strict=True) if len(b.ids) <= settings.longest]
         start = np.cumsum([0, *(len(a) + len(b) for a, b in pairs)])
         flat = np.concatenate([np.array(part, dtype=np.int16) for pair in pairs for part in pair])
         partial = cached.with_suffix(".pt.partial")  # as for checkpoints: a kill leaves nothing half written
@@ -130,7 +149,7 @@ def _batches(examples: Examples, settings: TinySettings, first_step: int) -> Ite
         raw = not causal and rng.random() < settings.raw_share
         width = int(lengths[picked].max())
         if not causal and rng.random() > settings.short_share:
-            width += int(rng.integers(0, settings.canvas))
+            width += int(rng.integers(0, settings.spare))
             picked = picked[: max(1, settings.batch_tokens // width)]
         yield _collate(examples, picked, width, raw=raw)
 

@@ -7,11 +7,9 @@ from pathlib import Path
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from diffucoder.problems import Problem
+from diffucoder.tokenizer import QWEN2_WORDS
 
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|mask|>", "<|dlm_pad|>")
-_WORDS = (  # Qwen2's pattern: a digit is a word of its own, so that numbers are copied digit by digit
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
 _CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -23,7 +21,7 @@ def train_tokenizer(examples: Sequence[Problem], vocabulary: int, folder: Path) 
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
-            pre_tokenizers.Split(Regex(_WORDS), "isolated"),
+            pre_tokenizers.Split(Regex(QWEN2_WORDS), "isolated"),  # a digit is a word of its own, and copied as such
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )
