@@ -10,7 +10,7 @@ from rich.console import Console
 from diffucoder import DecodingParams, DiffuCoder
 from diffucoder.watch import CanvasView
 
-PROMPT = "Write a function word_counts(text) that splits the string into words, then counts how often each word occurs."
+PROMPT = "Write a function count_words(text) that splits the string into words, then counts how often each word occurs."
 MOMENTS = (0.15, 0.4, 0.7, 1.0)  # shares of the passes
 
 
