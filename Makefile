@@ -2,7 +2,7 @@
 VENV    := .venv
 PYTHON  := $(VENV)/bin/python
 PYTHON3 ?= python3
-PROMPT  ?= Write a function keep_even(nums) that keeps only the even numbers, then sums the numbers.
+PROMPT  ?= Write a function filter_numbers(nums) that keeps only the even numbers, then sums the numbers.
 STAMP   := $(VENV)/.installed
 DEV     := $(VENV)/.installed-dev
 
@@ -34,7 +34,7 @@ bench: $(STAMP)  ## ms per forward pass, tokens per second, share of the machine
 $(VENV):
 	@$(PYTHON3) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "diffucoder needs Python 3.11 or newer, $(PYTHON3) is older; run: make PYTHON3=python3.12 ..."; exit 2; }
-	$(PYTHON3) -m venv $(VENV)
+	$(PYTHON3) -m venv $(VENV) || { rm -rf $(VENV); exit 2; }  # a half-made one would pass for made
 
 # torch first and alone: the range stays below 2.14, from where an open range brings CUDA on Linux
 $(STAMP): pyproject.toml | $(VENV)
@@ -52,4 +52,4 @@ sandbox:         ## bubblewrap, which isolates generated programs: installed whe
 	  echo "bubblewrap is missing, grading will refuse to run programs; install it: sudo apt-get install bubblewrap"
 
 clean:           ## remove the environment and caches, never runs/
-	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis build *.egg-info
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache build *.egg-info

@@ -30,7 +30,7 @@ RESULTS = Path(__file__).parent / "results" / "tiny_accuracy.md"
 
 
 def main(
-    model: Annotated[str | None, typer.Option(help="folder or hub id; the shipped model if left out")] = None,
+    model: Annotated[str | None, typer.Option(help="folder; the shipped model if left out")] = None,
     split: Annotated[str, typer.Option(help="test for figures to report, dev for decisions")] = "test",
     count: Annotated[int, typer.Option(help="distinct problems")] = 2000,
     new_tokens: Annotated[int, typer.Option(help="canvas behind the request")] = 64,
@@ -40,7 +40,7 @@ def main(
     batch: Annotated[int, typer.Option(help="requests decoded together")] = 32,
     run: Annotated[Path, typer.Option(help="folder for the answers")] = Path("runs/tiny-accuracy"),
 ) -> None:
-    drawn = list(problems(split, count, seed=seed))  # type: ignore[arg-type]  # checked by the lookup of the split
+    drawn = list(problems(split, count, seed=seed))  # type: ignore[arg-type]  # `problems` checks it
     coder = DiffuCoder.load(model)
     rows = []
     for budget in (int(part) for part in steps.split(",")):
@@ -54,6 +54,7 @@ def main(
         rows.append(_row(budget, answers, solved, parsed, drawn))
         print(rows[-1])
     if split == "test" and model is None:
+        RESULTS.parent.mkdir(exist_ok=True)
         RESULTS.write_text(_report(rows, coder, count, seed, new_tokens, policy), encoding="utf-8")
         print(f"written to {RESULTS}")
 

@@ -113,7 +113,7 @@ def generate(
     canvas = coder.canvas([request], params, chat=not raw)
     results = _decode(coder, canvas, params, watched=watch)
     for result in results:
-        _print(result, coder, as_json=as_json, watched=watch)
+        _print(result, coder, as_json=as_json)
     if trace is not None:
         from diffucoder.decoding.trace import write_traces
 
@@ -139,13 +139,16 @@ def infill(
     coder = _load(model, dtype, device)
     result = coder.fill(text, params)
     if in_place:
-        Path(path).write_text(result.text, encoding="utf-8")
+        try:
+            Path(path).write_text(result.text, encoding="utf-8")
+        except OSError as error:
+            raise ConfigError(f"file {path!r} cannot be written ({error.strerror}); leave out --in-place") from None
     if as_json or not in_place:
-        _print(result, coder, as_json=as_json, watched=False)
+        _print(result, coder, as_json=as_json)
 
 
 @app.command()
-@_with_sampling_options
+@partial(_with_sampling_options, without=("num_samples",))  # a conversation goes one way
 def chat(
     *, model: Model = None, watch: Watch = False, dtype: DType = None, device: Device = None, params: DecodingParams
 ) -> None:
@@ -169,7 +172,7 @@ def chat(
             print("(the conversation outgrew the model's context; starting anew)", file=sys.stderr)
             canvas = coder.canvas([messages], params)
         result = _decode(coder, canvas, params, watched=watch)[0]
-        _print(result, coder, as_json=False, watched=watch)
+        _print(result, coder, as_json=False)
         messages.append({"role": "assistant", "content": result.text})
 
 
@@ -262,10 +265,10 @@ def _decode(coder: "DiffuCoder", canvas: "Canvas", params: DecodingParams, *, wa
     return coder.decode(canvas, params, through=lambda steps: progress(steps, wanted, console))
 
 
-def _print(result: "Generation", coder: "DiffuCoder", *, as_json: bool, watched: bool) -> None:
+def _print(result: "Generation", coder: "DiffuCoder", *, as_json: bool) -> None:
     if as_json:
         print(json.dumps({name: getattr(result, name) for name in _REPORTED} | {"model": coder.name}))
-    elif not (watched and sys.stdout.isatty()):  # the live view has shown it
+    else:
         print(result.text, end="" if result.text.endswith("\n") else "\n")
 
 

@@ -1,4 +1,4 @@
-"""Settings: frozen, validated, filled from TOML and `--set key=value`; unknown keys are refused with a hint.
+"""Settings: frozen, validated, filled from TOML and `key=value` overrides; unknown keys are refused with a hint.
 
 A settings class is the one place where a setting, its default and its help are written. Subclass `Settings`, give every
 field a `Field(description=...)`, and read it with `load_settings`.
@@ -41,7 +41,7 @@ def load_settings(kind: type[S], path: Path | None = None, overrides: Iterable[s
     for override in overrides:
         key, separator, text = override.partition("=")
         if not separator:
-            raise ConfigError(f"--set {override!r} is not of the form key=value; write for example --set lr=1e-5")
+            raise ConfigError(f"setting {override!r} is not of the form key=value; write for example lr=1e-5")
         values[key.strip()] = _parse(text.strip())
     return kind(**values)
 
@@ -71,7 +71,7 @@ def _explain(kind: type[Settings], error: ValidationError) -> str:
         hint = f"did you mean {close[0]!r}?" if close else f"known: {', '.join(sorted(kind.model_fields))}"
         return f"unknown setting {key!r}; {hint}"
     if first["type"] == "missing":
-        return f"setting {key!r} is missing; give it in the settings file or by --set {key}=..."
+        return f"setting {key!r} is missing; give it in the settings file or as {key}=..."
     message = first["msg"].removeprefix("Value error, ")
     field = kind.model_fields.get(key)
     about = f" ({field.description})" if field is not None and field.description else ""

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from functools import cache, lru_cache, partial
 from importlib.resources import files
 from string import Template, ascii_lowercase
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from diffucoder.errors import ConfigError
 
@@ -160,6 +160,8 @@ def sample_problem(rng: random.Random) -> Problem:
 
 def problems(split: Split, count: int, *, seed: int) -> Iterator[Problem]:
     """`count` distinct problems of one split; the same seed gives the same problems."""
+    if split not in get_args(Split):
+        raise ConfigError(f"split={split!r} is not one of {', '.join(get_args(Split))}")
     if count < 1:
         raise ConfigError(f"count={count} problems asked for; ask for at least 1")
     rng, seen = random.Random(f"{split}-{seed}"), set[str]()

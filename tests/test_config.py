@@ -54,7 +54,7 @@ def test_strings_need_no_quotes_on_the_command_line(text: str) -> None:
     [
         (["stepz=3"], "unknown setting 'stepz'; did you mean 'steps'?"),
         (["temperature=1"], "unknown setting 'temperature'; known: lr, name, ratios, steps"),
-        (["steps"], "--set 'steps' is not of the form key=value; write for example --set lr=1e-5"),
+        (["steps"], "setting 'steps' is not of the form key=value; write for example lr=1e-5"),
         (["steps=0"], "steps=0: input should be greater than or equal to 1 (optimiser steps)"),
         (["lr=fast"], "lr='fast': input should be a valid number, unable to parse string as a number"),
         (["lr=fast"], "(peak of the schedule)"),
@@ -76,7 +76,7 @@ def test_an_unknown_key_of_a_file_is_refused_too(tmp_path: Path) -> None:
 
 
 def test_a_missing_setting_says_how_to_give_it() -> None:
-    with pytest.raises(ConfigError, match=r"setting 'model' is missing; .*--set model="):
+    with pytest.raises(ConfigError, match=r"setting 'model' is missing; .*as model="):
         load_settings(Named)
 
 

@@ -57,8 +57,8 @@ def load_denoiser(
     mask_id = description.mask_id if mask_id is None else mask_id
     if mask_id is None:
         raise CheckpointError(
-            f"{description.folder} holds an autoregressive model (its config names no mask_token_id); adapt it with "
-            "'diffucoder train adapt', or name its mask token"
+            f"{description.folder} holds an autoregressive model (its config names no mask_token_id); name a free "
+            "id as its mask: load_denoiser(folder, mask_id=...)"
         )
     device, dtype = default_device_and_dtype(device, dtype)
     skeleton = _skeleton(description)

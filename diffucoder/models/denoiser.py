@@ -94,7 +94,7 @@ class Denoiser(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where tokens must be."""
+        """Where the weights are, and where results come out."""
         return next(self.parameters()).device
 
     @property
@@ -122,6 +122,9 @@ class Denoiser(nn.Module):
         (M, V). With `reduce`, its results instead, one row for each logit row, (B, T, ...) or (M, ...): it is called
         on chunks of at most `chunk_elements` logits, so the whole never exists, in training either.
         """
+        # Where the model is, wherever they come from: no copy where they are there already
+        tokens = tokens.to(self.device)
+        valid, attention, rows = (None if t is None else t.to(self.device) for t in (valid, attention, rows))
         mask, positions = _mask(tokens, valid, attention)
         body = self.model.base_model  # the layers and final norm, without the head
         hidden = body(

@@ -3,6 +3,7 @@
 For: turning what a user names into a folder on this machine. Not for: reading what is in it (`checkpoint`). No torch.
 """
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -54,7 +55,8 @@ def find(source: str | Path | None, *, revision: str | None, patterns: list[str]
         if not SHIPPED.is_dir():
             raise CheckpointError("no model ships with this installation; name a folder or a Hub id")
         return SHIPPED
-    if (folder := Path(source).expanduser()).is_dir():
+    folder = Path(source) if str(source)[0:1] != "~" else Path(os.path.expanduser(source))  # an unknown ~user stays
+    if folder.is_dir():
         return folder
     name = next((known.hub_id for known in KNOWN_MODELS if known.name == str(source)), str(source))
     if isinstance(source, Path) or name.count("/") != 1 or name[0] in "/.~":

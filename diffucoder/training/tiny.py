@@ -42,10 +42,10 @@ class TinySettings(Settings):
     seed: int = Field(default=0, description="of data, initial weights and noise")
     problems: int = Field(default=160_000, ge=100, description="distinct training problems")
     vocabulary: int = Field(default=1536, ge=300, description="tokens of the byte-level BPE, special ones included")
-    hidden: int = Field(default=256, description="width of the model")
-    layers: int = Field(default=5, description="depth of the model")
+    hidden: int = Field(default=256, ge=64, multiple_of=64, description="width of the model")
+    layers: int = Field(default=5, ge=1, description="depth of the model")
     intermediate: int = Field(default=640, description="width of the feed-forward blocks")
-    batch_tokens: int = Field(default=4096, description="tokens of a batch, padding included")
+    batch_tokens: int = Field(default=4096, ge=160, description="tokens of a batch, padding included")
     causal_steps: int = Field(default=1000, description="autoregressive warm-up")
     anneal_steps: int = Field(default=300, description="causal to full attention, within the diffusion steps")
     diffusion_steps: int = Field(default=5300, description="masked diffusion")
@@ -76,7 +76,7 @@ class Examples(NamedTuple):
 class Batch(NamedTuple):
     tokens: Tensor  # (B, T) int64, right-filled with PAD
     maskable: Tensor  # (B, T) bool: the answer and its pads
-    named: Tensor  # (B, T) bool: the answer's first line, whose tokens must be copied from the request
+    named: Tensor  # (B, T) bool: the first tokens behind `def`, which must be copied from the request
 
 
 def train_tiny(settings: TinySettings) -> Path:

@@ -87,7 +87,7 @@ def released(
     alg_temp: float | None = None,
     eps: float = 1e-3,
 ) -> list[Tensor]:
-    """The canvas after each step of the sampling loop of `reference.md` §4, written as plainly as it can be."""
+    """The canvas after each step of the sampling loop of the released code, written as plainly as it can be."""
     history, time = [], torch.linspace(1, eps, steps + 1)
     for i in range(steps):
         masked = tokens == MASK

@@ -27,7 +27,7 @@ from diffucoder.models.hub import KNOWN_MODELS
 
 MakeLM = Callable[..., Any]
 
-# What the release's own `DreamModel` names its weights, for one layer (reference.md §2.2)
+# What the release's own `DreamModel` names its weights, for one layer (Dream's modelling code)
 RELEASED_LAYER = {
     *(f"self_attn.{name}_proj.{part}" for name in "qkv" for part in ("weight", "bias")),
     "self_attn.o_proj.weight",
@@ -41,7 +41,7 @@ RELEASED_WEIGHTS = {
     "lm_head.weight",
     *(f"model.layers.{layer}.{name}" for layer in range(2) for name in RELEASED_LAYER),
 }
-# reference.md §2.1, less `transformers_version`, which would tie the bytes to an installation
+# the released code, less `transformers_version`, which would tie the bytes to an installation
 RELEASED_CONFIG = {
     *("architectures", "model_type", "auto_map", "vocab_size", "num_attention_heads", "num_key_value_heads"),
     *("intermediate_size", "num_hidden_layers", "hidden_size", "hidden_act", "max_position_embeddings", "rms_norm_eps"),

@@ -168,7 +168,8 @@ def test_a_finished_run_started_again_trains_no_further(finished: Path) -> None:
 
 
 def test_the_masked_loss_falls_and_is_logged(tmp_path: Path) -> None:
-    train_tiny(settings(tmp_path, causal_steps=0, diffusion_steps=150, lr=1e-2, batch_tokens=320))
+    shares = {"raw_share": 0.1, "spare": 96, "short_share": 0.6}
+    train_tiny(settings(tmp_path, causal_steps=0, diffusion_steps=150, lr=1e-2, batch_tokens=320, **shares))
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [50, 100, 150]
     assert {"loss", "unweighted", "accuracy", "copied", "grad_norm", "tokens", "time"} < set(lines[0])
