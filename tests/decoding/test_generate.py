@@ -361,8 +361,9 @@ def test_the_shipped_model_writes_a_correct_program() -> None:
         isolation()
     except SandboxError as error:
         pytest.skip(str(error))
-    request = "Write a function keep_even(nums) that keeps only the even numbers, then sums the numbers."
+    request = "Write a function filter_numbers(nums) that keeps only the even numbers, then sums the numbers."
     result = DiffuCoder.load(dtype=torch.float32, device="cpu").generate(request)
-    tests = ["assert keep_even([1, 2, 3, 4]) == 6", "assert keep_even([]) == 0", "assert keep_even([7, -2]) == -2"]
+    cases = {"[1, 2, 3, 4]": 6, "[]": 0, "[7, -2]": -2}
+    tests = [f"assert filter_numbers({given}) == {wanted}" for given, wanted in cases.items()]
     verdict = grade(program_from(result.text), tests)
     assert verdict.passed, (verdict.detail, result.text)
