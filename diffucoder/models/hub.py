@@ -55,7 +55,7 @@ def find(source: str | Path | None, *, revision: str | None, patterns: list[str]
         if not SHIPPED.is_dir():
             raise CheckpointError("no model ships with this installation; name a folder or a Hub id")
         return SHIPPED
-    folder = Path(source) if str(source)[0:1] != "~" else Path(os.path.expanduser(source))  # an unknown ~user stays
+    folder = Path(os.path.expanduser(source))  # unlike Path.expanduser it leaves an unknown ~user as it is
     if folder.is_dir():
         return folder
     name = next((known.hub_id for known in KNOWN_MODELS if known.name == str(source)), str(source))
