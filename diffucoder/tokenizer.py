@@ -21,10 +21,10 @@ from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tok
 
 from diffucoder.errors import CheckpointError, PromptError
 
-MASK_TOKEN = "<|mask|>"
+MASK_TOKEN, PAD_TOKEN = "<|mask|>", "<|dlm_pad|>"
 PLACEHOLDER = "░"  # how a token still masked, or half a character, is shown
 DEFAULT_SYSTEM = "You are a helpful assistant."  # Qwen2.5's, which DiffuCoder was tuned with
-TERMINATORS = ("<|endoftext|>", "<|im_end|>", "<|dlm_pad|>")
+TERMINATORS = ("<|endoftext|>", "<|im_end|>", PAD_TOKEN)
 
 # Qwen2's: contractions; letters with one leading mark; single digits; punctuation; line ends; spaces
 QWEN2_WORDS = (
@@ -85,7 +85,7 @@ class Tokenizer:
         self.terminator_ids = frozenset(id_ for id_ in ids.values() if id_ is not None)
         self.eos_id: int | None = next((id_ for id_ in ids.values() if id_ is not None), None)
         # Dream pads with its own token where it has one, older parents with their end of text
-        pads = (self._named("pad_token"), "<|dlm_pad|>", "<|endoftext|>", self._named("eos_token"), mask)
+        pads = (self._named("pad_token"), PAD_TOKEN, "<|endoftext|>", self._named("eos_token"), mask)
         found = (backend.token_to_id(token) for token in pads if token)
         self.pad_id = int(next(id_ for id_ in found if id_ is not None))
 
@@ -114,9 +114,21 @@ class Tokenizer:
             raise
         except Exception as error:  # tokenizers raises bare Exceptions, whatever is wrong with a file
             raise CheckpointError(f"{folder}: tokenizer cannot be read ({error}); fetch it again") from error
-        if add_mask and not config.get("mask_token") and backend.token_to_id(MASK_TOKEN) is None:
-            backend.add_special_tokens([AddedToken(MASK_TOKEN, special=True, normalized=False)])
+        if add_mask and not config.get("mask_token"):
+            add_special(backend, MASK_TOKEN)
         return cls(backend, config=config)
+
+    def with_own_pad(self) -> "Tokenizer":
+        """This tokenizer, with `<|dlm_pad|>` at the next free id where it padded with an end of text so far.
+
+        Padding behind an answer is what a denoiser learns to write there; a token of its own keeps it apart from the
+        end of a turn.
+        """
+        if self.pad_id not in (*self.terminator_ids, self.mask_id):
+            return self
+        backend = tokenizers.Tokenizer.from_str(self.backend.to_str())
+        add_special(backend, PAD_TOKEN)
+        return Tokenizer(backend, config={**self.config, "pad_token": PAD_TOKEN})
 
     def save(self, folder: str | Path) -> None:
         """Write `tokenizer.json`, `tokenizer_config.json` and `chat_template.jinja`, readable by transformers too."""
@@ -150,6 +162,18 @@ class Tokenizer:
         return frozenset(id_ for id_, token in self.backend.get_added_tokens_decoder().items() if token.special)
 
     @property
+    def bos_id(self) -> int | None:
+        """The id that `tokenizer_config.json` calls the beginning of text; None where it names none."""
+        token = self._named("bos_token")
+        return None if token is None else self.backend.token_to_id(token)
+
+    @property
+    def turn_end_id(self) -> int | None:
+        """The id that ends a turn of a chat: `<|im_end|>`, or where there is none the end of text."""
+        found = self.backend.token_to_id("<|im_end|>")
+        return self.eos_id if found is None else found
+
+    @property
     def chat_template(self) -> str | None:
         """The checkpoint's own Jinja template, or None: then chats are written the way of Qwen2.5."""
         template = self.config.get("chat_template")
@@ -181,6 +205,16 @@ class Tokenizer:
             return list(backend.encode(text, add_special_tokens=False).ids)
         except TypeError:
             raise PromptError(f"text {text[:40]!r} is not Unicode; give it as UTF-8") from None
+
+    def encode_batch(self, texts: Sequence[str], *, special: bool = True) -> list[list[int]]:
+        """`encode` of many texts at once, on all cores. PromptError where any of them is no text."""
+        backend = self.backend if special else self._plain
+        try:
+            return [found.ids for found in backend.encode_batch_fast(list(texts), add_special_tokens=False)]
+        except TypeError:
+            for text in texts:
+                self.encode(text, special=special)  # names the one that is not Unicode
+            raise
 
     def decode(self, ids: Iterable[int], *, skip_special: bool = True) -> str:
         """Text of `ids`; bytes that form no character become U+FFFD, spare ids nothing."""
@@ -238,17 +272,23 @@ class Tokenizer:
         plain.encode_special_tokens = True
         return plain
 
-    def _render(self, turns: list[dict[str, str]]) -> str:
-        """Run the checkpoint's template, in the sandbox transformers has for it."""
-        from jinja2.exceptions import TemplateError  # late: both are slow to import, and most chats need neither
-        from transformers import PreTrainedTokenizerFast
+    @cached_property
+    def _templates(self) -> Any:  # Any: transformers is not followed by mypy
+        """What runs chat templates, in the sandbox transformers has for it. Only names of tokens matter there, so it
+        holds an empty vocabulary: a copy of the backend would take a second."""
+        from transformers import PreTrainedTokenizerFast  # late: slow to import, and most chats do not need it
 
-        fast = PreTrainedTokenizerFast(
-            tokenizer_object=self.backend, **{r: self._named(r) for r in ("bos_token", "eos_token") if self._named(r)}
-        )
+        roles = {role: self._named(role) for role in ("bos_token", "eos_token")}
+        named = {role: token for role, token in roles.items() if token}
+        return PreTrainedTokenizerFast(tokenizer_object=tokenizers.Tokenizer(models.BPE()), **named)
+
+    def _render(self, turns: list[dict[str, str]]) -> str:
+        """Run the checkpoint's template."""
+        from jinja2.exceptions import TemplateError  # late, as above
+
         try:
             return str(
-                fast.apply_chat_template(
+                self._templates.apply_chat_template(
                     turns, chat_template=self.chat_template, tokenize=False, add_generation_prompt=True
                 )
             )
@@ -259,6 +299,18 @@ class Tokenizer:
         """The token that `tokenizer_config.json` names for a role: a string, or an object with its content."""
         token = self.config.get(role)
         return token.get("content") if isinstance(token, Mapping) else token
+
+
+def add_special(backend: tokenizers.Tokenizer, token: str) -> None:
+    """Give `backend` a special `token` at the next free id, unless it has that token already."""
+    if backend.token_to_id(token) is None:
+        backend.add_special_tokens([AddedToken(token, special=True, normalized=False)])
+
+
+def qwen2_words() -> pre_tokenizers.PreTokenizer:
+    """How Qwen2 cuts text into the words that its merges stay within."""
+    split = pre_tokenizers.Split(Regex(QWEN2_WORDS), behavior="isolated")
+    return pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
 
 
 def _qwen_chat(turns: Messages, *, readme: bool) -> str:
@@ -279,12 +331,7 @@ def _build(folder: Path, config: Json) -> tokenizers.Tokenizer:
             raise FileNotFoundError(name)
     backend = tokenizers.Tokenizer(models.BPE.from_file(str(folder / "vocab.json"), str(folder / "merges.txt")))
     backend.normalizer = normalizers.NFC()
-    backend.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(QWEN2_WORDS), behavior="isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
+    backend.pre_tokenizer = qwen2_words()
     backend.post_processor = processors.ByteLevel(add_prefix_space=False, use_regex=False, trim_offsets=False)
     backend.decoder = decoders.ByteLevel()
     for id_, token in sorted(_added_tokens(config, backend.get_vocab_size()).items()):

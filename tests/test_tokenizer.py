@@ -248,6 +248,39 @@ def test_a_system_given_twice_is_refused(small: Tokenizer) -> None:
         small.chat([{"role": "system", "content": "a"}], system="b")
 
 
+def test_templates_see_what_transformers_shows_them(small: Tokenizer) -> None:
+    from transformers import PreTrainedTokenizerFast
+
+    template = "{{ bos_token }}{% for m in messages %}{{ m.content | trim }}{{ eos_token }}{% endfor %}{{ pad_token }}"
+    roles = {"bos_token": "<|im_start|>", "eos_token": {"content": "<|endoftext|>"}}
+    own = Tokenizer(small.backend, config={"chat_template": template, **roles})
+    theirs = PreTrainedTokenizerFast(
+        tokenizer_object=small.backend, bos_token="<|im_start|>", eos_token="<|endoftext|>"
+    )
+    for text in ("a", " <|im_end|> ", "é\n"):
+        spoken = [{"role": "user", "content": text}]
+        expected = theirs.apply_chat_template(spoken, chat_template=template, tokenize=False)
+        assert own.chat(text) == expected
+
+
+# ---- many texts at once ----
+
+
+def test_a_batch_is_encoded_like_each_of_its_texts(small: Tokenizer) -> None:
+    texts = ["a", "", "é<|mask|>", "<|im_end|>\n" * 3]
+    for special in (True, False):
+        assert small.encode_batch(texts, special=special) == [small.encode(t, special=special) for t in texts]
+    assert small.encode_batch([]) == []
+    with pytest.raises(PromptError, match=r"text '\\udcff' is not Unicode"):
+        small.encode_batch(["a", "\udcff"])
+
+
+def test_a_turn_ends_with_its_own_token_or_the_end_of_text(small: Tokenizer) -> None:
+    assert small.turn_end_id == small.backend.token_to_id("<|im_end|>") != small.eos_id
+    text = small.backend.to_str().replace("<|im_end|>", "<|other|>")
+    assert Tokenizer(tokenizers.Tokenizer.from_str(text)).turn_end_id == small.eos_id
+
+
 # ---- holes ----
 
 

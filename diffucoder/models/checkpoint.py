@@ -29,7 +29,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
 from diffucoder.errors import CheckpointError, ConfigError
-from diffucoder.models.denoiser import SUPPORTED_TYPES, Denoiser
+from diffucoder.models.denoiser import SUPPORTED_TYPES, Denoiser, set_causal
 from diffucoder.models.hub import find
 from diffucoder.tokenizer import Tokenizer
 
@@ -58,12 +58,12 @@ def load_denoiser(
     if mask_id is None:
         raise CheckpointError(
             f"{description.folder} holds an autoregressive model (its config names no mask_token_id); name a free "
-            "id as its mask: load_denoiser(folder, mask_id=...)"
+            "id as its mask: load_denoiser(folder, mask_id=...), or make a checkpoint of it: diffucoder convert"
         )
     device, dtype = default_device_and_dtype(device, dtype)
     skeleton = _skeleton(description)
     _check_weights(description.folder, skeleton)
-    with _quiet():
+    with quiet():
         model = type(skeleton).from_pretrained(
             description.folder, config=skeleton.config, dtype=dtype, local_files_only=True, attn_implementation="sdpa"
         )
@@ -76,15 +76,18 @@ def load_tokenizer(source: str | Path | None = None, *, revision: str | None = N
 
     An autoregressive parent's tokenizer gets a mask token where it has none. CheckpointError as `load_denoiser`.
     """
-    description = _describe(find(source, revision=revision, patterns=TEXT_FILES))
+    description = describe(source, revision=revision)
     tokenizer = Tokenizer.load(description.folder, add_mask=description.mask_id is None)
     if description.mask_id is not None:
         tokenizer.check_fits(mask_id=description.mask_id, rows=description.config.vocab_size)
     return tokenizer
 
 
-def save_denoiser(denoiser: Denoiser, folder: str | Path) -> None:
+def save_denoiser(denoiser: Denoiser, folder: str | Path, *, state: Mapping[str, Tensor] | None = None) -> None:
     """Write `denoiser` to `folder` as a Dream checkpoint, or its own type plus `diffucoder.json` (module docstring).
+
+    `state` stands in for the model's own weights, by their transformers names: gathered ones where the model is sharded
+    over processes, or the same in another dtype.
 
     Loading and saving again gives the same bytes. Weights keep their dtype, in safetensors of at most 5 GB. Files are
     replaced whole, so saving over the folder that `denoiser` was loaded from is safe. CheckpointError where the model
@@ -92,22 +95,34 @@ def save_denoiser(denoiser: Denoiser, folder: str | Path) -> None:
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    state = _state(denoiser)
-    if _fits_dream(denoiser):
-        _write_json(folder / "config.json", _dream_config(denoiser))
+    dream = fits_dream(denoiser)
+    state = dream_state(denoiser, state) if dream else _state(denoiser, state)
+    dtype = _name(next(iter(state.values())).dtype)
+    if dream:
+        _write_json(folder / "config.json", _dream_config(denoiser) | {"torch_dtype": dtype})
         ids = {f"{kind}_token_id": getattr(denoiser.config, f"{kind}_token_id") for kind in ("bos", "eos", "pad")}
         # the release reads its mask id from here when it generates, and will not load without the file
         _write_json(folder / "generation_config.json", {**ids, "mask_token_id": denoiser.mask_id})
         (folder / EXTRAS).unlink(missing_ok=True)
-        state = _dream_state(state, denoiser)
     else:
         config = json.loads(denoiser.config.to_json_string())
         for name in ("is_causal", "transformers_version"):  # the first would half-convert it for other tools
             config.pop(name, None)
-        _write_json(folder / "config.json", {**config, "dtype": _name(denoiser.dtype)})
+        _write_json(folder / "config.json", {**config, "dtype": dtype})
         _write_json(folder / EXTRAS, {"mask_token_id": denoiser.mask_id, "shifted": denoiser.shifted})
         (folder / "generation_config.json").unlink(missing_ok=True)
     _write_weights(folder, state)
+
+
+def save_parent(denoiser: Denoiser, folder: str | Path, *, state: Mapping[str, Tensor]) -> None:
+    """Write `denoiser` as the plain causal model it is while attention is causal; `state` as in `save_denoiser`."""
+    set_causal(denoiser.model, True)
+    try:
+        del denoiser.model.config.is_causal  # the default, so other tools need not meet the word
+        with quiet():
+            denoiser.model.to(next(iter(state.values())).dtype).save_pretrained(folder, state_dict=dict(state))
+    finally:
+        set_causal(denoiser.model, False)
 
 
 def default_device_and_dtype(
@@ -150,16 +165,26 @@ def _cpu_has_fast_bf16() -> bool:
 
 
 @dataclass(frozen=True)
-class _Description:
-    """What a folder says about its model."""
+class Description:
+    """What a folder says about its model: where it is, its transformers config, its mask (None: autoregressive)."""
 
     folder: Path
     config: Any  # a transformers config, which mypy does not follow
     mask_id: int | None
     shifted: bool
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype the config names for the weights; fp32 where it names none."""
+        return self.config.dtype or torch.float32
 
-def _describe(folder: Path) -> _Description:
+
+def describe(source: str | Path | None, *, revision: str | None = None) -> Description:
+    """Find and understand a model (named as in `load_denoiser`) without fetching or reading its weights."""
+    return _describe(find(source, revision=revision, patterns=TEXT_FILES))
+
+
+def _describe(folder: Path) -> Description:
     """Read `config.json`, natively for Dream, and `diffucoder.json` where there is one."""
     fields = _read_json(folder / "config.json", "is it a model's folder?")
     extras = _read_json(folder / EXTRAS, "save it again") if (folder / EXTRAS).exists() else {}
@@ -179,10 +204,10 @@ def _describe(folder: Path) -> _Description:
         raise CheckpointError(f"{folder}/config.json is not a {kind} config: {_first_line(error)}") from error
     if mask_id is not None and mask_id not in range(config.vocab_size):  # a string is in no range either
         raise CheckpointError(f"{folder}: mask_token_id={mask_id!r} is no id below vocab_size={config.vocab_size}")
-    return _Description(folder, config, mask_id, bool(extras.get("shifted", True)))
+    return Description(folder, config, mask_id, bool(extras.get("shifted", True)))
 
 
-def _skeleton(description: _Description) -> Any:
+def _skeleton(description: Description) -> Any:
     """The model without memory behind it: knows its class, and the name and shape of every weight."""
     try:
         with torch.device("meta"):
@@ -229,7 +254,7 @@ def _stored_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
 # ---- writing ----
 
 
-def _fits_dream(denoiser: Denoiser) -> bool:
+def fits_dream(denoiser: Denoiser) -> bool:
     """Whether Dream's config and layers can say everything this model is."""
     config = denoiser.config
     plain_heads = getattr(config, "head_dim", None) in (None, config.hidden_size // config.num_attention_heads)
@@ -261,7 +286,6 @@ def _dream_config(denoiser: Denoiser) -> Json:
         "rope_theta": config.rope_parameters["rope_theta"],
         "sliding_window": None,
         "tie_word_embeddings": False,
-        "torch_dtype": _name(denoiser.dtype),
         "use_cache": False,
         "use_mrope": False,
         "use_sliding_window": False,
@@ -269,20 +293,22 @@ def _dream_config(denoiser: Denoiser) -> Json:
     return {name: getattr(config, name) for name in copied} | written
 
 
-def _state(denoiser: Denoiser) -> dict[str, Tensor]:
+def _state(denoiser: Denoiser, given: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
     """The weights by their transformers names, on the CPU; a tied head is left out."""
-    state = {name: tensor.detach().cpu().contiguous() for name, tensor in denoiser.model.state_dict().items()}
+    weights = denoiser.model.state_dict() if given is None else given
+    state = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
     with torch.device("meta"):
         known = AutoModelForCausalLM.from_config(denoiser.config).state_dict()
     if extra := [name for name in state if name not in known]:
         raise CheckpointError(f"model has {len(extra)} weights no config explains, as {extra[0]}; merge adapters first")
     if denoiser.config.tie_word_embeddings:
-        del state["lm_head.weight"]
+        state.pop("lm_head.weight", None)
     return state
 
 
-def _dream_state(state: Mapping[str, Tensor], denoiser: Denoiser) -> dict[str, Tensor]:
-    """What Dream stores: an untied head, and q, k, v biases, zero where the parent has none."""
+def dream_state(denoiser: Denoiser, given: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+    """What Dream stores: an untied head, and q, k, v biases, zero where the parent has none. For what `fits_dream`."""
+    state = _state(denoiser, given)
     complete = dict(state)
     complete.setdefault("lm_head.weight", state["model.embed_tokens.weight"].clone())
     for name, weight in state.items():
@@ -336,12 +362,14 @@ def _name(dtype: torch.dtype) -> str:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep transformers' progress bar out of our output."""
-    shown = transformers_logging.is_progress_bar_enabled()
+def quiet() -> Iterator[None]:
+    """Keep transformers' progress bar and reports out of our output: what they say, we check and say ourselves."""
+    shown, verbosity = transformers_logging.is_progress_bar_enabled(), transformers_logging.get_verbosity()
     transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
     try:
         yield
     finally:
+        transformers_logging.set_verbosity(verbosity)
         if shown:
             transformers_logging.enable_progress_bar()

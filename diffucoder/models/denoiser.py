@@ -39,6 +39,7 @@ class Denoiser(nn.Module):
         self.training = model.training  # a new module says True, whatever it wraps
         self.mask_id = mask_id
         self.shifted = shifted
+        self._no_split_modules = model._no_split_modules  # what accelerate shards by: the layers
         self.chunk_elements = CHUNK_ELEMENTS
         self.proposable: int = self.vocab_size  # how many leading ids decoding may propose; fewer where some are spare
 
@@ -59,7 +60,7 @@ class Denoiser(nn.Module):
             raise CheckpointError(f"{kind!r} with sliding_attention layers cannot see a canvas; use full attention")
         if mask_id < 0:
             raise CheckpointError(f"mask_id={mask_id} is not a token id; use a free id of the tokenizer")
-        _grow(model, mask_id + 1)
+        grow_vocabulary(model, mask_id + 1)
         set_causal(model, False)
         return cls(model, mask_id=mask_id, shifted=shifted)
 
@@ -134,7 +135,7 @@ class Denoiser(nn.Module):
         if reduce is None:
             return self.model.get_output_embeddings()(hidden)  # type: ignore[no-any-return]  # model is Any
         results = self._reduced(hidden.flatten(0, -2), reduce)  # each (B * T, ...) or (M, ...)
-        shaped = tuple(r.reshape(*hidden.shape[:-1], *r.shape[1:]) for r in results)
+        shaped = results if rows is not None else tuple(r.unflatten(0, hidden.shape[:-1]) for r in results)
         return shaped if len(shaped) > 1 else shaped[0]
 
     def _aligned(self, hidden: Tensor, valid: Tensor | None, rows: Tensor | None) -> Tensor:
@@ -193,8 +194,8 @@ def _mask(tokens: Tensor, valid: Tensor | None, attention: Tensor | None) -> tup
 
 
 @torch.no_grad()
-def _grow(model: Any, rows: int) -> None:
-    """Give the embeddings (and the head) at least `rows` rows; new ones are the mean of the old."""
+def grow_vocabulary(model: Any, rows: int) -> None:
+    """Give the embeddings and the head of `model`, in place, at least `rows` rows; new ones are the mean of the old."""
     old = model.get_input_embeddings().weight.shape[0]
     if rows <= old:
         return

@@ -1,0 +1,85 @@
+"""One stage from loaded model to finished folder: adapters on, train, adapters merged, weights gathered and written.
+
+For: what `pretrain`, `adapt` and `sft` do alike. Not for: the loop (`trainer`), the objective (`masked`).
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+from diffucoder.errors import ConfigError
+from diffucoder.models.checkpoint import load_denoiser, load_tokenizer, save_denoiser, save_parent
+from diffucoder.models.denoiser import Denoiser
+from diffucoder.tokenizer import Tokenizer
+from diffucoder.training.masked import Objective
+from diffucoder.training.settings import DiffusionSettings, TrainSettings
+from diffucoder.training.trainer import Stage, Trainer
+
+
+def load_start(settings: DiffusionSettings) -> tuple[Denoiser, Tokenizer]:
+    """The model a stage begins with, in float32 on the CPU, and its tokenizer.
+
+    An autoregressive parent gets the tokenizer's mask, and a row for it where it has none.
+    """
+    tokenizer = load_tokenizer(settings.model)
+    # adapters leave the weights alone, which may then stay as short as they come
+    dtype = torch.bfloat16 if settings.lora_rank and settings.bf16 else torch.float32
+    denoiser = load_denoiser(settings.model, mask_id=tokenizer.mask_id, dtype=dtype, device="cpu")
+    if settings.shifted is not None:
+        denoiser.shifted = settings.shifted
+    return denoiser, tokenizer
+
+
+def objective(settings: DiffusionSettings, tokenizer: Tokenizer, *, anneal_steps: int = 0) -> Objective:
+    """The masked objective as `settings` want it."""
+    return Objective(
+        mask_id=tokenizer.mask_id,
+        pad_id=tokenizer.pad_id,
+        seed=settings.seed,
+        batch=settings.batch,
+        eps=settings.eps,
+        time=settings.time,
+        normaliser=settings.normaliser,
+        anneal_steps=anneal_steps,
+    )
+
+
+def train_and_export(
+    denoiser: Denoiser, tokenizer: Tokenizer, stage: Stage, settings: TrainSettings, *, parent: bool = False
+) -> Path:
+    """Train, and write the model to `run/model`: a Dream checkpoint, or with `parent` a plain causal one.
+
+    Called again on a finished run it writes the model again. ConfigError where settings do not fit the run folder.
+    """
+    adapters = _with_adapters(denoiser, settings) if settings.lora_rank else None
+    trainer = Trainer(denoiser, stage, settings)
+    trained = trainer.train()
+    if adapters is not None:
+        adapters.merge_and_unload()
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)  # gathered where it is sharded
+    state = get_model_state_dict(trained, options=options)
+    folder = settings.run / "model"
+    if trainer.accelerator.is_main_process:
+        dtype = getattr(torch, settings.export_dtype)
+        weights = {name.removeprefix("model."): tensor.to(dtype) for name, tensor in state.items()}
+        (save_parent if parent else save_denoiser)(trained, folder, state=weights)
+        tokenizer.save(folder)
+    trainer.close()
+    return folder
+
+
+def _with_adapters(denoiser: Denoiser, settings: TrainSettings) -> Any:  # Any: peft is not followed by mypy
+    """Put low-rank adapters into the model's layers, in place, and freeze everything else (peft)."""
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(
+        r=settings.lora_rank, lora_alpha=settings.lora_alpha, target_modules=list(settings.lora_targets)
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(settings.seed)  # peft draws from the global generator
+        try:
+            return get_peft_model(denoiser.model, config)
+        except ValueError as error:
+            raise ConfigError(f"lora_targets={settings.lora_targets} are not in this model: {error}") from error

@@ -1,0 +1,116 @@
+"""What each training stage can be told: one settings class a stage, its defaults and its help. No torch.
+
+For: `recipes/*.toml`, `diffucoder train STAGE --help`, and the stages themselves. Not for: what the settings do
+(`trainer`, `masked`, `adapt`, `sft`).
+"""
+
+from pathlib import Path
+from typing import Literal, Self
+
+from pydantic import Field, model_validator
+
+from diffucoder.config import Settings
+
+
+class TrainSettings(Settings):
+    """What every stage shares. A step is one optimiser step; the batch is counted over all processes."""
+
+    run: Path = Field(description="folder of settings, metrics, checkpoints and the finished model")
+    resume: bool = Field(default=False, description="continue from the newest whole checkpoint of the run folder")
+    seed: int = Field(default=0, description="of data order and noise")
+    steps: int = Field(ge=1, description="optimiser steps")
+    batch: int = Field(default=32, ge=1, description="rows of one optimiser step, over all processes")
+    micro_batch: int = Field(default=0, ge=0, description="rows of one forward pass; 0: batch / processes")
+    lr: float = Field(gt=0, description="peak learning rate")
+    warmup: float = Field(default=0.1, ge=0, description="linear warm-up: steps, or below 1 a share of all steps")
+    final_lr: float = Field(default=0.1, ge=0, le=1, description="share of the peak at which the cosine ends")
+    betas: tuple[float, float] = Field(default=(0.9, 0.95), description="of AdamW")
+    weight_decay: float = Field(default=0.1, ge=0, description="of AdamW, on matrices only")
+    clip: float = Field(default=1.0, gt=0, description="largest gradient norm")
+    ema: float = Field(default=0.0, ge=0, lt=1, description="decay of averaged weights, which are then exported; 0: off")
+    bf16: bool = Field(default=True, description="bfloat16 autocast over float32 weights")
+    gradient_checkpointing: bool = Field(default=False, description="layers recomputed in backward: less memory")
+    lora_rank: int = Field(default=0, ge=0, description="train low-rank adapters of this rank, merged on export; 0: off")
+    lora_alpha: float = Field(default=16.0, gt=0, description="scale of the adapters, over their rank")
+    lora_targets: tuple[str, ...] = Field(
+        default=("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
+        description="layers that get adapters",
+    )
+    log_every: int = Field(default=10, ge=1, description="steps between lines of metrics.jsonl")
+    save_every: int = Field(default=500, ge=1, description="steps between checkpoints")
+    keep: int = Field(default=2, ge=1, description="checkpoints kept")
+    evaluate_every: int = Field(default=0, ge=0, description="steps between held-out losses; 0: at the end only")
+    trackers: tuple[str, ...] = Field(default=(), description="accelerate trackers, such as tensorboard or wandb")
+    export_dtype: Literal["bfloat16", "float32"] = Field(default="bfloat16", description="of the finished model")
+
+
+class DataSettings(TrainSettings):
+    """What the stages that train on text share."""
+
+    model: str | None = Field(default=None, description="folder or Hub id to start from; the shipped model if left out")
+    data: tuple[str, ...] = Field(description="folders, .jsonl(.gz) files or hub:owner/name[/config][@split]")
+    held_out: tuple[str, ...] = Field(default=(), description="sources of the held-out loss")
+    held_out_rows: int = Field(default=256, ge=1, description="rows of the held-out loss")
+    cache: Path = Field(default=Path("runs/data"), description="folder of tokenised data, made once for each source")
+
+
+class DiffusionSettings(DataSettings):
+    """What the masked objective adds."""
+
+    shifted: bool | None = Field(default=None, description="row i scores token i + 1; as the model says if left out")
+    time: Literal["uniform", "stratified", "antithetic"] = Field(
+        default="stratified", description="how noise levels are drawn over the rows of a step"
+    )
+    eps: float = Field(default=1e-3, gt=0, lt=1, description="lowest noise level")
+    normaliser: Literal["length", "masked", "masked_micro"] = Field(
+        default="masked", description="what the weighted sum is divided by; masked_micro is as released"
+    )
+    infill: float = Field(default=0.0, ge=0, le=1, description="share of rows that noise random spans of text alone")
+
+
+class PretrainSettings(DataSettings):
+    """An autoregressive parent from nothing: Qwen2-shaped, every token a target."""
+
+    model: None = Field(default=None, description="nothing: a parent has no parent")
+
+    steps: int = Field(ge=0, description="optimiser steps; 0 writes the untrained model")
+    tokenizer: Path = Field(description="folder of the tokenizer, which must have a mask token")
+    context: int = Field(default=256, ge=8, description="tokens of a row of packed documents")
+    hidden: int = Field(default=256, ge=64, multiple_of=64, description="width")
+    layers: int = Field(default=5, ge=1, description="depth")
+    intermediate: int = Field(default=640, ge=1, description="width of the feed-forward blocks")
+    positions: int = Field(default=512, ge=8, description="longest canvas")
+
+
+class AdaptSettings(DiffusionSettings):
+    """Stages 1 and 2: packed documents under the masked objective (DiffuCoder, section 3 and appendix B.1)."""
+
+    context: int = Field(default=4096, ge=8, description="tokens of a row of packed documents")
+    anneal_steps: int = Field(default=0, ge=0, description="steps from causal to full attention; 0: full at once")
+    random_length: float = Field(default=0.01, ge=0, le=1, description="share of rows cut to a random length")
+    clean_prefix: float = Field(default=0.01, ge=0, le=1, description="share of rows with a clean random prefix")
+
+
+class SftSettings(DiffusionSettings):
+    """Stage 3: requests and answers; pads are ordinary targets (DiffuCoder, appendix B.1)."""
+
+    steps: int = Field(default=0, ge=0, description="optimiser steps; 0: as many as `epochs` take")
+    epochs: float = Field(default=5.0, gt=0, description="passes over the data, where steps is 0")
+    length: int = Field(default=2048, ge=8, description="tokens of a row; longer examples are left out and counted")
+    padding: Literal["fixed", "flexible"] = Field(
+        default="fixed", description="rows as long as `length`, or as the longest of their step"
+    )
+    spare: int = Field(default=0, ge=0, description="flexible: most pads added behind the longest row of a step")
+    spare_share: float = Field(default=0.25, ge=0, le=1, description="share of steps that get spare pads")
+    ramp: float = Field(
+        default=0.2, ge=0, le=1, description="share of steps over which requests come to be left clean; 0: always are"
+    )
+
+    @model_validator(mode="after")
+    def _spare_is_for_flexible(self) -> Self:
+        if self.spare and self.padding == "fixed":
+            raise ValueError(f"spare={self.spare} needs padding='flexible'; fixed rows are always padded to length")
+        return self
+
+
+STAGES: dict[str, type[TrainSettings]] = {"pretrain": PretrainSettings, "adapt": AdaptSettings, "sft": SftSettings}

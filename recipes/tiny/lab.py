@@ -1,0 +1,254 @@
+"""The laboratory: the paper's first three stages at the size of a laptop, from a parent to a tuned model.
+
+    python recipes/tiny/lab.py lab                  # parent -> adaptation -> mid-training -> instruction tuning
+    python recipes/tiny/lab.py lab --ablations      # adaptation against its alternatives, beside a finished lab
+    python recipes/tiny/lab.py tiny --processes 2   # the shipped model
+
+Every stage is a `diffucoder` command, printed as it is run, so that any of them can be run by hand. All of it can be
+stopped at any moment: called again, it goes on. Budgets stand in budgets.toml, the stages' settings in the files beside
+it; the report goes to docs/lab.md for the budget `lab`, else into the run folder.
+"""
+
+import json
+import platform
+import subprocess
+import sys
+import time
+import tomllib
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+
+HERE = Path(__file__).parent
+ROOT = HERE.parents[1]
+
+
+class Lab:
+    """One run folder: commands that fill it, each left out where its result is there already."""
+
+    def __init__(self, budget: str, folder: Path, processes: int) -> None:
+        budgets = tomllib.loads((HERE / "budgets.toml").read_text(encoding="utf-8"))
+        if budget not in budgets:
+            raise typer.BadParameter(f"budget {budget!r} is not in budgets.toml; use one of {', '.join(budgets)}")
+        self.name, self.budget, self.folder, self.processes = budget, budgets[budget], folder, processes
+        self.data = folder / "data"
+
+    def make_data(self) -> None:
+        self._run([str(HERE / "data.py"), str(self.data), "--problems", str(self.budget["problems"])])
+
+    def train(self, run: str, stage: str, recipe: str, data: str, held_out: str, **settings: Any) -> Path:
+        """Run `diffucoder train STAGE RECIPE` into the folder `run`, or go on with it; returns its model."""
+        folder = self.folder / run
+        if not (folder / "model" / "tokenizer_config.json").exists():
+            values = {
+                "run": folder,
+                "data": [str(self.data / data)],
+                "held_out": [str(self.data / held_out)],
+                "cache": self.folder / "cache",
+                **self.budget.get(recipe, {}),
+                **settings,
+            }
+            overrides = [part for key, value in values.items() for part in ("--set", f"{key}={_toml(value)}")]
+            command = ["-m", "diffucoder.cli", "train", stage, str(HERE / f"{recipe}.toml"), "--resume", *overrides]
+            self._run(command, processes=self.processes)
+        return folder / "model"
+
+    def convert(self, source: Path, name: str) -> Path:
+        """`diffucoder convert`: a parent's folder becomes a Dream checkpoint."""
+        folder = self.folder / name
+        if not (folder / "tokenizer_config.json").exists():
+            self._run(["-m", "diffucoder.cli", "convert", str(source), str(folder)])
+        return folder
+
+    def solved(self, run: str, model: Path, *options: str, steps: str) -> dict[str, float]:
+        """Share of held-out problems (dev split) that `model` solves, for each number of steps."""
+        path = self.folder / f"{run}.solved.json"
+        if not path.exists():
+            options = (*options, "--split", "dev", "--count", str(self.budget["solve"]), "--steps", steps)
+            script = [str(ROOT / "benchmarks" / "tiny_accuracy.py"), "--model", str(model), *options]
+            self._run([*script, "--figures", str(path), "--run", str(self.folder / "answers")])
+        shares: dict[str, float] = json.loads(path.read_text(encoding="utf-8"))
+        return shares
+
+    def curve(self, run: str, figure: str = "held_out_loss") -> list[tuple[float, float]]:
+        """(million tokens seen, figure) wherever the run's metrics tell it."""
+        points, seen = [], 0.0
+        for line in (self.folder / run / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
+            metrics = json.loads(line)
+            seen += metrics["tokens"] / 1e6
+            if figure in metrics:
+                points.append((seen, metrics[figure]))
+        return points
+
+    def _run(self, command: list[str], processes: int = 1) -> None:
+        launcher = [sys.executable]
+        if processes > 1:
+            launcher += ["-m", "accelerate.commands.launch", "--config_file", str(ROOT / "recipes/accelerate/ddp.yaml")]
+            launcher += ["--num_processes", str(processes), *(["-m"] if command[0] == "-m" else [])]
+            command = command[1:] if command[0] == "-m" else command
+        print("$", *launcher, *command, flush=True)
+        began = time.monotonic()
+        done = subprocess.run([*launcher, *command])
+        if done.returncode:  # it has said why
+            raise SystemExit(done.returncode)
+        with (self.folder / "minutes.jsonl").open("a", encoding="utf-8") as file:
+            line = {"command": " ".join(command[:4]), "minutes": round((time.monotonic() - began) / 60, 2)}
+            file.write(json.dumps(line) + "\n")
+
+
+def main(
+    budget: Annotated[str, typer.Argument(help="a table of budgets.toml: tiny, lab or quick")],
+    folder: Annotated[Path | None, typer.Option(help="run folder; runs/tiny-BUDGET if left out")] = None,
+    processes: Annotated[int, typer.Option(help="training processes; more than one need as many cores")] = 1,
+    ablations: Annotated[bool, typer.Option("--ablations", help="adaptation's alternatives too")] = False,
+) -> None:
+    """Run the laboratory, or go on with it, and write its report."""
+    folder = folder or ROOT / "runs" / ("tiny" if budget == "tiny" else f"tiny-{budget}")
+    folder.mkdir(parents=True, exist_ok=True)
+    lab = Lab(budget, folder, processes)
+    lab.make_data()
+    chain(lab)
+    if ablations:
+        compare(lab)
+    report = write_report(lab)
+    print(f"report in {report}")
+
+
+def chain(lab: Lab) -> None:
+    """Parent, stage 1, stage 2, stage 3, and what each solves."""
+    tokenizer = lab.data / "tokenizer"
+    parent = lab.train("parent", "pretrain", "parent", "corpus.jsonl", "held_out_clean.jsonl", tokenizer=tokenizer)
+    start = lab.convert(parent, "start")
+    adapted = lab.train("adapt", "adapt", "adapt", "corpus.jsonl", "held_out_clean.jsonl", model=start)
+    middle = lab.train("mid", "adapt", "mid", "clean.jsonl", "held_out_clean.jsonl", model=adapted)
+    tuned = lab.train("sft", "sft", "sft", "chat.jsonl", "held_out_chat.jsonl", model=middle)
+    lab.solved("parent", parent, "--base", "--causal", steps="64")
+    lab.solved("adapt", adapted, "--base", steps="64,32")
+    lab.solved("mid", middle, "--base", steps="64,32")
+    lab.solved("sft", tuned, steps="64,32")
+
+
+ARMS = {
+    "adapt": "from the parent, attention annealed, rows shifted",
+    "abrupt": "from the parent, full attention at once",
+    "unshifted": "from the parent, rows not shifted",
+    "nothing": "from nothing, equal tokens",
+    "nothing-twice": "from nothing, twice the tokens",
+}
+
+
+def compare(lab: Lab) -> None:
+    """Adaptation against its alternatives: same data, same settings, but for what the arm's name says."""
+    tokenizer, start = lab.data / "tokenizer", lab.folder / "start"
+    fresh = lab.train(
+        "fresh", "pretrain", "parent", "corpus.jsonl", "held_out_clean.jsonl", tokenizer=tokenizer, steps=0, seed=9
+    )
+    random = lab.convert(fresh, "fresh-start")
+    steps = int(_recipe(lab, "adapt")["steps"])
+    arms: dict[str, dict[str, Any]] = {
+        "abrupt": {"model": start, "anneal_steps": 0},
+        "unshifted": {"model": start, "shifted": False},
+        "nothing": {"model": random, "anneal_steps": 0},
+        "nothing-twice": {"model": random, "anneal_steps": 0, "steps": 2 * steps},
+    }
+    for name, settings in arms.items():
+        model = lab.train(name, "adapt", "adapt", "corpus.jsonl", "held_out_clean.jsonl", **settings)
+        lab.solved(name, model, "--base", steps="64,32")
+
+
+def _recipe(lab: Lab, name: str) -> dict[str, Any]:
+    return tomllib.loads((HERE / f"{name}.toml").read_text(encoding="utf-8")) | lab.budget.get(name, {})
+
+
+def _toml(value: Any) -> str:
+    """A value as `--set key=value` reads it."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    return json.dumps(value) if isinstance(value, list) else str(value)
+
+
+# --- report ----------------------------------------------------------------------------------------------------------
+
+
+def write_report(lab: Lab) -> Path:
+    """Tables and curves of whatever has been run."""
+    path = ROOT / "docs" / "lab.md" if lab.name == "lab" else lab.folder / "report.md"
+    figures = path.with_name("lab") if lab.name == "lab" else lab.folder
+    figures.mkdir(exist_ok=True)
+    ablated = [name for name in ARMS if (lab.folder / f"{name}.solved.json").exists()]
+    minutes = sum(json.loads(line)["minutes"] for line in (lab.folder / "minutes.jsonl").read_text().splitlines())
+    draw(figures / "stages.svg", {name: lab.curve(name) for name in ("parent", "adapt", "mid", "sft")}, lab)
+    parts = [
+        f"# Laboratory report: budget `{lab.name}`",
+        f"`python recipes/tiny/lab.py {lab.name}{' --ablations' if len(ablated) > 1 else ''}`, "
+        f"{time.strftime('%Y-%m-%d')}: {minutes:.0f} minutes in all. Python {platform.python_version()}, torch "
+        f"{torch.__version__}, {platform.machine()}. Losses are on the dev split, as are the {lab.budget['solve']} "
+        "problems behind each pass@1 (greedy, canvas of 64, policy entropy, run in the sandbox).",
+        "## The chain",
+        chain_table(lab),
+        "The parent answers left to right, one token a pass. Before instruction tuning a model is asked in a comment, "
+        "after it in the chat template. The held-out loss is nats per token: of the next token for the parent, the "
+        "1/t-weighted bound on the likelihood for the others; the last one is of answers given their requests alone.",
+        f"![held-out loss of each stage]({figures.name + '/' if lab.name == 'lab' else ''}stages.svg)",
+    ]
+    if len(ablated) > 1:
+        draw(figures / "ablations.svg", {name: lab.curve(name) for name in ablated}, lab)
+        parts += ["## Adaptation and its alternatives", arms_table(lab, ablated), crossing(lab)]
+        parts += [f"![held-out loss of each arm]({figures.name + '/' if lab.name == 'lab' else ''}ablations.svg)"]
+    path.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+    return path
+
+
+def chain_table(lab: Lab) -> str:
+    rows = ["| stage | steps | M tokens | held-out loss | pass@1, 64 steps | 32 steps |", "| --- | --: | --: | --: | --: | --: |"]
+    for name in ("parent", "adapt", "mid", "sft"):
+        rows.append(_row(lab, name, name))
+    return "\n".join(rows)
+
+
+def arms_table(lab: Lab, names: list[str]) -> str:
+    rows = ["| arm | steps | M tokens | held-out loss | pass@1, 64 steps | 32 steps |", "| --- | --: | --: | --: | --: | --: |"]
+    return "\n".join([*rows, *(_row(lab, name, f"{name}: {ARMS[name]}") for name in names)])
+
+
+def _row(lab: Lab, name: str, title: str) -> str:
+    curve = lab.curve(name)
+    last = json.loads((lab.folder / name / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[-1])
+    shares = json.loads((lab.folder / f"{name}.solved.json").read_text(encoding="utf-8"))
+    solved = [f"{shares[steps]:.1%}" if steps in shares else "–" for steps in ("64", "32")]
+    return f"| {title} | {last['step']} | {curve[-1][0]:.2f} | {curve[-1][1]:.4f} | {' | '.join(solved)} |"
+
+
+def crossing(lab: Lab) -> str:
+    """After how many tokens adaptation is where training from nothing ends."""
+    lines = []
+    for name in ("nothing", "nothing-twice"):
+        tokens, target = lab.curve(name)[-1]
+        reached = next((at for at, loss in lab.curve("adapt") if loss <= target), None)
+        said = f"after {reached:.2f} M ({reached / tokens:.0%})" if reached else "not within its own tokens"
+        lines.append(f"* `{name}` ends at {target:.4f} after {tokens:.2f} M tokens; `adapt` is there {said}.")
+    return "\n".join(lines)
+
+
+def draw(path: Path, curves: dict[str, list[tuple[float, float]]], lab: Lab) -> None:
+    """Held-out loss against tokens, a line for each run."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    matplotlib.rcParams["svg.hashsalt"] = "diffucoder"  # the same drawing gives the same bytes
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(7, 4))
+    for name, points in curves.items():
+        axes.plot(*zip(*points, strict=True), marker=".", label=name)
+    axes.set(xlabel="tokens seen (millions)", ylabel="held-out loss (nats per token)", yscale="log")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path, metadata={"Date": None}, bbox_inches="tight")
+    pyplot.close(figure)
+
+
+if __name__ == "__main__":
+    typer.run(main)

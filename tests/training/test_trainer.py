@@ -1,0 +1,269 @@
+"""The Trainer's laws: accumulation and processes change nothing, a killed run goes on bit for bit, torn checkpoints
+are passed over. Runs are real: a process that is killed, two processes over gloo."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch.optim import AdamW
+from transformers import get_cosine_with_min_lr_schedule_with_warmup
+
+import worker
+from diffucoder.errors import ConfigError
+from diffucoder.training import checkpoints
+from diffucoder.training.settings import TrainSettings
+from diffucoder.training.trainer import schedule
+
+ROOT = Path(__file__).parents[2]
+Fields = dict[str, Any]  # Any: each setting has its own type, checked by pydantic
+
+
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    return load_file(run / "model" / "model.safetensors")
+
+
+def lines(run: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses(run: Path) -> list[float]:
+    return [line["loss"] for line in lines(run)]
+
+
+def same(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> bool:
+    return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
+
+
+def launch(fields: Fields, *, config: str | None = None) -> subprocess.CompletedProcess[str]:
+    """Run worker.py as a program: alone, or as two processes under one of recipes/accelerate/."""
+    path = fields["run"].with_suffix(".json")
+    path.write_text(json.dumps(fields, default=str))
+    launcher = [sys.executable]
+    if config:
+        launcher += ["-m", "accelerate.commands.launch", "--config_file", str(ROOT / "recipes/accelerate" / config)]
+        launcher += ["--num_processes", "2", "--main_process_port", "0"]
+    script = str(ROOT / "tests" / "training" / "worker.py")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run([*launcher, script, str(path)], capture_output=True, text=True, env=environment, timeout=300)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of ten steps that nothing interrupts, one micro-batch a step."""
+    run = tmp_path_factory.mktemp("whole") / "run"
+    worker.run({"run": run})
+    return run
+
+
+@pytest.fixture(scope="module")
+def accumulated(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same, in micro-batches of two rows."""
+    run = tmp_path_factory.mktemp("accumulated") / "run"
+    worker.run({"run": run, "micro_batch": 2})
+    return run
+
+
+# --- what a step is --------------------------------------------------------------------------------------------------
+
+
+def test_a_run_learns(whole: Path) -> None:
+    unweighted = [line["unweighted"] for line in lines(whole)]
+    assert unweighted[-1] < unweighted[0] - 0.2
+
+
+@pytest.mark.parametrize("normaliser", ["masked", "length"])
+def test_accumulation_changes_nothing(tmp_path: Path, normaliser: str) -> None:
+    for size in (8, 1):
+        worker.run({"run": tmp_path / str(size), "micro_batch": size, "normaliser": normaliser, "steps": 3})
+    assert losses(tmp_path / "8") == pytest.approx(losses(tmp_path / "1"), rel=1e-6)
+    for name, weight in weights(tmp_path / "8").items():
+        assert torch.allclose(weight.float(), weights(tmp_path / "1")[name].float(), rtol=1e-2, atol=1e-5), name
+
+
+def test_the_released_normaliser_does_depend_on_micro_batches(tmp_path: Path) -> None:
+    for size in (8, 1):
+        worker.run({"run": tmp_path / str(size), "micro_batch": size, "normaliser": "masked_micro", "steps": 1})
+    assert losses(tmp_path / "8") != pytest.approx(losses(tmp_path / "1"), rel=1e-2)
+
+
+@pytest.mark.parametrize("config", ["ddp.yaml", "fsdp2.yaml"])
+def test_two_processes_are_one(tmp_path: Path, accumulated: Path, config: str) -> None:
+    done = launch({"run": tmp_path / "two", "micro_batch": 2}, config=config)
+    assert done.returncode == 0, done.stderr
+    assert losses(tmp_path / "two") == pytest.approx(losses(accumulated), abs=1e-5)
+    assert lines(tmp_path / "two")[-1]["held_out_loss"] == pytest.approx(
+        lines(accumulated)[-1]["held_out_loss"], abs=1e-5
+    )
+    for name, weight in weights(accumulated).items():  # exported in bfloat16, so equal to its last digit
+        assert torch.allclose(weight.float(), weights(tmp_path / "two")[name].float(), rtol=1e-2, atol=1e-4), name
+
+
+def test_the_schedule_is_that_of_transformers() -> None:
+    settings = TrainSettings(run=Path("x"), steps=50, lr=1.0, warmup=0.2, final_lr=0.1)
+    optimizer = AdamW([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    theirs = get_cosine_with_min_lr_schedule_with_warmup(optimizer, 10, 50, min_lr_rate=0.1)
+    for step in range(50):
+        if step >= 10:
+            assert schedule(step, settings) == pytest.approx(theirs.get_last_lr()[0])
+        else:  # theirs wastes its first step at zero
+            assert schedule(step, settings) == pytest.approx((step + 1) / 10)
+        optimizer.step()
+        theirs.step()
+
+
+def test_noise_and_data_leave_the_global_generator_alone(tmp_path: Path) -> None:
+    before = torch.get_rng_state()
+    worker.run({"run": tmp_path / "run", "steps": 2, "lora_rank": 2})
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+# --- going on --------------------------------------------------------------------------------------------------------
+
+
+def test_a_run_killed_in_mid_step_goes_on_bit_for_bit(tmp_path: Path, accumulated: Path) -> None:
+    fields: Fields = {"run": tmp_path / "run", "micro_batch": 2}
+    assert launch({**fields, "die": 5}).returncode == -signal.SIGKILL
+    assert not (tmp_path / "run" / "model").exists()
+    worker.run({**fields, "resume": True})
+    assert same(weights(tmp_path / "run"), weights(accumulated))
+    for ours, theirs in zip(lines(tmp_path / "run"), lines(accumulated), strict=True):
+        timed = {"tokens_per_second"}
+        assert {k: v for k, v in ours.items() if k not in timed} == {k: v for k, v in theirs.items() if k not in timed}
+
+
+def test_a_run_killed_while_it_writes_goes_on_bit_for_bit(
+    tmp_path: Path, whole: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fields: Fields = {"run": tmp_path / "run"}
+
+    def die(*_: object) -> None:
+        raise RuntimeError("killed")
+
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="killed"):
+        patch.setattr(checkpoints, "_sync", die)  # the first checkpoint's files are there, its folder is not yet
+        worker.run(dict(fields))
+    _reset()
+    worker.run({**fields, "resume": True})
+    assert same(weights(tmp_path / "run"), weights(whole))
+
+
+@pytest.mark.parametrize("harm", ["cut", "flip", "lose", "unlist"])
+def test_a_torn_checkpoint_is_named_and_the_one_before_it_used(
+    tmp_path: Path, whole: Path, harm: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    worker.run({"run": run, "keep": 5})
+    newest = run / "checkpoints" / "step-00000010"
+    file = next(newest.glob("*.distcp"))
+    if harm == "cut":
+        file.write_bytes(file.read_bytes()[:-100])
+    elif harm == "flip":
+        content = bytearray(file.read_bytes())
+        content[len(content) // 2] ^= 1
+        file.write_bytes(bytes(content))
+    elif harm == "lose":
+        file.unlink()
+    else:
+        (newest / "whole.json").write_text('{"files"')
+    worker.run({"run": run, "keep": 5, "resume": True})
+    assert "step-00000010 is torn" in " ".join(capsys.readouterr().err.split())
+    assert same(weights(run), weights(whole))
+    assert len(lines(run)) == 10
+
+
+def test_only_the_newest_checkpoints_are_kept(whole: Path) -> None:
+    assert sorted(checkpoints.found(whole)) == [8, 10]
+
+
+def test_a_finished_run_resumed_writes_its_model_again(tmp_path: Path, whole: Path) -> None:
+    worker.run({"run": tmp_path / "run"})
+    (tmp_path / "run" / "model" / "model.safetensors").unlink()
+    worker.run({"run": tmp_path / "run", "resume": True})
+    assert same(weights(tmp_path / "run"), weights(whole))
+
+
+def test_a_run_folder_is_not_overwritten(tmp_path: Path) -> None:
+    worker.run({"run": tmp_path / "run", "steps": 2})
+    with pytest.raises(ConfigError, match="holds a run already; go on with --resume"):
+        worker.run({"run": tmp_path / "run", "steps": 2})
+    _reset()
+
+
+def test_a_run_is_not_continued_with_other_settings(tmp_path: Path) -> None:
+    worker.run({"run": tmp_path / "run", "steps": 2})
+    with pytest.raises(ConfigError, match=r"lr=0.5 but the run in .* was begun with 0.01"):
+        worker.run({"run": tmp_path / "run", "steps": 2, "lr": 0.5, "resume": True})
+    _reset()
+
+
+def test_a_stopped_run_writes_a_checkpoint_first(tmp_path: Path) -> None:
+    fields: Fields = {"run": tmp_path / "run", "steps": 10_000, "save_every": 10_000}
+    path = tmp_path / "fields.json"
+    path.write_text(json.dumps(fields, default=str))
+    script = str(ROOT / "tests" / "training" / "worker.py")
+    with subprocess.Popen([sys.executable, script, str(path)], stderr=subprocess.PIPE, text=True) as process:
+        wait_for(lambda: (tmp_path / "run" / "metrics.jsonl").exists())
+        process.send_signal(signal.SIGTERM)
+        _, said = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGTERM
+    assert "go on with --resume" in " ".join(said.split())
+    (step,) = checkpoints.found(tmp_path / "run")
+    assert lines(tmp_path / "run")[-1]["step"] <= step
+
+
+# --- settings --------------------------------------------------------------------------------------------------------
+
+
+def test_a_batch_that_does_not_split_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="batch=8 does not split into micro-batches of 3 rows"):
+        worker.run({"run": tmp_path / "run", "micro_batch": 3})
+    _reset()
+
+
+def test_adapters_learn_and_are_merged(tmp_path: Path) -> None:
+    worker.run({"run": tmp_path / "run", "lora_rank": 4, "export_dtype": "float32"})
+    before, after = worker.model().model.state_dict(), weights(tmp_path / "run")
+    assert not any("lora" in name for name in after)
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed
+    assert all(name.endswith("proj.weight") for name in changed)
+
+
+def test_adapters_for_layers_that_are_not_there_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="lora_targets=.* are not in this model"):
+        worker.run({"run": tmp_path / "run", "lora_rank": 4, "lora_targets": ("qkv",)})
+
+
+def test_gradient_checkpointing_gives_the_same_losses(tmp_path: Path, whole: Path) -> None:
+    worker.run({"run": tmp_path / "run", "gradient_checkpointing": True})
+    assert losses(tmp_path / "run") == pytest.approx(losses(whole), rel=1e-5)
+
+
+def test_trackers_get_the_metrics(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    worker.run({"run": tmp_path / "run", "steps": 2, "trackers": ("tensorboard",)})
+    assert list((tmp_path / "run").rglob("events.out.tfevents.*"))
+
+
+def wait_for(condition: Callable[[], bool], seconds: float = 60) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "nothing happened in time"
+        time.sleep(0.05)
+
+
+def _reset() -> None:
+    """What `Trainer.close` does, for a run that never got there."""
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+
