@@ -102,7 +102,8 @@ def _causal(model: str | None) -> Answer:
             eos_token_id=sorted(tokenizer.terminator_ids),
             pad_token_id=tokenizer.pad_id,
         )[:, width:].tolist()
-        ends = [next((at for at, id_ in enumerate(row) if id_ in tokenizer.terminator_ids), len(row)) for row in written]
+        stops = tokenizer.terminator_ids
+        ends = [next((at for at, id_ in enumerate(row) if id_ in stops), len(row)) for row in written]
         return [
             {"text": tokenizer.decode(row[:end]), "passes": end + 1, "tokens": end}
             for row, end in zip(written, ends, strict=True)

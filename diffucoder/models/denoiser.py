@@ -135,7 +135,8 @@ class Denoiser(nn.Module):
         if reduce is None:
             return self.model.get_output_embeddings()(hidden)  # type: ignore[no-any-return]  # model is Any
         results = self._reduced(hidden.flatten(0, -2), reduce)  # each (B * T, ...) or (M, ...)
-        shaped = results if rows is not None else tuple(r.unflatten(0, hidden.shape[:-1]) for r in results)
+        # (M, ...) as they are: FSDP2 warns of views among what it returns
+        shaped = results if rows is not None else tuple(r.reshape(*hidden.shape[:-1], *r.shape[1:]) for r in results)
         return shaped if len(shaped) > 1 else shaped[0]
 
     def _aligned(self, hidden: Tensor, valid: Tensor | None, rows: Tensor | None) -> Tensor:

@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
 from accelerate import Accelerator
 from rich.console import Console
 from torch import Tensor, nn
+from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 from torch.optim import Optimizer
 
@@ -70,7 +70,7 @@ def save(run: Path, step: int, state: State, accelerator: Accelerator, *, keep: 
         partial.mkdir(parents=True)
     accelerator.wait_for_everyone()
     with _alone_is_fine():
-        dcp.save(_tensors(state), checkpoint_id=partial)
+        state_dict_saver.save(_tensors(state), checkpoint_id=partial)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         files = {file.name: _print(file) for file in sorted(partial.iterdir())}
@@ -97,7 +97,7 @@ def load_newest(run: Path, state: State, accelerator: Accelerator) -> int:
     if step:
         tensors = _tensors(state)
         with _alone_is_fine():
-            dcp.load(tensors, checkpoint_id=_folder(run, step))
+            state_dict_loader.load(tensors, checkpoint_id=_folder(run, step))
         set_state_dict(
             state.model,
             state.optimizer,
@@ -141,7 +141,7 @@ def _is_whole(folder: Path) -> bool:
     except (OSError, ValueError, KeyError) as error:
         torn = [str(error)]
     if torn:
-        Console(stderr=True).print(f"checkpoint {folder} is torn ({torn[0]}); using the one before it")
+        Console(stderr=True).print(f"checkpoint {folder} is torn ({torn[0]}); using the one before it", soft_wrap=True)
     return not torn
 
 
@@ -183,4 +183,3 @@ def _sync(folder: Path) -> None:
             os.fsync(handle)
         finally:
             os.close(handle)
-

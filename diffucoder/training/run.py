@@ -59,7 +59,7 @@ def train_and_export(
     if adapters is not None:
         adapters.merge_and_unload()
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)  # gathered where it is sharded
-    state = get_model_state_dict(trained, options=options)
+    state: dict[str, Any] = get_model_state_dict(trained, options=options)  # tensors, though torch says wider
     folder = settings.run / "model"
     if trainer.accelerator.is_main_process:
         dtype = getattr(torch, settings.export_dtype)

@@ -27,10 +27,10 @@ class TrainSettings(Settings):
     betas: tuple[float, float] = Field(default=(0.9, 0.95), description="of AdamW")
     weight_decay: float = Field(default=0.1, ge=0, description="of AdamW, on matrices only")
     clip: float = Field(default=1.0, gt=0, description="largest gradient norm")
-    ema: float = Field(default=0.0, ge=0, lt=1, description="decay of averaged weights, which are then exported; 0: off")
+    ema: float = Field(default=0.0, ge=0, lt=1, description="decay of the averaged weights that are exported; 0: off")
     bf16: bool = Field(default=True, description="bfloat16 autocast over float32 weights")
     gradient_checkpointing: bool = Field(default=False, description="layers recomputed in backward: less memory")
-    lora_rank: int = Field(default=0, ge=0, description="train low-rank adapters of this rank, merged on export; 0: off")
+    lora_rank: int = Field(default=0, ge=0, description="rank of adapters trained alone, merged on export; 0: off")
     lora_alpha: float = Field(default=16.0, gt=0, description="scale of the adapters, over their rank")
     lora_targets: tuple[str, ...] = Field(
         default=("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),

@@ -78,7 +78,8 @@ class Trainer:
         self.accelerator.wait_for_everyone()
         model.train()
         if settings.gradient_checkpointing:
-            model.model.gradient_checkpointing_enable({"use_reentrant": False})
+            enable = getattr(model.model, "activation_checkpointing_enable", None)  # its name from transformers 5.20 on
+            (enable or model.model.gradient_checkpointing_enable)({"use_reentrant": False})
         self.model, self.optimizer = self.accelerator.prepare(model, _optimizer(model, settings))
         self.average = {n: p.detach().clone() for n, p in self._trained()} if settings.ema else {}
         self._stopped_by = 0
@@ -104,7 +105,7 @@ class Trainer:
                     checkpoints.save(settings.run, self.step, self._state(), self.accelerator, keep=settings.keep)
                 if self._stopped_by:
                     message = f"stopped at step {self.step} of {settings.steps}; go on with --resume"
-                    Console(stderr=True).print(message)
+                    Console(stderr=True).print(message, soft_wrap=True)
                     raise SystemExit(128 + self._stopped_by)
         model: Denoiser = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
         with torch.no_grad():
@@ -279,7 +280,7 @@ def _signals(trainer: Trainer) -> Iterator[None]:
         trainer._stopped_by = number
         signal.signal(number, before[number])
 
-    before = {}
+    before: dict[int, Any] = {}  # Any: whatever handler was there
     if threading.current_thread() is threading.main_thread():
         before = {number: signal.signal(number, wish) for number in (signal.SIGINT, signal.SIGTERM)}
     try:

@@ -202,15 +202,16 @@ def write_report(lab: Lab) -> Path:
 
 
 def chain_table(lab: Lab) -> str:
-    rows = ["| stage | steps | M tokens | held-out loss | pass@1, 64 steps | 32 steps |", "| --- | --: | --: | --: | --: | --: |"]
-    for name in ("parent", "adapt", "mid", "sft"):
-        rows.append(_row(lab, name, name))
-    return "\n".join(rows)
+    return "\n".join([*_head("stage"), *(_row(lab, name, name) for name in ("parent", "adapt", "mid", "sft"))])
 
 
 def arms_table(lab: Lab, names: list[str]) -> str:
-    rows = ["| arm | steps | M tokens | held-out loss | pass@1, 64 steps | 32 steps |", "| --- | --: | --: | --: | --: | --: |"]
-    return "\n".join([*rows, *(_row(lab, name, f"{name}: {ARMS[name]}") for name in names)])
+    return "\n".join([*_head("arm"), *(_row(lab, name, f"{name}: {ARMS[name]}") for name in names)])
+
+
+def _head(first: str) -> list[str]:
+    columns = (first, "steps", "M tokens", "held-out loss", "pass@1, 64 steps", "32 steps")
+    return [f"| {' | '.join(columns)} |", "| --- | --: | --: | --: | --: | --: |"]
 
 
 def _row(lab: Lab, name: str, title: str) -> str:

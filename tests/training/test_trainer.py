@@ -13,11 +13,11 @@ from typing import Any
 
 import pytest
 import torch
+import worker
 from safetensors.torch import load_file
 from torch.optim import AdamW
 from transformers import get_cosine_with_min_lr_schedule_with_warmup
 
-import worker
 from diffucoder.errors import ConfigError
 from diffucoder.training import checkpoints
 from diffucoder.training.settings import TrainSettings
@@ -83,10 +83,10 @@ def test_a_run_learns(whole: Path) -> None:
 @pytest.mark.parametrize("normaliser", ["masked", "length"])
 def test_accumulation_changes_nothing(tmp_path: Path, normaliser: str) -> None:
     for size in (8, 1):
-        worker.run({"run": tmp_path / str(size), "micro_batch": size, "normaliser": normaliser, "steps": 3})
+        worker.run({"run": tmp_path / str(size), "micro_batch": size, "normaliser": normaliser, "steps": 5})
     assert losses(tmp_path / "8") == pytest.approx(losses(tmp_path / "1"), rel=1e-6)
-    for name, weight in weights(tmp_path / "8").items():
-        assert torch.allclose(weight.float(), weights(tmp_path / "1")[name].float(), rtol=1e-2, atol=1e-5), name
+    norms = [[line["grad_norm"] for line in lines(tmp_path / size)] for size in ("8", "1")]
+    assert norms[0] == pytest.approx(norms[1], rel=1e-5)
 
 
 def test_the_released_normaliser_does_depend_on_micro_batches(tmp_path: Path) -> None:
@@ -103,8 +103,8 @@ def test_two_processes_are_one(tmp_path: Path, accumulated: Path, config: str) -
     assert lines(tmp_path / "two")[-1]["held_out_loss"] == pytest.approx(
         lines(accumulated)[-1]["held_out_loss"], abs=1e-5
     )
-    for name, weight in weights(accumulated).items():  # exported in bfloat16, so equal to its last digit
-        assert torch.allclose(weight.float(), weights(tmp_path / "two")[name].float(), rtol=1e-2, atol=1e-4), name
+    for name, weight in weights(accumulated).items():  # Adam divides by gradients near zero, so not to the last digit
+        assert torch.allclose(weight, weights(tmp_path / "two")[name], rtol=1e-3, atol=1e-4), name
 
 
 def test_the_schedule_is_that_of_transformers() -> None:
@@ -148,9 +148,10 @@ def test_a_run_killed_while_it_writes_goes_on_bit_for_bit(
     def die(*_: object) -> None:
         raise RuntimeError("killed")
 
-    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="killed"):
-        patch.setattr(checkpoints, "_sync", die)  # the first checkpoint's files are there, its folder is not yet
+    monkeypatch.setattr(checkpoints, "_sync", die)  # the first checkpoint's files are there, its folder is not yet
+    with pytest.raises(RuntimeError, match="killed"):
         worker.run(dict(fields))
+    monkeypatch.undo()
     _reset()
     worker.run({**fields, "resume": True})
     assert same(weights(tmp_path / "run"), weights(whole))
@@ -239,7 +240,7 @@ def test_adapters_learn_and_are_merged(tmp_path: Path) -> None:
 
 
 def test_adapters_for_layers_that_are_not_there_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="lora_targets=.* are not in this model"):
+    with pytest.raises(ConfigError, match=r"lora_targets=.* are not in this model"):
         worker.run({"run": tmp_path / "run", "lora_rank": 4, "lora_targets": ("qkv",)})
 
 
@@ -266,4 +267,3 @@ def _reset() -> None:
     from accelerate.state import AcceleratorState
 
     AcceleratorState._reset_state(reset_partial_state=True)
-

@@ -24,7 +24,10 @@ from diffucoder.training.settings import TrainSettings
 from diffucoder.training.trainer import Terms
 
 VOCABULARY, MASK, PAD, LENGTH = 40, 39, 38, 12
-DEFAULTS = {"steps": 10, "batch": 8, "lr": 1e-2, "bf16": False, "ema": 0.9, "save_every": 2, "log_every": 1}
+DEFAULTS = {
+    **{"steps": 10, "batch": 8, "lr": 1e-2, "bf16": False, "ema": 0.9},
+    **{"save_every": 2, "log_every": 1, "export_dtype": "float32"},
+}
 
 
 class CountingRows:
