@@ -1,6 +1,7 @@
 """Fixtures shared by all tests: tiny random models, and the public reference data beside the repository."""
 
 import os
+import runpy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,13 @@ def shared() -> Path:
     if not (folder / "parity").is_dir():
         pytest.skip("no shared reference data here; set DIFFUCODER_SHARED")
     return folder
+
+
+@pytest.fixture(scope="session")
+def train_tokenizer() -> Callable[..., None]:
+    """`train_tokenizer(problems, vocabulary, folder)` of the laboratory, a script and so not to be imported."""
+    train: Callable[..., None] = runpy.run_path(str(REPOSITORY / "recipes/tiny/data.py"))["train_tokenizer"]
+    return train
 
 
 @pytest.fixture(scope="session")

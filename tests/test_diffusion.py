@@ -1,16 +1,34 @@
-"""Oracle 6: complementary masks are disjoint and cover, the weighted loss is unbiased, all masked = cross-entropy."""
+"""Oracle 6: complementary masks are disjoint and cover, the weighted loss is unbiased, all masked = cross-entropy.
+
+And the laws of the draws: keyed noise, times, spans, annealed attention.
+"""
 
 import math
+from collections.abc import Iterable
 from functools import partial
+from itertools import product
+from typing import Literal
 
 import pytest
 import torch
 from torch import Generator, Tensor
 
-from diffucoder.diffusion import complementary_masks, corrupt, diffusion_loss, sample_time
+from diffucoder.diffusion import (
+    annealed_attention,
+    complementary_masks,
+    corrupt,
+    keyed_generator,
+    loss_weights,
+    random_spans,
+    sample_time,
+)
 from diffucoder.errors import ConfigError
 
 MASK = 99
+Method = Literal["uniform", "stratified", "antithetic"]
+METHODS: tuple[Method, ...] = ("uniform", "stratified", "antithetic")
+Micro = tuple[Tensor, Tensor, Tensor, Tensor]
+"""A micro-batch: cross-entropies (M,), what is masked (B, T), times (B,), what is maskable (B, T)."""
 
 
 @pytest.fixture
@@ -23,12 +41,62 @@ def half(rows: int, length: int) -> Tensor:
     return (torch.arange(length) >= length // 2).expand(rows, length)
 
 
+def step_loss(micros: Iterable[Micro], normaliser: str) -> Tensor:
+    """The loss of a step, as `loss_weights` defines it over the micro-batches."""
+    total, divisor = torch.zeros(()), 0.0
+    for cross_entropy, masked, t, maskable in micros:
+        weights, share = loss_weights(masked, t, maskable, normaliser=normaliser)
+        total, divisor = total + (weights * cross_entropy).sum(), divisor + share
+    return total / max(1, divisor)
+
+
+# --- keyed noise -----------------------------------------------------------------------------------------------------
+
+
+def test_keyed_noise_is_a_function_of_the_key_alone() -> None:
+    keyed_generator(1, 2, 3)  # what was drawn before does not matter
+    assert torch.equal(torch.rand(9, generator=keyed_generator(5, 0)), torch.rand(9, generator=keyed_generator(5, 0)))
+    # and stays the same from release to release: runs that are under way go on with it
+    assert torch.randint(1000, (4,), generator=keyed_generator(0, -1, 7)).tolist() == [187, 307, 529, 837]
+
+
+def test_keys_of_different_lengths_order_and_sign_differ() -> None:
+    keys = [(), (0,), (0, 0), (1, 0), (0, 1), (-1,), (1,), (2**63 - 1,), (-(2**63),), (2**32,)]
+    seeds = {keyed_generator(*key).initial_seed() for key in keys}
+    assert len(seeds) == len(keys)
+
+
+def test_close_keys_are_uncorrelated() -> None:
+    draws = torch.stack([torch.rand(400, generator=keyed_generator(0, s, r)) for s, r in product(range(20), range(10))])
+    correlation = torch.corrcoef(draws) - torch.eye(200)  # (200, 200), of standard deviation 1/20
+    assert correlation.abs().max() < 6 / 20
+    assert float(correlation.square().sum() / (200 * 199)) == pytest.approx(1 / 400, rel=0.05)
+    assert draws[:, 0].histc(4, 0, 1).sub(50).abs().max() < 5 * math.sqrt(50)  # the first draw is uniform over keys
+
+
+def test_a_generator_for_each_row_gives_a_row_the_same_noise_in_any_company() -> None:
+    tokens, maskable, t = torch.arange(80).view(4, 20), half(4, 20), torch.tensor([0.3, 0.5, 0.7, 0.9])
+
+    def draws(rows: list[int]) -> list[Tensor]:
+        def keyed() -> list[Generator]:
+            return [keyed_generator(0, row) for row in rows]
+
+        noisy, masked = corrupt(tokens[rows], maskable[rows], t[rows], MASK, keyed())
+        return [noisy, masked, *complementary_masks(maskable[rows], t[rows], keyed())]
+
+    together = draws([0, 1, 2, 3])
+    for drawn, all_ in zip(draws([2]), together, strict=True):
+        assert torch.equal(drawn[0], all_[2])
+    for drawn, all_ in zip(draws([3, 0]), together, strict=True):
+        assert torch.equal(drawn, all_[[3, 0]])
+
+
 # --- time ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("stratified", [True, False])
-def test_times_are_uniform_between_eps_and_one(noise: Generator, stratified: bool) -> None:
-    draw = partial(sample_time, 8, generator=noise, eps=0.2, stratified=stratified)
+@pytest.mark.parametrize("method", METHODS)
+def test_times_are_uniform_between_eps_and_one(noise: Generator, method: Method) -> None:
+    draw = partial(sample_time, 8, generator=noise, eps=0.2, method=method)
     times = torch.cat([draw() for _ in range(2500)])  # (20_000,)
     assert times.min() >= 0.2
     assert times.max() <= 1
@@ -36,10 +104,11 @@ def test_times_are_uniform_between_eps_and_one(noise: Generator, stratified: boo
     assert (counts - 2000).abs().max() < 5 * math.sqrt(2000)
 
 
-def test_each_row_of_a_stratified_batch_is_uniform_by_itself(noise: Generator) -> None:
-    times = torch.stack([sample_time(4, generator=noise) for _ in range(4000)])  # (4000, B)
+@pytest.mark.parametrize("method", METHODS)
+def test_each_row_of_a_batch_is_uniform_by_itself(noise: Generator, method: Method) -> None:
+    times = torch.stack([sample_time(5, generator=noise, method=method) for _ in range(4000)])  # (4000, B)
     for quantile in (0.25, 0.5, 0.75):
-        assert (times < quantile).float().mean(0).tolist() == pytest.approx([quantile] * 4, abs=0.04)
+        assert (times < quantile).float().mean(0).tolist() == pytest.approx([quantile] * 5, abs=0.04)
 
 
 def test_a_stratified_batch_has_one_time_in_every_slice(noise: Generator) -> None:
@@ -47,12 +116,22 @@ def test_a_stratified_batch_has_one_time_in_every_slice(noise: Generator) -> Non
     assert (times * 16).floor().tolist() == list(range(16))
 
 
-def test_stratified_times_lower_the_variance_of_a_batch_mean(noise: Generator) -> None:
-    def variance(*, stratified: bool) -> float:
-        means = [sample_time(8, generator=noise, stratified=stratified).square().mean() for _ in range(500)]
+@pytest.mark.parametrize("rows", [1, 2, 7, 8])
+def test_antithetic_times_come_in_pairs_that_mirror_each_other(noise: Generator, rows: int) -> None:
+    eps = 0.1
+    u = (sample_time(rows, generator=noise, eps=eps, method="antithetic") - eps) / (1 - eps)
+    assert len(u) == rows
+    pairs = u[: rows // 2 * 2].view(-1, 2)
+    assert pairs.sum(1).tolist() == pytest.approx([1.0] * (rows // 2))
+
+
+@pytest.mark.parametrize(("method", "ratio"), [("stratified", 10), ("antithetic", 5)])
+def test_spread_times_lower_the_variance_of_a_batch_mean(noise: Generator, method: Method, ratio: int) -> None:
+    def variance(method: Method) -> float:
+        means = [sample_time(8, generator=noise, method=method).square().mean() for _ in range(500)]
         return float(torch.stack(means).var())
 
-    assert variance(stratified=True) < variance(stratified=False) / 10
+    assert variance(method) < variance("uniform") / ratio
 
 
 @pytest.mark.parametrize("eps", [0.0, 1.0, -0.1])
@@ -119,18 +198,66 @@ def test_nothing_is_drawn_from_the_global_generator(noise: Generator) -> None:
     t = sample_time(4, generator=noise)
     corrupt(torch.zeros(4, 9, dtype=torch.long), half(4, 9), t, MASK, noise)
     complementary_masks(half(4, 9), t, noise)
+    random_spans(9, noise)
+    annealed_attention(9, 0.5, keyed_generator(0))
     assert torch.equal(torch.get_rng_state(), before)
+
+
+# --- spans -----------------------------------------------------------------------------------------------------------
+
+
+def runs(inside: Tensor) -> int:
+    """How many stretches of True there are."""
+    padded = torch.cat([torch.zeros(1), inside.float()])
+    return int((padded.diff() > 0).sum())
+
+
+def test_spans_are_at_most_as_many_as_asked_for(noise: Generator) -> None:
+    for holes in (1, 3):
+        found = [runs(random_spans(40, noise, holes=holes)) for _ in range(300)]
+        assert max(found) == holes
+    assert random_spans(40, noise).shape == (40,)
+
+
+def test_one_span_has_uniform_ends(noise: Generator) -> None:
+    # The length of a span between two uniform ends is triangular: a third of the text on average
+    spans = torch.stack([random_spans(30, noise, holes=1) for _ in range(4000)]).float()  # (4000, 30)
+    assert float(spans.mean()) == pytest.approx(1 / 3, abs=0.02)
+    assert spans.mean(0).tolist() == pytest.approx(spans.mean(0).flip(0).tolist(), abs=0.05)  # either end alike
+
+
+@pytest.mark.parametrize("length", [0, 1])
+def test_the_shortest_texts_have_spans_too(noise: Generator, length: int) -> None:
+    assert {len(random_spans(length, noise)) for _ in range(20)} == {length}
+
+
+# --- annealed attention ----------------------------------------------------------------------------------------------
+
+
+def test_no_share_is_causal_and_a_whole_one_is_full(noise: Generator) -> None:
+    assert torch.equal(annealed_attention(9, 0.0, noise), torch.ones(9, 9, dtype=torch.bool).tril())
+    assert annealed_attention(9, 1.0, noise).all()
+
+
+@pytest.mark.parametrize("share", [1e-4, 0.3, 0.8])
+def test_a_share_between_opens_that_share_of_the_keys_to_the_right(noise: Generator, share: float) -> None:
+    length = 400
+    attention = annealed_attention(length, share, noise)
+    causal = torch.ones(length, length, dtype=torch.bool).tril()
+    assert attention[causal].all()
+    right = attention[~causal].float()
+    assert float(right.mean()) == pytest.approx(share, abs=5 * math.sqrt(share * (1 - share) / len(right)))
 
 
 # --- loss ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("normaliser", ["length", "masked"])
+@pytest.mark.parametrize("normaliser", ["length", "masked", "masked_micro"])
 def test_all_masked_at_time_one_is_plain_cross_entropy(noise: Generator, normaliser: str) -> None:
     maskable = half(3, 10)
     _, masked = corrupt(torch.zeros(3, 10, dtype=torch.long), maskable, torch.ones(3), MASK, noise)
     cross_entropy = torch.rand(15, generator=noise)
-    loss = diffusion_loss(cross_entropy, masked, torch.ones(3), maskable, normaliser=normaliser)
+    loss = step_loss([(cross_entropy, masked, torch.ones(3), maskable)], normaliser)
     assert float(loss) == pytest.approx(float(cross_entropy.mean()))
 
 
@@ -141,7 +268,7 @@ def mean_loss(costs: Tensor, noise: Generator, *, normaliser: str, rows: int, dr
         t = sample_time(rows, generator=noise)
         _, masked = corrupt(torch.zeros_like(maskable, dtype=torch.long), maskable, t, MASK, noise)
         cross_entropy = costs.expand(rows, -1)[masked]
-        losses.append(diffusion_loss(cross_entropy, masked, t, maskable, normaliser=normaliser))
+        losses.append(step_loss([(cross_entropy, masked, t, maskable)], normaliser))
     return float(torch.stack(losses).mean())
 
 
@@ -158,7 +285,7 @@ def test_the_loss_of_a_perfect_model_is_the_negative_log_likelihood(noise: Gener
     t = sample_time(rows, generator=noise, eps=eps)
     _, masked = corrupt(torch.zeros(rows, 2, dtype=torch.long), maskable, t, MASK, noise)
     cost = math.log(2) * masked.all(-1, keepdim=True).expand(rows, 2)[masked]
-    loss = diffusion_loss(cost, masked, t, maskable, normaliser="length")
+    loss = step_loss([(cost, masked, t, maskable)], "length")
     likelihood = math.log(2) / 2  # per token
     assert float(loss) == pytest.approx(likelihood * (1 + eps), rel=0.01)
 
@@ -177,18 +304,42 @@ def test_rows_that_share_the_masked_normaliser_bring_the_factor_down_to_two(nois
 def test_each_cross_entropy_is_weighted_by_its_own_row() -> None:
     masked = torch.tensor([[True, False, True], [False, True, False]])
     t = torch.tensor([0.5, 0.25])
-    loss = diffusion_loss(torch.tensor([1.0, 2.0, 3.0]), masked, t, torch.ones(2, 3).bool(), normaliser="length")
-    assert float(loss) == pytest.approx((1 / 0.5 + 2 / 0.5 + 3 / 0.25) / 6)
+    micro = (torch.tensor([1.0, 2.0, 3.0]), masked, t, torch.ones(2, 3).bool())
+    assert float(step_loss([micro], "length")) == pytest.approx((1 / 0.5 + 2 / 0.5 + 3 / 0.25) / 6)
+    assert float(step_loss([micro], "masked")) == pytest.approx((1 / 0.5 + 2 / 0.5 + 3 / 0.25) / 3)
+
+
+def micro_batches(noise: Generator, rows: int, size: int) -> list[Micro]:
+    """A step of `rows` random rows in micro-batches of `size`; the numbers do not depend on the size."""
+    maskable = torch.rand(rows, 30, generator=noise) < 0.8
+    t = sample_time(rows, generator=noise)
+    masked = corrupt(torch.zeros(rows, 30, dtype=torch.long), maskable, t, MASK, noise)[1]
+    costs = torch.rand(rows, 30, generator=noise)
+    cuts = [slice(at, at + size) for at in range(0, rows, size)]
+    return [(costs[cut][masked[cut]], masked[cut], t[cut], maskable[cut]) for cut in cuts]
 
 
 @pytest.mark.parametrize("normaliser", ["length", "masked"])
+@pytest.mark.parametrize("size", [1, 3])
+def test_several_micro_batches_are_one_big_batch(normaliser: str, size: int) -> None:
+    cut, whole = (micro_batches(Generator().manual_seed(1), 12, rows) for rows in (size, 12))
+    assert float(step_loss(cut, normaliser)) == pytest.approx(float(step_loss(whole, normaliser)), rel=1e-6)
+
+
+def test_the_released_normaliser_is_the_mean_of_micro_batches_by_their_own_counts(noise: Generator) -> None:
+    micros = micro_batches(noise, 12, 3)
+    each = [float((cost / t[masked.nonzero()[:, 0]]).sum() / masked.sum()) for cost, masked, t, _ in micros]
+    assert float(step_loss(micros, "masked_micro")) == pytest.approx(sum(each) / len(each), rel=1e-6)
+
+
+@pytest.mark.parametrize("normaliser", ["length", "masked", "masked_micro"])
 def test_a_batch_with_nothing_masked_costs_nothing(normaliser: str) -> None:
     nothing = torch.zeros(2, 5, dtype=torch.bool)
-    loss = diffusion_loss(torch.empty(0), nothing, torch.full((2,), 1e-3), ~nothing, normaliser=normaliser)
+    loss = step_loss([(torch.empty(0), nothing, torch.full((2,), 1e-3), ~nothing)], normaliser)
     assert float(loss) == 0
 
 
 def test_an_unknown_normaliser_is_refused() -> None:
     masked = torch.ones(1, 1, dtype=torch.bool)
     with pytest.raises(ConfigError, match="normaliser='mean' is not known; use one of length, masked"):
-        diffusion_loss(torch.ones(1), masked, torch.ones(1), masked, normaliser="mean")
+        loss_weights(masked, torch.ones(1), masked, normaliser="mean")

@@ -15,12 +15,11 @@ from diffucoder import Canvas, DecodingParams, Denoiser, Step
 from diffucoder.decoding.denoise import denoise
 from diffucoder.problems import problems
 from diffucoder.tokenizer import PLACEHOLDER, Tokenizer
-from diffucoder.training.tiny_tokenizer import train_tokenizer
 from diffucoder.watch import CanvasView, progress, watch
 
 
 @pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+def tokenizer(train_tokenizer: Callable[..., None], tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
     folder = tmp_path_factory.mktemp("tokenizer")
     train_tokenizer(list(problems("train", 100, seed=0)), 320, folder)
     return Tokenizer.load(folder)

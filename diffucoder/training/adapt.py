@@ -14,7 +14,7 @@ import torch
 from diffucoder.diffusion import keyed_generator, random_spans
 from diffucoder.training.data import TokenStore, epoch_index, prepare
 from diffucoder.training.masked import HELD_OUT, MaskedStage, Row
-from diffucoder.training.run import load_start, objective, train_and_export
+from diffucoder.training.run import check_length, load_start, objective, train_and_export
 from diffucoder.training.settings import AdaptSettings
 
 _ORDER, _SHAPE = 10, 11  # the last number of a key of noise: what is drawn
@@ -66,6 +66,7 @@ class PackedRows:
 def adapt(settings: AdaptSettings) -> Path:
     """Run the stage, or go on with it, and return the folder of the adapted model."""
     denoiser, tokenizer = load_start(settings)
+    check_length(denoiser, "context", settings.context)
     shape = {"context": settings.context, "batch": settings.batch, "seed": settings.seed}
     store = prepare(settings.data, tokenizer, settings.cache, kind="documents")
     rows = PackedRows(

@@ -14,7 +14,7 @@ from diffucoder.tokenizer import Tokenizer
 from diffucoder.training.adapt import PackedRows
 from diffucoder.training.data import prepare
 from diffucoder.training.masked import MaskedStage, Objective
-from diffucoder.training.run import train_and_export
+from diffucoder.training.run import check_length, train_and_export
 from diffucoder.training.settings import PretrainSettings
 
 
@@ -42,6 +42,8 @@ def fresh_model(settings: PretrainSettings, tokenizer: Tokenizer) -> Denoiser:
 def pretrain(settings: PretrainSettings) -> Path:
     """Train the parent, or go on with it, and return the folder of the finished model."""
     tokenizer = Tokenizer.load(settings.tokenizer)
+    denoiser = fresh_model(settings, tokenizer)
+    check_length(denoiser, "context", settings.context)
     shape = {"context": settings.context, "batch": settings.batch, "seed": settings.seed}
     rows = PackedRows(prepare(settings.data, tokenizer, settings.cache, kind="documents"), **shape)
     held_out = None
@@ -55,7 +57,7 @@ def pretrain(settings: PretrainSettings) -> Path:
         autoregressive=True,
     )
     stage = MaskedStage(objective, rows, held_out, settings.held_out_rows)
-    return train_and_export(fresh_model(settings, tokenizer), tokenizer, stage, settings, parent=True)
+    return train_and_export(denoiser, tokenizer, stage, settings, parent=True)
 
 
 def _key_heads(heads: int) -> int:

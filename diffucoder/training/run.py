@@ -32,6 +32,13 @@ def load_start(settings: DiffusionSettings) -> tuple[Denoiser, Tokenizer]:
     return denoiser, tokenizer
 
 
+def check_length(denoiser: Denoiser, name: str, tokens: int) -> None:
+    """ConfigError where rows of the setting `name` are longer than the model's canvas."""
+    if tokens > denoiser.max_length:
+        longest = denoiser.max_length
+        raise ConfigError(f"{name}={tokens} exceeds the model's context of {longest}; lower it to {longest} or less")
+
+
 def objective(settings: DiffusionSettings, tokenizer: Tokenizer, *, anneal_steps: int = 0) -> Objective:
     """The masked objective as `settings` want it."""
     return Objective(

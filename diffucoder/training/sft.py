@@ -5,19 +5,21 @@ grows from none to all, which carries a model over from unconditional training. 
 scored like any token, so the model learns how long an answer is; nothing hides them from attention.
 """
 
+import os
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from rich.console import Console
 
 from diffucoder.diffusion import keyed_generator, random_spans
 from diffucoder.errors import ConfigError
 from diffucoder.models.denoiser import grow_vocabulary
 from diffucoder.training.data import TokenStore, epoch_index, prepare
 from diffucoder.training.masked import HELD_OUT, MaskedStage, Row
-from diffucoder.training.run import load_start, objective, train_and_export
+from diffucoder.training.run import check_length, load_start, objective, train_and_export
 from diffucoder.training.settings import SftSettings
 
 _ORDER, _SHAPE, _SPARE, _GROUP = 20, 21, 22, 23  # the last number of a key of noise: what is drawn
@@ -31,12 +33,14 @@ class ChatRows:
     rows of one step are about as long as each other, and little of it is padding.
     """
 
-    def __init__(self, store: TokenStore, settings: SftSettings, *, steps: int, pad_id: int) -> None:
+    def __init__(self, store: TokenStore, settings: SftSettings, *, pad_id: int) -> None:
         """ConfigError where no example fits into `length`."""
-        self.store, self.settings, self.steps, self.pad_id = store, settings, steps, pad_id
+        self.store, self.settings, self.pad_id = store, settings, pad_id
         self.fitting = np.flatnonzero(store.lengths <= settings.length)  # (E',) examples that are not too long
         if not len(self.fitting):
             raise ConfigError(f"length={settings.length} is shorter than every example; raise it")
+        # what is left out is no part of an epoch
+        self.steps = settings.steps or max(1, int(settings.epochs * len(self.fitting)) // settings.batch)
         self._dealt = lru_cache(maxsize=2)(self._deal)  # the rows of a group of steps are asked for one by one
 
     def width(self, step: int) -> int:
@@ -102,13 +106,27 @@ def sft(settings: SftSettings) -> Path:
     denoiser, tokenizer = load_start(settings)
     tokenizer = tokenizer.with_own_pad()
     grow_vocabulary(denoiser.model, tokenizer.vocab_size)
+    denoiser.config.pad_token_id = tokenizer.pad_id
+    check_length(denoiser, "length", settings.length)
     store = prepare(settings.data, tokenizer, settings.cache, kind="chat")
-    steps = settings.steps or max(1, int(settings.epochs * len(store)) // settings.batch)
-    settings = settings.model_copy(update={"steps": steps})
-    rows = ChatRows(store, settings, steps=steps, pad_id=tokenizer.pad_id)
+    rows = ChatRows(store, settings, pad_id=tokenizer.pad_id)
+    _tell_left_out(rows, "data")
+    settings = settings.model_copy(update={"steps": rows.steps})
     held_out = None
     if settings.held_out:
         found = prepare(settings.held_out, tokenizer, settings.cache, kind="chat")
-        held_out = ChatRows(found, settings, steps=steps, pad_id=tokenizer.pad_id)
+        held_out = ChatRows(found, settings, pad_id=tokenizer.pad_id)
+        _tell_left_out(held_out, "held_out")
     stage = MaskedStage(objective(settings, tokenizer), rows, held_out, settings.held_out_rows)
     return train_and_export(denoiser, tokenizer, stage, settings)
+
+
+def _tell_left_out(rows: ChatRows, setting: str) -> None:
+    """One line on the examples that are too long, from the first process."""
+    lengths, limit = rows.store.lengths, rows.settings.length
+    left_out = len(lengths) - len(rows.fitting)
+    if left_out and int(os.environ.get("RANK", "0")) == 0:
+        first = int(np.argmax(lengths > limit))
+        said = f"left out {left_out:,} of {len(lengths):,} examples of {setting}, which are longer than length={limit}"
+        message = f"{said}; the first is number {first + 1}, with {lengths[first]:,} tokens"
+        Console(stderr=True).print(message, markup=False, highlight=False, soft_wrap=True)

@@ -82,7 +82,7 @@ class Trainer:
             (enable or model.model.gradient_checkpointing_enable)({"use_reentrant": False})
         self.model, self.optimizer = self.accelerator.prepare(model, _optimizer(model, settings))
         self.average = {n: p.detach().clone() for n, p in self._trained()} if settings.ema else {}
-        self._stopped_by = 0
+        self._signal, self._stopping = 0, False  # what this process was sent, what all of them agreed on
         self._window: dict[str, list[float]] = {}
         self._logged_at = time.monotonic()
         if settings.resume:
@@ -101,12 +101,14 @@ class Trainer:
                 self.step += 1
                 show(figures["loss"])
                 self._log(figures)
-                if self._stopped_by or self.step % settings.save_every == 0 or self.step == settings.steps:
+                if not math.isfinite(figures["loss"]):
+                    raise ConfigError(f"loss={figures['loss']} in step {self.step}; begin anew below lr={settings.lr}")
+                if self._stopping or self.step % settings.save_every == 0 or self.step == settings.steps:
                     checkpoints.save(settings.run, self.step, self._state(), self.accelerator, keep=settings.keep)
-                if self._stopped_by:
+                if self._stopping:
                     message = f"stopped at step {self.step} of {settings.steps}; go on with --resume"
                     Console(stderr=True).print(message, soft_wrap=True)
-                    raise SystemExit(128 + self._stopped_by)
+                    raise SystemExit(128 + (self._signal or signal.SIGTERM))
         model: Denoiser = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
         with torch.no_grad():
             for name, parameter in model.named_parameters():
@@ -120,9 +122,8 @@ class Trainer:
             group["lr"] = settings.lr * schedule(self.step, settings)
         micros = self.stage.prepare(self.step, self._shares)
         # One sum over the processes tells the divisor, the tokens seen, and whether any process was asked to stop
-        local = [sum(m.count for m in micros), sum(m.tokens for m in micros), self._stopped_by]
-        count, tokens, stopped_by = self._sum(local)
-        self._stopped_by = int(stopped_by)
+        count, tokens, signals = self._sum([sum(m.count for m in micros), sum(m.tokens for m in micros), self._signal])
+        self._stopping = signals > 0
         sums: dict[str, Tensor] = {}
         for at, micro in enumerate(micros):
             wait = accelerator.no_sync(self.model) if at < len(micros) - 1 else nullcontext()
@@ -277,7 +278,7 @@ def _signals(trainer: Trainer) -> Iterator[None]:
     """SIGINT and SIGTERM become a wish that the loop sees; a second one ends the process as ever."""
 
     def wish(number: int, _frame: FrameType | None) -> None:
-        trainer._stopped_by = number
+        trainer._signal = number
         signal.signal(number, before[number])
 
     before: dict[int, Any] = {}  # Any: whatever handler was there

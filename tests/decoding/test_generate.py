@@ -22,7 +22,6 @@ from diffucoder.grading.sandbox import isolation
 from diffucoder.models.checkpoint import save_denoiser
 from diffucoder.problems import problems
 from diffucoder.tokenizer import PLACEHOLDER, Tokenizer
-from diffucoder.training.tiny_tokenizer import train_tokenizer
 
 ROWS = 520  # of the model's vocabulary; the tokenizer leaves the last ones free
 ASK, SHORT = "Write a function f(xs) that doubles each number.", "Reverse it."
@@ -30,7 +29,7 @@ PREFIX, SUFFIX = "def f(xs):\n    ", "\n    return result\n"
 
 
 @pytest.fixture(scope="session")
-def vocabulary(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def vocabulary(train_tokenizer: Callable[..., None], tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("tokenizer")
     train_tokenizer(list(problems("train", 300, seed=0)), 500, folder)
     return folder

@@ -14,12 +14,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+import tokenizers
 
 from diffucoder.cli import main
 from diffucoder.decoding.trace import read_traces
 from diffucoder.models.hub import KNOWN_MODELS, SHIPPED
-from diffucoder.problems import problems
-from diffucoder.training.tiny_tokenizer import train_tokenizer
 
 REQUEST = "Write a function total(nums) that sums the numbers."
 QUICK = ("--new-tokens", "8", "--steps", "4", "--dtype", "float32")
@@ -291,8 +290,10 @@ def overwrite(folder: Path) -> None:
     (folder / "model.safetensors").write_bytes(b"<html>not found</html>" * 10)
 
 
-def swap_vocabulary(folder: Path) -> None:
-    train_tokenizer(list(problems("train", 400, seed=0)), 1600, folder)
+def enlarge_vocabulary(folder: Path) -> None:
+    backend = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    backend.add_tokens([f"word{number}" for number in range(100)])
+    backend.save(str(folder / "tokenizer.json"))
 
 
 def edit_config(folder: Path, **changes: object) -> None:
@@ -316,7 +317,7 @@ def edit_config(folder: Path, **changes: object) -> None:
         (overwrite, ["model.safetensors is damaged or cut short", "fetch it again"]),
         (lambda folder: (folder / "tokenizer.json").unlink(), ["has no tokenizer.json"]),
         (lambda folder: (folder / "tokenizer.json").write_text("{}"), ["tokenizer cannot be read"]),
-        (swap_vocabulary, ["use the tokenizer saved with the model"]),
+        (enlarge_vocabulary, ["use the tokenizer saved with the model"]),
         (
             lambda folder: edit_config(folder, mask_token_id=9),
             ["mask '<|mask|>' at 3, but the model's mask_token_id=9"],

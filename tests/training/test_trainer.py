@@ -140,6 +140,14 @@ def test_a_run_killed_in_mid_step_goes_on_bit_for_bit(tmp_path: Path, accumulate
         assert {k: v for k, v in ours.items() if k not in timed} == {k: v for k, v in theirs.items() if k not in timed}
 
 
+def test_a_sharded_run_that_is_killed_goes_on_in_one_process(tmp_path: Path, accumulated: Path) -> None:
+    fields: Fields = {"run": tmp_path / "run", "micro_batch": 2}
+    assert launch({**fields, "die": 5}, config="fsdp2.yaml").returncode != 0
+    assert max(checkpoints.found(tmp_path / "run")) == 4
+    worker.run({**fields, "resume": True})
+    assert losses(tmp_path / "run") == pytest.approx(losses(accumulated), abs=1e-5)
+
+
 def test_a_run_killed_while_it_writes_goes_on_bit_for_bit(
     tmp_path: Path, whole: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -219,6 +227,13 @@ def test_a_stopped_run_writes_a_checkpoint_first(tmp_path: Path) -> None:
     assert "go on with --resume" in " ".join(said.split())
     (step,) = checkpoints.found(tmp_path / "run")
     assert lines(tmp_path / "run")[-1]["step"] <= step
+
+
+def test_a_loss_that_is_no_number_ends_the_run_and_is_not_saved(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"loss=nan in step \d+; begin anew below lr=1e\+30"):
+        worker.run({"run": tmp_path / "run", "lr": 1e30, "save_every": 1})
+    assert max(checkpoints.found(tmp_path / "run"), default=0) < 5
+    _reset()
 
 
 # --- settings --------------------------------------------------------------------------------------------------------
