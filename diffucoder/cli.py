@@ -276,7 +276,8 @@ def _train(
         raise ConfigError(f'training needs {error.name}; install it: pip install "diffucoder[train]"') from None
     folder = function(settings)
     if int(os.environ.get("RANK", "0")) == 0:  # every process of a distributed run comes here
-        print(f"model in {folder}; try: diffucoder generate --model {folder} ...")
+        then = f"convert {folder} START" if stage == "pretrain" else f"generate --model {folder} ..."
+        print(f"model in {folder}; try: diffucoder {then}")
 
 
 _add_training_stages()

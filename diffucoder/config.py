@@ -64,8 +64,9 @@ def _parse(text: str) -> Any:  # Any: a TOML value
 
 
 def _explain(kind: type[Settings], error: ValidationError) -> str:
-    first = error.errors()[0]
-    key = ".".join(str(part) for part in first["loc"]) or kind.__name__
+    # a misspelt name first: it may be why another setting is missing
+    first = min(error.errors(), key=lambda found: found["type"] != "extra_forbidden")
+    key = ".".join(str(part) for part in first["loc"])
     if first["type"] == "extra_forbidden":
         close = get_close_matches(key, kind.model_fields, n=1)
         hint = f"did you mean {close[0]!r}?" if close else f"known: {', '.join(sorted(kind.model_fields))}"
@@ -73,6 +74,8 @@ def _explain(kind: type[Settings], error: ValidationError) -> str:
     if first["type"] == "missing":
         return f"setting {key!r} is missing; give it in the settings file or as {key}=..."
     message = first["msg"].removeprefix("Value error, ")
+    if not first["loc"]:  # a rule over several settings names them itself
+        return message
     field = kind.model_fields.get(key)
     about = f" ({field.description})" if field is not None and field.description else ""
     return f"{key}={first['input']!r}: {message[:1].lower()}{message[1:]}{about}"

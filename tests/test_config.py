@@ -1,9 +1,10 @@
 """Settings: where values come from, which one wins, and what a wrong one is told."""
 
 from pathlib import Path
+from typing import Self
 
 import pytest
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from diffucoder.config import Settings, load_settings
 from diffucoder.errors import ConfigError
@@ -22,6 +23,19 @@ class Named(Settings):
     """A setting without a default."""
 
     model: str = Field(description="where to start")
+
+
+class Ranged(Settings):
+    """A rule over two settings."""
+
+    low: int = Field(default=0, description="where to begin")
+    high: int = Field(default=9, description="where to end")
+
+    @model_validator(mode="after")
+    def _low_is_below_high(self) -> Self:
+        if self.low > self.high:
+            raise ValueError(f"low={self.low} is above high={self.high}; lower it")
+        return self
 
 
 @pytest.fixture
@@ -78,6 +92,16 @@ def test_an_unknown_key_of_a_file_is_refused_too(tmp_path: Path) -> None:
 def test_a_missing_setting_says_how_to_give_it() -> None:
     with pytest.raises(ConfigError, match=r"setting 'model' is missing; .*as model="):
         load_settings(Named)
+
+
+def test_a_misspelt_setting_is_told_before_one_that_is_missing() -> None:
+    with pytest.raises(ConfigError, match=r"unknown setting 'modle'; did you mean 'model'\?"):
+        load_settings(Named, overrides=["modle=x"])
+
+
+def test_a_rule_over_several_settings_speaks_for_itself() -> None:
+    with pytest.raises(ConfigError, match=r"^low=10 is above high=9; lower it$"):
+        load_settings(Ranged, overrides=["low=10"])
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:

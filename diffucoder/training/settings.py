@@ -17,7 +17,7 @@ class TrainSettings(Settings):
 
     run: Path = Field(description="folder of settings, metrics, checkpoints and the finished model")
     resume: bool = Field(default=False, description="continue from the newest whole checkpoint of the run folder")
-    seed: int = Field(default=0, description="of data order and noise")
+    seed: int = Field(default=0, ge=0, lt=2**63, description="of data order and noise")
     steps: int = Field(ge=1, description="optimiser steps")
     batch: int = Field(default=32, ge=1, description="rows of one optimiser step, over all processes")
     micro_batch: int = Field(default=0, ge=0, description="rows of one forward pass; 0: batch / processes")

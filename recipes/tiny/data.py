@@ -57,17 +57,17 @@ def clean(problem: Problem) -> str:
 
 
 def corpus(drawn: Sequence[Problem], rng: random.Random) -> Iterator[str]:
-    """One document for each problem, of the kinds a crawl of code has: most are good, a fifth are not."""
+    """One document for each problem, of the kinds a crawl of code has: most are good, a tenth are not."""
     for at, problem in enumerate(drawn):
         other = drawn[at - 1]
         kind = rng.random()
-        if kind < 0.5:
+        if kind < 0.7:
             yield clean(problem)
-        elif kind < 0.65:
-            yield f"{problem.solution}\n\n{other.solution}"
         elif kind < 0.8:
+            yield f"{problem.solution}\n\n{other.solution}"
+        elif kind < 0.9:
             yield "\n".join([problem.solution, "", *problem.tests[:2]])
-        elif kind < 0.9:  # a comment that belongs to other code
+        elif kind < 0.95:  # a comment that belongs to other code
             yield base_prompt(other) + problem.solution
         else:  # a file cut off
             yield clean(problem)[: rng.randint(20, len(clean(problem)))]

@@ -3,20 +3,15 @@
 A process that loads torch takes seconds, so most tests call `main` in this one; a few go through a real process.
 """
 
-import io
 import json
-import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 import tokenizers
+from commands import Run, assert_refused, process
 
-from diffucoder.cli import main
 from diffucoder.decoding.trace import read_traces
 from diffucoder.models.hub import KNOWN_MODELS, SHIPPED
 
@@ -24,52 +19,10 @@ REQUEST = "Write a function total(nums) that sums the numbers."
 QUICK = ("--new-tokens", "8", "--steps", "4", "--dtype", "float32")
 
 
-class Outcome(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-
-Run = Callable[..., Outcome]
-
-
-@pytest.fixture
-def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    """Call the command line in this process: `cli("generate", "x", stdin="...")`."""
-
-    def call(*arguments: object, stdin: str | bytes = "") -> Outcome:
-        given = stdin if isinstance(stdin, bytes) else stdin.encode()
-        monkeypatch.setattr(sys, "argv", ["diffucoder", *map(str, arguments)])
-        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(given), encoding="utf-8"))
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as ended:
-            main()
-        out, err = capsys.readouterr()
-        return Outcome(int(ended.value.code or 0), out, err)
-
-    return call
-
-
-def process(*arguments: object, stdin: str = "") -> Outcome:
-    """The same, as a process of its own."""
-    command = [sys.executable, "-m", "diffucoder.cli", *map(str, arguments)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    ended = subprocess.run(command, input=stdin, capture_output=True, text=True, env=environment)
-    return Outcome(ended.returncode, ended.stdout, ended.stderr)
-
-
 @pytest.fixture
 def damaged(tmp_path: Path) -> Path:
     """A copy of the shipped model, to be damaged."""
     return Path(shutil.copytree(SHIPPED, tmp_path / "model"))
-
-
-def assert_refused(outcome: Outcome, *parts: str) -> None:
-    """One line on standard error that says all of `parts`, exit code 2, nothing on standard output."""
-    assert (outcome.code, outcome.out) == (2, ""), outcome
-    assert outcome.err.startswith("error: "), outcome.err
-    assert outcome.err.count("\n") == 1, outcome.err
-    assert all(part in outcome.err for part in parts), outcome.err
 
 
 # --- a real process --------------------------------------------------------------------------------------------------
