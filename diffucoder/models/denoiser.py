@@ -62,6 +62,8 @@ class Denoiser(nn.Module):
             raise CheckpointError(f"mask_id={mask_id} is not a token id; use a free id of the tokenizer")
         grow_vocabulary(model, mask_id + 1)
         set_causal(model, False)
+        # transformers keeps the gradient of a pad's embedding at zero; here pads are tokens that are learnt
+        model.get_input_embeddings().padding_idx = None
         return cls(model, mask_id=mask_id, shifted=shifted)
 
     @property

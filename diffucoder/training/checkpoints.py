@@ -44,7 +44,10 @@ class State:
 def claim(settings: TrainSettings) -> None:
     """Make the run folder this run's. ConfigError where it is another's, or this one's and `resume` is not said."""
     path = settings.run / "settings.json"
-    wanted = settings.model_dump(mode="json", exclude=set(FREE))
+    free = set(FREE)
+    if getattr(settings, "normaliser", None) == "masked_micro":  # the one setting under which micro-batches count
+        free.remove("micro_batch")
+    wanted = settings.model_dump(mode="json", exclude=free)
     if not path.exists():
         settings.run.mkdir(parents=True, exist_ok=True)
         _write_whole(path, json.dumps(wanted, indent=2) + "\n")

@@ -5,9 +5,9 @@ For: `recipes/*.toml`, `diffucoder train STAGE --help`, and the stages themselve
 """
 
 from pathlib import Path
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from diffucoder.config import Settings
 
@@ -44,12 +44,15 @@ class TrainSettings(Settings):
     export_dtype: Literal["bfloat16", "float32"] = Field(default="bfloat16", description="of the finished model")
 
 
+Sources = Annotated[tuple[str, ...], BeforeValidator(lambda given: (given,) if isinstance(given, str) else given)]
+
+
 class DataSettings(TrainSettings):
     """What the stages that train on text share."""
 
     model: str | None = Field(default=None, description="folder or Hub id to start from; the shipped model if left out")
-    data: tuple[str, ...] = Field(description="folders, .jsonl(.gz) files or hub:owner/name[/config][@split]")
-    held_out: tuple[str, ...] = Field(default=(), description="sources of the held-out loss")
+    data: Sources = Field(description="one or a list of folders, .jsonl(.gz) files or hub:owner/name[/config][@split]")
+    held_out: Sources = Field(default=(), description="sources of the held-out loss")
     held_out_rows: int = Field(default=256, ge=1, description="rows of the held-out loss")
     cache: Path = Field(default=Path("runs/data"), description="folder of tokenised data, made once for each source")
 
@@ -89,6 +92,12 @@ class AdaptSettings(DiffusionSettings):
     anneal_steps: int = Field(default=0, ge=0, description="steps from causal to full attention; 0: full at once")
     random_length: float = Field(default=0.01, ge=0, le=1, description="share of rows cut to a random length")
     clean_prefix: float = Field(default=0.01, ge=0, le=1, description="share of rows with a clean random prefix")
+
+    @model_validator(mode="after")
+    def _shares_fit(self) -> Self:
+        if (total := self.random_length + self.clean_prefix + self.infill) > 1:
+            raise ValueError(f"random_length + clean_prefix + infill = {total:g} is over 1; lower them")
+        return self
 
 
 class SftSettings(DiffusionSettings):

@@ -146,7 +146,9 @@ class TokenStore:
     def windows(self, length: int) -> int:
         """How many whole windows of `length` tokens the stream of all examples has. ConfigError where it has none."""
         if not 1 <= length <= self.tokens:
-            raise ConfigError(f"{self.folder} has {self.tokens:,} tokens, no window of {length}; lower it, or add data")
+            raise ConfigError(
+                f"{self.folder} has {self.tokens:,} tokens, no row of {length}; lower context or add data"
+            )
         return self.tokens // length
 
     def window(self, index: int, length: int) -> NDArray[np.int64]:

@@ -241,3 +241,9 @@ def test_sliding_windows_are_refused(causal_lm: MakeLM) -> None:
     model = causal_lm(use_sliding_window=True, sliding_window=4, max_window_layers=1)
     with pytest.raises(CheckpointError, match="sliding_attention layers cannot see a canvas"):
         Denoiser.from_causal_lm(model, mask_id=66)
+
+
+def test_the_embedding_of_a_pad_is_learnt(tiny: Denoiser) -> None:
+    with torch.enable_grad():
+        tiny(torch.tensor([[5, 6, 1, 1]])).sum().backward()  # 1 pads
+    assert tiny.model.get_input_embeddings().weight.grad[1].abs().sum() > 0

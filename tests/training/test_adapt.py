@@ -117,7 +117,7 @@ def test_held_out_rows_are_plain_windows_in_their_order_over_and_over(store: Tok
 def test_rows_may_be_as_long_as_all_the_data_but_no_longer(store: TokenStore) -> None:
     whole = PackedRows(store, context=store.tokens, batch=2, seed=0)
     assert whole.row(5, 1).tokens.tolist() == list(range(store.tokens))
-    with pytest.raises(ConfigError, match=r"has 1,211 tokens, no window of 1212; lower it, or add data"):
+    with pytest.raises(ConfigError, match=r"has 1,211 tokens, no row of 1212; lower context or add data"):
         PackedRows(store, context=store.tokens + 1, batch=2, seed=0)
 
 
@@ -237,7 +237,7 @@ def test_what_cannot_be_trained_is_one_line(
 
 def test_data_that_fill_no_row_are_one_line(lab: Lab, parent: Path, tmp_path: Path) -> None:
     (tmp_path / "short.jsonl").write_text('{"text": "x"}\n')
-    with pytest.raises(ConfigError, match=r"has \d tokens, no window of 32; lower it, or add data"):
+    with pytest.raises(ConfigError, match=r"has \d tokens, no row of 32; lower context or add data"):
         adapt(settings(lab, parent, tmp_path / "run", data=(str(tmp_path / "short.jsonl"),)))
 
 

@@ -134,7 +134,7 @@ def test_windows_across_shards_equal_the_flat_stream(
 def test_windows_and_examples_that_are_not_there(tokenizer: Tokenizer, tmp_path: Path) -> None:
     store = prepare(write(tmp_path / "x.jsonl", {"text": "abc"}), tokenizer, tmp_path, kind="documents")
     for length in (0, 5):
-        with pytest.raises(ConfigError, match=f"has 4 tokens, no window of {length}"):
+        with pytest.raises(ConfigError, match=f"has 4 tokens, no row of {length}"):
             store.windows(length)
     for index in (-1, 2):
         with pytest.raises(IndexError):

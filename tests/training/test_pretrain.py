@@ -82,7 +82,10 @@ def test_heads_follow_from_the_width(lab: Lab, tmp_path: Path, hidden: int, head
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"context": 100_000, "positions": 100_000}, r"has [\d,]+ tokens, no window of 100000; lower it, or add data"),
+        (
+            {"context": 100_000, "positions": 100_000},
+            r"has [\d,]+ tokens, no row of 100000; lower context or add data",
+        ),
         ({"context": 256}, "context=256 exceeds the model's context of 128; lower it to 128 or less"),
         ({"data": ("nowhere",)}, "'nowhere' is no folder and no file; check the path"),
         ({"data": ()}, r"data=\(\) names no source"),
