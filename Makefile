@@ -8,10 +8,10 @@ STAMP   := $(VENV)/.installed
 DEV     := $(VENV)/.installed-dev
 PEER    := .venv-peer
 
-.PHONY: run test check tiny tiny-lab tiny-ablations tiny-eval bench gguf-peer sandbox clean help
+.PHONY: run test check tiny tiny-lab tiny-ablations tiny-eval bench bench-training gguf-peer sandbox clean help
 
 help:            ## this list
-	@grep -hE '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 14
+	@grep -hE '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 16
 
 run: $(STAMP) sandbox  ## generate code from the shipped model; PROMPT="..." asks for something else
 	$(VENV)/bin/diffucoder generate "$(PROMPT)"
@@ -38,6 +38,9 @@ tiny-eval: $(DEV) sandbox  ## measure the shipped model on held-out problems, in
 
 bench: $(STAMP)  ## ms per forward pass, tokens per second, share of the machine's matmul
 	$(VENV)/bin/diffucoder bench
+
+bench-training: $(DEV)  ## tokens per second, share of the matmul and memory of training steps (minutes, on a quiet machine)
+	$(PYTHON) benchmarks/training.py
 
 gguf-peer: $(DEV) $(PEER)/.installed  ## compare GGUF files with llama.cpp, built first into an environment of its own (10 minutes)
 	$(PYTHON) benchmarks/gguf_peer.py --peer-python $(PEER)/bin/python

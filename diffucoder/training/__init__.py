@@ -1,1 +1,1 @@
-"""Training: recipes over the diffusion objective. Today the shipped model (`tiny`); the paper's stages come next."""
+"""Training: the stages of the paper, each a function of its settings; `trainer` runs them all."""

@@ -28,7 +28,10 @@ from diffucoder.errors import ConfigError
 from diffucoder.training.settings import TrainSettings
 
 # Settings that change what a run reports or how it is cut up, but not what it learns
-FREE = ("run", "resume", "micro_batch", "log_every", "save_every", "keep", "evaluate_every", "trackers", "cache")
+FREE = (
+    *("run", "resume", "micro_batch", "gradient_checkpointing", "export_dtype", "log_every", "save_every", "keep"),
+    *("evaluate_every", "held_out", "held_out_rows", "trackers", "cache"),
+)
 _OPTIONS = StateDictOptions(ignore_frozen_params=True)  # adapters are saved without what they adapt
 
 
@@ -41,27 +44,41 @@ class State:
     average: dict[str, Tensor]
 
 
-def claim(settings: TrainSettings) -> None:
-    """Make the run folder this run's. ConfigError where it is another's, or this one's and `resume` is not said."""
-    path = settings.run / "settings.json"
+def claim(settings: TrainSettings, *, write: bool) -> None:
+    """Make the run folder this run's; only look where not `write`, as every process but the first.
+
+    ConfigError where the folder is another run's, or this one's and `resume` is not said, or cannot be written.
+    """
     free = set(FREE)
     if getattr(settings, "normaliser", None) == "masked_micro":  # the one setting under which micro-batches count
         free.remove("micro_batch")
     wanted = settings.model_dump(mode="json", exclude=free)
-    if not path.exists():
-        settings.run.mkdir(parents=True, exist_ok=True)
-        _write_whole(path, json.dumps(wanted, indent=2) + "\n")
-        return
-    if not settings.resume and any(found(settings.run)):
-        raise ConfigError(f"run={str(settings.run)!r} holds a run already; go on with --resume, or name another folder")
-    begun = json.loads(path.read_text(encoding="utf-8"))
-    for name, value in wanted.items():
-        if settings.resume and begun.get(name) != value:
+    path = settings.run / "settings.json"
+    try:
+        if settings.resume and path.exists():
+            _compare(wanted, json.loads(path.read_text(encoding="utf-8")), settings.run)
+        elif any(found(settings.run)):
             raise ConfigError(
-                f"{name}={value} but the run in {str(settings.run)!r} was begun with {begun.get(name)}; "
+                f"run={str(settings.run)!r} holds a run already; go on with --resume, or name another folder"
+            )
+        if write:
+            settings.run.mkdir(parents=True, exist_ok=True)
+            _write_whole(path, json.dumps(wanted, indent=2) + "\n")
+            if not settings.resume:
+                _trim(settings.run / "metrics.jsonl", 0)  # of a run that never reached its first checkpoint
+    except ConfigError:
+        raise
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"run={str(settings.run)!r} cannot be used ({error}); name another folder") from error
+
+
+def _compare(wanted: dict[str, Any], begun: dict[str, Any], run: Path) -> None:
+    for name, value in wanted.items():
+        if begun.get(name) != value:
+            raise ConfigError(
+                f"{name}={value} but the run in {str(run)!r} was begun with {begun.get(name)}; "
                 "give it back, or name another folder by run=..."
             )
-    _write_whole(path, json.dumps(wanted, indent=2) + "\n")
 
 
 def save(run: Path, step: int, state: State, accelerator: Accelerator, *, keep: int) -> None:
@@ -82,7 +99,8 @@ def save(run: Path, step: int, state: State, accelerator: Accelerator, *, keep: 
         shutil.rmtree(folder, ignore_errors=True)  # a torn one of this step, found when the run went on
         os.replace(partial, folder)
         _sync(folder.parent)
-        for old in sorted(found(run))[:-keep]:
+        kept = sorted(at for at in found(run) if at <= step)[-keep:]  # what is beyond was torn, and passed over
+        for old in set(found(run)) - set(kept):
             shutil.rmtree(_folder(run, old))
     accelerator.wait_for_everyone()
 

@@ -92,8 +92,8 @@ class MaskedStage:
 
         def score(logits: Tensor, chunk: slice) -> tuple[Tensor, Tensor]:
             targets = micro.targets[chunk].to(logits.device)
-            cost = F.cross_entropy(logits.float(), targets, reduction="none")  # (m,)
-            return cost, (logits.argmax(-1) == targets).float()
+            logits = logits.float()  # for the argmax too, which is slow in bfloat16
+            return F.cross_entropy(logits, targets, reduction="none"), (logits.argmax(-1) == targets).float()  # (m,)
 
         cost, right = model(
             micro.noisy, valid=micro.valid, attention=micro.attention, rows=micro.rows, reduce=score

@@ -11,6 +11,8 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from diffucoder.config import Settings
 
+Share = Annotated[float, Field(ge=0, lt=1)]
+
 
 class TrainSettings(Settings):
     """What every stage shares. A step is one optimiser step; the batch is counted over all processes."""
@@ -24,7 +26,7 @@ class TrainSettings(Settings):
     lr: float = Field(gt=0, description="peak learning rate")
     warmup: float = Field(default=0.1, ge=0, description="linear warm-up: steps, or below 1 a share of all steps")
     final_lr: float = Field(default=0.1, ge=0, le=1, description="share of the peak at which the cosine ends")
-    betas: tuple[float, float] = Field(default=(0.9, 0.95), description="of AdamW")
+    betas: tuple[Share, Share] = Field(default=(0.9, 0.95), description="of AdamW")
     weight_decay: float = Field(default=0.1, ge=0, description="of AdamW, on matrices only")
     clip: float = Field(default=1.0, gt=0, description="largest gradient norm")
     ema: float = Field(default=0.0, ge=0, lt=1, description="decay of the averaged weights that are exported; 0: off")

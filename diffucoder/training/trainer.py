@@ -10,7 +10,6 @@ optimiser, averages and the step, and a run that is killed goes on bit for bit (
 
 import json
 import math
-import os
 import signal
 import threading
 import time
@@ -21,17 +20,16 @@ from types import FrameType
 from typing import Any, Protocol
 
 import torch
-from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from diffucoder.errors import ConfigError
 from diffucoder.models.denoiser import Denoiser
 from diffucoder.training import checkpoints
+from diffucoder.training.kernels import training_kernels
+from diffucoder.training.processes import reshard, shares, start
 from diffucoder.training.settings import TrainSettings
 
 Figures = dict[str, float]
@@ -71,10 +69,9 @@ class Trainer:
     def __init__(self, model: Denoiser, stage: Stage, settings: TrainSettings) -> None:
         """Claim the run folder and find the checkpoint to go on from. ConfigError where settings do not fit."""
         self.settings, self.stage, self.step = settings, stage, 0
-        self.accelerator = _accelerator(settings)
-        self._shares = _shares(settings, self.accelerator)
-        if self.accelerator.is_main_process:
-            checkpoints.claim(settings)
+        self.accelerator = start(settings)
+        self._shares = shares(settings, self.accelerator)
+        checkpoints.claim(settings, write=self.accelerator.is_main_process)  # all look, so that all refuse
         self.accelerator.wait_for_everyone()
         model.train()
         if settings.gradient_checkpointing:
@@ -101,8 +98,6 @@ class Trainer:
                 self.step += 1
                 show(figures["loss"])
                 self._log(figures)
-                if not math.isfinite(figures["loss"]):
-                    raise ConfigError(f"loss={figures['loss']} in step {self.step}; begin anew below lr={settings.lr}")
                 if self._stopping or self.step % settings.save_every == 0 or self.step == settings.steps:
                     checkpoints.save(settings.run, self.step, self._state(), self.accelerator, keep=settings.keep)
                 if self._stopping:
@@ -110,10 +105,7 @@ class Trainer:
                     Console(stderr=True).print(message, soft_wrap=True)
                     raise SystemExit(128 + (self._signal or signal.SIGTERM))
         model: Denoiser = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
-        with torch.no_grad():
-            for name, parameter in model.named_parameters():
-                if name in self.average:
-                    parameter.copy_(self.average[name])
+        self._swap_averages()
         return model
 
     def _train_step(self) -> Figures:
@@ -127,21 +119,23 @@ class Trainer:
         sums: dict[str, Tensor] = {}
         for at, micro in enumerate(micros):
             wait = accelerator.no_sync(self.model) if at < len(micros) - 1 else nullcontext()
-            with wait, _kernels(accelerator.device):
+            with wait, training_kernels(accelerator.device, bf16=settings.bf16):
                 terms = self.stage.loss(self.model, micro)
                 # gradients are averaged over processes, the loss is a sum over them
                 accelerator.backward(terms.loss * (accelerator.num_processes / max(count, 1)))
             _add(sums, terms)
-        norm = accelerator.clip_grad_norm_(self.model.parameters(), settings.clip)
+        norm = float(accelerator.clip_grad_norm_(self.model.parameters(), settings.clip))
+        if not math.isfinite(norm):  # before it spoils the weights, which the next checkpoint would keep
+            raise ConfigError(f"grad_norm={norm} in step {self.step + 1}; begin anew below lr={settings.lr}")
         self.optimizer.step()
         self.optimizer.zero_grad()
         decay = min(settings.ema, (self.step + 1) / (self.step + 11))
         for name, parameter in self._trained() if settings.ema else ():
             self.average[name].lerp_(parameter.detach(), 1 - decay)
-        return self._means(sums, count) | {"grad_norm": float(norm), "tokens": tokens}
+        return self._means(sums, count) | {"grad_norm": norm, "tokens": tokens}
 
     def held_out_loss(self) -> Figures:
-        """The stage's held-out figures, the same noise every time; nothing where it has no held-out rows."""
+        """The stage's held-out figures, of the averaged weights if there are any and with the same noise every time."""
         batch, rows = self.settings.batch, self.stage.held_out_rows
         shares = [range(at + s.start, at + s.stop) for at in range(0, rows, batch) for s in self._shares]
         if not shares:
@@ -149,16 +143,27 @@ class Trainer:
         sums: dict[str, Tensor] = {}
         divisor = 0.0
         self.model.eval()
+        self._swap_averages()
         for micro in self.stage.held_out(shares):
-            with torch.no_grad(), _kernels(self.accelerator.device):
+            with torch.no_grad():
                 _add(sums, self.stage.loss(self.model, micro))
             divisor += micro.count
+        reshard(self.model)
+        self._swap_averages()
         self.model.train()
         return {f"held_out_{name}": value for name, value in self._means(sums, *self._sum([divisor])).items()}
 
     def _trained(self) -> Iterator[tuple[str, Tensor]]:
         model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
         return ((name, p) for name, p in model.named_parameters() if p.requires_grad)
+
+    @torch.no_grad()
+    def _swap_averages(self) -> None:
+        """Put the averaged weights where the trained ones are, and those into `average`; nothing without averages."""
+        for name, parameter in self._trained() if self.average else ():
+            trained = parameter.detach().clone()
+            parameter.copy_(self.average[name])
+            self.average[name].copy_(trained)
 
     def _sum(self, values: Sequence[float]) -> list[float]:
         """Sums over the processes."""
@@ -220,40 +225,9 @@ def schedule(step: int, settings: TrainSettings) -> float:
     """Share of the peak learning rate at `step`: linear warm-up, then a cosine down to `final_lr` at the end."""
     warmup = settings.warmup if settings.warmup >= 1 else settings.warmup * settings.steps
     if step < warmup:
-        return (step + 1) / warmup
+        return min(1.0, (step + 1) / warmup)
     done = (step - warmup) / max(1.0, settings.steps - warmup)
     return settings.final_lr + (1 - settings.final_lr) * 0.5 * (1 + math.cos(math.pi * done))
-
-
-def _accelerator(settings: TrainSettings) -> Accelerator:
-    """As `accelerate launch` says; on a CPU where there is no accelerator."""
-    cpu = not (torch.cuda.is_available() or torch.backends.mps.is_available())
-    accelerator = Accelerator(
-        cpu=cpu,
-        mixed_precision="bf16" if settings.bf16 else "no",
-        log_with=list(settings.trackers) or None,
-        project_dir=settings.run,
-    )
-    sharded = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
-    if sharded and accelerator.distributed_type == DistributedType.MULTI_CPU:
-        # accelerate leaves sharding out on CPUs, where torch has it: so the path of many GPUs runs in the tests
-        plugin = FullyShardedDataParallelPlugin()
-        if settings.bf16:
-            plugin.set_mixed_precision("bf16")
-        accelerator.state.distributed_type, accelerator.state.fsdp_plugin = DistributedType.FSDP, plugin
-    return accelerator
-
-
-def _shares(settings: TrainSettings, accelerator: Accelerator) -> list[range]:
-    """The rows of a step that this process trains on, a range for each micro-batch."""
-    batch, count = settings.batch, accelerator.num_processes
-    size = settings.micro_batch or max(1, batch // count)
-    if batch % (size * count):
-        raise ConfigError(
-            f"batch={batch} does not split into micro-batches of {size} rows for {count} processes; "
-            f"use a multiple of {size * count}"
-        )
-    return [range(at, at + size) for at in range(accelerator.process_index * size, batch, size * count)]
 
 
 def _optimizer(model: Denoiser, settings: TrainSettings) -> torch.optim.AdamW:
@@ -264,13 +238,6 @@ def _optimizer(model: Denoiser, settings: TrainSettings) -> torch.optim.AdamW:
         {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
     ]
     return torch.optim.AdamW([g for g in groups if g["params"]], lr=settings.lr, betas=settings.betas, fused=True)
-
-
-@contextmanager
-def _kernels(device: torch.device) -> Iterator[None]:
-    """On CPUs plain products: the flash kernel's backward takes longer than all else for rows as short as fit there."""
-    with sdpa_kernel([SDPBackend.MATH]) if device.type == "cpu" else nullcontext():
-        yield
 
 
 @contextmanager

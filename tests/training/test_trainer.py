@@ -21,7 +21,7 @@ from transformers import get_cosine_with_min_lr_schedule_with_warmup
 from diffucoder.errors import ConfigError
 from diffucoder.training import checkpoints
 from diffucoder.training.settings import TrainSettings
-from diffucoder.training.trainer import schedule
+from diffucoder.training.trainer import Trainer, schedule
 
 ROOT = Path(__file__).parents[2]
 Fields = dict[str, Any]  # Any: each setting has its own type, checked by pydantic
@@ -97,7 +97,7 @@ def test_the_released_normaliser_does_depend_on_micro_batches(tmp_path: Path) ->
 
 @pytest.mark.parametrize("config", ["ddp.yaml", "fsdp2.yaml"])
 def test_two_processes_are_one(tmp_path: Path, accumulated: Path, config: str) -> None:
-    done = launch({"run": tmp_path / "two", "micro_batch": 2}, config=config)
+    done = launch({"run": tmp_path / "two", "micro_batch": 2, "evaluate_every": 3}, config=config)
     assert done.returncode == 0, done.stderr
     assert losses(tmp_path / "two") == pytest.approx(losses(accumulated), abs=1e-5)
     assert lines(tmp_path / "two")[-1]["held_out_loss"] == pytest.approx(
@@ -118,6 +118,23 @@ def test_the_schedule_is_that_of_transformers() -> None:
             assert schedule(step, settings) == pytest.approx((step + 1) / 10)
         optimizer.step()
         theirs.step()
+
+
+@pytest.mark.parametrize("warmup", [0, 0.05, 0.1, 0.3, 1.5, 3, 40])
+@pytest.mark.parametrize("steps", [1, 4, 25])
+def test_the_learning_rate_never_exceeds_its_peak(warmup: float, steps: int) -> None:
+    settings = TrainSettings(run=Path("x"), steps=steps, lr=1.0, warmup=warmup)
+    assert all(0 < schedule(step, settings) <= 1 for step in range(steps))
+
+
+def test_the_held_out_loss_is_of_the_averaged_weights(tmp_path: Path, whole: Path) -> None:
+    last = lines(whole)[-1]["held_out_loss"]
+    settings = TrainSettings(**{**worker.DEFAULTS, "run": tmp_path / "run"})
+    trained = worker.model()
+    trained.model.load_state_dict(weights(whole))
+    trainer = Trainer(trained, worker.stage(settings), settings.model_copy(update={"ema": 0.0}))
+    assert trainer.held_out_loss()["held_out_loss"] == pytest.approx(last, rel=1e-6)
+    trainer.close()
 
 
 def test_noise_and_data_leave_the_global_generator_alone(tmp_path: Path) -> None:
@@ -230,10 +247,28 @@ def test_a_stopped_run_writes_a_checkpoint_first(tmp_path: Path) -> None:
 
 
 def test_a_loss_that_is_no_number_ends_the_run_and_is_not_saved(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"loss=nan in step \d+; begin anew below lr=1e\+30"):
+    with pytest.raises(ConfigError, match=r"grad_norm=(nan|inf) in step \d+; begin anew below lr=1e\+30"):
         worker.run({"run": tmp_path / "run", "lr": 1e30, "save_every": 1})
     assert max(checkpoints.found(tmp_path / "run"), default=0) < 5
     _reset()
+
+
+def test_the_checkpoint_just_written_is_kept_beside_a_torn_one(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    worker.run({"run": run, "keep": 1})
+    (run / "checkpoints" / "step-00000010" / "whole.json").unlink()
+    worker.run({"run": run, "keep": 1, "resume": True, "save_every": 7})
+    assert sorted(checkpoints.found(run)) == [10]
+    worker.run({"run": run, "keep": 1, "resume": True})
+    assert len(lines(run)) == 10
+
+
+def test_lines_of_a_run_that_never_saved_do_not_stay(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "metrics.jsonl").write_text('{"step": 1, "loss": 9}\n')
+    worker.run({"run": run, "steps": 2})
+    assert [line["step"] for line in lines(run)] == [1, 2]
 
 
 # --- settings --------------------------------------------------------------------------------------------------------
@@ -265,9 +300,22 @@ def test_gradient_checkpointing_gives_the_same_losses(tmp_path: Path, whole: Pat
 
 
 def test_trackers_get_the_metrics(tmp_path: Path) -> None:
-    pytest.importorskip("tensorboard")
+    pytest.importorskip("tensorboard")  # an optional tracker
     worker.run({"run": tmp_path / "run", "steps": 2, "trackers": ("tensorboard",)})
     assert list((tmp_path / "run").rglob("events.out.tfevents.*"))
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"trackers": ("abacus",)}, r"trackers=\['abacus'\] cannot be used"),
+        ({"run": Path("/proc/nowhere")}, "run='/proc/nowhere' cannot be used"),
+        ({"betas": (2, 3)}, "betas"),
+    ],
+)
+def test_what_cannot_work_is_one_line(tmp_path: Path, fields: Fields, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        worker.run({"run": tmp_path / "run", **fields})
 
 
 def wait_for(condition: Callable[[], bool], seconds: float = 60) -> None:

@@ -47,7 +47,7 @@ class DyingStage(MaskedStage):
     """Kills its process between two micro-batches of step `die`."""
 
     die: int | None = None
-    step = 0
+    step = seen = 0
 
     def prepare(self, step: int, shares: Sequence[range]) -> list[MaskedMicro]:
         self.step, self.seen = step, 0
