@@ -208,7 +208,8 @@ def test_a_recipe_that_is_no_toml_is_one_line(cli: Run, tmp_path: Path) -> None:
 def test_without_the_extra_training_says_what_to_install(
     cli: Run, settings: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name in ("pretrain", "adapt", "masked", "run", "trainer", "processes", "checkpoints"):  # as if nobody had imported them yet
+    # as if nobody had imported them yet
+    for name in ("pretrain", "adapt", "masked", "run", "trainer", "processes", "checkpoints"):
         monkeypatch.delitem(sys.modules, f"diffucoder.training.{name}", raising=False)
     monkeypatch.setitem(sys.modules, "accelerate", None)
     refusal = 'training needs accelerate; install it: pip install "diffucoder[train]"'
