@@ -360,5 +360,5 @@ def _commit() -> str:
 
 if __name__ == "__main__":
     app = typer.Typer(add_completion=False, rich_markup_mode=None)
-    app.command(help=__doc__.replace("\n\n    ", "\n\n\b\n    "))(main)  # \\b: these lines stay as they are
+    app.command(help=__doc__.replace("\n\n    ", "\n\n\b\n    "))(main)  # \b: these lines stay as they are
     app()
