@@ -1,35 +1,50 @@
-"""Judge a program by its tests: program + tests → Verdict.
+"""Judge a program by its tests: program + tests → Verdict; or ask it what calls give: program + calls → outcomes.
 
-One sandbox run a program. In it a *harness* forks a child for every test; the child runs the program afresh, as a
-module (not as `__main__`, so what a script does when started stays out of the way), then the test, an assert string,
-in the same namespace. Time is shared out fairly: a test that loops forever does not take the others' turn.
+One sandbox run a program; in it a harness (`harness`) puts the questions to children that run the program. Tests are
+assert strings. What a test expects does not go where the program is: `assert f(2) == 4` is *split*, the program is
+asked for `f(2)`, answers with plain data, and 4 is compared with it here (`asserts`). So a program can only pass by
+giving the right answer: patching `==`, returning objects that equal everything, `sys.exit(0)`, `os._exit(0)`, exit
+handlers and printed results do not help.
 
-A pass must be earned: the child hands its harness a secret, new for every test, after the test ran to its end. Neither
-exit codes nor printed text nor exit handlers can pass for that. The harness reports over a stdout that its children do
-not have, and they cannot trace it (see `sandbox`).
-
-What is not covered: program and test share a process, so a program that is out to cheat can. It can find the secret
-or read the test by digging through memory (`gc`, `ctypes`, patching code objects), jump over the test with a trace
-function, shadow or patch the built-ins that the test calls, or return objects that equal everything. What does not
-work: `sys.exit(0)`, `os._exit(0)`, exit handlers, printing, patching `os`, reading variables up the stack.
+What cannot be split runs beside the program, and its verdict says `trusted=False`: a program that is out to cheat can
+dig such a test's secret out of memory (`gc`, `ctypes`), jump over the test with a trace function, shadow the built-ins
+it calls, or return objects that equal everything. Exits, exit handlers, printing and patching `os` do not work there
+either.
 """
 
-import os
-from collections.abc import Callable, Iterable, Sequence
+import json
+import marshal
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Literal, cast
+from fractions import Fraction
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal
 
 from diffucoder.errors import ConfigError
-from diffucoder.grading.sandbox import DEFAULT_LIMITS, ExecutionResult, Limits, Status, run
+from diffucoder.grading.asserts import Assert, parse
+from diffucoder.grading.sandbox import DEFAULT_LIMITS, Limits, Sandbox, Status
 
-_GRACE = 1.0  # seconds the harness gets beyond the tests' own, to start and to report
-_LINE = 512  # bytes a test's line in the harness's report may take
+_GRACE = 1.0  # seconds the harness gets beyond the questions' own, to start and to report
+_LINE = 1024  # bytes a message may take in the harness's report
+
+
+@dataclass(frozen=True)
+class TestVerdict:
+    """How a program did in one test."""
+
+    passed: bool
+    status: Status  # "failed" also for a wrong answer
+    detail: str
+    line: int | None = None  # of the program, where an exception passed through it
+    trusted: bool = True  # False: the test ran beside the program, which could have tampered with it
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """How a program did; `status` and `detail` speak of the first test that did not pass."""
+    """How a program did; `status`, `detail` and `line` speak of the first test that did not pass."""
 
     passed: bool
     passed_tests: int
@@ -37,23 +52,73 @@ class Verdict:
     status: Status | Literal["no program"]
     seconds: float
     detail: str
+    line: int | None = None
+    tests: tuple[TestVerdict, ...] = ()
+
+    @property
+    def pass_rate(self) -> float:
+        """Share of tests passed."""
+        return self.passed_tests / self.total_tests
+
+    @property
+    def trusted(self) -> bool:
+        """Whether no test ran beside the program."""
+        return all(test.trusted for test in self.tests)
 
 
-def grade(program: str, tests: Sequence[str], limits: Limits = DEFAULT_LIMITS, *, unsafe: bool = False) -> Verdict:
-    """Run every test against the program; `limits.seconds` is for all of them together."""
+@dataclass(frozen=True)
+class Call:
+    """A question: what does `expression` give, where `_` stands for `arguments`, within so many seconds?"""
+
+    expression: str
+    arguments: tuple[Any, ...] = ()  # plain data
+    seconds: float = 5.0
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a call: a value, or why there is none."""
+
+    status: Status
+    value: Any  # None, bool, int, float, complex, str, bytes, list, tuple, set, frozenset, dict, Fraction; or Opaque
+    seconds: float
+    detail: str = ""
+    line: int | None = None
+
+
+class Opaque:
+    """Stands for a value that is no plain data; equals nothing but itself."""
+
+    def __init__(self, kind: str) -> None:
+        self.kind = kind
+
+    def __repr__(self) -> str:
+        return f"<{self.kind}>"
+
+
+def grade(
+    program: str,
+    tests: Sequence[str],
+    limits: Limits = DEFAULT_LIMITS,
+    *,
+    sandbox: Sandbox | None = None,
+    unsafe: bool = False,
+) -> Verdict:
+    """Put every test to a fresh process of the program; `limits.seconds` is for all of them together.
+
+    Without `sandbox` one is started for this program. Raises ConfigError where there are no tests.
+    """
     if isinstance(tests, str) or not tests:
         raise ConfigError(f"tests={tests!r} must be a list of one or more assert strings; drop the problem otherwise")
     if not program.strip():
         return Verdict(False, 0, len(tests), "no program", 0.0, "the program is empty")
-    roomier = replace(
-        limits,
-        seconds=limits.seconds + _GRACE,
-        processes=limits.processes + 1,
-        output=_LINE * len(tests) + limits.output,
-    )
-    # ascii() of plain values is read back by eval, which spares the harness the import of json.
-    job = ascii((limits.seconds, program, list(tests)))
-    return _verdict(run(_HARNESS, roomier, stdin=job, unsafe=unsafe), tests)
+    parsed = [parse(test) for test in tests]
+    questions = [
+        ("value", p.expression, (), 0.0) if p else ("run", test, (), 0.0) for test, p in zip(tests, parsed, strict=True)
+    ]
+    with _at_hand(sandbox, unsafe) as box:
+        outcomes, seconds = _ask(box, program, questions, limits, fresh=True)
+    return _verdict([_judge(*each) for each in zip(tests, parsed, outcomes, strict=True)], seconds)
 
 
 def grade_many(
@@ -66,147 +131,138 @@ def grade_many(
 ) -> list[Verdict]:
     """Grade (program, tests) pairs, `workers` at a time, in order; `progress` hears how many are done."""
     verdicts: list[Verdict] = []
-    with ThreadPoolExecutor(workers or os.cpu_count()) as pool:
-        for verdict in pool.map(lambda pair: grade(pair[0], pair[1], limits, unsafe=unsafe), pairs):
+    with Sandbox(workers, unsafe=unsafe) as sandbox, ThreadPoolExecutor(sandbox.workers) as pool:
+        for verdict in pool.map(lambda pair: grade(pair[0], pair[1], limits, sandbox=sandbox), pairs):
             verdicts.append(verdict)
             if progress is not None:
                 progress(len(verdicts))
     return verdicts
 
 
-def _verdict(result: ExecutionResult, tests: Sequence[str]) -> Verdict:
+def call(
+    program: str,
+    calls: Sequence[Call],
+    limits: Limits = DEFAULT_LIMITS,
+    *,
+    sandbox: Sandbox | None = None,
+    until_failure: bool = False,
+    unsafe: bool = False,
+) -> list[Outcome]:
+    """Ask the program one call after another in one process, as long as it lives; `limits.seconds` is for all together.
+
+    With `until_failure` the first call without a value is the last one asked: the list is then shorter than `calls`.
+    """
+    if not calls:
+        return []
+    questions = [("value", each.expression, each.arguments, each.seconds) for each in calls]
+    with _at_hand(sandbox, unsafe) as box:
+        outcomes, _ = _ask(box, program, questions, limits, stop=until_failure)
+    return outcomes
+
+
+@contextmanager
+def _at_hand(sandbox: Sandbox | None, unsafe: bool) -> Iterator[Sandbox]:
+    if sandbox is not None:
+        yield sandbox
+        return
+    with Sandbox(1, unsafe=unsafe) as own:
+        yield own
+
+
+def _ask(
+    sandbox: Sandbox, program: str, questions: list[Any], limits: Limits, *, fresh: bool = False, stop: bool = False
+) -> tuple[list[Outcome], float]:
+    """An outcome for every question, and the seconds in all."""
+    roomier = replace(
+        limits,
+        seconds=limits.seconds + _GRACE,
+        processes=limits.processes + 1,
+        output=_LINE * len(questions) + limits.output,
+    )
+    job = marshal.dumps((limits.seconds, limits.output, fresh, stop, program, questions), 2)
+    result = sandbox.run(_harness(), roomier, stdin=job)
     missing: Status = "killed" if result.status == "ok" else result.status
-    outcomes = [(missing, result.detail or "the harness ended before it")] * len(tests)
+    lost = Outcome(missing, None, 0.0, result.detail or "the harness ended before it")
+    outcomes = [lost] * len(questions)
+    told = 0
     for line in result.stdout.split("\n")[:-1]:  # a line cut short has no end
-        index, status, detail = line.split(" ", 2)
-        outcomes[int(index)] = (cast(Status, status), detail)
-    failed = [index for index, (status, _) in enumerate(outcomes) if status != "ok"]
+        index, outcome = _outcome(line)
+        outcomes[index] = outcome
+        told = max(told, index + 1)
+    ended_early = stop and told < len(questions) and outcomes[told - 1].status != "ok"
+    return outcomes[:told] if ended_early else outcomes, result.seconds
+
+
+def _outcome(line: str) -> tuple[int, Outcome]:
+    """Read what the harness told; its answer is the program's, and may be anything."""
+    head = line.split(", ", 3)
+    index, status, seconds = int(head[0][1:]), head[1].strip('"'), float(head[2])
+    try:
+        answer = json.loads(head[3][:-1])
+        if status == "ok":
+            return index, Outcome("ok", _thing(answer), seconds)
+        where, detail = answer
+        detail = " ".join(str(detail).split())
+        return index, Outcome(_STATUS[status], None, seconds, detail, int(where) or None)
+    except (ValueError, TypeError, KeyError, RecursionError, OverflowError, ZeroDivisionError):
+        return index, Outcome("failed", None, seconds, "gave what is no data")
+
+
+_STATUS: dict[str, Status] = {"failed": "failed", "timeout": "timeout", "killed": "killed"}
+
+
+def _thing(data: Any) -> Any:
+    """Plain data from its JSON (`harness.plain`). Raises what it may where the JSON is not of that form."""
+    if isinstance(data, list):
+        return [_thing(each) for each in data]
+    if not isinstance(data, dict):
+        return data
+    ((kind, content),) = data.items()
+    makers: dict[str, Callable[[], Any]] = {
+        "tuple": lambda: tuple(map(_thing, content)),
+        "set": lambda: set(map(_thing, content)),
+        "frozenset": lambda: frozenset(map(_thing, content)),
+        "dict": lambda: {_thing(key): _thing(value) for key, value in content},
+        "bytes": lambda: bytes.fromhex(content),
+        "complex": lambda: complex(*content),
+        "int": lambda: int(content, 16),
+        "ratio": lambda: Fraction(*(int(part, 16) for part in content)),
+        "object": lambda: Opaque(str(content)),
+    }
+    return makers[kind]()
+
+
+def _judge(test: str, parsed: Assert | None, outcome: Outcome) -> TestVerdict:
+    trusted = parsed is not None
+    if outcome.status != "ok":
+        detail = outcome.detail
+        if detail == "AssertionError":
+            detail += ": " + " ".join(test.split())[:300]
+        return TestVerdict(False, outcome.status, detail, outcome.line, trusted)
+    if parsed is None or parsed.holds(outcome.value):
+        return TestVerdict(True, "ok", "", None, trusted)
+    detail = f"AssertionError: {' '.join(test.split())[:300]}; it gave {_short(outcome.value)}"
+    return TestVerdict(False, "failed", detail, None, trusted)
+
+
+def _short(value: Any) -> str:
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # an integer too long to print
+        return "something too large to show"
+    return text if len(text) <= 100 else text[:97] + "..."
+
+
+def _verdict(tests: list[TestVerdict], seconds: float) -> Verdict:
+    failed = [index for index, test in enumerate(tests) if not test.passed]
     passed = len(tests) - len(failed)
     if not failed:
-        return Verdict(True, passed, len(tests), "ok", result.seconds, "")
-    status, detail = outcomes[failed[0]]
-    if detail == "AssertionError":
-        detail += ": " + " ".join(tests[failed[0]].split())[:300]
-    return Verdict(False, passed, len(tests), status, result.seconds, f"test {failed[0] + 1}: {detail}")
+        return Verdict(True, passed, len(tests), "ok", seconds, "", None, tuple(tests))
+    first = tests[failed[0]]
+    detail = f"test {failed[0] + 1}: {first.detail}"
+    return Verdict(False, passed, len(tests), first.status, seconds, detail, first.line, tuple(tests))
 
 
-# Runs in the sandbox as the program; reads (seconds, program, tests), prints "index status detail" for every test.
-_HARNESS = r'''
-import os, select, sys, time
-import _signal as signal  # signal itself takes 2 ms to import
-
-
-class Report:
-    """A child's word to its harness. It lives on the stack of a `with` statement, which no variable gives access to."""
-
-    __slots__ = ("pipe", "secret")
-
-    def __init__(self, pipe, secret):
-        self.pipe, self.secret = pipe, secret
-
-    def __enter__(self):
-        return None
-
-    def __exit__(self, kind, error, trace, write=os.write, leave=os._exit):  # bound here: programs may patch os
-        write(self.pipe, self.secret if kind is None else describe(error))
-        leave(0)
-
-
-def describe(error):
-    # No code of the program's may run while a Report's frame is open, so no str(error) and no error.args.
-    arguments = BaseException.args.__get__(error)
-    plain = arguments and type(arguments[0]) in (str, int, float)
-    text = type(error).__name__ + (": " + str(arguments[0]) if plain else "")
-    return text[:300].encode(errors="replace")
-
-
-def compiled(source, name):
-    try:
-        return compile(source, name, "exec", dont_inherit=True)
-    except (SyntaxError, ValueError, OverflowError, MemoryError, RecursionError) as error:
-        return describe(error)
-
-
-def attempt(program, test, pipe, secret):
-    """In the child: run program and test in a new module, tell the harness, never return."""
-    nowhere = os.open(os.devnull, os.O_RDWR)
-    for stream in (0, 1, 2):
-        os.dup2(nowhere, stream)
-    os.close(nowhere)
-    module = sys.modules["program"] = type(sys)("program")
-    with Report(pipe, secret.pop()):
-        exec(program, module.__dict__)
-        exec(test, module.__dict__)
-
-
-def judge(program, test, seconds):
-    """Run one test in a child: its status, and what to say about it."""
-    for code in (program, test):
-        if isinstance(code, bytes):  # did not compile
-            return "failed", code
-    secret = [os.urandom(16)]
-    reader, writer = os.pipe()
-    child = os.fork()
-    if child == 0:
-        os.setpgid(0, 0)
-        os.close(reader)
-        attempt(program, test, writer, secret)
-    os.close(writer)
-    message, code, ended = listen(reader, child, time.monotonic() + seconds)
-    os.close(reader)
-    try:
-        os.killpg(child, signal.SIGKILL)  # what the program started, if it stayed in the group
-    except ProcessLookupError:
-        pass
-    if code is None:
-        os.kill(child, signal.SIGKILL)
-        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    if message.startswith(secret[0]):
-        return "ok", b""
-    if not ended:
-        return "timeout", b"seconds: no time left"
-    if code < 0:
-        return "killed", b"signal: " + (signal.strsignal(-code) or str(-code)).encode()
-    return "failed", message[:300] or b"ended before its test did"
-
-
-def listen(reader, child, deadline):
-    """What the child wrote, its exit code if known yet, and whether it ended by itself."""
-    message, code = b"", None
-    while code is None:
-        left = deadline - time.monotonic()
-        if left <= 0:
-            return message, code, False
-        # What the program started may hold the pipe open longer than the child lives: so look at both.
-        pid, status = os.waitpid(child, os.WNOHANG)
-        if pid:
-            code = os.waitstatus_to_exitcode(status)
-        while len(message) < 4096 and select.select([reader], [], [], 0 if pid else min(left, 0.02))[0]:
-            chunk = os.read(reader, 4096)
-            if not chunk:
-                return message, code, True
-            message += chunk
-    return message, code, True
-
-
-def main():
-    seconds, source, tests = eval(sys.stdin.read())
-    deadline = time.monotonic() + seconds
-    program = compiled(source, "<program>")
-    tests = [compiled(test, "<test>") for test in tests]
-    waiting = range(len(tests))
-    for again in (False, True):  # a test that outran its share gets a second try with what the others left
-        slow = []
-        for position, index in enumerate(waiting):
-            share = (deadline - time.monotonic()) / (len(waiting) - position)
-            status, detail = judge(program, tests[index], share)
-            if status == "timeout" and not again:
-                slow.append(index)
-            else:
-                line = " ".join(detail.decode(errors="replace").split())
-                os.write(1, f"{index} {status} {line}\n".encode(errors="replace"))
-        waiting = slow
-
-
-main()
-'''
+@cache
+def _harness() -> str:
+    return Path(__file__).with_name("harness.py").read_text(encoding="utf-8")

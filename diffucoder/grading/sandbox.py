@@ -1,32 +1,33 @@
-"""Run a generated program in isolation: program → ExecutionResult.
+"""Run generated programs in isolation: program → ExecutionResult.
 
 What holds a program (Linux, bubblewrap 0.8 or later):
 
-* Namespaces of its own (user, pid, net, ipc, uts, mount): no network, no other process to see or signal, no home.
-  The system's Python is mounted read-only; only tmpfs of bounded size can be written, one being its working folder.
+* Namespaces: bubblewrap's (user, pid, net, ipc, uts, mount) around a worker, and new ones (user, pid, mount, ipc) for
+  every program in it: no network, no other process to see or signal, no home. The system's Python is mounted
+  read-only; only tmpfs of bounded size can be written, one being the working folder, and both are new every time.
 * An unprivileged user without capabilities, `no_new_privs`, no nested user namespaces, an empty environment.
+* A seccomp filter: no tracing, mounting, namespaces, keys, BPF, io_uring and the like, no sockets but local ones.
 * rlimits for memory, CPU, file size, processes and open files; a wall clock whose end kills the whole tree.
 * Output is counted while it is read: who prints more than the limit is killed, and costs no more memory than that.
 
-Inside, a *supervisor* is process 1: it sets the limits, forks, lets the child run the program as `__main__`, and tells
-the host how that ended over a socket of its own. When the host closes its side the supervisor ends, and everything in
-the namespace with it. The program can neither trace nor read nor kill the supervisor.
+A worker is warm: a fork server (`zygote`, which runs inside) that starts a program in milliseconds. When the host hangs
+up on a program, process 1 of its namespaces ends, and everything in them with it; a worker that does not say so in time
+is killed and replaced. Landlock is left out: the mounts already say what can be read and written.
 
-What is not covered; attackers need more than this first form:
+What is not covered:
 
-* No seccomp filter and no Landlock: a hole in the kernel's system calls is a hole in the sandbox. No defence against
-  side channels (timing, caches, the machine's figures in /proc).
+* Side channels: timing, caches, the machine's figures in /proc.
 * Memory is bounded per process, not in sum: at worst `processes × memory + 2 × files`, and what the kernel keeps for
   pipes and inodes comes on top. CPU is bounded by niceness and time; with n processes a run may use n cores.
 * All of /usr can be read, with whatever an administrator put there for everyone.
 * Before Linux 5.14 `processes` counts what uid 65534 runs on the whole machine, not in one sandbox.
-* Root's runs start by fork, not vfork (the price of dropping the user): slow from a process with gigabytes in use.
 
-`unsafe=True` is no sandbox at all: a plain subprocess with rlimits, for machines where nothing better can be had.
+`unsafe=True` is no sandbox at all: a plain process with rlimits, for machines where nothing better can be had.
 """
 
 import marshal
 import os
+import platform
 import selectors
 import shutil
 import signal
@@ -35,13 +36,14 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, fields
 from functools import cache
-from pathlib import PurePosixPath
-from typing import Any, Literal
+from pathlib import Path, PurePosixPath
+from threading import BoundedSemaphore
+from typing import IO, Any, Literal, Self
 
 from diffucoder.errors import ConfigError, SandboxError
 
@@ -52,6 +54,8 @@ _PYTHONS = ("/usr/bin/python3", "/usr/local/bin/python3")  # a venv's may live b
 _PROGRAM = "program.py"
 _PAGE = 4096  # what the smallest file takes of a tmpfs
 _GRACE = 2.0  # seconds a killed tree may take to close its pipes
+_START = 30.0  # seconds a worker may take to start, on a machine that is busy
+_JOBS = 5000  # programs a worker runs before it is replaced
 # A fixed hash seed: the same program ends the same way every time, also where it prints a set.
 _ENVIRONMENT = {"PATH": "/usr/bin:/bin", "LANG": "C.UTF-8", "PYTHONHASHSEED": "0"}
 
@@ -88,36 +92,93 @@ class ExecutionResult:
     detail: str  # one line: the exception, the signal or the limit
 
 
+class Sandbox:
+    """A pool of warm workers, each bubblewrap with a fork server in it; safe to share between threads.
+
+    A worker runs one program at a time, each in a process and namespaces of its own, and is replaced when it does not
+    answer as it should, and in a process that was forked from this one. Workers start as they are needed and live until
+    `close`, or the end of a `with` block.
+    """
+
+    def __init__(self, workers: int | None = None, *, packages: Sequence[Path] = (), unsafe: bool = False) -> None:
+        """At most `workers` at a time (one a core unless said otherwise); `packages` are folders programs import from.
+
+        Raises SandboxError where isolation cannot be had, with the reason and the remedy.
+        """
+        if workers is not None and workers < 1:
+            raise ConfigError(f"workers={workers} must be at least 1; leave it out for one a core")
+        self.workers, self.packages, self.unsafe = workers or os.cpu_count() or 1, _folders(packages), unsafe
+        if not unsafe:
+            isolation()
+        self._forget()
+
+    def _forget(self) -> None:
+        self._process = os.getpid()
+        self._idle: list[_Worker] = []
+        self._free = BoundedSemaphore(self.workers)
+        # bubblewrap dies with the thread that started it: one that lives as long as this pool
+        self._starter = ThreadPoolExecutor(1, thread_name_prefix="sandbox")
+
+    def run(
+        self,
+        program: str,
+        limits: Limits = DEFAULT_LIMITS,
+        *,
+        stdin: str | bytes = "",
+        files: Mapping[str, str] | None = None,
+    ) -> ExecutionResult:
+        """Run a Python program as `__main__`, with `files` in its working folder; a crash is a result, not an error."""
+        if self._process != os.getpid():  # the workers are our parent's
+            self._forget()
+        contents = _contents(program, files or {}, limits)
+        fed = stdin.encode(errors="surrogatepass") if isinstance(stdin, str) else stdin
+        with self._free:
+            worker = self._idle.pop() if self._idle else self._starter.submit(self._start).result()
+            try:
+                result = worker.run(contents, limits, fed)
+            except BaseException:
+                worker.close()
+                raise
+            if worker.sound:
+                self._idle.append(worker)
+            else:
+                worker.close()
+        return result
+
+    def run_many(self, programs: Iterable[str], limits: Limits = DEFAULT_LIMITS) -> Iterator[ExecutionResult]:
+        """Run programs side by side; results come in order."""
+        with ThreadPoolExecutor(self.workers) as pool:
+            yield from pool.map(lambda program: self.run(program, limits), programs)
+
+    def _start(self) -> "_Worker":
+        return _Worker(self.packages, unsafe=self.unsafe)
+
+    def close(self) -> None:
+        """End all workers; a later run starts new ones."""
+        if self._process == os.getpid():
+            while self._idle:
+                self._idle.pop().close()
+            self._starter.shutdown()
+        self._forget()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
 def run(
     program: str,
     limits: Limits = DEFAULT_LIMITS,
     *,
-    stdin: str | None = None,
+    stdin: str | bytes = "",
     files: Mapping[str, str] | None = None,
     unsafe: bool = False,
 ) -> ExecutionResult:
-    """Run a Python program as `__main__`, with `files` in its working folder; a crash is a result, not an exception."""
-    contents = _contents(program, files or {}, limits)
-    if not unsafe:
-        isolation()
-    with ExitStack() as stack:
-        folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="diffucoder-")) if unsafe else "/"
-        ours, theirs = map(stack.enter_context, socket.socketpair())
-        job = marshal.dumps((theirs.fileno(), unsafe, _rlimits(limits, unsafe), contents), 2)
-        process = stack.enter_context(_start(limits, folder, line=theirs, unsafe=unsafe))
-        stack.callback(_kill, process)
-        theirs.close()
-        conversation = _Conversation(process, ours, limits)
-        conversation.hold(len(job).to_bytes(8, "big") + job + (stdin or "").encode(errors="surrogatepass"))
-    return conversation.result()
-
-
-def run_many(
-    programs: Iterable[str], limits: Limits = DEFAULT_LIMITS, *, workers: int | None = None, unsafe: bool = False
-) -> Iterator[ExecutionResult]:
-    """Run programs side by side, `workers` at a time (one a core unless said otherwise); results come in order."""
-    with ThreadPoolExecutor(workers or os.cpu_count()) as pool:
-        yield from pool.map(lambda program: run(program, limits, unsafe=unsafe), programs)
+    """Run one program in a sandbox of its own. For many, keep a `Sandbox`: it starts once."""
+    with Sandbox(1, unsafe=unsafe) as sandbox:
+        return sandbox.run(program, limits, stdin=stdin, files=files)
 
 
 def isolation() -> str:
@@ -127,6 +188,8 @@ def isolation() -> str:
     bwrap = shutil.which("bwrap")
     if bwrap is None:
         raise SandboxError("no bwrap on PATH; install it with `apt-get install bubblewrap`, or pass unsafe=True")
+    if platform.machine() not in ("x86_64", "aarch64"):
+        raise SandboxError(f"no system call filter for {platform.machine()}; run on x86_64 or aarch64")
     if not os.access(_python(), os.X_OK):
         raise SandboxError(f"no {_python()} to run programs; install it with `apt-get install python3`")
     refusal = _refusal(bwrap)
@@ -141,12 +204,17 @@ def isolation() -> str:
 @cache
 def _refusal(bwrap: str) -> str:
     """Why bubblewrap cannot work here, "" where it can. Asked once a process, for it costs as much as a run."""
-    command = [*_isolated(bwrap, DEFAULT_LIMITS), "-c", ""]
     try:
-        done = subprocess.run(command, cwd="/", capture_output=True, timeout=30, check=False, **_dropped_user())
-    except (OSError, subprocess.SubprocessError) as error:
-        return _last_line(str(error))
-    return (_last_line(done.stderr.decode(errors="replace")) or "no reason given") if done.returncode else ""
+        worker = _Worker((), unsafe=False)
+    except SandboxError as error:
+        return str(error)
+    try:
+        worker.run(_contents("", {}, DEFAULT_LIMITS), DEFAULT_LIMITS, b"")
+    except SandboxError as error:
+        return str(error)
+    finally:
+        worker.close()
+    return ""
 
 
 def _python() -> str:
@@ -158,8 +226,8 @@ def _dropped_user() -> dict[str, Any]:  # Any: Popen's keywords for the user dif
     return {"user": _NOBODY, "group": _NOBODY, "extra_groups": []} if os.geteuid() == 0 else {}
 
 
-def _isolated(bwrap: str, limits: Limits) -> list[str]:
-    command = [bwrap, "--unshare-user", "--disable-userns", "--unshare-ipc", "--unshare-pid", "--unshare-net"]
+def _isolated(packages: Sequence[Path]) -> list[str]:
+    command = [shutil.which("bwrap") or "bwrap", "--unshare-user", "--unshare-ipc", "--unshare-pid", "--unshare-net"]
     command += ["--unshare-uts", "--unshare-cgroup-try", "--uid", str(_NOBODY), "--gid", str(_NOBODY)]
     command += ["--hostname", "sandbox", "--die-with-parent", "--new-session", "--as-pid-1", "--clearenv"]
     for name, value in _ENVIRONMENT.items():
@@ -168,37 +236,114 @@ def _isolated(bwrap: str, limits: Limits) -> list[str]:
     for path in ("/bin", "/lib", "/lib64"):
         merged = os.path.islink(path)
         command += ["--symlink", os.readlink(path), path] if merged else ["--ro-bind-try", path, path]
-    size = ["--size", str(limits.files)]
-    command += ["--proc", "/proc", "--dev", "/dev", *size, "--tmpfs", "/dev/shm", *size, "--tmpfs", "/tmp"]
+    for number, folder in enumerate(packages):
+        command += ["--ro-bind", str(folder), f"/packages/{number}"]
+    # each job mounts its own over /proc, /tmp and /dev/shm
+    command += ["--proc", "/proc", "--dev", "/dev", "--tmpfs", "/tmp"]
     # The root and /dev are tmpfs without a bound: left writable, a program could fill the machine's memory.
-    command += ["--remount-ro", "/dev", "--remount-ro", "/", "--chdir", "/tmp", "--"]
+    command += ["--remount-ro", "/dev", "--remount-ro", "/", "--remount-ro", "/tmp", "--chdir", "/tmp", "--"]
     return [*command, _python(), "-s", "-S"]  # not -I, which would drop the hash seed; no environment is left to fear
 
 
-def _start(limits: Limits, folder: str, *, line: socket.socket, unsafe: bool) -> subprocess.Popen[bytes]:
-    python = [sys.executable, "-s", "-S"] if unsafe else _isolated(shutil.which("bwrap") or "bwrap", limits)
-    try:
-        return subprocess.Popen(
-            [*python, "-c", _SUPERVISOR],
-            bufsize=0,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            cwd=folder,
-            env=_ENVIRONMENT,
-            pass_fds=[line.fileno()],
-            start_new_session=True,
-            **({} if unsafe else _dropped_user()),
-        )
-    except (OSError, subprocess.SubprocessError) as error:
-        raise SandboxError(f"cannot start {python[0]}: {_last_line(str(error))}; is it installed?") from error
+def _folders(packages: Sequence[Path]) -> tuple[Path, ...]:
+    for folder in packages:
+        if not folder.is_dir():
+            raise ConfigError(f"packages: {str(folder)!r} is no folder; give one that holds Python packages")
+    return tuple(folder.resolve() for folder in packages)
 
 
-def _kill(process: subprocess.Popen[bytes]) -> None:
-    """Kill the whole tree from outside: with bwrap dies process 1, and with that everything in its namespace."""
-    if process.returncode is None:  # not reaped yet, so the number is still its own
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
+class _Worker:
+    """One sandbox: a process that forks for every job, and our end of the socket to it."""
+
+    def __init__(self, packages: Sequence[Path], *, unsafe: bool) -> None:
+        self.unsafe, self.jobs, self.sound = unsafe, 0, True
+        paths = [str(folder) for folder in packages] if unsafe else [f"/packages/{n}" for n in range(len(packages))]
+        self.control, theirs = socket.socketpair()
+        command = [sys.executable, "-s", "-S"] if unsafe else _isolated(packages)
+        mode = "unsafe" if unsafe else "isolated"
+        try:
+            with theirs:
+                self.process = subprocess.Popen(
+                    [*command, "-c", _zygote(), str(theirs.fileno()), mode, *paths],
+                    stdin=subprocess.DEVNULL,
+                    stdout=subprocess.DEVNULL,
+                    stderr=subprocess.PIPE,
+                    cwd="/",
+                    env=_ENVIRONMENT,
+                    pass_fds=[theirs.fileno()],
+                    start_new_session=True,
+                    **({} if unsafe else _dropped_user()),
+                )
+        except (OSError, subprocess.SubprocessError) as error:
+            self.control.close()
+            raise SandboxError(f"cannot start {command[0]}: {_last_line(str(error))}; is it installed?") from error
+
+    def run(self, contents: dict[str, bytes], limits: Limits, stdin: bytes) -> ExecutionResult:
+        """Run one job. Afterwards `sound` tells whether the worker may be given another."""
+        with ExitStack() as stack:
+            folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="diffucoder-")) if self.unsafe else "/tmp"
+            line, their_line = (stack.enter_context(end) for end in socket.socketpair())
+            pipes = [[stack.enter_context(end) for end in _pipe()] for _ in range(3)]
+            (in_r, in_w), (out_r, out_w), (err_r, err_w) = pipes
+            theirs: list[IO[bytes] | socket.socket] = [in_r, out_w, err_w, their_line]
+            job = marshal.dumps((folder, _rlimits(limits, self.unsafe), contents), 2)
+            try:
+                socket.send_fds(self.control, [len(job).to_bytes(8, "big")], [each.fileno() for each in theirs])
+                self.control.settimeout(_START)
+                self.control.sendall(job)
+            except OSError:
+                raise self._failure() from None
+            for each in theirs:
+                each.close()
+            conversation = _Conversation(in_w, (out_r, err_r), line, limits)
+            conversation.hold(stdin)
+            line.close()
+            self._settle(conversation)
+        return conversation.result()
+
+    def _settle(self, conversation: "_Conversation") -> None:
+        """Hear from the fork server that the job is gone, or give the worker up."""
+        self.control.settimeout(_GRACE if conversation.started else _START)
+        try:
+            answer = self.control.recv(1)
+        except OSError:
+            answer = b""
+        self.jobs += 1
+        self.sound = answer == b"." and self.jobs < _JOBS
+        if not conversation.started and conversation.broken != "timeout":
+            if answer == b"":
+                raise self._failure()
+            raise SandboxError(f"the sandbox did not start: {conversation.complaint()}; isolation() says what it needs")
+
+    def _failure(self) -> SandboxError:
+        self.close()
+        said = _last_line(self.error) or "no reason given"
+        return SandboxError(said if said.startswith("bwrap") else f"the sandbox did not start: {said}")
+
+    def close(self) -> None:
+        """Kill the whole tree from outside: with bwrap dies process 1, and with that everything in its namespace."""
+        if self.control.fileno() < 0:
+            return
+        self.control.close()  # the fork server then ends by itself, unless it is stuck
+        assert self.process.stderr is not None
+        with self.process.stderr as stderr:
+            with suppress(subprocess.TimeoutExpired):
+                self.process.wait(_GRACE)
+            if self.process.returncode is None:  # not reaped yet, so the number is still its own
+                with suppress(ProcessLookupError):
+                    os.killpg(self.process.pid, signal.SIGKILL)
+                self.process.wait()
+            self.error = stderr.read(65536).decode(errors="replace")
+
+
+def _pipe() -> tuple[IO[bytes], IO[bytes]]:
+    reader, writer = os.pipe()
+    return open(reader, "rb", buffering=0), open(writer, "wb", buffering=0)
+
+
+@cache
+def _zygote() -> str:
+    return Path(__file__).with_name("zygote.py").read_text(encoding="utf-8")
 
 
 def _contents(program: str, files: Mapping[str, str], limits: Limits) -> dict[str, bytes]:
@@ -229,16 +374,13 @@ def _last_line(text: str) -> str:
 class _Conversation:
     """The host's side of one run: feed stdin, keep what is printed, end it at a limit."""
 
-    def __init__(self, process: subprocess.Popen[bytes], line: socket.socket, limits: Limits) -> None:
-        assert process.stdin is not None
-        assert process.stdout is not None
-        assert process.stderr is not None
-        self.process, self.stdin, self.line, self.limits = process, process.stdin, line, limits
-        streams = (process.stdout, process.stderr, line)
-        self.kept = {stream.fileno(): bytearray() for stream in streams}
-        self.started = time.monotonic()
+    def __init__(self, stdin: IO[bytes], outputs: Sequence[IO[bytes]], line: socket.socket, limits: Limits) -> None:
+        self.stdin, self.line, self.limits = stdin, line, limits
+        self.report = bytearray()  # the supervisor's
+        self.kept = {**{stream.fileno(): bytearray() for stream in outputs}, line.fileno(): self.report}
+        self.begun = time.monotonic()
         self.seconds = 0.0
-        self.deadline = self.started + limits.seconds
+        self.deadline = self.begun + limits.seconds
         self.broken = ""  # the limit that ended the run
         self.dying = False
 
@@ -261,10 +403,19 @@ class _Conversation:
                     elif not self._receive(key.fd):
                         selector.unregister(key.fd)
                         listening.remove(key.fd)
-        self.seconds = time.monotonic() - self.started
-        with suppress(subprocess.TimeoutExpired):
-            # bwrap, left alone, reaps process 1; killed, it would leave a zombie to a container without an init.
-            self.process.wait(0.0 if listening else _GRACE)
+        self.seconds = time.monotonic() - self.begun
+
+    @property
+    def started(self) -> bool:
+        """Whether the supervisor came as far as the program."""
+        return bool(self.report)
+
+    def complaint(self) -> str:
+        """The last line of stderr."""
+        return _last_line(self._texts()[1]) or "no reason given"
+
+    def _texts(self) -> list[str]:
+        return [bytes(kept).decode(errors="replace") for kept in self.kept.values()]
 
     def _has_time(self) -> bool:
         in_time = time.monotonic() < self.deadline
@@ -303,11 +454,8 @@ class _Conversation:
         return bool(chunk)
 
     def result(self) -> ExecutionResult:
-        stdout, stderr, report = (bytes(kept).decode(errors="replace") for kept in self.kept.values())
-        started, *ending = report.split()[:4] or [""]
-        if not started and self.broken != "timeout":
-            reason = _last_line(stderr) or "no reason given"
-            raise SandboxError(f"the sandbox did not start: {reason}; isolation() says what it needs")
+        stdout, stderr, report = self._texts()
+        ending = report.split()[1:4]
         code, memory, seconds = (int(ending[0]), int(ending[1]), float(ending[2])) if ending else (0, 0, self.seconds)
         status: Status = "ok"
         detail = ""
@@ -329,78 +477,3 @@ def _signal_name(number: int) -> str:
         return f"signal {signal.Signals(number).name}"
     except ValueError:  # a real-time signal has no name
         return f"signal {number}"
-
-
-# Runs inside, first as process 1 of the namespace. Its stdin carries the job, then the program's own stdin.
-_SUPERVISOR = r"""
-import builtins, marshal, os, resource, sys, time
-import _sitebuiltins, _thread
-
-
-def take(size):
-    data = bytearray()
-    while len(data) < size:
-        chunk = os.read(0, size - len(data))
-        if not chunk:
-            os._exit(1)
-        data += chunk
-    return bytes(data)
-
-
-def end():
-    if unsafe:
-        os.killpg(0, 9)
-    os._exit(0)  # and with process 1 ends its namespace
-
-
-line, unsafe, limits, contents = marshal.loads(take(int.from_bytes(take(8), "big")))
-if not unsafe:
-    import _ctypes  # ctypes itself takes 4 ms more to import
-
-    PR_SET_DUMPABLE = 4  # off: nobody in here may trace this process or open its files in /proc, same user or not
-    if _ctypes.call_function(_ctypes.dlsym(_ctypes.dlopen(None, 2), "prctl"), (PR_SET_DUMPABLE, 0, 0, 0, 0)) != 0:
-        sys.exit("prctl: cannot protect the supervisor")
-for name, content in contents.items():
-    os.makedirs(os.path.dirname(os.path.abspath(name)), exist_ok=True)
-    with open(name, "wb") as file:
-        file.write(content)
-os.nice(19)
-for name, value in limits.items():
-    kind = getattr(resource, "RLIMIT_" + name)
-    hard = resource.getrlimit(kind)[1]
-    value = value if hard == resource.RLIM_INFINITY else min(value, hard)
-    try:
-        resource.setrlimit(kind, (value, value))
-    except (OSError, ValueError):
-        if not unsafe:  # macOS refuses some
-            raise
-os.write(line, b"started ")
-begin = time.monotonic()
-child = os.fork()
-if child:
-    _thread.start_new_thread(lambda: os.read(line, 1) or end(), ())  # the host hung up
-    pid = 0
-    while pid != child:  # process 1 also reaps orphans
-        pid, status, usage = os.wait4(-1, 0)
-    memory = usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    ending = os.waitstatus_to_exitcode(status), memory, time.monotonic() - begin
-    os.write(line, b"%d %d %f " % ending)
-    end()
-
-os.close(line)
-
-
-def show(kind, error, trace):
-    while trace is not None and trace.tb_frame.f_code is here:
-        trace = trace.tb_next
-    sys.__excepthook__(kind, error.with_traceback(trace), trace)
-
-
-here = sys._getframe().f_code
-path = os.path.abspath("program.py")
-main = type(sys)("__main__")
-main.__file__ = path
-builtins.exit = builtins.quit = _sitebuiltins.Quitter("exit", "Ctrl-D")
-sys.modules["__main__"], sys.argv, sys.excepthook = main, [path], show
-exec(compile(contents["program.py"], path, "exec", dont_inherit=True), main.__dict__)
-"""

@@ -3,7 +3,7 @@
 import pytest
 
 from diffucoder.errors import ConfigError, SandboxError
-from diffucoder.grading.grade import Verdict, grade, grade_many
+from diffucoder.grading.grade import Call, Opaque, call, grade, grade_many
 from diffucoder.grading.sandbox import Limits, isolation
 
 GOOD = "def add(a, b):\n    return a + b\n"
@@ -28,7 +28,7 @@ def test_a_good_program_passes() -> None:
 def test_each_test_counts_for_itself() -> None:
     verdict = grade(GOOD, [TESTS[0], "assert add(1, 1) == 3", TESTS[1], "add(1)", "add(", TESTS[2]])
     assert (verdict.passed, verdict.passed_tests, verdict.total_tests) == (False, 3, 6)
-    assert (verdict.status, verdict.detail) == ("failed", "test 2: AssertionError: assert add(1, 1) == 3")
+    assert (verdict.status, verdict.detail) == ("failed", "test 2: AssertionError: assert add(1, 1) == 3; it gave 2")
 
 
 def test_each_test_gets_a_fresh_program() -> None:
@@ -142,6 +142,118 @@ def test_a_pass_cannot_be_had_by(program: str) -> None:
     assert (verdict.passed, verdict.passed_tests) == (False, 0), verdict
 
 
+LIAR = """
+class Liar:
+    def __eq__(self, other): return True
+    def __ne__(self, other): return False
+    def __bool__(self): return True
+    def __lt__(self, other): return True
+    def __abs__(self): return self
+    def __sub__(self, other): return self
+    __rsub__ = __sub__
+    __hash__ = None
+def add(a, b): return Liar()
+"""
+
+
+@pytest.mark.parametrize(
+    "program",
+    [
+        pytest.param(LIAR, id="an object that equals everything"),
+        pytest.param(LIAR.replace("class Liar:", "class Liar(int):"), id="a number that equals everything"),
+        pytest.param(LIAR.replace("class Liar:", "class Liar(float):"), id="a float that equals everything"),
+        pytest.param("import sys\nsys.settrace(lambda *a: None)\nabs = set = lambda *a: 3\nadd = lambda a, b: 0",
+                     id="shadowed built-ins"),
+        pytest.param("import gc, os\nfor x in gc.get_objects():\n  if isinstance(x, (bytes, str)) and len(x) == 32:\n"
+                     "    os.write(4, b'!' + (x if isinstance(x, bytes) else x.encode()))\nadd = max",
+                     id="secrets found in memory"),
+        pytest.param("import os\nfor fd in range(3, 9):\n  try: os.write(fd, b'ready\\n=true\\n')\n"
+                     "  except OSError: pass\nos._exit(0)", id="answers forged beforehand"),
+    ],
+)  # fmt: skip
+def test_where_the_answer_is_elsewhere_a_pass_cannot_be_had_by(program: str) -> None:
+    verdict = grade(program, ["assert add(1, 2) == 5", "assert abs(add(2, 2) - 4.5) < 0.1", "assert 9 == add(3, 4)"])
+    assert (verdict.passed_tests, verdict.trusted) == (0, True), verdict
+
+
+def test_what_runs_beside_the_program_is_not_trusted() -> None:
+    verdict = grade(GOOD, ["assert add(1, 2) == 3", "assert add(1, 2) == add(2, 1)", "x = add(1, 1)\nassert x == 2"])
+    assert verdict.passed
+    assert not verdict.trusted
+    assert [test.trusted for test in verdict.tests] == [True, False, False]
+
+
+def test_the_line_of_the_first_failure_is_told() -> None:
+    verdict = grade("def f(x):\n    y = 1\n    return y / x\n", ["assert f(1) == 1", "assert f(0) == 0"])
+    assert (verdict.line, verdict.detail) == (3, "test 2: ZeroDivisionError: division by zero")
+    assert grade("x = 1\ndef f(:\n", ["assert f(1) == 1"]).line == 2
+
+
+# Values that come back
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        "None", "True", "0", "-1", "2**63", "-(10**5000)", "1.5", "float('inf')", "1j", "'a'", "'\\ud800'", "b'x'",
+        "[]", "[1, [2]]", "(1,)", "{1, 2}", "frozenset({(1, 2)})", "{'a': [1], (1, 2): None}", "'x' * 100_000",
+    ],
+)  # fmt: skip
+def test_plain_data_comes_back_as_it_is(value: str) -> None:
+    (outcome,) = call("", [Call(value)], Limits(output=1 << 20))
+    assert outcome.status == "ok"
+    assert outcome.value == eval(value)
+    assert type(outcome.value) is type(eval(value))
+
+
+def test_subclasses_come_back_as_what_they_are_made_of() -> None:
+    program = "from collections import *\nimport enum\nclass C(enum.IntEnum):\n    a = 3\nP = namedtuple('P', 'x')\n"
+    calls = ["Counter('aab')", "P(1)", "C.a", "OrderedDict(a=1).keys()", "__import__('fractions').Fraction(1, 2)"]
+    values = [outcome.value for outcome in call(program, [Call(each) for each in calls])]
+    assert values == [{"a": 2, "b": 1}, (1,), 3, {"a"}, 0.5]
+
+
+def test_what_is_no_data_equals_nothing() -> None:
+    nested = "x = []\nx.append(x)\nclass Any:\n    __eq__ = lambda *a: True\n"
+    outcomes = call(nested, [Call("Any()"), Call("iter([])"), Call("x")])
+    assert [isinstance(outcome.value, Opaque) for outcome in outcomes] == [True, True, False]
+    assert outcomes[0].value != 1
+    assert outcomes[2].status == "failed"
+
+
+def test_calls_are_put_to_one_process_with_their_arguments() -> None:
+    program = "seen = []\ndef f(x):\n    seen.append(x)\n    return len(seen)\n"
+    calls = [Call("f(*_)", ({1, 2},)), Call("f(*_)", ((1, 2j),)), Call("seen")]
+    assert [outcome.value for outcome in call(program, calls)] == [1, 2, [{1, 2}, (1, 2j)]]
+
+
+def test_a_call_that_does_not_end_costs_only_itself() -> None:
+    program = "import os\ndef f(x):\n    while x == 1: pass\n    if x == 2: os._exit(0)\n    return x\n"
+    outcomes = call(program, [Call("f(*_)", (x,), 0.3) for x in range(4)])
+    assert [(outcome.status, outcome.value) for outcome in outcomes] == [
+        ("ok", 0),
+        ("timeout", None),
+        ("failed", None),
+        ("ok", 3),
+    ]
+
+
+def test_calls_may_end_at_the_first_failure() -> None:
+    outcomes = call("def f(x): return 1 // x", [Call("f(*_)", (x,)) for x in (1, 0, 1)], until_failure=True)
+    assert [outcome.status for outcome in outcomes] == ["ok", "failed"]
+
+
+def test_a_value_too_large_to_carry_is_a_failure() -> None:
+    (outcome,) = call("", [Call("'x' * 10_000_000")], Limits(output=1 << 16))
+    assert (outcome.status, outcome.detail) == ("killed", "output: gave more than 65536 bytes")
+
+
+def test_the_same_program_gets_the_same_verdict_a_hundred_times_from_many_threads() -> None:
+    program = "def f(x):\n    return {3: 1 // (x - 2), 1: 5}.get(x)\n"
+    verdicts = grade_many([(program, ["assert f(1) == 5", "assert f(2) == 0", "assert f(3) == 2"])] * 100, workers=4)
+    assert len({(v.passed_tests, v.status, v.detail, v.line) for v in verdicts}) == 1
+
+
 @pytest.mark.parametrize("tests", [[], (), "assert True"])
 def test_tests_must_be_a_list_of_at_least_one(tests: list[str]) -> None:
     with pytest.raises(ConfigError, match="list of one or more"):
@@ -161,4 +273,4 @@ def test_without_a_sandbox_grading_works_when_told_so(monkeypatch: pytest.Monkey
     with pytest.raises(SandboxError):
         grade(GOOD, TESTS)
     verdict = grade(GOOD, TESTS, unsafe=True)
-    assert verdict == Verdict(True, 3, 3, "ok", verdict.seconds, "")
+    assert (verdict.passed, verdict.passed_tests, verdict.status) == (True, 3, "ok")

@@ -9,13 +9,15 @@ import threading
 import time
 import uuid
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from diffucoder.errors import ConfigError, SandboxError
 from diffucoder.grading import sandbox
-from diffucoder.grading.sandbox import ExecutionResult, Limits, isolation, run, run_many
+from diffucoder.grading.sandbox import DEFAULT_LIMITS, ExecutionResult, Limits, Sandbox, isolation
 
 REACH = """
 import socket
@@ -28,11 +30,45 @@ except OSError as error:
 
 
 @pytest.fixture(autouse=True, scope="module")
-def isolated() -> None:
+def isolated() -> Iterator[None]:
+    """After all the adversaries: no process left, no file changed, no memory grown."""
     try:
         isolation()
     except SandboxError as error:
         pytest.skip(str(error))
+    run("pass")
+    files, memory = repository(), own_memory()
+    yield
+    box().close()
+    box.cache_clear()
+    assert repository() == files
+    assert own_memory() < memory + (50 << 20)
+    assert gone("bwrap")
+    assert not list(Path(tempfile.gettempdir()).glob("diffucoder-*"))
+
+
+def repository() -> dict[Path, int]:
+    """The package's files, and when each was changed."""
+    return {path: path.stat().st_mtime_ns for path in Path(sandbox.__file__).parents[1].rglob("*.py")}
+
+
+def own_memory() -> int:
+    """Resident bytes of this process."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+@cache
+def box() -> Sandbox:
+    """One pool for all tests here: what one program did must not matter to the next."""
+    return Sandbox(2)
+
+
+def run(program: str, limits: Limits = DEFAULT_LIMITS, **more: Any) -> ExecutionResult:
+    return box().run(program, limits, **more)
+
+
+def run_many(programs: list[str], limits: Limits = DEFAULT_LIMITS) -> list[ExecutionResult]:
+    return [*box().run_many(programs, limits)]
 
 
 @pytest.fixture
@@ -41,7 +77,7 @@ def listener() -> Iterator[int]:
         yield server.getsockname()[1]
 
 
-def printed(program: str, limits: Limits = sandbox.DEFAULT_LIMITS) -> str:
+def printed(program: str, limits: Limits = DEFAULT_LIMITS) -> str:
     result = run(program, limits)
     assert result.status == "ok", result
     return result.stdout.strip()
@@ -92,7 +128,7 @@ def test_a_syntax_error_is_a_result() -> None:
 
 
 def test_exit_codes_and_signals_are_told_apart() -> None:
-    leave, die = run_many(["exit(3)", "import os; os.abort()"], workers=2)
+    leave, die = run_many(["exit(3)", "import os; os.abort()"])
     assert (leave.status, leave.detail) == ("failed", "exit code 3")
     assert (die.status, die.detail) == ("killed", "signal SIGABRT")
 
@@ -211,6 +247,85 @@ def test_the_program_has_no_capabilities_and_is_nobody() -> None:
     assert "NoNewPrivs:\t1\n" in facts
 
 
+CALLS = """
+import ctypes
+libc = ctypes.CDLL(None, use_errno=True)
+def tried(*call):
+    return (libc.syscall(*call), ctypes.get_errno())
+"""
+
+
+def test_no_process_can_be_traced_nor_its_memory_read() -> None:
+    program = """
+import os
+child = os.fork()
+if child == 0:
+    import time
+    time.sleep(60)
+print(libc.ptrace(16, child, 0, 0), libc.ptrace(16, 1, 0, 0), libc.process_vm_readv(1, 0, 0, 0, 0, 0))
+"""
+    assert printed(CALLS + program) == "-1 -1 -1"
+
+
+def test_nothing_can_be_mounted_and_no_namespace_made() -> None:
+    program = """
+print(libc.mount(b"none", b"/tmp", b"tmpfs", 0, None), libc.umount2(b"/tmp", 2), libc.umount2(b"/proc", 2))
+print(*(libc.unshare(flag) for flag in (0x20000, 0x10000000, 0x20000000, 0x40000000, 0x8000000)))
+print(libc.chroot(b"/tmp"), tried(435, 0, 0)[1], tried(56, 0x10000000 | 17, 0, 0, 0, 0))
+"""
+    mounts, namespaces, others = printed(CALLS + program).splitlines()
+    assert set(mounts.split()) == {"-1"}
+    assert set(namespaces.split()) == {"-1"}
+    assert others == "-1 38 (-1, 1)"  # ENOSYS, EPERM
+
+
+def test_the_loopback_is_out_of_reach_and_no_socket_but_a_local_one_opens() -> None:
+    program = """
+import socket
+for family in (socket.AF_INET, socket.AF_INET6, socket.AF_NETLINK, socket.AF_PACKET, socket.AF_VSOCK):
+    try:
+        socket.socket(family, socket.SOCK_RAW if family == socket.AF_PACKET else socket.SOCK_STREAM)
+        print("opened", family)
+    except OSError as error:
+        print(error.errno, end=" ")
+a, b = socket.socketpair()
+a.send(b"local")
+print(b.recv(9))
+"""
+    assert printed(program) == "1 1 1 1 1 b'local'"
+
+
+def test_a_signal_to_the_parent_or_to_everybody_changes_nothing() -> None:
+    program = """
+import os, signal
+for number in (signal.SIGSTOP, signal.SIGTERM, signal.SIGKILL):
+    os.kill(os.getppid(), number)
+print(os.getppid())
+try:
+    os.kill(-1, signal.SIGKILL)
+except ProcessLookupError:
+    print("nobody else is here")
+"""
+    assert printed(program) == "1\nnobody else is here"
+
+
+def test_a_job_finds_nothing_of_the_one_before() -> None:
+    leave = """
+import ctypes, os
+libc = ctypes.CDLL(None)
+open("/tmp/left", "w").close(), open("/dev/shm/left", "w").close()
+print(libc.shmget(77, 4096, 0o1666))
+os.setpriority(os.PRIO_PROCESS, 0, 19)
+"""
+    look = """
+import ctypes, os
+print(os.listdir("/tmp"), os.listdir("/dev/shm"), ctypes.CDLL(None).shmget(77, 4096, 0o666))
+"""
+    with Sandbox(1) as one:
+        assert int(one.run(leave).stdout) >= 0
+        assert one.run(look).stdout == "['program.py'] [] -1\n"
+
+
 def test_user_namespaces_cannot_be_nested() -> None:
     assert printed("import ctypes\nprint(ctypes.CDLL(None).unshare(0x10000000))") == "-1"
 
@@ -223,6 +338,51 @@ def test_an_endless_loop_ends_in_time() -> None:
     result = run("print('begun', flush=True)\nwhile True: pass", Limits(seconds=0.5))
     assert (result.status, result.stdout, result.detail) == ("timeout", "begun\n", "seconds: ran longer than 0.5")
     assert time.monotonic() - begin < 2
+
+
+def test_sleeping_past_the_limit_is_ended() -> None:
+    deaf = "import signal, time\nfor n in {*range(1, 32)} - {9, 19}:\n    signal.signal(n, signal.SIG_IGN)\n"
+    assert run(deaf + "time.sleep(60)", Limits(seconds=0.5)).status == "timeout"
+
+
+def test_deep_recursion_is_a_result() -> None:
+    assert run("def f(): f()\nf()").detail.startswith("RecursionError")
+    assert run("import sys\nsys.setrecursionlimit(10**9)\ndef f(): f()\nf()", Limits(seconds=1)).status != "ok"
+
+
+def test_open_files_are_limited() -> None:
+    program = """
+import os
+kept = []
+try:
+    while len(kept) < 10_000:
+        kept.append(open("/dev/null"))
+except OSError as error:
+    print(error.strerror, len(kept) < 64)
+"""
+    assert printed(program) == "Too many open files True"
+
+
+def test_the_number_of_files_is_limited() -> None:
+    program = """
+try:
+    for index in range(1_000_000):
+        open(str(index), "w").close()
+except OSError as error:
+    print(error.strerror, index < 10_000)
+"""
+    assert printed(program) == "No space left on device True"
+
+
+def test_a_program_of_ten_megabytes_runs() -> None:
+    assert printed("x = 1  # " + "x" * 10_000_000 + "\nprint(x)", Limits(files=16 << 20)) == "1"
+
+
+@pytest.mark.parametrize(("program", "detail"), [("print(1)\0", "null bytes"), ("x = '\ud800'", "surrogates")])
+def test_source_that_is_no_text_is_a_failure(program: str, detail: str) -> None:
+    result = run(program)
+    assert (result.status, result.stdout) == ("failed", "")
+    assert detail in result.detail or "utf-8" in result.detail
 
 
 def test_endless_printing_is_ended_at_the_limit() -> None:
@@ -247,7 +407,7 @@ def test_memory_is_limited() -> None:
 
 
 def test_peak_memory_is_told() -> None:
-    small, large = run_many(["x = b''", "x = b'x' * (100 << 20)"], workers=2)
+    small, large = run_many(["x = b''", "x = b'x' * (100 << 20)"])
     assert 95 << 20 < large.memory - small.memory < 110 << 20
 
 
@@ -282,7 +442,7 @@ try:
 except BlockingIOError:
     print(children)
 """
-    first, second = run_many([program, program], Limits(processes=8), workers=2)
+    first, second = run_many([program, program], Limits(processes=8))
     assert (first.stdout, second.stdout) == ("7\n", "7\n")  # each its own count, though both are the same user
 
 
@@ -349,9 +509,35 @@ def test_runs_leave_no_zombies_and_no_open_files() -> None:
     assert (children(), len(os.listdir("/proc/self/fd"))) == before
 
 
+def test_a_hundred_runs_give_one_result() -> None:
+    program = "import random\nrandom.seed(3)\nprint(random.random(), {'b', 'a', 'c'}, hash('x'))"
+    results = run_many([program] * 100)
+    assert len({(result.status, result.stdout) for result in results}) == 1
+
+
+def test_a_worker_that_is_killed_is_replaced() -> None:
+    with Sandbox(1) as one:
+        one.run("pass")
+        worker = one._idle[0]
+        os.killpg(worker.process.pid, 9)
+        worker.process.wait()
+        with pytest.raises(SandboxError):
+            one.run("pass")
+        assert one.run("print(1)").stdout == "1\n"
+
+
+def test_a_forked_process_has_workers_of_its_own() -> None:
+    assert printed("print(1)") == "1"
+    child = os.fork()
+    if child == 0:
+        os._exit(0 if run("print(2)").stdout == "2\n" else 1)
+    assert os.waitpid(child, 0)[1] == 0
+    assert printed("print(3)") == "3"
+
+
 def test_parallel_runs_do_not_disturb_each_other() -> None:
     programs = [f"open('x', 'w').write('{index}')\nprint(open('x').read())" for index in range(20)]
-    assert [result.stdout for result in run_many(programs, workers=2)] == [f"{index}\n" for index in range(20)]
+    assert [result.stdout for result in run_many(programs)] == [f"{index}\n" for index in range(20)]
 
 
 @pytest.mark.parametrize("name", ["seconds", "memory", "output", "files", "processes"])
@@ -366,7 +552,7 @@ def test_a_limit_must_be_positive(name: str) -> None:
 def test_without_bubblewrap_a_run_is_refused_with_reason_and_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "")
     with pytest.raises(SandboxError, match="no bwrap on PATH; install it with `apt-get install bubblewrap`"):
-        run("print(1)")
+        sandbox.run("print(1)")
 
 
 def test_where_namespaces_are_refused_a_run_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -377,14 +563,15 @@ def test_where_namespaces_are_refused_a_run_is_refused(monkeypatch: pytest.Monke
         fake.chmod(0o755)
         monkeypatch.setenv("PATH", folder)
         with pytest.raises(SandboxError, match=r"cannot isolate here \(bwrap: No permissions"):
-            run("print(1)")
+            sandbox.run("print(1)")
 
 
 def test_unsafe_runs_without_isolation_but_with_limits(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "")
 
     def unsafe(program: str) -> ExecutionResult:
-        return run(program, Limits(seconds=1, memory=200 << 20), stdin="in", files={"a": "file"}, unsafe=True)
+        limits = Limits(seconds=1, memory=200 << 20)
+        return sandbox.run(program, limits, stdin="in", files={"a": "file"}, unsafe=True)
 
     assert unsafe("print(input(), open('a').read())").stdout == "in file\n"
     assert unsafe("x = bytearray(300 << 20)").detail == "MemoryError"
