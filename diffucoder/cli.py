@@ -284,6 +284,99 @@ _add_training_stages()
 
 
 @app.command()
+@partial(_with_sampling_options, without=("steps", "temperature"))  # which may be several here
+def evaluate(
+    benchmark: Annotated[
+        str, typer.Argument(help="tiny, humaneval, humaneval+, mbpp, mbpp+, humaneval-infilling, ...")
+    ],
+    *,
+    model: Model = None,
+    samples: Annotated[
+        Path | None, typer.Option(help="grade this file of completions (JSONL, also .gz) instead of a model")
+    ] = None,
+    data: Annotated[Path | None, typer.Option(help="folder of published files; the hub if left out")] = None,
+    run: Annotated[Path | None, typer.Option(help="run folder; one below runs/evaluate if left out")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="the first tasks only")] = None,
+    raw: Raw = False,
+    steps: Annotated[
+        str | None, typer.Option(help="denoising steps; several, as in 512,256, are runs of their own")
+    ] = None,
+    temperature: Annotated[str | None, typer.Option(help="randomness of the tokens; also several")] = None,
+    batch: Annotated[int, typer.Option(min=1, help="tasks decoded together")] = 8,
+    workers: Annotated[int | None, typer.Option(min=1, help="programs run at a time; one a core if left out")] = None,
+    packages: Annotated[
+        list[Path] | None, typer.Option(help="folder of packages that programs may import; repeatable")
+    ] = None,
+    unsafe: Annotated[bool, typer.Option("--unsafe", help="run programs WITHOUT a sandbox, as yourself")] = False,
+    as_json: Json = False,
+    dtype: DType = None,
+    device: Device = None,
+    params: DecodingParams,
+) -> None:
+    """Measure a model, or anybody's completions, on a benchmark: pass@1 and a verdict for every task.
+
+    Called again it goes on where it was stopped. Programs run in the sandbox.
+    """
+    from diffucoder.evaluation import evaluate as evaluation
+    from diffucoder.evaluation.benchmarks import load
+    from diffucoder.evaluation.samples import Generator, sweep
+    from diffucoder.grading.sandbox import Sandbox
+
+    if samples is not None and model is not None:
+        raise ConfigError("--samples are graded as they are, and --model makes its own; give one of the two")
+    tasks = load(benchmark, data)
+    with Sandbox(workers, packages=packages or (), unsafe=unsafe) as sandbox:
+        about = evaluation.Evaluation(benchmark, tasks, sandbox, evaluation.cache_folder(), limit, _progress())
+        if samples is not None:
+            settings = {"benchmark": benchmark, "limit": limit, "samples": evaluation.content_hash(samples)}
+            _print_report(about.of_samples(samples, run, settings), as_json=as_json)
+            return
+        several = list(sweep(params, steps, temperature))
+        coder = _load(model, dtype, device)
+        for each in several:
+            generator = Generator(coder, each, raw=raw, batch=batch)
+            settings = evaluation.model_settings(benchmark, limit, generator, model)
+            folder = evaluation.run_folder(run, settings, several=len(several) > 1)
+            _print_report(about.of_model(generator, folder, settings), as_json=as_json, folder=folder)
+
+
+def _progress() -> "Callable[..., Any]":
+    """A bar on standard error for each stage of an evaluation; nothing where that is no terminal."""
+    from rich.console import Console
+    from rich.progress import track
+
+    console = Console(stderr=True)
+
+    def shown(things: Any, count: int, what: str) -> Any:
+        return track(things, what, count, console=console) if console.is_terminal and count else things
+
+    return shown
+
+
+def _print_report(report: dict[str, Any], *, as_json: bool, folder: Path | None = None) -> None:
+    if as_json:
+        print(json.dumps(report))
+        return
+    solved = f"{report['benchmark']}: {report['tasks']} tasks, {report['samples']} samples"
+    for what in ("missing", "skipped"):
+        if report[what]:
+            solved += f", {len(report[what])} {what}"
+    print(solved)
+    for name, figure in report.items():
+        if name.startswith(("pass@", "base_pass@")) and isinstance(figure, float):
+            low, high = report.get(f"{name}_interval", (None, None))
+            interval = "" if low is None else f"   (95 %: {low:.1%} - {high:.1%})"
+            print(f"  {name:20} {figure:6.1%}{interval}")
+    for name in ("tokens_per_forward", "tokens_per_second"):
+        if report.get(name) is not None:
+            print(f"  {name:20} {report[name]:6.2f}")
+    if report["untrusted"]:
+        print(f"  untrusted            {report['untrusted']:6}   verdicts whose tests ran beside the program")
+    if folder:
+        print(f"  samples, verdicts and report are in {folder}")
+
+
+@app.command()
 def bench(
     *,
     model: Model = None,

@@ -25,7 +25,11 @@ from typing import Any, Literal
 
 from diffucoder.errors import ConfigError
 from diffucoder.grading.asserts import Assert, parse
+from diffucoder.grading.harness import PATIENCE, Digest
+from diffucoder.grading.harness import plain as to_data
 from diffucoder.grading.sandbox import DEFAULT_LIMITS, Limits, Sandbox, Status
+
+__all__ = ["Call", "Opaque", "Outcome", "TestVerdict", "Verdict", "call", "from_data", "grade", "grade_many", "to_data"]
 
 _GRACE = 1.0  # seconds the harness gets beyond the questions' own, to start and to report
 _LINE = 1024  # bytes a message may take in the harness's report
@@ -80,7 +84,7 @@ class Outcome:
     """What became of a call: a value, or why there is none."""
 
     status: Status
-    value: Any  # None, bool, int, float, complex, str, bytes, list, tuple, set, frozenset, dict, Fraction; or Opaque
+    value: Any  # plain data: None, numbers, strings, containers of them; a Digest of what is large; else Opaque
     seconds: float
     detail: str = ""
     line: int | None = None
@@ -150,6 +154,8 @@ def call(
 ) -> list[Outcome]:
     """Ask the program one call after another in one process, as long as it lives; `limits.seconds` is for all together.
 
+    Seconds are those of a processor here, so that a busy machine makes nothing a time-out; who sleeps gets five times
+    as many on the clock.
     With `until_failure` the first call without a value is the last one asked: the list is then shorter than `calls`.
     """
     if not calls:
@@ -175,7 +181,7 @@ def _ask(
     """An outcome for every question, and the seconds in all."""
     roomier = replace(
         limits,
-        seconds=limits.seconds + _GRACE,
+        seconds=limits.seconds * (1 if fresh else PATIENCE) + _GRACE,
         processes=limits.processes + 1,
         output=_LINE * len(questions) + limits.output,
     )
@@ -200,7 +206,7 @@ def _outcome(line: str) -> tuple[int, Outcome]:
     try:
         answer = json.loads(head[3][:-1])
         if status == "ok":
-            return index, Outcome("ok", _thing(answer), seconds)
+            return index, Outcome("ok", from_data(answer), seconds)
         where, detail = answer
         detail = " ".join(str(detail).split())
         return index, Outcome(_STATUS[status], None, seconds, detail, int(where) or None)
@@ -211,22 +217,23 @@ def _outcome(line: str) -> tuple[int, Outcome]:
 _STATUS: dict[str, Status] = {"failed": "failed", "timeout": "timeout", "killed": "killed"}
 
 
-def _thing(data: Any) -> Any:
-    """Plain data from its JSON (`harness.plain`). Raises what it may where the JSON is not of that form."""
+def from_data(data: Any) -> Any:
+    """Plain data from what JSON holds of it (`to_data`). Raises ValueError, TypeError and the like for other JSON."""
     if isinstance(data, list):
-        return [_thing(each) for each in data]
+        return [from_data(each) for each in data]
     if not isinstance(data, dict):
         return data
     ((kind, content),) = data.items()
     makers: dict[str, Callable[[], Any]] = {
-        "tuple": lambda: tuple(map(_thing, content)),
-        "set": lambda: set(map(_thing, content)),
-        "frozenset": lambda: frozenset(map(_thing, content)),
-        "dict": lambda: {_thing(key): _thing(value) for key, value in content},
+        "tuple": lambda: tuple(map(from_data, content)),
+        "set": lambda: set(map(from_data, content)),
+        "frozenset": lambda: frozenset(map(from_data, content)),
+        "dict": lambda: {from_data(key): from_data(value) for key, value in content},
         "bytes": lambda: bytes.fromhex(content),
         "complex": lambda: complex(*content),
         "int": lambda: int(content, 16),
         "ratio": lambda: Fraction(*(int(part, 16) for part in content)),
+        "digest": lambda: Digest(str(content)),
         "object": lambda: Opaque(str(content)),
     }
     return makers[kind]()

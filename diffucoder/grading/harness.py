@@ -1,6 +1,6 @@
 """What runs in the sandbox as the program, to question a program: what does this call give, does this test pass?
 
-For: `grade`, which sends this file's source as the job, with the questions on stdin. Nothing imports it.
+For: `grade`, which sends this file's source as the job, with the questions on stdin.
 
 It forks a child that runs the program, as a module (not as `__main__`, so what a script does when started stays out of
 the way), and then answers in the same namespace. Two kinds of question:
@@ -15,6 +15,7 @@ stdout, which the children do not have, and they cannot trace this process (see 
 
 from __future__ import annotations
 
+import hashlib
 import json
 import marshal
 import os
@@ -28,6 +29,10 @@ from types import CodeType
 from typing import Any, NoReturn, Union
 
 BLOCK = 1 << 16
+LARGE = 20_000_000
+GLANCE = 0.05  # seconds; most answers are there by then
+PATIENCE = 5
+TICKS = os.sysconf("SC_CLK_TCK")
 # An error's own, whatever its class makes of the names.
 ARGUMENTS, TRACE = vars(BaseException)["args"].__get__, vars(BaseException)["__traceback__"].__get__
 
@@ -39,16 +44,15 @@ Answer = tuple[str, float, bytes]  # status, seconds, JSON
 def main() -> None:
     """Read the job, write a line `[index, status, seconds, value or [line of the program, message]]` a question."""
     seconds, room, fresh, stop, source, questions = marshal.loads(sys.stdin.buffer.read())
-    deadline = time.monotonic() + seconds
     program = compiled(source, "<program>", "exec")
     questions = [
         (kind, compiled(text, "<test>", "eval" if kind == "value" else "exec"), arguments, limit)
         for kind, text, arguments, limit in questions
     ]
     if fresh:
-        one_by_one(program, questions, deadline, room)
+        one_by_one(program, questions, time.monotonic() + seconds, room)
     else:
-        in_a_row(program, questions, deadline, room, stop)
+        in_a_row(program, questions, seconds, room, stop)
 
 
 def one_by_one(program: Code, questions: list[Question], deadline: float, room: int) -> None:
@@ -68,18 +72,26 @@ def one_by_one(program: Code, questions: list[Question], deadline: float, room: 
         waiting = slow
 
 
-def in_a_row(program: Code, questions: list[Question], deadline: float, room: int, stop: bool) -> None:
-    """As few children as there are losses. With `stop`, the first question without a value is the last one."""
-    index = 0
+def in_a_row(program: Code, questions: list[Question], seconds: float, room: int, stop: bool) -> None:
+    """As few children as there are losses. With `stop`, the first question without a value is the last one.
+
+    Seconds are a processor's: on a busy machine all of it may take PATIENCE times as long.
+    """
+    deadline = time.monotonic() + PATIENCE * seconds
+    index, spent = 0, 0.0
     while index < len(questions):
         child = Child(program, questions[index:], room)
         broken = child.begin(deadline - time.monotonic())
+        used = 0.0
         while index < len(questions) and (broken or not child.lost):
-            answer = broken or child.answer(min(questions[index][3], deadline - time.monotonic()))
+            answer = broken or child.answer(min(questions[index][3], seconds - spent - used), until=deadline)
             tell(index, *answer)
             index += 1
             if stop and answer[0] != "ok":
                 index = len(questions)
+            if answer[1] > GLANCE:
+                used = child.used()
+        spent += used
         child.close()
 
 
@@ -115,10 +127,21 @@ class Child:
         line, why = self.line(began + seconds)
         return None if line == b"ready" else self.failure(line, why, time.monotonic() - began)
 
-    def answer(self, seconds: float) -> Answer:
-        """(status, seconds, JSON) of the next question; afterwards `lost` tells whether more can be asked."""
+    def answer(self, seconds: float, until: float = 0.0) -> Answer:
+        """(status, seconds, JSON) of the next question; afterwards `lost` tells whether more can be asked.
+
+        With `until`, a child that got no processor for its seconds is given longer, up to PATIENCE times.
+        """
         began = time.monotonic()
-        line, why = self.line(began + seconds)
+        line, why = self.line(began + min(seconds, GLANCE))
+        end = min(until, began + PATIENCE * seconds) if until else began + seconds
+        before = self.used() if until else began
+        while not line and why[0] == "timeout":
+            now = time.monotonic()
+            left = min(end - now, seconds - ((self.used() if until else now) - before))
+            if left <= 0:
+                break
+            line, why = self.line(now + left)
         spent = time.monotonic() - began
         if line[:1] == b"=" and not self.earned:
             return "ok", spent, line[1:]
@@ -131,6 +154,14 @@ class Child:
             return "failed", spent, line[1:]
         self.lost = True
         return why[0], spent, message(why[1])
+
+    def used(self) -> float:
+        """Seconds of a processor the child has had; what waits on a busy machine is not slow."""
+        try:
+            with open(f"/proc/{self.process}/stat") as file:
+                return sum(map(int, file.read().rpartition(")")[2].split()[11:13])) / TICKS
+        except (OSError, ValueError):  # no /proc here
+            return time.monotonic()
 
     def line(self, deadline: float) -> tuple[bytes, tuple[str, str]]:
         """The next line, or b"" and why there is none: (status, message)."""
@@ -228,9 +259,37 @@ def value(code: Code, arguments: tuple[Any, ...], names: dict[str, Any]) -> byte
     if isinstance(code, bytes):
         return b"-" + code
     try:
-        return b"=" + json.dumps(plain(eval(code, names, {"_": arguments}))).encode()
+        return b"=" + json.dumps(plain(bulky(eval(code, names, {"_": arguments})))).encode()
     except BaseException as error:
         return b"-" + described(error)
+
+
+class Digest:
+    """Stands for a list too large to carry; equal to that of an equal list. There is no tolerance then."""
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Digest) and other.text == self.text
+
+    def __hash__(self) -> int:
+        return hash(self.text)
+
+    def __repr__(self) -> str:
+        return f"<a large list, sha256 {self.text}>"
+
+
+def bulky(thing: Any) -> Any:
+    """The digest of a list of lists with more than LARGE cells; else the thing itself."""
+    if not isinstance(thing, (list, tuple)) or not thing or not isinstance(thing[0], (list, tuple, str)):
+        return thing
+    if len(thing) * len(thing[0]) <= LARGE:
+        return thing
+    digest = hashlib.sha256(type(thing).__name__.encode())
+    for each in thing:
+        digest.update(marshal.dumps(each, 2))  # the version in which equal data has equal bytes
+    return Digest(digest.hexdigest())
 
 
 def plain(thing: Any) -> Any:
@@ -257,6 +316,8 @@ def plain(thing: Any) -> Any:
         return {"complex": [thing.real, thing.imag]}
     if isinstance(thing, KeysView):  # equals a set
         return {"set": [plain(each) for each in thing]}
+    if isinstance(thing, Digest):
+        return {"digest": thing.text}
     if type(thing).__module__ == "numpy" and not getattr(thing, "shape", True):
         return plain(thing.item())
     try:
@@ -297,4 +358,5 @@ def write(pipe: int, data: bytes) -> None:
         left = left[os.write(pipe, left) :]
 
 
-main()
+if __name__ == "__main__":
+    main()

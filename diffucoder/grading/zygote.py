@@ -38,8 +38,8 @@ EPERM, ENOSYS = 1, 38
 AF_UNIX = 1
 
 # What programs ask for most. Imported once here, they cost a job nothing.
-WARM = """bisect collections copy dataclasses datetime decimal fractions functools heapq itertools json math operator
-random re signal string typing"""
+WARM = """bisect collections copy dataclasses datetime decimal fractions functools hashlib heapq itertools json math
+operator random re signal string typing"""
 
 # System calls that no program under test needs, and that kernels had holes behind: x86_64 and aarch64 numbers.
 DENIED = {

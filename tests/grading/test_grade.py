@@ -1,9 +1,11 @@
 """Verdicts: honest programs get what they deserve, and the usual ways of not earning a pass do not work."""
 
+import time
+
 import pytest
 
 from diffucoder.errors import ConfigError, SandboxError
-from diffucoder.grading.grade import Call, Opaque, call, grade, grade_many
+from diffucoder.grading.grade import Call, Opaque, call, from_data, grade, grade_many, to_data
 from diffucoder.grading.sandbox import Limits, isolation
 
 GOOD = "def add(a, b):\n    return a + b\n"
@@ -274,3 +276,22 @@ def test_without_a_sandbox_grading_works_when_told_so(monkeypatch: pytest.Monkey
         grade(GOOD, TESTS)
     verdict = grade(GOOD, TESTS, unsafe=True)
     assert (verdict.passed, verdict.passed_tests, verdict.status) == (True, 3, "ok")
+
+
+def test_who_sleeps_is_timed_out_and_who_waits_for_a_processor_is_not() -> None:
+    program = "import time\ndef f(x):\n    time.sleep(x)\n    return x\n"
+    outcomes = call(program, [Call("f(*_)", (60,), 0.2), Call("f(*_)", (0,), 0.2)], Limits(seconds=5))
+    assert [outcome.status for outcome in outcomes] == ["timeout", "ok"]
+    busy = "def f(x):\n    while True: pass\n"
+    begin = time.monotonic()
+    (outcome,) = call(busy, [Call("f(*_)", (1,), 0.3)], Limits(seconds=5))
+    assert outcome.status == "timeout"
+    assert time.monotonic() - begin < 4
+
+
+def test_a_list_too_large_to_carry_is_compared_by_its_digest() -> None:
+    program = "def f(last):\n    return [('ab',) * 100] * 300_000 + [(last,)]\n"
+    calls = [Call("f(*_)", (last,), 60) for last in (1, 1, 2)]
+    one, same, other = (outcome.value for outcome in call(program, calls, Limits(seconds=60, memory=2 << 30)))
+    assert one == same != other
+    assert from_data(to_data(one)) == one

@@ -1,0 +1,39 @@
+"""Numbers made of verdicts: pass@k, and how far it may be off."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from diffucoder.errors import ConfigError
+
+
+def pass_at_k(samples: int, passed: int, k: int) -> float:
+    """The chance that of k samples at least one passes, when `passed` of `samples` drawn do.
+
+    Unbiased (Chen et al. 2021, arXiv 2107.03374, section 2.1): 1 - C(samples - passed, k) / C(samples, k), as a
+    product, whose factors stay between 0 and 1 where the binomials overflow.
+    Raises ConfigError unless 1 <= k <= samples and 0 <= passed <= samples.
+    """
+    if not 1 <= k <= samples:
+        raise ConfigError(f"k={k} must be 1 to {samples}, the samples of a task; draw more samples, or ask for less")
+    if not 0 <= passed <= samples:
+        raise ConfigError(f"passed={passed} must be 0 to {samples}, the samples of a task; count each sample once")
+    failed = samples - passed
+    return 1.0 - float(np.prod([max(0, failed - drawn) / (samples - drawn) for drawn in range(k)]))
+
+
+def bootstrap(
+    values: Sequence[float], generator: np.random.Generator, *, share: float = 0.95, rounds: int = 10_000
+) -> tuple[float, float]:
+    """Percentile interval of the mean of `values`, one a task: tasks are drawn again, `rounds` times.
+
+    It says how much the figure owes to which tasks the benchmark happens to hold. The generator fixes the result.
+    Raises ConfigError if there are no values, or if `share` is not between 0 and 1.
+    """
+    if len(values) == 0 or not 0 < share < 1:
+        raise ConfigError(f"{len(values)} values, share={share}: needs one value or more and a share between 0 and 1")
+    tasks = np.asarray(values, dtype=np.float64)  # (N,)
+    # a round at a time: rounds x tasks at once would be large for the bigger benchmarks
+    means = [tasks[generator.integers(len(tasks), size=len(tasks))].mean() for _ in range(rounds)]
+    low, high = np.quantile(means, [(1 - share) / 2, (1 + share) / 2])
+    return float(low), float(high)

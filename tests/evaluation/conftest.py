@@ -1,0 +1,42 @@
+"""A sandbox to judge in, and small tasks of every kind."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from diffucoder.errors import SandboxError
+from diffucoder.evaluation.benchmarks import Task
+from diffucoder.grading.sandbox import Sandbox
+
+
+@pytest.fixture(scope="session")
+def sandbox() -> Iterator[Sandbox]:
+    try:
+        box = Sandbox(2)
+    except SandboxError as error:
+        pytest.skip(str(error))
+    with box:
+        yield box
+
+
+@pytest.fixture
+def cache(tmp_path: Path) -> Path:
+    return tmp_path / "cache"
+
+
+HALF = "def half(x):\n    return x / 2\n"
+
+
+@pytest.fixture
+def half() -> Task:
+    """A task with inputs; on plus inputs the result must be a fraction."""
+    return Task(
+        task_id="Test/0",
+        entry_point="half",
+        prompt='def half(x):\n    """Half of x."""\n',
+        request="Half of x.",
+        canonical=HALF,
+        base=((2,), (4,)),
+        plus=((1,), (0.3,)),
+    )

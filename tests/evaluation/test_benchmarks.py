@@ -1,0 +1,232 @@
+"""Benchmarks in their published form: read whole, asked in the paper's words, and what the messages say otherwise."""
+
+import ast
+import gzip
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from diffucoder.errors import ConfigError
+from diffucoder.evaluation import benchmarks
+from diffucoder.evaluation.benchmarks import PREFILL, Task, load, program
+from diffucoder.grading.extract import parsed
+
+ROW = {
+    "task_id": "HumanEval/0",
+    "entry_point": "f",
+    "prompt": "def f(x):\n",
+    "canonical_solution": "    return x\n",
+    "test": "def check(candidate):\n    assert candidate(1) == 1\n",
+}
+HARD = {
+    "task_id": "BigCodeBench/13",
+    "entry_point": "task_func",
+    "complete_prompt": 'import os\nimport pandas as pd\ndef task_func():\n    """Nothing."""\n',
+    "instruct_prompt": "Nothing.\nStart with:\n```\nimport os\n```",
+    "canonical_solution": "    return pd\n",
+    "code_prompt": "import os\nimport pandas as pd\ndef task_func():\n",
+    "test": "import unittest\nfrom bs4.element import Tag\nclass TestCases(unittest.TestCase): ...",
+    "libs": "['os', 'pandas']",
+}
+
+
+def write(path: Path, *rows: dict[str, Any]) -> None:
+    text = "".join(json.dumps(row) + "\n" for row in rows).encode()
+    path.write_bytes(gzip.compress(text) if path.suffix == ".gz" else text)
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[Any]]:
+    """Stand in for the hub: `hub(rows)` answers with them and notes what was asked for."""
+
+    def answer(rows: Any) -> list[Any]:
+        asked: list[Any] = []
+
+        def load_dataset(name: str, config: str | None, *, split: str) -> Any:
+            asked.append((name, config, split))
+            if isinstance(rows, Exception):
+                raise rows
+            return rows
+
+        monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))  # type: ignore[arg-type]
+        return asked
+
+    return answer
+
+
+@pytest.mark.parametrize(
+    ("name", "count", "judged"),
+    [
+        ("humaneval", 164, "base"),
+        ("humaneval+", 164, "plus"),
+        ("mbpp", 399, "base"),
+        ("mbpp+", 399, "plus"),
+        ("humaneval-infilling", 1033, "tests"),
+        ("humaneval-infilling-random-span-light", 164, "tests"),
+        ("bigcodebench-hard", 148, "tests"),
+        ("bigcodebench-hard-instruct", 148, "tests"),
+    ],
+)
+def test_published_benchmarks_are_read_whole(shared: Path, name: str, count: int, judged: str) -> None:
+    tasks = load(name, shared / "data")
+    assert len({task.task_id for task in tasks}) == len(tasks) == count
+    assert [task.task_id for task in tasks if not getattr(task, judged)] in ([], ["Mbpp/793"])  # which has no plus
+    for task in tasks:
+        assert bool(task.base) != bool(task.tests)
+        assert bool(task.plus) <= (judged == "plus")
+        functions = [node.name for node in parsed(task.canonical).body if isinstance(node, ast.FunctionDef)]
+        assert task.entry_point in functions
+
+
+def test_the_canonical_program_is_the_published_completion_of_the_prompt(shared: Path) -> None:
+    for name in ("HumanEval-SingleLineInfilling", "HumanEval-RandomSpanInfillingLight"):
+        benchmark = "humaneval-infilling" + ("-random-span-light" if "Random" in name else "")
+        with gzip.open(shared / f"data/{name}.jsonl.gz", "rt") as file:
+            rows = [json.loads(line) for line in file]
+        for task, row in zip(load(benchmark, shared / "data"), rows, strict=True):
+            assert program(task, {"completion": row["canonical_solution"]}) == task.canonical
+
+
+@pytest.mark.parametrize(
+    ("name", "stem"), [("humaneval+", "humaneval"), ("mbpp+", "mbpp"), ("bigcodebench-hard", "bcb_hard")]
+)
+def test_samples_make_the_programs_whose_verdicts_were_published(shared: Path, name: str, stem: str) -> None:
+    tasks = {task.task_id: task for task in load(name, shared / "data")}
+    with gzip.open(shared / f"replay/1.5b/{stem}-results.json.gz", "rt") as file:
+        judged = json.load(file)["eval"]
+    with gzip.open(shared / f"replay/1.5b/{stem}-samples.jsonl.gz", "rt") as file:
+        for sample in map(json.loads, file):
+            (verdict,) = judged[sample["task_id"]]
+            assert program(tasks[sample["task_id"]], sample) == verdict["solution"]
+
+
+def test_instruct_models_are_asked_in_the_words_of_the_papers_tables(tmp_path: Path) -> None:
+    write(tmp_path / "HumanEvalPlus.jsonl", ROW | {"base_input": [[1]], "plus_input": []})
+    write(tmp_path / "MbppPlus.jsonl", ROW | {"base_input": [[1]], "plus_input": []})
+    write(tmp_path / "BigCodeBench-Hard.jsonl", HARD)
+    requests = {
+        name: load(name, tmp_path)[0].request
+        for name in ("humaneval+", "mbpp+", "bigcodebench-hard", "bigcodebench-hard-instruct")
+    }
+    assert requests == {
+        "humaneval+": "Please complete the following problem:\n```\ndef f(x):\n\n```\n",
+        "mbpp+": "```\ndef f(x):\n\n```\n",
+        "bigcodebench-hard": f"Please complete the following problem:\n```\n{HARD['complete_prompt']}\n```\n",
+        "bigcodebench-hard-instruct": f"```\n{HARD['instruct_prompt']}\n```\n",
+    }
+    assert PREFILL == "Here is the code to solve this problem:\n```python\n"
+
+
+@pytest.mark.parametrize("ending", ["", ".gz"])
+def test_humaneval_is_judged_by_evalplus_inputs_where_they_are_and_by_its_own_tests_otherwise(
+    tmp_path: Path, ending: str
+) -> None:
+    write(tmp_path / f"HumanEval.jsonl{ending}", ROW)
+    (task,) = load("humaneval", tmp_path)
+    assert (task.base, task.tests) == ((), ROW["test"] + "\ncheck(f)\n")
+    exec(task.canonical + task.tests, {})  # passes, so is silent
+    with pytest.raises(AssertionError):
+        exec(task.canonical.replace("return x", "return 0") + task.tests, {})
+
+    write(tmp_path / f"HumanEvalPlus.jsonl{ending}", ROW | {"base_input": [[1]], "plus_input": [[2]], "atol": 1e-6})
+    (task,) = load("humaneval", tmp_path)
+    assert (task.base, task.plus, task.atol, task.tests) == (((1,),), None, 1e-6, "")
+    assert load("humaneval+", tmp_path)[0].plus == ((2,),)
+
+
+@pytest.mark.parametrize("form", [{"BigCodeBench/13": HARD}, [HARD], HARD])
+@pytest.mark.parametrize("indent", [None, 2])
+def test_bigcodebench_is_read_in_every_form_it_is_handed_round(tmp_path: Path, form: Any, indent: int | None) -> None:
+    (tmp_path / "BigCodeBench.json").write_text(json.dumps(form, indent=indent))
+    (task,) = load("bigcodebench", tmp_path)
+    assert task.libraries == ("bs4", "pandas")
+    calibrated = "import os\nimport pandas as pd\ndef task_func():\n\n    pass\nx = 1"
+    assert program(task, {"solution": "x = 1"}) == calibrated
+
+
+def test_the_projects_own_problems_are_a_benchmark_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(benchmarks, "TINY", 20)  # the first of them are the same, however many are drawn
+    tasks = load("tiny")
+    first = tasks[0]
+    assert [task.task_id for task in tasks] == [f"tiny/{at}" for at in range(20)]
+    assert first.prompt == f"# {first.request}\n"
+    exec("\n".join([program(first, {"completion": first.canonical}), *first.asserts]), {})
+    with pytest.raises(AssertionError):
+        exec("\n".join([f"def {first.entry_point}(*_): return object()", *first.asserts]), {})
+
+
+def test_a_sample_is_a_solution_or_a_completion() -> None:
+    task = Task("t", "f", "def f():\n", "", "", suffix="# end\n")
+    assert program(task, {"completion": "    pass\n"}) == "def f():\n    pass\n# end\n"
+    assert program(task, {"solution": "x\n", "completion": "y"}) == "x\n"
+    with pytest.raises(ConfigError, match="needs 'completion' or 'solution'"):
+        program(task, {"text": ""})
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("humanevl+", "did you mean 'humaneval\\+'"),
+        ("zzz", "known: humaneval, "),
+        ("mbpp+", "none of MbppPlus.jsonl.gz, MbppPlus.jsonl; put one there"),
+    ],
+)
+def test_what_is_not_there_is_named(tmp_path: Path, name: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load(name, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"\x1f\x8b broken", "cannot be read"),
+        (gzip.compress(b'{"task_id": "HumanEval/0"}'), "KeyError"),
+        (gzip.compress(b"[1, 2]"), "not in their published form"),
+        (gzip.compress(b"7"), "not in their published form"),
+        (gzip.compress(b"{"), "cannot be read"),
+        (gzip.compress(b"\xff"), "cannot be read"),
+        (gzip.compress(json.dumps(ROW).encode())[:-9], "cannot be read"),
+    ],
+)
+def test_a_broken_file_is_named_on_one_line(tmp_path: Path, content: bytes, message: str) -> None:
+    (tmp_path / "HumanEvalPlus.jsonl.gz").write_bytes(content)
+    with pytest.raises(ConfigError, match=message) as caught:
+        load("humaneval+", tmp_path)
+    assert "fetch" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_rows_of_the_hub_become_tasks(hub: Callable[..., list[Any]]) -> None:
+    asked = hub([ROW])
+    (task,) = load("humaneval")
+    assert task.tests.endswith("check(f)\n")
+    hub([HARD])
+    (task,) = load("bigcodebench-hard-instruct")
+    assert task.libraries == ("bs4", "pandas")
+    asked = hub([ROW | {"suffix": "# end\n"}])
+    (task,) = load("humaneval-infilling-multi-line")
+    assert task.suffix == "# end\n"
+    assert asked == [("loubnabnl/humaneval_infilling", "HumanEval-MultiLineInfilling", "test")]
+
+
+@pytest.mark.parametrize("name", ["humaneval+", "mbpp", "mbpp+", "humaneval-infilling-random-span-light"])
+def test_what_the_hub_does_not_have_is_asked_for_as_a_file(name: str) -> None:
+    with pytest.raises(ConfigError, match=r"put .*\.jsonl\.gz, .* --data"):
+        load(name)
+
+
+def test_a_hub_out_of_reach_is_said_so(hub: Callable[..., list[Any]]) -> None:
+    hub(ConnectionError("no network\nand more"))
+    with pytest.raises(ConfigError, match=r"openai_humaneval cannot be loaded from the hub \(no network\); use --data"):
+        load("humaneval")
+
+
+def test_without_datasets_the_message_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "datasets", None)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match=r"pip install \"diffucoder\[train\]\", or --data"):
+        load("humaneval")

@@ -1,0 +1,102 @@
+"""From samples to a report: figures that add up, and the same bytes however often the run was stopped."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from diffucoder.errors import ConfigError
+from diffucoder.evaluation.benchmarks import Task
+from diffucoder.evaluation.evaluate import Evaluation, claim, grade_samples
+from diffucoder.evaluation.samples import Sample, read_samples
+from diffucoder.grading.sandbox import Sandbox
+
+GOOD, INTEGER, BAD = (f"def half(x):\n    return {body}\n" for body in ("x / 2", "x // 2", "x"))
+
+
+@pytest.fixture
+def tasks(half: Task) -> list[Task]:
+    return [replace(half, task_id=f"Test/{number}") for number in range(3)]
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    """Two samples a task: of the first both pass, of the second one, of the third none."""
+    solutions = [(0, GOOD), (0, GOOD), (1, GOOD), (1, INTEGER), (2, INTEGER), (2, BAD)]
+    path = tmp_path / "samples.jsonl"
+    lines = [json.dumps({"task_id": f"Test/{number}", "solution": solution}) for number, solution in solutions]
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+def test_the_figures_are_those_of_the_verdicts(tasks: list[Task], file: Path, sandbox: Sandbox, cache: Path) -> None:
+    told = Evaluation("test", tasks, sandbox, cache).of_samples(file, None, {"why": "test"})
+    assert told["pass@1"] == pytest.approx((1 + 0.5 + 0) / 3)
+    assert told["base_pass@1"] == pytest.approx((1 + 1 + 0.5) / 3)
+    assert "pass@5" not in told
+    low, high = told["pass@1_interval"]
+    assert low <= told["pass@1"] <= high
+    assert (told["tasks"], told["samples"], told["untrusted"], told["missing"]) == (3, 6, 0, [])
+    assert [verdict["passed"] for verdict in told["verdicts"]["Test/1"]] == [True, False]
+    assert told["settings"] == {"why": "test"}
+    assert told["versions"]["python"]
+
+
+def test_tasks_without_samples_and_tasks_that_cannot_run_are_told(
+    tasks: list[Task], file: Path, sandbox: Sandbox, cache: Path
+) -> None:
+    more = [
+        *tasks[:1],
+        replace(tasks[1], libraries=("nobody_made_this",)),
+        tasks[2],
+        replace(tasks[2], task_id="Test/3"),
+    ]
+    told = Evaluation("test", more, sandbox, cache).of_samples(file, None, {})
+    assert (told["tasks"], told["missing"]) == (2, ["Test/3"])
+    assert told["skipped"] == {"Test/1": "needs nobody_made_this"}
+
+
+def test_a_limit_takes_the_first_tasks(tasks: list[Task], file: Path, sandbox: Sandbox, cache: Path) -> None:
+    told = Evaluation("test", tasks, sandbox, cache, limit=1).of_samples(file, None, {})
+    assert (told["tasks"], told["pass@1"], told["missing"]) == (1, 1.0, [])
+
+
+@pytest.mark.parametrize("lines", range(7))
+def test_a_stop_after_any_verdict_changes_no_byte_of_the_report(
+    tasks: list[Task], file: Path, sandbox: Sandbox, cache: Path, tmp_path: Path, lines: int
+) -> None:
+    evaluation = Evaluation("test", tasks, sandbox, cache)
+    evaluation.of_samples(file, tmp_path / "whole", {})
+    verdicts = (tmp_path / "whole" / "verdicts.jsonl").read_text().splitlines(keepends=True)
+    claim(tmp_path / "stopped", {})
+    torn = "".join(verdicts[:lines]) + "".join(verdicts[lines : lines + 1])[:20]
+    (tmp_path / "stopped" / "verdicts.jsonl").write_text(torn)
+    evaluation.of_samples(file, tmp_path / "stopped", {})
+    for name in ("report.json", "verdicts.jsonl"):
+        assert (tmp_path / "stopped" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+def test_what_is_graded_is_not_graded_again(
+    tasks: list[Task], file: Path, sandbox: Sandbox, cache: Path, tmp_path: Path
+) -> None:
+    samples = read_samples(file, tasks)
+    heard: list[tuple[int, str]] = []
+
+    def progress(things: object, count: int, what: str) -> object:
+        heard.append((count, what))
+        return things
+
+    def graded() -> list[Sample]:
+        path = tmp_path / "verdicts.jsonl"
+        return grade_samples(tasks, samples, sandbox, path=path, cache=cache, progress=progress)  # type: ignore[arg-type]
+
+    assert graded() == graded()
+    assert heard == [(3, "published solutions run"), (6, "samples graded"), (0, "samples graded")]
+
+
+def test_a_run_folder_belongs_to_its_settings(tmp_path: Path) -> None:
+    claim(tmp_path, {"steps": 4, "batch": 2})
+    claim(tmp_path, {"steps": 4, "batch": 2})
+    with pytest.raises(ConfigError, match=r"belongs to steps=4, not 5; give another --run"):
+        claim(tmp_path, {"steps": 5, "batch": 2})

@@ -1,0 +1,111 @@
+"""Programs are judged by each kind of task as its benchmark judges them."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from diffucoder.errors import ConfigError
+from diffucoder.evaluation.benchmarks import Task
+from diffucoder.evaluation.judge import Judged, check_asserts, importable, judge, references
+from diffucoder.grading.sandbox import Sandbox
+
+CHECK = (
+    "METADATA = {}\ndef check(candidate):\n    assert candidate(2) == 1\n    assert candidate(3) == 1.5\ncheck(half)\n"
+)
+CASES = """
+import unittest
+class TestCases(unittest.TestCase):
+    def test_even(self):
+        self.assertEqual(half(2), 1)
+    def test_odd(self):
+        self.assertEqual(half(3), 1.5)
+"""
+
+
+def judged(task: Task, program: str, sandbox: Sandbox, cache: Path) -> Judged:
+    known = references([task], sandbox, cache, lambda things, count: things)
+    return judge(task, program, known.get(task.task_id), sandbox)
+
+
+@pytest.mark.parametrize(
+    ("program", "base", "plus", "detail"),
+    [
+        ("def half(x):\n    return x / 2\n", True, True, ""),
+        ("def half(x):\n    return x * 0.5000000001\n", True, True, ""),
+        ("def half(x):\n    return x // 2\n", True, False, "input 3: half(1,) gave 0, not 0.5"),
+        ("def half(x):\n    return x\n", False, False, "input 1: half(2,) gave 2, not 1.0"),
+        ("def half(x):\n    return 1 / (4 - x)\n", False, False, "input 1: half(2,) gave 0.5"),
+        ("def other(x):\n    return x / 2\n", False, False, "NameError"),
+        ("import os\nos._exit(0)\n", False, False, "ended before"),
+        ("half = type('', (), {'__call__': lambda *a: __import__('os')._exit(0)})()", False, False, "ended before"),
+        ("", False, False, "NameError"),
+    ],
+)  # fmt: skip
+def test_a_task_with_inputs_compares_results(
+    program: str, base: bool, plus: bool, detail: str, half: Task, sandbox: Sandbox, cache: Path
+) -> None:
+    result = judged(half, program, sandbox, cache)
+    assert (result.passed, result.base, result.plus, result.trusted) == (base and plus, base, plus, True)
+    assert detail in result.detail
+
+
+def test_the_published_solution_runs_once(half: Task, sandbox: Sandbox, cache: Path) -> None:
+    ran: list[int] = []
+
+    def progress(things: object, count: int) -> object:
+        ran.append(count)
+        return things
+
+    first = references([half], sandbox, cache, progress)  # type: ignore[arg-type]
+    assert references([half], sandbox, cache, progress) == first  # type: ignore[arg-type]
+    assert ran == [1]
+    assert first["Test/0"].values == (1.0, 2.0, 0.5, 0.15)
+
+
+def test_a_published_solution_that_fails_is_told(half: Task, sandbox: Sandbox, cache: Path) -> None:
+    with pytest.raises(ConfigError, match=r"Test/0 fails on input 1 \(NameError"):
+        judged(replace(half, canonical="pass"), "pass", sandbox, cache)
+
+
+def test_a_check_made_of_asserts_is_judged_from_outside(half: Task, sandbox: Sandbox, cache: Path) -> None:
+    task = replace(half, base=(), plus=None, tests=CHECK)
+    assert check_asserts(task) == ["assert half(2) == 1", "assert half(3) == 1.5"]
+    good = judged(task, task.canonical, sandbox, cache)
+    assert (good.passed, good.plus, good.trusted) == (True, None, True)
+    liar = "class L:\n    __eq__ = lambda *a: True\ndef half(x):\n    return L()\n"
+    assert not judged(task, liar, sandbox, cache).passed
+
+
+def test_a_check_that_does_more_runs_whole_and_is_not_trusted(half: Task, sandbox: Sandbox, cache: Path) -> None:
+    tests = CHECK.replace(
+        "    assert candidate(3)", "    for x in (1, 3): assert candidate(x) == x / 2\n    assert candidate(3)"
+    )
+    task = replace(half, base=(), plus=None, tests=tests)
+    assert check_asserts(task) == []
+    good, bad = (judged(task, program, sandbox, cache) for program in (task.canonical, "def half(x): return 1"))
+    assert (good.passed, good.trusted, bad.passed) == (True, False, False)
+
+
+def test_test_cases_run_beside_the_program(half: Task, sandbox: Sandbox, cache: Path) -> None:
+    task = replace(half, base=(), plus=None, tests=CASES)
+    assert judged(task, task.canonical, sandbox, cache).passed
+    bad = judged(task, "def half(x):\n    return x // 2\n", sandbox, cache)
+    assert not bad.passed
+    assert "test_odd: AssertionError: 1 != 1.5" in bad.detail
+    assert not bad.trusted
+    empty = replace(task, tests="import unittest\nclass TestCases(unittest.TestCase):\n    pass\n")
+    assert "no test ran" in judged(empty, task.canonical, sandbox, cache).detail
+
+
+def test_a_task_whose_imports_are_absent_is_known(half: Task, sandbox: Sandbox) -> None:
+    tasks = [half, replace(half, libraries=("nobody_made_this", "json"))]
+    assert [absent for _, absent in importable(tasks, sandbox)] == [[], ["nobody_made_this"]]
+
+
+def test_every_published_solution_of_a_sample_of_humaneval_passes(shared: Path, sandbox: Sandbox, cache: Path) -> None:
+    from diffucoder.evaluation.benchmarks import load
+
+    tasks = [task for task in load("humaneval+", shared / "data") if task.task_id in ("HumanEval/32", "HumanEval/53")]
+    assert len(tasks) == 2
+    assert all(judged(task, task.canonical, sandbox, cache).passed for task in tasks)

@@ -1,0 +1,54 @@
+"""The numbers against brute force and against what probability says of them."""
+
+from itertools import combinations
+
+import numpy as np
+import pytest
+
+from diffucoder.errors import ConfigError
+from diffucoder.evaluation.metrics import bootstrap, pass_at_k
+
+
+@pytest.mark.parametrize("samples", range(1, 8))
+def test_pass_at_k_is_the_share_of_choices_of_k_samples_in_which_one_passes(samples: int) -> None:
+    for passed in range(samples + 1):
+        for k in range(1, samples + 1):
+            choices = list(combinations(range(samples), k))
+            share = sum(min(choice) < passed for choice in choices) / len(choices)
+            assert pass_at_k(samples, passed, k) == pytest.approx(share, abs=1e-12)
+
+
+def test_pass_at_k_stays_exact_where_binomials_overflow() -> None:
+    assert pass_at_k(100_000, 50_000, 1) == pytest.approx(0.5)
+    assert pass_at_k(100_000, 1, 99_999) == pytest.approx(0.99999)
+
+
+@pytest.mark.parametrize(("samples", "passed", "k"), [(4, 1, 5), (4, 1, 0), (0, 0, 1), (4, 5, 1), (4, -1, 1)])
+def test_impossible_counts_are_refused(samples: int, passed: int, k: int) -> None:
+    with pytest.raises(ConfigError, match=r"must be \d to \d"):
+        pass_at_k(samples, passed, k)
+
+
+def test_an_interval_holds_the_true_mean_about_as_often_as_it_says() -> None:
+    draw = np.random.default_rng(0)
+    held = 0
+    for _ in range(200):
+        low, high = bootstrap(draw.random(100) < 0.3, draw, share=0.9, rounds=200)
+        held += low <= 0.3 <= high
+    assert 0.82 <= held / 200 <= 0.97  # 0.9 expected, 0.02 its deviation
+
+
+def test_the_generator_fixes_the_interval() -> None:
+    values = [task / 7 for task in range(20)]
+    first, again = (bootstrap(values, np.random.default_rng(7), rounds=100) for _ in range(2))
+    assert first == again != bootstrap(values, np.random.default_rng(8), rounds=100)
+
+
+def test_equal_values_leave_no_doubt() -> None:
+    assert bootstrap([0.25] * 5, np.random.default_rng(0), rounds=10) == (0.25, 0.25)
+
+
+@pytest.mark.parametrize(("values", "share"), [([], 0.95), ([1.0], 0.0), ([1.0], 1.0)])
+def test_an_interval_of_nothing_is_refused(values: list[float], share: float) -> None:
+    with pytest.raises(ConfigError, match="needs one value or more"):
+        bootstrap(values, np.random.default_rng(0), share=share)

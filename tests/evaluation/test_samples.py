@@ -1,0 +1,101 @@
+"""Samples are read as others write them, and made so that a stop changes nothing."""
+
+import gzip
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from diffucoder import DecodingParams, DiffuCoder
+from diffucoder.errors import ConfigError
+from diffucoder.evaluation.benchmarks import Task, load
+from diffucoder.evaluation.samples import Generator, read_samples, sweep
+
+
+@pytest.fixture(scope="module")
+def coder() -> DiffuCoder:
+    return DiffuCoder.load()
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_samples_are_read_in_the_order_of_the_tasks(tmp_path: Path, half: Task, packed: bool) -> None:
+    lines = [{"task_id": name, "solution": name} for name in ("Test/1", "Test/0", "Test/1")]
+    text = "\n".join(map(json.dumps, lines)) + "\n\n"
+    path = tmp_path / "samples.jsonl"
+    path.write_bytes(gzip.compress(text.encode()) if packed else text.encode())
+    samples = read_samples(path, [half, replace(half, task_id="Test/1")])
+    assert [(s["task_id"], s["sample"]) for s in samples] == [("Test/0", 0), ("Test/1", 0), ("Test/1", 1)]
+
+
+@pytest.mark.parametrize(
+    ("content", "complaint"),
+    [
+        ("", "holds none"),
+        ("{", "line 1 is not JSON"),
+        ("[]", "task_id=.* is not in this benchmark"),
+        ('{"task_id": "Other/0", "solution": ""}', "task_id='Other/0' is not in this benchmark; its first is 'Test/0'"),
+        ('{"task_id": "Test/0", "code": ""}', "it needs 'completion' or 'solution'"),
+        ('{"task_id": "Test/0", "solution": 1}', "a string"),
+    ],
+)
+def test_what_is_no_sample_is_refused_by_line(tmp_path: Path, half: Task, content: str, complaint: str) -> None:
+    path = tmp_path / "samples.jsonl"
+    path.write_text(content)
+    with pytest.raises(ConfigError, match=complaint):
+        read_samples(path, [half])
+
+
+def test_a_missing_file_is_refused(tmp_path: Path, half: Task) -> None:
+    with pytest.raises(ConfigError, match="cannot be read"):
+        read_samples(tmp_path / "nothing", [half])
+
+
+@pytest.mark.parametrize("lines", [0, 1, 2, 5, 6])
+def test_a_stop_after_any_line_changes_no_sample(tmp_path: Path, coder: DiffuCoder, lines: int) -> None:
+    tasks = load("tiny")[:3]
+    params = DecodingParams(new_tokens=8, steps=2, temperature=1.0, num_samples=2)
+    generator = Generator(coder, params, batch=2)
+    whole = tmp_path / "whole.jsonl"
+    generator.samples(tasks, whole)
+    written = whole.read_text().splitlines(keepends=True)
+    assert len(written) == 6
+    stopped = tmp_path / "stopped.jsonl"
+    stopped.write_text("".join(written[:lines]) + ('{"task_id": "ti' if lines < 6 else ""))
+
+    def timeless(path: Path) -> list[dict[str, object]]:
+        return [{**json.loads(line), "seconds": 0} for line in path.read_text().splitlines()]
+
+    generator.samples(tasks, stopped)
+    assert timeless(stopped) == timeless(whole)
+
+
+def test_a_prompt_that_does_not_fit_costs_only_its_own_task(tmp_path: Path, coder: DiffuCoder) -> None:
+    tasks = load("tiny")[:2]
+    long = replace(tasks[0], task_id="long", request="x " * 2000)
+    params = DecodingParams(new_tokens=8, steps=1)
+    samples = Generator(coder, params).samples([tasks[0], long, tasks[1]], tmp_path / "samples.jsonl")
+    assert [sample["tokens"] > 0 for sample in samples] == [True, False, True]
+    assert samples[1]["finish_reason"].startswith("not asked: prompt of")
+
+
+def test_base_models_continue_the_prompt(tmp_path: Path, coder: DiffuCoder, half: Task) -> None:
+    generator = Generator(coder, DecodingParams(new_tokens=4, steps=1), raw=True)
+    (sample,) = generator.samples([half], tmp_path / "samples.jsonl")
+    assert sample["solution"].startswith(half.prompt)
+
+
+def test_a_hole_is_filled_between_prompt_and_suffix(tmp_path: Path, coder: DiffuCoder, half: Task) -> None:
+    task = replace(half, suffix="\n    return y\n")
+    params = DecodingParams(steps=2, num_samples=2, temperature=1.0)
+    samples = Generator(coder, params).samples([task], tmp_path / "samples.jsonl")
+    assert [sample["sample"] for sample in samples] == [0, 1]
+    assert all("completion" in sample for sample in samples)
+
+
+def test_a_sweep_is_every_pair() -> None:
+    pairs = [(p.steps, p.temperature) for p in sweep(DecodingParams(), "512,256", "0.2,0.4")]
+    assert pairs == [(512, 0.2), (512, 0.4), (256, 0.2), (256, 0.4)]
+    assert list(sweep(DecodingParams(steps=7), None, None)) == [DecodingParams(steps=7)]
+    with pytest.raises(ConfigError, match="steps='a' must be numbers"):
+        list(sweep(DecodingParams(), "a", None))
