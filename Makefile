@@ -7,8 +7,10 @@ PROCESSES ?= 1
 STAMP   := $(VENV)/.installed
 DEV     := $(VENV)/.installed-dev
 PEER    := .venv-peer
+SHARED  ?= ../shared
+REPLAY  ?= $(SHARED)/replay/1.5b
 
-.PHONY: run test check tiny tiny-lab tiny-ablations tiny-eval bench bench-training gguf-peer sandbox clean help
+.PHONY: run test check tiny tiny-lab tiny-ablations tiny-eval bench bench-training bench-sandbox replay gguf-peer sandbox clean help
 
 help:            ## this list
 	@grep -hE '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 16
@@ -41,6 +43,12 @@ bench: $(STAMP)  ## ms per forward pass, tokens per second, share of the machine
 
 bench-training: $(DEV)  ## tokens per second, share of the matmul and memory of training steps (minutes, on a quiet machine)
 	$(PYTHON) benchmarks/training.py
+
+bench-sandbox: $(STAMP) sandbox  ## programs a second in the sandbox, warm and cold (seconds; SHARED=... also HumanEval+)
+	$(PYTHON) benchmarks/sandbox.py $(if $(wildcard $(REPLAY)),--data $(SHARED)/data --samples $(REPLAY)/humaneval-samples.jsonl.gz)
+
+replay: $(STAMP) sandbox  ## grade published completions, compare with their published verdicts (minutes; needs SHARED=...)
+	$(PYTHON) benchmarks/replay.py $(REPLAY) --data $(SHARED)/data
 
 gguf-peer: $(DEV) $(PEER)/.installed  ## compare GGUF files with llama.cpp, built first into an environment of its own (10 minutes)
 	$(PYTHON) benchmarks/gguf_peer.py --peer-python $(PEER)/bin/python

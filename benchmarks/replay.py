@@ -1,0 +1,127 @@
+"""Grade published completions, and compare every verdict with the published one.
+
+    python benchmarks/replay.py FOLDER --data FOLDER                   # all three benchmarks, minutes
+    python benchmarks/replay.py FOLDER --data FOLDER --only humaneval+
+
+FOLDER holds NAME-samples.jsonl.gz and NAME-results.json.gz, as EvalPlus and BigCodeBench write them. The published
+solutions are graded too, and must all pass. BigCodeBench's tasks are graded whose imports programs can find in
+--packages, by default this environment's own. The table goes to benchmarks/results/replay.md.
+"""
+
+import gzip
+import json
+import sysconfig
+import time
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import track
+
+from diffucoder.evaluation.benchmarks import Task, load
+from diffucoder.evaluation.evaluate import cache_folder, grade_samples, split_by_imports
+from diffucoder.evaluation.samples import Sample, read_samples
+from diffucoder.grading.sandbox import Sandbox
+
+RESULTS = Path(__file__).parent / "results" / "replay.md"
+NAMES = {"humaneval+": "humaneval", "mbpp+": "mbpp", "bigcodebench-hard": "bcb_hard"}
+
+
+def main(
+    folder: Annotated[Path, typer.Argument(help="published samples and results")],
+    data: Annotated[Path, typer.Option(help="folder of the benchmarks' published files")],
+    only: Annotated[str | None, typer.Option(help=f"one of {', '.join(NAMES)}")] = None,
+    packages: Annotated[list[Path] | None, typer.Option(help="folder that BigCodeBench's programs import from")] = None,
+    workers: Annotated[int | None, typer.Option(help="programs at a time; one a core if left out")] = None,
+    output: Annotated[Path, typer.Option(help="file of the table")] = RESULTS,
+) -> None:
+    rows, differences = [], []
+    for benchmark, name in NAMES.items():
+        if only not in (None, benchmark):
+            continue
+        hard = benchmark.startswith("bigcodebench")
+        importable = packages or [Path(sysconfig.get_path("purelib"))]
+        with Sandbox(workers, packages=importable if hard else ()) as sandbox:
+            began = time.monotonic()
+            tasks = load(benchmark, data)
+            runnable, _ = split_by_imports(tasks, sandbox)
+            known = {task.task_id for task in runnable}
+            every = read_samples(folder / f"{name}-samples.jsonl.gz", tasks)
+            samples = [sample for sample in every if sample["task_id"] in known]
+            verdicts = grade_samples(tasks, samples, sandbox, cache=cache_folder(), progress=progress)
+            solutions = [{"task_id": task.task_id, "sample": 0, "solution": task.canonical} for task in runnable]
+            canonical = grade_samples(tasks, solutions, sandbox, cache=cache_folder(), progress=progress)
+        published = json.loads(gzip.decompress((folder / f"{name}-results.json.gz").read_bytes()))["eval"]
+        compared = list(compare(verdicts, published))
+        differ = [each for each in compared if each[1] != each[2]]
+        differences += [difference(benchmark, *each) for each in differ]
+        failing = [verdict["task_id"] for verdict in canonical if not verdict["passed"]]
+        rows.append(row(benchmark, tasks, verdicts, published, len(compared), len(differ), canonical))
+        print(rows[-1], f"{time.monotonic() - began:.0f} s; published solutions that fail: {failing or 'none'}")
+        differences += [f"* {benchmark}: the published solution of {task_id} fails." for task_id in failing]
+    output.write_text(report(rows, differences, folder.name), encoding="utf-8")
+    print(*differences, f"written to {output}", sep="\n")
+
+
+def progress(things: Iterable[Any], count: int, what: str) -> Iterable[Any]:
+    return track(things, what, count, console=Console(stderr=True))
+
+
+def compare(verdicts: Sequence[Sample], published: dict[str, Any]) -> Iterable[tuple[str, bool, bool, Sample]]:
+    """(what, published, ours, our verdict) for every published verdict; `what` is a task, and which of its verdicts."""
+    for verdict in verdicts:
+        theirs = published[verdict["task_id"]][0]
+        for kind, own in (("status", "passed"), ("base_status", "base"), ("plus_status", "plus")):
+            if kind in theirs:
+                yield f"{verdict['task_id']} {kind}", theirs[kind] == "pass", bool(verdict[own]), verdict
+
+
+def difference(benchmark: str, what: str, theirs: bool, ours: bool, verdict: Sample) -> str:
+    words = {True: "pass", False: "fail"}
+    return f"* {benchmark}, {what}: published {words[theirs]}, here {words[ours]}. {verdict['detail'][:200]}"
+
+
+def row(
+    benchmark: str,
+    tasks: Sequence[Task],
+    verdicts: Sequence[Sample],
+    published: dict[str, Any],
+    compared: int,
+    differ: int,
+    canonical: Sequence[Sample],
+) -> str:
+    def share(key: str) -> str:
+        return f"{100 * sum(bool(verdict[key]) for verdict in verdicts) / len(verdicts):.2f}"
+
+    graded = [published[verdict["task_id"]][0] for verdict in verdicts]
+    passing = [all(value == "pass" for key, value in each.items() if key.endswith("status")) for each in graded]
+    base = [each.get("base_status") == "pass" for each in graded]
+    theirs = f"{100 * sum(passing) / len(passing):.2f}"
+    if any(base):
+        totals = f"{100 * sum(base) / len(base):.2f} / {theirs} | {share('base')} / {share('passed')}"
+    else:
+        totals = f"{theirs} | {share('passed')}"
+    solved = sum(verdict["passed"] for verdict in canonical)
+    return (
+        f"| {benchmark} | {len(verdicts)} of {len(tasks)} | {compared} | {compared - differ} "
+        f"({1 - differ / compared:.2%}) | {totals} | {solved} of {len(canonical)} |"
+    )
+
+
+def report(rows: Sequence[str], differences: Sequence[str], name: str) -> str:
+    parts = [
+        "# Published completions, graded again",
+        f"`python benchmarks/replay.py`, {time.strftime('%Y-%m-%d')}: the completions of `{name}` and the published "
+        "verdicts on them. Totals are pass@1 in per cent: base / plus where there are both.",
+        "| benchmark | tasks graded | verdicts | equal | published totals | totals here | published solutions pass |\n"
+        "| --- | --: | --: | --: | --: | --: | --: |\n" + "\n".join(rows),
+        "## Every difference",
+        "\n".join(differences) or "None.",
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+if __name__ == "__main__":
+    typer.run(main)
