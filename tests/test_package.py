@@ -35,11 +35,16 @@ def test_what_needs_no_model_loads_no_torch(program: str) -> None:
     assert loaded_by(program).isdisjoint({"torch", "transformers", "numpy"})
 
 
+def test_grading_completions_loads_no_torch() -> None:
+    loaded = loaded_by("import diffucoder.evaluation.evaluate, diffucoder.evaluation.samples")
+    assert loaded.isdisjoint({"torch", "transformers"})
+
+
 def test_help_greets_and_names_every_command() -> None:
     command = [sys.executable, "-m", "diffucoder.cli", "--help"]
     ended = subprocess.run(command, capture_output=True, text=True)
     assert (ended.returncode, ended.stderr) == (0, "")
-    assert all(name in ended.stdout for name in ("generate", "infill", "chat", "models", "bench"))
+    assert all(name in ended.stdout for name in ("generate", "infill", "chat", "evaluate", "models", "bench"))
 
 
 def test_the_public_names_are_few_sorted_and_resolve() -> None:

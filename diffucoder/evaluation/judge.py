@@ -18,7 +18,7 @@ from typing import Any
 from diffucoder.errors import ConfigError
 from diffucoder.evaluation.benchmarks import Task
 from diffucoder.evaluation.evalplus import MEMORY, correct, time_limit, total_limit
-from diffucoder.grading.grade import Call, Outcome, Verdict, call, from_data, grade, to_data
+from diffucoder.grading.grade import Call, Outcome, Verdict, call, from_data, grade, short, to_data
 from diffucoder.grading.sandbox import Limits, Sandbox
 
 _OUTPUT = 256 << 20  # bytes that the results of all calls may take; published solutions give up to 80 MB
@@ -80,21 +80,13 @@ def _called(
     limits = Limits(seconds=total_limit(seconds), memory=MEMORY, output=_OUTPUT, processes=32)
     outcomes = call(program, calls, limits, sandbox=sandbox, until_failure=True)
     for at, (outcome, row, value) in enumerate(zip(outcomes, rows, expected, strict=False)):
-        where = f"{task.entry_point}{_short(row)}"
+        where = f"{task.entry_point}{short(row)}"
         if outcome.status != "ok":
             return False, outcome.status, f"input {first + at + 1}: {where}: {outcome.detail}"
         if not correct(task.task_id, row, value, outcome.value, task.atol, in_order=task.in_order):
-            detail = f"input {first + at + 1}: {where} gave {_short(outcome.value)}, not {_short(value)}"
+            detail = f"input {first + at + 1}: {where} gave {short(outcome.value)}, not {short(value)}"
             return False, "failed", detail
     return True, "ok", ""
-
-
-def _short(value: Any) -> str:
-    try:
-        text = repr(value)
-    except (ValueError, RecursionError):
-        return "something too large to show"
-    return text if len(text) <= 100 else text[:97] + "..."
 
 
 def _tested(task: Task, program: str, sandbox: Sandbox) -> Judged:

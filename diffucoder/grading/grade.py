@@ -29,7 +29,19 @@ from diffucoder.grading.harness import PATIENCE, Digest
 from diffucoder.grading.harness import plain as to_data
 from diffucoder.grading.sandbox import DEFAULT_LIMITS, Limits, Sandbox, Status
 
-__all__ = ["Call", "Opaque", "Outcome", "TestVerdict", "Verdict", "call", "from_data", "grade", "grade_many", "to_data"]
+__all__ = [
+    "Call",
+    "Opaque",
+    "Outcome",
+    "TestVerdict",
+    "Verdict",
+    "call",
+    "from_data",
+    "grade",
+    "grade_many",
+    "short",
+    "to_data",
+]
 
 _GRACE = 1.0  # seconds the harness gets beyond the questions' own, to start and to report
 _LINE = 1024  # bytes a message may take in the harness's report
@@ -248,11 +260,12 @@ def _judge(test: str, parsed: Assert | None, outcome: Outcome) -> TestVerdict:
         return TestVerdict(False, outcome.status, detail, outcome.line, trusted)
     if parsed is None or parsed.holds(outcome.value):
         return TestVerdict(True, "ok", "", None, trusted)
-    detail = f"AssertionError: {' '.join(test.split())[:300]}; it gave {_short(outcome.value)}"
+    detail = f"AssertionError: {' '.join(test.split())[:300]}; it gave {short(outcome.value)}"
     return TestVerdict(False, "failed", detail, None, trusted)
 
 
-def _short(value: Any) -> str:
+def short(value: Any) -> str:
+    """What a value looks like, in a hundred characters."""
     try:
         text = repr(value)
     except (ValueError, RecursionError):  # an integer too long to print

@@ -154,8 +154,7 @@ def compare(lab: Lab) -> None:
         "nothing-twice": {"model": random, "anneal_steps": 0, "steps": 2 * steps},
     }
     for name, settings in arms.items():
-        model = lab.train(name, "adapt", "adapt", "corpus.jsonl", "held_out_clean.jsonl", **settings)
-        lab.solved(name, model, "--base", steps="64,32")
+        lab.train(name, "adapt", "adapt", "corpus.jsonl", "held_out_clean.jsonl", **settings)
 
 
 def _recipe(lab: Lab, name: str) -> dict[str, Any]:
@@ -177,7 +176,7 @@ def write_report(lab: Lab) -> Path:
     path = ROOT / "docs" / "lab.md" if lab.name == "lab" else lab.folder / "report.md"
     figures = path.with_name("lab") if lab.name == "lab" else lab.folder
     figures.mkdir(exist_ok=True)
-    ablated = [name for name in ARMS if (lab.folder / f"{name}.solved.json").exists()]
+    ablated = [name for name in ARMS if (lab.folder / name / "model").exists()]
     minutes = sum(json.loads(line)["minutes"] for line in (lab.folder / "minutes.jsonl").read_text().splitlines())
     draw(figures / "stages.svg", {name: lab.curve(name) for name in ("parent", "adapt", "mid", "sft")}, lab)
     parts = [
@@ -202,24 +201,30 @@ def write_report(lab: Lab) -> Path:
 
 
 def chain_table(lab: Lab) -> str:
-    return "\n".join([*_head("stage"), *(_row(lab, name, name) for name in ("parent", "adapt", "mid", "sft"))])
+    rows = []
+    for name in ("parent", "adapt", "mid", "sft"):
+        shares = json.loads((lab.folder / f"{name}.solved.json").read_text(encoding="utf-8"))
+        solved = [f"{shares[steps]:.1%}" if steps in shares else "–" for steps in ("64", "32")]
+        rows.append([name, *_cells(lab, name), *solved])
+    return _table(["stage", *_COLUMNS, "pass@1, 64 steps", "32 steps"], rows)
 
 
 def arms_table(lab: Lab, names: list[str]) -> str:
-    return "\n".join([*_head("arm"), *(_row(lab, name, f"{name}: {ARMS[name]}") for name in names)])
+    return _table(["arm", *_COLUMNS], [[f"{name}: {ARMS[name]}", *_cells(lab, name)] for name in names])
 
 
-def _head(first: str) -> list[str]:
-    columns = (first, "steps", "M tokens", "held-out loss", "pass@1, 64 steps", "32 steps")
-    return [f"| {' | '.join(columns)} |", "| --- | --: | --: | --: | --: | --: |"]
+_COLUMNS = ("steps", "M tokens", "held-out loss")
 
 
-def _row(lab: Lab, name: str, title: str) -> str:
+def _cells(lab: Lab, name: str) -> list[str]:
     curve = lab.curve(name)
     last = json.loads((lab.folder / name / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[-1])
-    shares = json.loads((lab.folder / f"{name}.solved.json").read_text(encoding="utf-8"))
-    solved = [f"{shares[steps]:.1%}" if steps in shares else "–" for steps in ("64", "32")]
-    return f"| {title} | {last['step']} | {curve[-1][0]:.2f} | {curve[-1][1]:.4f} | {' | '.join(solved)} |"
+    return [str(last["step"]), f"{curve[-1][0]:.2f}", f"{curve[-1][1]:.4f}"]
+
+
+def _table(head: list[str], rows: list[list[str]]) -> str:
+    lines = [head, ["---", *["--:"] * (len(head) - 1)], *rows]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
 def crossing(lab: Lab) -> str:
