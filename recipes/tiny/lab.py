@@ -36,7 +36,8 @@ class Lab:
         self.data = folder / "data"
 
     def make_data(self) -> None:
-        self._run([str(HERE / "data.py"), str(self.data), "--problems", str(self.budget["problems"])])
+        script = [str(HERE / "data.py"), str(self.data), "--problems", str(self.budget["problems"])]
+        self._run("data", script)
 
     def train(self, run: str, stage: str, recipe: str, data: str, held_out: str, **settings: Any) -> Path:
         """Run `diffucoder train STAGE RECIPE` into the folder `run`, or go on with it; returns its model."""
@@ -52,14 +53,14 @@ class Lab:
             }
             overrides = [part for key, value in values.items() for part in ("--set", f"{key}={_toml(value)}")]
             command = ["-m", "diffucoder.cli", "train", stage, str(HERE / f"{recipe}.toml"), "--resume", *overrides]
-            self._run(command, processes=self.processes)
+            self._run(run, command, processes=self.processes)
         return folder / "model"
 
     def convert(self, source: Path, name: str) -> Path:
         """`diffucoder convert`: a parent's folder becomes a Dream checkpoint."""
         folder = self.folder / name
         if not (folder / "tokenizer_config.json").exists():
-            self._run(["-m", "diffucoder.cli", "convert", str(source), str(folder)])
+            self._run(name, ["-m", "diffucoder.cli", "convert", str(source), str(folder)])
         return folder
 
     def solved(self, run: str, model: Path, *options: str, steps: str) -> dict[str, float]:
@@ -68,7 +69,7 @@ class Lab:
         if not path.exists():
             options = (*options, "--split", "dev", "--count", str(self.budget["solve"]), "--steps", steps)
             script = [str(ROOT / "benchmarks" / "tiny_accuracy.py"), "--model", str(model), *options]
-            self._run([*script, "--figures", str(path), "--run", str(self.folder / "answers")])
+            self._run(f"{run} solves", [*script, "--figures", str(path), "--run", str(self.folder / "answers")])
         shares: dict[str, float] = json.loads(path.read_text(encoding="utf-8"))
         return shares
 
@@ -82,7 +83,15 @@ class Lab:
                 points.append((seen, metrics[figure]))
         return points
 
-    def _run(self, command: list[str], processes: int = 1) -> None:
+    def minutes(self) -> dict[str, float]:
+        """What each command took; of one that was run again, all of it."""
+        taken: dict[str, float] = {}
+        for line in (self.folder / "minutes.jsonl").read_text(encoding="utf-8").splitlines():
+            told = json.loads(line)
+            taken[told["what"]] = taken.get(told["what"], 0.0) + told["minutes"]
+        return taken
+
+    def _run(self, what: str, command: list[str], processes: int = 1) -> None:
         launcher = [sys.executable]
         if processes > 1:
             launcher += ["-m", "accelerate.commands.launch", "--config_file", str(ROOT / "recipes/accelerate/ddp.yaml")]
@@ -94,7 +103,7 @@ class Lab:
         if done.returncode:  # it has said why
             raise SystemExit(done.returncode)
         with (self.folder / "minutes.jsonl").open("a", encoding="utf-8") as file:
-            line = {"command": " ".join(command[:4]), "minutes": round((time.monotonic() - began) / 60, 2)}
+            line = {"what": what, "minutes": round((time.monotonic() - began) / 60, 2)}
             file.write(json.dumps(line) + "\n")
 
 
@@ -177,14 +186,18 @@ def write_report(lab: Lab) -> Path:
     figures = path.with_name("lab") if lab.name == "lab" else lab.folder
     figures.mkdir(exist_ok=True)
     ablated = [name for name in ARMS if (lab.folder / name / "model").exists()]
-    minutes = sum(json.loads(line)["minutes"] for line in (lab.folder / "minutes.jsonl").read_text().splitlines())
+    minutes = lab.minutes()
+    compared = sum(
+        taken for what, taken in minutes.items() if what in (*ARMS, "fresh", "fresh-start") and what != "adapt"
+    )
     draw(figures / "stages.svg", {name: lab.curve(name) for name in ("parent", "adapt", "mid", "sft")}, lab)
     parts = [
         f"# Laboratory report: budget `{lab.name}`",
         f"`python recipes/tiny/lab.py {lab.name}{' --ablations' if len(ablated) > 1 else ''}`, "
-        f"{time.strftime('%Y-%m-%d')}: {minutes:.0f} minutes in all. Python {platform.python_version()}, torch "
-        f"{torch.__version__}, {platform.machine()}. Losses are on the dev split, as are the {lab.budget['solve']} "
-        "problems behind each pass@1 (greedy, canvas of 64, policy entropy, run in the sandbox).",
+        f"{time.strftime('%Y-%m-%d')}: {sum(minutes.values()) - compared:.0f} minutes for the chain, {compared:.0f} "
+        f"for adaptation's alternatives, {torch.get_num_threads()} threads. Python {platform.python_version()}, "
+        f"torch {torch.__version__}, {platform.machine()}. Losses are on the dev split, as are the "
+        f"{lab.budget['solve']} problems behind pass@1 (greedy, canvas of 64, policy entropy, run in the sandbox).",
         "## The chain",
         chain_table(lab),
         "The parent answers left to right, one token a pass. Before instruction tuning a model is asked in a comment, "
@@ -192,6 +205,7 @@ def write_report(lab: Lab) -> Path:
         "1/t-weighted bound on the likelihood for the others; the last one is of answers given their requests alone.",
         f"![held-out loss of each stage]({figures.name + '/' if lab.name == 'lab' else ''}stages.svg)",
     ]
+    parts += ["Minutes: " + ", ".join(f"{what} {taken:.1f}" for what, taken in minutes.items()) + "."]
     if len(ablated) > 1:
         draw(figures / "ablations.svg", {name: lab.curve(name) for name in ablated}, lab)
         parts += ["## Adaptation and its alternatives", arms_table(lab, ablated), crossing(lab)]
