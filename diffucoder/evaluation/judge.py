@@ -23,7 +23,8 @@ from diffucoder.grading.sandbox import Limits, Sandbox
 
 _OUTPUT = 256 << 20  # bytes that the results of all calls may take; published solutions give up to 80 MB
 _REFERENCE = 60.0  # seconds a call of a published solution may take
-_TESTS = Limits(seconds=60.0, memory=MEMORY, files=64 << 20, processes=32)  # test code: BigCodeBench's takes its time
+# test code: BigCodeBench's own limit, and some of its tests do wait that long
+_TESTS = Limits(seconds=240.0, memory=MEMORY, files=64 << 20, processes=32)
 _ASSERTS = Limits(seconds=10.0)
 _UNITTEST = """
 import unittest as _unittest
