@@ -141,6 +141,7 @@ def chain(lab: Lab) -> None:
 
 ARMS = {
     "adapt": "from the parent, attention annealed, rows shifted",
+    "adapt-half": "as `adapt`, on half the tokens",
     "abrupt": "from the parent, full attention at once",
     "unshifted": "from the parent, rows not shifted",
     "nothing": "from nothing, equal tokens",
@@ -157,6 +158,7 @@ def compare(lab: Lab) -> None:
     random = lab.convert(fresh, "fresh-start")
     steps = int(_recipe(lab, "adapt")["steps"])
     arms: dict[str, dict[str, Any]] = {
+        "adapt-half": {"model": start, "steps": steps // 2},
         "abrupt": {"model": start, "anneal_steps": 0},
         "unshifted": {"model": start, "shifted": False},
         "nothing": {"model": random, "anneal_steps": 0},
@@ -242,13 +244,15 @@ def _table(head: list[str], rows: list[list[str]]) -> str:
 
 
 def crossing(lab: Lab) -> str:
-    """After how many tokens adaptation is where training from nothing ends."""
+    """After how many tokens each way of adapting is where training from nothing ends."""
     lines = []
     for name in ("nothing", "nothing-twice"):
         tokens, target = lab.curve(name)[-1]
-        reached = next((at for at, loss in lab.curve("adapt") if loss <= target), None)
-        said = f"after {reached:.2f} M ({reached / tokens:.0%})" if reached else "not within its own tokens"
-        lines.append(f"* `{name}` ends at {target:.4f} after {tokens:.2f} M tokens; `adapt` is there {said}.")
+        said = []
+        for arm in ("adapt", "adapt-half", "abrupt", "unshifted"):
+            reached = next((at for at, loss in lab.curve(arm) if loss <= target), None)
+            said.append(f"`{arm}` " + (f"after {reached:.2f} M ({reached / tokens:.0%})" if reached else "never"))
+        lines.append(f"* `{name}` ends at {target:.4f} after {tokens:.2f} M tokens. There is: {', '.join(said)}.")
     return "\n".join(lines)
 
 
