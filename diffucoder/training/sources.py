@@ -2,8 +2,9 @@
 
 For: finding files, reading them, judging what is in them. Not for: tokens (`data`) or what is kept on disk (`shards`).
 
-A record is a document, which is text alone, or a chat, which is messages and the answer to them. What cannot be read is
-never dropped in silence: it comes out of the same stream as a `Skipped`, named by its file and line.
+A record is a document, which is text alone, or a chat, which is messages and the answer to them; `parsed_rows` reads
+whatever else a JSONL file holds, by a reader of its caller's. What cannot be read is never dropped in silence: it comes
+out of the same stream as a `Skipped`, named by its file and line.
 """
 
 import gzip
@@ -15,7 +16,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from diffucoder.errors import CheckpointError, ConfigError
 
@@ -45,7 +46,8 @@ class Skipped:
     why: str
 
 
-Parse = Callable[[str, Json], Record]  # (where, fields); ValueError with the reason where they make no record
+T = TypeVar("T")
+Parse = Callable[[str, Json], T]  # (where, fields); ValueError with the reason where they make no record
 
 
 def describe(source: str, suffixes: Sequence[str]) -> Json:
@@ -72,13 +74,23 @@ def records(
     `text_field` is where a JSONL or hub document has its text; left at "text", "content" is taken too. ConfigError for
     a source that is not there, CheckpointError for a hub dataset that cannot be reached or read.
     """
-    parse: Parse = _chat if kind == "chat" else lambda where, fields: _document(where, fields, text_field)
+    parse: Parse[Record] = _chat if kind == "chat" else lambda where, fields: _document(where, fields, text_field)
     for source in sources:
         if source.startswith("hub:"):
             yield from _hub_records(source, parse)
             continue
         for path in _files(source, suffixes):
             yield from _jsonl_records(path, parse) if path.name.endswith(JSONL) else _file_records(path)
+
+
+def parsed_rows(sources: Sequence[str], parse: Parse[T]) -> Iterator[T | Skipped]:
+    """What `parse` makes of each row of JSONL files, folders of them and hub datasets; errors as `records` has them."""
+    for source in sources:
+        if source.startswith("hub:"):
+            yield from _hub_records(source, parse)
+            continue
+        for path in _files(source, JSONL):
+            yield from _jsonl_records(path, parse)
 
 
 # --- where records are read from -------------------------------------------------------------------------------------
@@ -103,14 +115,14 @@ def _files(source: str, suffixes: Sequence[str]) -> list[Path]:
 def _file_records(path: Path) -> Iterator[Record | Skipped]:
     """A whole file as one document."""
     try:
-        yield Record(str(path), _text(_decode(path.read_bytes()), "file"))
+        yield Record(str(path), text_of(_decode(path.read_bytes()), "file"))
     except OSError as error:
         yield Skipped(str(path), f"cannot be read ({error.strerror})")
     except ValueError as error:
         yield Skipped(str(path), str(error))
 
 
-def _jsonl_records(path: Path, parse: Parse) -> Iterator[Record | Skipped]:
+def _jsonl_records(path: Path, parse: Parse[T]) -> Iterator[T | Skipped]:
     """A record a line. Where reading breaks off, what follows is lost, and the line is named."""
     number = 0
     try:
@@ -125,7 +137,7 @@ def _jsonl_records(path: Path, parse: Parse) -> Iterator[Record | Skipped]:
         yield Skipped(f"{path}:{number + 1}", f"cannot be read from here on ({error})")
 
 
-def _hub_records(source: str, parse: Parse) -> Iterator[Record | Skipped]:
+def _hub_records(source: str, parse: Parse[T]) -> Iterator[T | Skipped]:
     for number, row in _hub_rows(source):
         where = f"{source}:{number}"
         try:
@@ -169,7 +181,7 @@ def _document(where: str, fields: Json, text_field: str) -> Record:
     name = next((name for name in names if name in fields), None)
     if name is None:
         raise ValueError(f"has no field {' or '.join(map(repr, names))}")
-    return Record(where, _text(fields[name], f"field {name!r}"))
+    return Record(where, text_of(fields[name], f"field {name!r}"))
 
 
 def _chat(where: str, fields: Json) -> Record:
@@ -180,9 +192,9 @@ def _chat(where: str, fields: Json) -> Record:
     names = next((pair for pair in _PAIRS if all(name in fields for name in pair)), None)
     if names is None:
         raise ValueError("has neither 'messages', nor 'prompt' and 'answer', nor 'instruction' and 'output'")
-    request, answer = (_text(fields[name], f"field {name!r}") for name in names)
+    request, answer = (text_of(fields[name], f"field {name!r}") for name in names)
     if names[0] == "instruction" and fields.get("input"):
-        request += "\n\n" + _text(fields["input"], "field 'input'")
+        request += "\n\n" + text_of(fields["input"], "field 'input'")
     return Record(where, answer, ({"role": "user", "content": request},))
 
 
@@ -201,12 +213,12 @@ def _content(message: Json) -> str:
     content = message.get("content")
     if message["role"] == "system" and content == "":
         return ""  # says that there is to be no system message, not even the default one
-    return _text(content, f"{message['role']} message")
+    return text_of(content, f"{message['role']} message")
 
 
 def _fields(line: bytes) -> Json:
     """The JSON object on a line."""
-    text = _text(_decode(line).rstrip("\r\n"), "line")
+    text = text_of(_decode(line).rstrip("\r\n"), "line")
     try:
         fields = json.loads(text)
     except json.JSONDecodeError as error:
@@ -226,7 +238,7 @@ def _decode(content: bytes) -> str:
         raise ValueError(f"not UTF-8 ({error.reason} at byte {error.start})") from None
 
 
-def _text(value: Any, what: str) -> str:  # Any: from a file
+def text_of(value: Any, what: str) -> str:  # Any: from a file
     """`value`, which must be text with something in it."""
     if not isinstance(value, str):
         raise ValueError(f"{what} is {type(value).__name__}, not text")

@@ -1,0 +1,80 @@
+"""Exercises are read from JSONL of several makes and written back; what cannot be used is named, never dropped."""
+
+import gzip
+import json
+from pathlib import Path
+
+import pytest
+
+from diffucoder.errors import ConfigError
+from diffucoder.training.exercises import Exercise, read_exercises, write_exercises
+
+DOUBLE = Exercise("1", "Double the number n.", ("assert f(2) == 4", "assert f(0) == 0"), "ours")
+
+
+def write(path: Path, *rows: object) -> str:
+    lines = [row if isinstance(row, str) else json.dumps(row) for row in rows]
+    path.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+    return str(path)
+
+
+def test_what_is_written_is_read_back(tmp_path: Path) -> None:
+    odd = Exercise("ü/2", 'Say "\u2028" and \ud800.', ("assert f('é') == 'É'",))
+    path = tmp_path / "made" / "x.jsonl"
+    write_exercises(path, [DOUBLE, odd])
+    assert read_exercises([str(path)]) == [DOUBLE, odd]
+    assert [each.name for each in path.parent.iterdir()] == ["x.jsonl"]
+
+
+def test_a_write_that_fails_leaves_the_old_file(tmp_path: Path) -> None:
+    path = tmp_path / "x.jsonl"
+    write_exercises(path, [DOUBLE])
+    with pytest.raises(RuntimeError):
+        write_exercises(path, (_ for _ in [DOUBLE] if _fails()))
+    assert read_exercises([str(path)]) == [DOUBLE]
+    with pytest.raises(ConfigError, match=r"cannot be written .*name another place"):
+        write_exercises(path / "below.jsonl", [DOUBLE])
+
+
+def _fails() -> bool:
+    raise RuntimeError
+
+
+def test_rows_go_by_the_names_of_several_data_sets(tmp_path: Path) -> None:
+    acecode = {"id": "ace", "question": "Q", "test_cases": ["assert f()"], "source": "oss", "inferences": []}
+    mbpp = {"task_id": 601, "prompt": "P", "test_list": ["assert g()"]}
+    packed = tmp_path / "more.jsonl.gz"
+    packed.write_bytes(gzip.compress(json.dumps({"prompt": "R", "tests": ["assert h()"]}).encode()))
+    write(tmp_path / "a.jsonl", acecode, mbpp)
+    assert read_exercises([str(tmp_path)]) == [
+        Exercise("ace", "Q", ("assert f()",), "oss"),
+        Exercise("601", "P", ("assert g()",)),
+        Exercise("more.jsonl.gz:1", "R", ("assert h()",)),
+    ]
+
+
+def test_what_cannot_be_used_is_counted_and_the_first_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    good = {"prompt": "P", "tests": ["assert f()"]}
+    source = write(
+        tmp_path / "x.jsonl",
+        good,
+        {"prompt": "P", "tests": []},
+        {"prompt": " ", "tests": ["assert f()"]},
+        {"prompt": "P", "tests": ["assert f()", ""]},
+        {"prompt": "P", "tests": "assert f()"},
+        "not JSON",
+        good,
+    )
+    assert len(read_exercises([source])) == 2
+    assert capsys.readouterr().err == (
+        f"skipped 5 of 7 records; the first: {source}:2: field 'tests' is no list of asserts\n"
+    )
+
+
+def test_nothing_usable_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"none of 1 records of .*:1: has no field 'prompt' or 'question'"):
+        read_exercises([write(tmp_path / "x.jsonl", {"text": "P"})])
+    with pytest.raises(ConfigError, match="holds no record; name another source"):
+        read_exercises([write(tmp_path / "y.jsonl")])
+    with pytest.raises(ConfigError, match="is no folder and no file"):
+        read_exercises([str(tmp_path / "z.jsonl")])
