@@ -8,9 +8,9 @@ depends on nothing else: not on how a step is cut into micro-batches, nor on how
 """
 
 import struct
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from hashlib import blake2b
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Generator, Tensor
@@ -18,6 +18,7 @@ from torch import Generator, Tensor
 from diffucoder.errors import ConfigError
 
 NORMALISERS = ("length", "masked", "masked_micro")
+Estimator = Literal["coupled", "decoupled", "full_mask", "d1"]
 Noise = Generator | Sequence[Generator]
 """One generator for all rows, or one for each: then a row's noise is the same in any company."""
 
@@ -71,6 +72,54 @@ def complementary_masks(maskable: Tensor, t: Tensor, noise: Noise) -> tuple[Tens
     return first, maskable & ~first
 
 
+class View(NamedTuple):
+    """One noisy look at B completions: what is hidden, and what each log-probability found there counts."""
+
+    masked: Tensor  # (B, T) bool
+    weight: Tensor  # (B, T) float32; 0 where nothing is scored
+
+
+def score_views(
+    completion: Tensor,
+    prompt: Tensor,
+    ratios: Tensor,
+    noise: Sequence[Generator],
+    *,
+    estimator: Estimator = "coupled",
+    prompt_mask: float = 0.15,
+) -> list[View]:
+    """The forward passes whose weighted log-probabilities add up to the score of each token, a stand-in for log pi.
+
+    `completion` and `prompt` (B, T) bool are disjoint; what is in neither is padding. `ratios` (L, B, 2) are the two
+    mask ratios of each of L pairs; `noise` has a generator for each row, and gives a row the same masks wherever its
+    padding begins. Estimators:
+
+    * `coupled` (DiffuCoder §5): everything hidden, and L pairs of complementary masks, the second at 1 minus the first
+      ratio. Weights are 1/ratio, and all over L + 1: every token is scored in 1 + L of the 1 + 2 L passes. In
+      expectation its weights add up to (2 L + 1) / (L + 1): a proxy, not an average.
+    * `decoupled`: as many passes, but the two masks of a pair are drawn by themselves, each at its own ratio.
+    * `full_mask`: one pass with everything hidden. No variance, but each token is scored as if it came first.
+    * `d1` (arXiv 2504.12216): as `full_mask`, with each prompt token hidden too, with probability `prompt_mask`.
+    """
+    everything = completion.float()
+    if estimator == "full_mask":
+        return [View(completion, everything)]
+    uniform = _uniform_from_right(completion | prompt, noise)
+    if estimator == "d1":
+        return [View(completion | (prompt & (uniform() < prompt_mask)), everything)]
+    shares = len(ratios) + 1
+    views = [View(completion, everything / shares)]
+    for pair in ratios.to(completion.device):
+        first, second = pair[:, :1], pair[:, 1:]  # (B, 1) each
+        masked = completion & (uniform() < first)
+        if estimator == "coupled":
+            others, second = completion & ~masked, 1 - first
+        else:
+            others = completion & (uniform() < second)
+        views += [View(masked, masked / (first * shares)), View(others, others / (second * shares))]
+    return views
+
+
 def random_spans(length: int, generator: Generator, *, holes: int = 3) -> Tensor:
     """Up to `holes` random spans of a text of `length` tokens: (length,) bool, True inside. What infilling trains on.
 
@@ -111,6 +160,19 @@ def loss_weights(masked: Tensor, t: Tensor, maskable: Tensor, *, normaliser: str
     if normaliser == "masked_micro":
         return weights / max(1, len(row)), 1.0
     return weights, float(maskable.sum()) if normaliser == "length" else float(len(row))
+
+
+def _uniform_from_right(valid: Tensor, noise: Sequence[Generator]) -> Callable[[], Tensor]:
+    """Draws (B, T), each row's counted from its right end: left padding changes nothing. 1 on padding."""
+    lengths = valid.sum(-1).tolist()
+
+    def draw() -> Tensor:
+        drawn = torch.ones(valid.shape)
+        for row, (length, generator) in enumerate(zip(lengths, noise, strict=True)):
+            drawn[row, valid.shape[1] - length :] = torch.rand(length, generator=generator)
+        return drawn.to(valid.device)
+
+    return draw
 
 
 def _uniform(like: Tensor, noise: Noise) -> Tensor:

@@ -142,12 +142,12 @@ def load_blocks() -> tuple[Block, ...]:
     return tuple(blocks)
 
 
-def sample_problem(rng: random.Random) -> Problem:
+def sample_problem(rng: random.Random, *, hard: bool = False) -> Problem:
     """Draw one problem: kind, blocks, constants, names and wording. Compositions of any split may come out."""
     while True:
-        kind: Kind = rng.choices(("chain", "branch", "guard"), (75, 14, 11))[0]
+        kind: Kind = rng.choices(("chain", "branch", "guard"), (75, 0, 25) if hard else (75, 14, 11))[0]
         takes = rng.choices(_TYPES, _WEIGHTS)[0]
-        uses = _KINDS[kind][0](rng, takes)
+        uses = _KINDS[kind][0](rng, takes, *([_HARD[kind]] if hard else []))
         if uses is None:
             continue
         outcome = partial(_KINDS[kind][1], uses)
@@ -158,15 +158,18 @@ def sample_problem(rng: random.Random) -> Problem:
                 return problem
 
 
-def problems(split: Split, count: int, *, seed: int) -> Iterator[Problem]:
-    """`count` distinct problems of one split; the same seed gives the same problems."""
+def problems(split: Split, count: int, *, seed: int, hard: bool = False) -> Iterator[Problem]:
+    """`count` distinct problems of one split; the same seed gives the same problems.
+
+    `hard` ones are chains of three blocks, and guards before as many.
+    """
     if split not in get_args(Split):
         raise ConfigError(f"split={split!r} is not one of {', '.join(get_args(Split))}")
     if count < 1:
         raise ConfigError(f"count={count} problems asked for; ask for at least 1")
-    rng, seen = random.Random(f"{split}-{seed}"), set[str]()
+    rng, seen = random.Random(f"{split}-{seed}{'-hard' if hard else ''}"), set[str]()
     while len(seen) < count:
-        problem = sample_problem(rng)
+        problem = sample_problem(rng, hard=hard)
         if problem.split == split and problem.prompt not in seen:
             seen.add(problem.prompt)
             yield problem
@@ -200,9 +203,10 @@ def _made_up(rng: random.Random) -> str:
     return "".join(rng.choice("bcdfgklmnprstvz") + rng.choice("aeiou") for _ in range(rng.randint(1, 3)))
 
 
-def _chain(rng: random.Random, takes: str, lengths: tuple[int, int, int] = (18, 52, 30)) -> list[_Use] | None:
+def _chain(rng: random.Random, takes: str, lengths: tuple[int, ...] = (18, 52, 30)) -> list[_Use] | None:
+    """Blocks that fit together, so many that `lengths` weighs 1, 2, 3, ... of them; None where they do not."""
     uses: list[_Use] = []
-    length = rng.choices((1, 2, 3), lengths)[0]
+    length = rng.choices(range(1, len(lengths) + 1), lengths)[0]
     for i in range(length):
         choices = _from(takes, flags=i == length - 1)
         if not choices:
@@ -219,8 +223,8 @@ def _branch(rng: random.Random, takes: str) -> list[_Use] | None:
     return [condition, first, second] if first.block != second.block else None
 
 
-def _guard(rng: random.Random, takes: str) -> list[_Use] | None:
-    chain = _chain(rng, takes, (60, 40, 0))
+def _guard(rng: random.Random, takes: str, lengths: tuple[int, ...] = (60, 40, 0)) -> list[_Use] | None:
+    chain = _chain(rng, takes, lengths)
     return [_use(rng, rng.choice(_from(takes, "flag"))), *chain] if chain else None
 
 
@@ -261,6 +265,7 @@ def _run_guard(uses: Sequence[_Use], value: Value) -> Value:
     return _FALLBACK if uses[0](value) else _run_chain(uses[1:], value)
 
 
+_HARD: dict[Kind, tuple[int, ...]] = {"chain": (0, 0, 1), "guard": (0, 0, 1)}
 _KINDS: dict[Kind, tuple[Any, Callable[[Sequence[_Use], Value], Value]]] = {  # Any: the choosers differ in defaults
     "chain": (_chain, _run_chain),
     "branch": (_branch, _run_branch),

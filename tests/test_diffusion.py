@@ -14,6 +14,8 @@ import torch
 from torch import Generator, Tensor
 
 from diffucoder.diffusion import (
+    Estimator,
+    View,
     annealed_attention,
     complementary_masks,
     corrupt,
@@ -21,6 +23,7 @@ from diffucoder.diffusion import (
     loss_weights,
     random_spans,
     sample_time,
+    score_views,
 )
 from diffucoder.errors import ConfigError
 
@@ -343,3 +346,84 @@ def test_an_unknown_normaliser_is_refused() -> None:
     masked = torch.ones(1, 1, dtype=torch.bool)
     with pytest.raises(ConfigError, match="normaliser='mean' is not known; use one of length, masked"):
         loss_weights(masked, torch.ones(1), masked, normaliser="mean")
+
+
+# --- scores of completions (coupled-GRPO) ----------------------------------------------------------------------------
+
+
+def views(
+    rows: int, length: int, *, estimator: Estimator = "coupled", ratios: Tensor | None = None, padding: int = 0
+) -> tuple[list[View], Tensor, Tensor]:
+    """Views of rows whose right half is a completion, with `padding` on the left; with completion and prompt."""
+    completion = torch.nn.functional.pad(half(rows, length), (padding, 0))
+    prompt = torch.nn.functional.pad(~half(rows, length), (padding, 0))
+    ratios = torch.full((1, rows, 2), 0.3) if ratios is None else ratios
+    noise = [keyed_generator(1, row) for row in range(rows)]
+    return score_views(completion, prompt, ratios, noise, estimator=estimator), completion, prompt
+
+
+def test_coupled_views_hide_everything_and_then_each_token_once_in_a_pair() -> None:
+    (whole, *pairs), completion, _ = views(4, 20, ratios=torch.rand(3, 4, 2) * 0.6 + 0.2)
+    assert torch.equal(whole.masked, completion)
+    assert len(pairs) == 6
+    for first, second in zip(pairs[::2], pairs[1::2], strict=True):
+        assert not (first.masked & second.masked).any()
+        assert torch.equal(first.masked | second.masked, completion)
+
+
+def test_coupled_weights_are_one_over_the_ratio_of_their_own_mask() -> None:
+    ratios = torch.rand(3, 4, 2) * 0.6 + 0.2
+    (whole, *pairs), completion, _ = views(4, 20, ratios=ratios)
+    assert torch.equal(whole.weight, completion / 4)
+    for ratio, first, second in zip(ratios[:, :, :1], pairs[::2], pairs[1::2], strict=True):
+        torch.testing.assert_close(first.weight, first.masked / (4 * ratio))
+        torch.testing.assert_close(second.weight, second.masked / (4 * (1 - ratio)))
+
+
+def test_decoupled_views_are_as_many_and_drawn_by_themselves() -> None:
+    ratios = torch.tensor([[[0.2, 0.5]]]).expand(1, 2000, 2)
+    (_, first, second), completion, _ = views(2000, 20, estimator="decoupled", ratios=ratios)
+    shares = [(view.masked.sum() / completion.sum()).item() for view in (first, second)]
+    both = ((first.masked & second.masked).sum() / completion.sum()).item()
+    assert [*shares, both] == pytest.approx([0.2, 0.5, 0.1], abs=0.02)
+    assert second.weight[second.masked].unique().tolist() == pytest.approx([1 / (2 * 0.5)])
+
+
+def test_one_pass_estimators_weigh_every_token_once() -> None:
+    for estimator in ("full_mask", "d1"):
+        (view,), completion, _ = views(500, 20, estimator=estimator)
+        assert torch.equal(view.weight, completion.float())
+        assert view.masked[completion].all()
+    (view,), completion, prompt = views(500, 20, estimator="d1", padding=3)
+    assert (view.masked & prompt).sum() / prompt.sum() == pytest.approx(0.15, abs=0.02)
+    assert not view.masked[:, :3].any()
+
+
+@pytest.mark.parametrize("estimator", ["coupled", "decoupled", "d1"])
+def test_masks_of_a_row_do_not_depend_on_its_padding(estimator: Estimator) -> None:
+    bare, padded = (views(3, 20, estimator=estimator, padding=padding)[0] for padding in (0, 7))
+    for one, other in zip(bare, padded, strict=True):
+        assert torch.equal(one.masked, other.masked[:, 7:])
+
+
+@pytest.mark.parametrize("pairs", [1, 3])
+def test_coupling_saves_the_variance_that_the_theory_says(pairs: int) -> None:
+    """2 L v^2 / (L + 1)^2 for the score, with v the mean of M l / t: DiffuCoder, appendix A.4."""
+    rows = 60_000
+    completion = torch.ones(rows, 3, dtype=torch.bool)
+    ratios = torch.rand(pairs, rows, 2, generator=keyed_generator(2)) * 0.6 + 0.2
+
+    def log_prob(masked: Tensor) -> Tensor:
+        """Of every token: the less probable, the more of its neighbours are hidden."""
+        return -0.5 - masked.float().mean(-1, keepdim=True) - torch.tensor([0.0, 1.0, 2.0])
+
+    def scores(estimator: Estimator, seed: int) -> list[Tensor]:
+        noise = [keyed_generator(seed, row) for row in range(rows)]
+        found = score_views(completion, ~completion, ratios, noise, estimator=estimator)
+        return [view.weight * log_prob(view.masked) for view in found]
+
+    coupled, decoupled = scores("coupled", 3), scores("decoupled", 4)
+    v = torch.stack(decoupled[1:]).mean((0, 1)) * (pairs + 1)  # (3,)
+    saved = sum(decoupled).var(0) - sum(coupled).var(0)  # type: ignore[union-attr]  # sums of tensors
+    torch.testing.assert_close(saved, 2 * pairs * v**2 / (pairs + 1) ** 2, rtol=0.1, atol=0)
+    torch.testing.assert_close(sum(coupled).mean(0), sum(decoupled).mean(0), rtol=0.02, atol=0)  # type: ignore[union-attr]

@@ -125,7 +125,7 @@ class DiffuCoder:
         if not prompts:
             raise PromptError("no prompt is given; pass at least one")
         rows = [self._encode(self._text(prompt, chat)) for prompt in prompts]
-        return self._canvas(rows, params.new_tokens)
+        return self.canvas_of_ids(rows, params.new_tokens)
 
     def show(self, step: Step, row: int = 0) -> str:
         """The text of a canvas row as it stands, masks as placeholders, special tokens left out."""
@@ -147,7 +147,10 @@ class DiffuCoder:
             raise PromptError(f"the text holds the mask {self.tokenizer.mask_token} itself; mark a hole with <|hole|>")
         return ids
 
-    def _canvas(self, rows: Sequence[list[int]], new_tokens: int, *, forbidden: tuple[int, ...] = ()) -> Canvas:
+    def canvas_of_ids(
+        self, rows: Sequence[list[int]], new_tokens: int, *, forbidden: tuple[int, ...] = ()
+    ) -> Canvas:
+        """As `canvas`, of prompts that are tokens already."""
         longest = max(len(row) for row in rows)
         if longest + new_tokens > self.model.max_length:
             raise PromptError(
@@ -209,7 +212,7 @@ class DiffuCoder:
         for length in lengths:
             parts = [part if isinstance(part, list) else [self.model.mask_id] * (part or length) for part in known]
             rows.append([token for part in parts for token in part])
-        canvas = self._canvas(rows, 0, forbidden=tuple(i for i in special if i != self.model.mask_id))
+        canvas = self.canvas_of_ids(rows, 0, forbidden=tuple(i for i in special if i != self.model.mask_id))
         began = time.perf_counter()
         steps = list(self._steps(canvas, params))
         seconds = time.perf_counter() - began

@@ -32,16 +32,18 @@ FREE = (
     *("run", "resume", "micro_batch", "gradient_checkpointing", "export_dtype", "log_every", "save_every", "keep"),
     *("evaluate_every", "held_out", "held_out_rows", "trackers", "cache"),
 )
+LINES = ("metrics.jsonl", "samples.jsonl")  # files that grow with the steps, whose lines name theirs
 _OPTIONS = StateDictOptions(ignore_frozen_params=True)  # adapters are saved without what they adapt
 
 
 @dataclass(frozen=True)
 class State:
-    """What a checkpoint holds beside its step. `average` may be empty."""
+    """What a checkpoint holds beside its step. `average` and the stage's own `kept` may be empty."""
 
     model: nn.Module
     optimizer: Optimizer
     average: dict[str, Tensor]
+    kept: dict[str, Tensor]
 
 
 def claim(settings: TrainSettings, *, write: bool) -> None:
@@ -64,8 +66,8 @@ def claim(settings: TrainSettings, *, write: bool) -> None:
         if write:
             settings.run.mkdir(parents=True, exist_ok=True)
             _write_whole(path, json.dumps(wanted, indent=2) + "\n")
-            if not settings.resume:
-                _trim(settings.run / "metrics.jsonl", 0)  # of a run that never reached its first checkpoint
+            for name in LINES if not settings.resume else ():
+                _trim(settings.run / name, 0)  # of a run that never reached its first checkpoint
     except ConfigError:
         raise
     except (OSError, ValueError) as error:
@@ -108,12 +110,13 @@ def save(run: Path, step: int, state: State, accelerator: Accelerator, *, keep: 
 def load_newest(run: Path, state: State, accelerator: Accelerator) -> int:
     """Fill `state` from the newest whole checkpoint and return its step; 0 where there is none.
 
-    A torn one is named and passed over. Lines of metrics.jsonl behind the step are removed: they will come again.
+    A torn one is named and passed over. Lines of `LINES` behind the step are removed: they will come again.
     """
     step = 0
     if accelerator.is_main_process:
         step = next((step for step in sorted(found(run), reverse=True) if _is_whole(_folder(run, step))), 0)
-        _trim(run / "metrics.jsonl", step)
+        for name in LINES:
+            _trim(run / name, step)
     step = int(accelerator.reduce(torch.tensor(step, device=accelerator.device), "sum"))  # the first process found it
     if step:
         tensors = _tensors(state)
@@ -143,7 +146,7 @@ def _folder(run: Path, step: int) -> Path:
 def _tensors(state: State) -> dict[str, Any]:
     """What is stored; loading writes into these very tensors."""
     model, optimizer = get_state_dict(state.model, state.optimizer, options=_OPTIONS)
-    return {"model": model, "optimizer": optimizer, "average": state.average}
+    return {"model": model, "optimizer": optimizer, "average": state.average, "kept": state.kept}
 
 
 @contextmanager
@@ -176,7 +179,7 @@ def _print(file: Path) -> list[int]:
 
 
 def _trim(path: Path, step: int) -> None:
-    """Keep the lines of a metrics file up to `step`; a half-written last line goes too."""
+    """Keep the lines of a file up to `step`; a half-written last line goes too."""
     if not path.exists():
         return
     kept = []

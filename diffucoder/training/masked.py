@@ -6,7 +6,7 @@ optimisers (`trainer`), the formulas (`diffusion`).
 All noise of a row is keyed by (seed, step, row): how a step is cut into micro-batches and processes changes nothing.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -70,6 +70,9 @@ class MaskedMicro(Micro):
 class MaskedStage:
     """A `trainer.Stage` over `Rows`."""
 
+    stride = 1
+    shown: tuple[str, ...] = ()
+
     def __init__(self, objective: Objective, rows: Rows, held_out: Rows | None, held_out_rows: int) -> None:
         """`held_out_rows` is rounded up to whole steps: then every process has as many of them."""
         self.objective, self._rows, self._held_out = objective, rows, held_out
@@ -80,12 +83,20 @@ class MaskedStage:
         times = self._times(step, self.objective.batch)
         return [self._micro(self._rows, step, share, times, self.objective.normaliser) for share in shares]
 
-    def held_out(self, shares: Sequence[range]) -> list[MaskedMicro]:
+    def begin(self) -> dict[str, Tensor]:
+        """Nothing but weights and optimiser is to be kept: rows and noise are functions of the step."""
+        return {}
+
+    def held_out_micros(self, shares: Sequence[range]) -> list[MaskedMicro]:
         """As `prepare`, over held-out rows: always the same noise, full attention and the `length` normaliser."""
         if self._held_out is None:
             return []
         times = self._times(HELD_OUT, self.held_out_rows)
         return [self._micro(self._held_out, HELD_OUT, share, times, "length") for share in shares]
+
+    def held_out(self, model: nn.Module, shares: Sequence[range]) -> Iterator[tuple[float, Terms]]:
+        """The loss of each held-out micro-batch, behind its share of the divisor."""
+        return ((micro.count, self.loss(model, micro)) for micro in self.held_out_micros(shares))
 
     def loss(self, model: nn.Module, micro: MaskedMicro) -> Terms:
         """Weighted cross-entropy, summed; the logits exist in chunks only (`Denoiser.forward`)."""

@@ -14,11 +14,11 @@ from diffucoder.models.checkpoint import load_denoiser, load_tokenizer, save_den
 from diffucoder.models.denoiser import Denoiser
 from diffucoder.tokenizer import Tokenizer
 from diffucoder.training.masked import Objective
-from diffucoder.training.settings import DiffusionSettings, TrainSettings
+from diffucoder.training.settings import DiffusionSettings, GrpoSettings, TrainSettings
 from diffucoder.training.trainer import Stage, Trainer
 
 
-def load_start(settings: DiffusionSettings) -> tuple[Denoiser, Tokenizer]:
+def load_start(settings: DiffusionSettings | GrpoSettings) -> tuple[Denoiser, Tokenizer]:
     """The model a stage begins with, in float32 on the CPU, and its tokenizer.
 
     An autoregressive parent gets the tokenizer's mask, and a row for it where it has none.
@@ -27,7 +27,7 @@ def load_start(settings: DiffusionSettings) -> tuple[Denoiser, Tokenizer]:
     # adapters leave the weights alone, which may then stay as short as they come
     dtype = torch.bfloat16 if settings.lora_rank and settings.bf16 else torch.float32
     denoiser = load_denoiser(settings.model, mask_id=tokenizer.mask_id, dtype=dtype, device="cpu")
-    if settings.shifted is not None:
+    if isinstance(settings, DiffusionSettings) and settings.shifted is not None:
         denoiser.shifted = settings.shifted
     return denoiser, tokenizer
 

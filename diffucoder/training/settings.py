@@ -1,7 +1,7 @@
 """What each training stage can be told: one settings class a stage, its defaults and its help. No torch.
 
 For: `recipes/*.toml`, `diffucoder train STAGE --help`, and the stages themselves. Not for: what the settings do
-(`trainer`, `masked`, `adapt`, `sft`).
+(`trainer`, `masked`, `adapt`, `sft`, `grpo`).
 """
 
 from pathlib import Path
@@ -124,4 +124,71 @@ class SftSettings(DiffusionSettings):
         return self
 
 
-STAGES: dict[str, type[TrainSettings]] = {"pretrain": PretrainSettings, "adapt": AdaptSettings, "sft": SftSettings}
+class GrpoSettings(TrainSettings):
+    """Stage 4: coupled-GRPO on problems with tests (DiffuCoder §5 and appendix B.1). `batch` counts completions."""
+
+    model: str | None = Field(default=None, description="folder or Hub id to start from; the shipped model if left out")
+    data: Sources = Field(description="problems with tests: .jsonl(.gz) files, see docs/rl_data.md")
+    held_out: Sources = Field(default=(), description="problems for pass@1 while training")
+    held_out_rows: int = Field(default=256, ge=1, description="problems of a held-out evaluation")
+
+    group: int = Field(default=8, ge=2, description="completions of each problem, which are compared")
+    iterations: int = Field(default=2, ge=1, description="optimiser steps on one batch of completions (mu)")
+    estimator: Literal["coupled", "decoupled", "full_mask", "d1", "causal"] = Field(
+        default="coupled", description="how a token's log-probability is scored; causal: an autoregressive model's own"
+    )
+    pairs: int = Field(default=1, ge=1, description="pairs of masks of coupled and decoupled (lambda)")
+    mask_ratio: tuple[Share, Share] = Field(default=(0.2, 0.8), description="range of the mask ratios")
+    ratio_per: Literal["row", "step"] = Field(default="row", description="one mask ratio a completion, or for all")
+    prompt_mask: Share = Field(default=0.15, description="d1: share of prompt tokens hidden")
+    score_temperature: float = Field(default=1.0, gt=0, description="of the distribution that scores completions")
+
+    advantage: Literal["mean", "leave_one_out"] = Field(
+        default="mean", description="baseline of a reward: its group's mean, or that of the others in it"
+    )
+    scale_rewards: bool = Field(default=False, description="divide advantages by their group's standard deviation")
+    epsilon_low: float = Field(default=0.5, gt=0, lt=1, description="ratios are clipped below 1 minus this")
+    epsilon_high: float = Field(default=0.5, gt=0, description="ratios are clipped above 1 plus this")
+    ratio: Literal["token", "sequence"] = Field(default="token", description="of each token, or a completion's mean")
+    reduction: Literal["token", "sequence", "length"] = Field(
+        default="token", description="loss per token of the step, per completion, or per new_tokens"
+    )
+    kl: float = Field(default=0.01, ge=0, description="weight of the KL divergence from the reference (beta)")
+    reference_every: int = Field(default=64, ge=0, description="steps between updates of the reference; 0: never")
+    reference_mix: float = Field(default=1.0, ge=0, le=1, description="share of the policy in an updated reference")
+
+    new_tokens: int = Field(default=256, ge=1, description="length of a completion's canvas")
+    prompt_tokens: int = Field(default=200, ge=8, description="longest prompt; of longer requests the end is kept")
+    decoding_steps: int | None = Field(default=None, ge=1, description="denoising steps; one a token if left out")
+    temperature: float = Field(default=1.2, gt=0, description="of the completions")
+    top_p: float | None = Field(default=0.95, gt=0, le=1, description="of the completions")
+    policy: Literal["random", "max_prob", "margin", "entropy"] = Field(default="entropy", description="decoding order")
+    decode_batch: int = Field(default=64, ge=1, description="completions decoded together")
+
+    rewards: Literal["robust", "paper"] = Field(default="robust", description="how strictly the format is read")
+    format_weight: float = Field(default=0.5, ge=0, description="reward of the right format")
+    tests_weight: float = Field(default=2.0, ge=0, description="reward of passing all tests, or of their share")
+    all_or_nothing: bool = Field(default=False, description="the share of tests counts only where it is all of them")
+    test_seconds: float = Field(default=5.0, gt=0, description="for all tests of a completion together")
+    workers: int = Field(default=0, ge=0, description="programs run at a time; 0: one a core")
+    samples_every: int = Field(default=50, ge=1, description="steps between completions written to samples.jsonl")
+
+    @model_validator(mode="after")
+    def _groups_fit(self) -> Self:
+        if self.batch % self.group:
+            raise ValueError(f"batch={self.batch} is no multiple of group={self.group}; completions come in groups")
+        for name in ("steps", "save_every"):
+            if (value := getattr(self, name)) % self.iterations:
+                reason = "completions are not saved, so a run is cut between them"
+                raise ValueError(f"{name}={value} is no multiple of iterations={self.iterations}; {reason}")
+        if not 0 < self.mask_ratio[0] <= self.mask_ratio[1]:
+            raise ValueError(f"mask_ratio={self.mask_ratio} is no range inside (0, 1); the paper uses [0.2, 0.8]")
+        return self
+
+
+STAGES: dict[str, type[TrainSettings]] = {
+    "pretrain": PretrainSettings,
+    "adapt": AdaptSettings,
+    "sft": SftSettings,
+    "grpo": GrpoSettings,
+}

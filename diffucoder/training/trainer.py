@@ -13,7 +13,7 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from types import FrameType
@@ -47,7 +47,7 @@ class Micro:
 class Terms:
     """What a micro-batch adds: a loss still to be divided by the step's count, and (sum, number) of logged means."""
 
-    loss: Tensor
+    loss: Tensor | None  # None: an evaluation without one
     figures: Mapping[str, tuple[Tensor, int]]
 
 
@@ -55,10 +55,14 @@ class Stage(Protocol):
     """What is trained on. `shares` are one process's rows of the step, a range for each micro-batch."""
 
     held_out_rows: int
+    stride: int  # steps between which a checkpoint may be cut
+    shown: tuple[str, ...]  # figures in the progress bar, beside the loss
+
+    def begin(self) -> dict[str, Tensor]: ...  # once, before a checkpoint is read: tensors that checkpoints shall hold
 
     def prepare(self, step: int, shares: Sequence[range]) -> Sequence[Any]: ...  # Any: the stage's own Micro
 
-    def held_out(self, shares: Sequence[range]) -> Sequence[Any]: ...
+    def held_out(self, model: nn.Module, shares: Sequence[range]) -> Iterable[tuple[float, Terms]]: ...  # with counts
 
     def loss(self, model: nn.Module, micro: Any) -> Terms: ...
 
@@ -79,6 +83,7 @@ class Trainer:
             (enable or model.model.gradient_checkpointing_enable)({"use_reentrant": False})
         self.model, self.optimizer = self.accelerator.prepare(model, _optimizer(model, settings))
         self.average = {n: p.detach().clone() for n, p in self._trained()} if settings.ema else {}
+        self._kept = stage.begin()
         self._signal, self._stopping = 0, False  # what this process was sent, what all of them agreed on
         self._window: dict[str, list[float]] = {}
         self._logged_at = time.monotonic()
@@ -96,11 +101,12 @@ class Trainer:
             while self.step < settings.steps:
                 figures = self._train_step()
                 self.step += 1
-                show(figures["loss"])
+                show(figures)
                 self._log(figures)
-                if self._stopping or self.step % settings.save_every == 0 or self.step == settings.steps:
+                stopping = self._stopping and self.step % self.stage.stride == 0
+                if stopping or self.step % settings.save_every == 0 or self.step == settings.steps:
                     checkpoints.save(settings.run, self.step, self._state(), self.accelerator, keep=settings.keep)
-                if self._stopping:
+                if stopping:
                     message = f"stopped at step {self.step} of {settings.steps}; go on with --resume"
                     Console(stderr=True).print(message, soft_wrap=True)
                     raise SystemExit(128 + (self._signal or signal.SIGTERM))
@@ -115,7 +121,7 @@ class Trainer:
         micros = self.stage.prepare(self.step, self._shares)
         # One sum over the processes tells the divisor, the tokens seen, and whether any process was asked to stop
         count, tokens, signals = self._sum([sum(m.count for m in micros), sum(m.tokens for m in micros), self._signal])
-        self._stopping = signals > 0
+        self._stopping |= signals > 0
         sums: dict[str, Tensor] = {}
         for at, micro in enumerate(micros):
             wait = accelerator.no_sync(self.model) if at < len(micros) - 1 else nullcontext()
@@ -144,10 +150,10 @@ class Trainer:
         divisor = 0.0
         self.model.eval()
         self._swap_averages()
-        for micro in self.stage.held_out(shares):
-            with torch.no_grad():
-                _add(sums, self.stage.loss(self.model, micro))
-            divisor += micro.count
+        with torch.no_grad():
+            for count, terms in self.stage.held_out(self.model, shares):
+                _add(sums, terms)
+                divisor += count
         reshard(self.model)
         self._swap_averages()
         self.model.train()
@@ -175,7 +181,7 @@ class Trainer:
         flat = torch.stack([sums[name] for name in sums]).flatten().tolist() if sums else []  # one look at the device
         total = self._sum(flat)
         pairs = {name: (total[2 * at], total[2 * at + 1]) for at, name in enumerate(sums)}
-        loss = {"loss": pairs.pop("loss")[0] / max(divisor, 1)} if sums else {}
+        loss = {"loss": pairs.pop("loss")[0] / max(divisor, 1)} if "loss" in pairs else {}
         return loss | {name: value / max(number, 1) for name, (value, number) in pairs.items()}
 
     def _log(self, figures: Figures) -> None:
@@ -206,10 +212,10 @@ class Trainer:
         AcceleratorState._reset_state(reset_partial_state=True)
 
     def _state(self) -> checkpoints.State:
-        return checkpoints.State(self.model, self.optimizer.optimizer, self.average)
+        return checkpoints.State(self.model, self.optimizer.optimizer, self.average, self._kept)
 
     @contextmanager
-    def _progress(self) -> Iterator[Callable[[float], None]]:
+    def _progress(self) -> Iterator[Callable[[Figures], None]]:
         """A bar on a terminal, shown by the first process; elsewhere metrics.jsonl tells."""
         name = self.settings.run.name
         count = TextColumn("{task.completed}/{task.total}")
@@ -218,7 +224,12 @@ class Trainer:
         columns = (TextColumn("{task.description}"), BarColumn(), count, TimeRemainingColumn())
         with Progress(*columns, console=console, disable=not shown) as bar:
             task = bar.add_task(name, total=self.settings.steps, completed=self.step)
-            yield lambda loss: bar.update(task, completed=self.step, description=f"{name} loss {loss:.3f}")
+
+            def show(figures: Figures) -> None:
+                told = " ".join(f"{each} {figures[each]:.3f}" for each in ("loss", *self.stage.shown))
+                bar.update(task, completed=self.step, description=f"{name} {told}")
+
+            yield show
 
 
 def schedule(step: int, settings: TrainSettings) -> float:
@@ -260,7 +271,9 @@ def _signals(trainer: Trainer) -> Iterator[None]:
 
 def _add(sums: dict[str, Tensor], terms: Terms) -> None:
     """Add the (sum, number) pairs of a micro-batch to those of the step: (2,) float32 each."""
-    pairs = {"loss": (terms.loss.detach(), 1), **terms.figures}
+    pairs = dict(terms.figures)
+    if terms.loss is not None:
+        pairs["loss"] = (terms.loss.detach(), 1)
     for name, (value, number) in pairs.items():
         pair = torch.stack([value.float(), torch.full_like(value, number, dtype=torch.float32)])
         sums[name] = sums[name] + pair if name in sums else pair

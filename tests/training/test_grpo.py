@@ -1,0 +1,377 @@
+"""Oracle 7 and the stage around it: hand-computed vectors, the first step's gradient, and real runs of a small model
+that are killed, spread over processes, adapted by adapters, and learn."""
+
+import inspect
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from diffucoder.diffusion import View
+from diffucoder.errors import ConfigError, SandboxError
+from diffucoder.grading.sandbox import isolation
+from diffucoder.models.checkpoint import load_denoiser, load_tokenizer
+from diffucoder.problems import problems as problems_of_tiny
+from diffucoder.training.exercises import Exercise, write_exercises
+from diffucoder.training.grpo import (
+    Batch,
+    GrpoMicro,
+    GrpoStage,
+    advantages,
+    clipped_loss,
+    grpo,
+    k3,
+    reduction_weights,
+    score,
+    usable,
+)
+from diffucoder.training.rewards import Reward
+from diffucoder.training.rollouts import Completion, Rollouts, prompt_ids
+from diffucoder.training.settings import GrpoSettings
+
+ROOT = Path(__file__).parents[2]
+Fields = dict[str, Any]  # Any: each setting has its own type, checked by pydantic
+
+
+# --- formulas --------------------------------------------------------------------------------------------------------
+
+
+def test_leave_one_out_by_hand() -> None:
+    rewards = torch.tensor([1.0, 0, 0, 1])
+    torch.testing.assert_close(advantages(rewards, 4, baseline="leave_one_out"), torch.tensor([2.0, -2, -2, 2]) / 3)
+    torch.testing.assert_close(advantages(rewards, 4), torch.tensor([0.5, -0.5, -0.5, 0.5]))
+
+
+@pytest.mark.parametrize("baseline", ["mean", "leave_one_out"])
+@pytest.mark.parametrize("scale", [False, True])
+def test_advantages_add_up_to_zero_in_each_group(baseline: str, scale: bool) -> None:
+    rewards = torch.rand(24, generator=torch.Generator().manual_seed(0))
+    sums = advantages(rewards, 6, baseline=baseline, scale=scale).view(4, 6).sum(1)
+    torch.testing.assert_close(sums, torch.zeros(4), atol=1e-5, rtol=0)
+
+
+def test_scaled_advantages_have_the_spread_of_one() -> None:
+    found = advantages(torch.tensor([0.0, 1, 2, 3]), 4, scale=True)
+    assert float(found.std()) == pytest.approx(1, abs=1e-3)
+
+
+def test_k3_by_hand() -> None:
+    found = k3(torch.tensor([0.0, 0.0, -1.0]), torch.tensor([0.0, 0.1, -1.0]))
+    torch.testing.assert_close(found, torch.tensor([0.0, 0.0051709, 0.0]), atol=1e-6, rtol=0)
+
+
+def test_ratios_are_clipped_on_the_side_that_the_advantage_points_to() -> None:
+    now = torch.tensor([[1.0, -1.0, 0.1]]).repeat(2, 1)  # ratios 2.7, 0.37, 1.1
+    found = clipped_loss(
+        now, torch.zeros(2, 3), torch.tensor([1.0, -1.0]), torch.ones(2, 3, dtype=torch.bool), low=0.5, high=0.5
+    )
+    expected = torch.tensor([[-1.5, -(torch.e**-1.0), -(torch.e**0.1)], [torch.e, 0.5, torch.e**0.1]])
+    torch.testing.assert_close(found.loss, expected)
+    assert found.high.tolist() == [[True, False, False], [False, False, False]]
+    assert found.low.tolist() == [[False, False, False], [False, True, False]]
+
+
+def test_a_sequence_ratio_is_the_mean_over_what_counts() -> None:
+    now, scored = torch.tensor([[0.2, 0.4, 9.0]]), torch.tensor([[True, True, False]])
+    found = clipped_loss(now, torch.zeros(1, 3), torch.ones(1), scored, low=0.9, high=9.0, level="sequence")
+    torch.testing.assert_close(found.ratio, torch.full((1, 3), 0.3).exp())
+
+
+@pytest.mark.parametrize(
+    ("reduction", "expected"), [("token", 11 / 4), ("sequence", (1 + 10 / 3) / 2), ("length", 11 / 10)]
+)
+def test_reductions_by_hand(reduction: str, expected: float) -> None:
+    loss = torch.tensor([[1.0, 9, 9, 9, 9], [2, 3, 5, 9, 9]])
+    weight, count = reduction_weights(loss < 9, 5, reduction=reduction)
+    assert float((loss * weight).sum() / count) == pytest.approx(expected)
+
+
+class Scripted(nn.Module):
+    """A denoiser of two tokens that gives token 0 the log-probabilities it was told, one call's rows each."""
+
+    def __init__(self, log_probs: Tensor) -> None:
+        super().__init__()
+        self.log_probs = log_probs  # (V * B, T)
+
+    def forward(self, tokens: Tensor, *, rows: Tensor, reduce: Any, **_: Any) -> Tensor:
+        wanted = self.log_probs[rows[:, 0], rows[:, 1]]  # (M,)
+        logits = torch.stack([wanted, (1 - wanted.exp()).log()], -1)  # (M, 2)
+        found: Tensor = reduce(logits, slice(0, len(rows)))
+        return found
+
+
+def test_the_coupled_score_by_hand() -> None:
+    everything = torch.ones(1, 2, dtype=torch.bool)
+    first = torch.tensor([[True, False]])
+    views = [View(everything, everything / 2), View(first, first / (0.5 * 2)), View(~first, ~first / (0.5 * 2))]
+    batch = Batch(torch.zeros(1, 2, dtype=torch.long), None, everything, everything)
+    model = Scripted(torch.tensor([[-2.0, -3.0], [-1.0, -7.0], [-7.0, -0.5]]))
+    torch.testing.assert_close(score(model, batch, views, mask_id=1), torch.tensor([[-2.0, -2.0]]))
+
+
+# --- runs ------------------------------------------------------------------------------------------------------------
+
+WORKER = """
+import json, os, signal, sys, torch
+from pathlib import Path
+from diffucoder.training import grpo
+from diffucoder.training.settings import GrpoSettings
+torch.set_num_threads(1)
+fields = json.loads(Path(sys.argv[1]).read_text())
+die = fields.pop("die", None)
+loss = grpo.GrpoStage.loss
+def dying(self, model, micro):
+    dying.seen += 1
+    if dying.seen == die:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return loss(self, model, micro)
+dying.seen = 0
+grpo.GrpoStage.loss = dying
+grpo.Rollouts._reward = lambda self, completion: made_up(completion)
+grpo.grpo(GrpoSettings(**fields))
+"""
+
+
+def made_up(completion: Completion) -> Reward:
+    """A reward that a model which knows nothing can earn: the share of its tokens that are even."""
+    share = sum(token % 2 == 0 for token in completion.tokens) / len(completion.tokens)
+    return Reward(share, 1.0, share, "ok", "", 0.0)
+
+
+_HEAD = "from diffucoder.training.rewards import Reward\n" + inspect.getsource(made_up).replace(": Completion", "")
+
+
+@pytest.fixture(scope="module")
+def exercises(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A few problems; in most tests their rewards are `made_up`."""
+    try:
+        isolation()
+    except SandboxError as error:
+        pytest.skip(str(error))
+    path = tmp_path_factory.mktemp("exercises") / "exercises.jsonl"
+    made = [Exercise(f"e{n}", f"Add {n}.", (f"assert f({n}) == {n + 1}", "assert f(0) == 1")) for n in range(6)]
+    write_exercises(path, made)
+    return path
+
+
+@pytest.fixture
+def fields(tmp_path: Path, exercises: Path, adapted: Path) -> Fields:
+    """Settings of a run of a few seconds."""
+    return {
+        **{"run": tmp_path / "run", "model": str(adapted), "data": (str(exercises),), "held_out": (str(exercises),)},
+        **{"held_out_rows": 4, "steps": 4, "batch": 8, "group": 4, "lr": 1e-3, "bf16": False, "save_every": 2},
+        **{"new_tokens": 12, "prompt_tokens": 40, "decoding_steps": 4, "log_every": 1, "samples_every": 2},
+        **{"export_dtype": "float32", "kl": 0.05, "reference_every": 3, "workers": 1},
+    }
+
+
+def launch(fields: Fields, *, config: str | None = None) -> subprocess.CompletedProcess[str]:
+    """The run as a process of its own, or as two under one of recipes/accelerate/."""
+    folder = Path(fields["run"])
+    script, settings = folder.with_suffix(".py"), folder.with_suffix(".json")
+    script.write_text(_HEAD + WORKER)
+    settings.write_text(json.dumps(fields, default=str))
+    launcher = [sys.executable]
+    if config:
+        launcher += ["-m", "accelerate.commands.launch", "--config_file", str(ROOT / "recipes/accelerate" / config)]
+        launcher += ["--num_processes", "2", "--main_process_port", "0"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [*launcher, str(script), str(settings)]
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+
+
+def weights(run: Path) -> dict[str, Tensor]:
+    return load_file(run / "model" / "model.safetensors")
+
+
+def lines(run: Path, name: str = "metrics.jsonl") -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / name).read_text().splitlines()]
+
+
+def same(left: dict[str, Tensor], right: dict[str, Tensor]) -> bool:
+    return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
+
+
+@pytest.fixture
+def _scripted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Rollouts, "_reward", lambda _, completion: made_up(completion))
+
+
+@pytest.mark.usefixtures("_scripted")
+def test_the_first_step_is_on_policy_and_near_the_reference(fields: Fields) -> None:
+    grpo(GrpoSettings(**fields))
+    first = lines(fields["run"])[0]
+    assert first["ratio"] == 1
+    assert first["clip_low"] == first["clip_high"] == first["kl"] == 0
+    second = lines(fields["run"])[1]
+    assert second["ratio"] != 1
+    assert 0 < second["kl"] < 1
+
+
+@pytest.mark.usefixtures("_scripted")
+@pytest.mark.parametrize("estimator", ["coupled", "decoupled", "full_mask", "d1", "causal"])
+def test_each_estimator_trains(fields: Fields, estimator: str) -> None:
+    grpo(GrpoSettings(**{**fields, "estimator": estimator, "steps": 2}))
+    assert (fields["run"] / "model" / "model.safetensors").exists()
+
+
+@pytest.mark.usefixtures("_scripted")
+def test_the_first_gradient_is_that_of_reinforce(fields: Fields, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On policy the gradient of the clipped ratio is that of advantage times score."""
+    seen: list[tuple[Tensor, Tensor]] = []
+    loss = GrpoStage.loss
+
+    def compared(self: GrpoStage, model: nn.Module, micro: GrpoMicro) -> Any:
+        parameter = next(p for name, p in model.named_parameters() if "q_proj.weight" in name)
+        (ours,) = torch.autograd.grad(loss(self, model, micro).loss, parameter)
+        own = self._score(model, micro) * micro.advantage[:, None] * micro.weight
+        (theirs,) = torch.autograd.grad(-own.sum(), parameter)
+        seen.append((ours, theirs))
+        return loss(self, model, micro)
+
+    monkeypatch.setattr(GrpoStage, "loss", compared)
+    grpo(GrpoSettings(**{**fields, "steps": 1, "iterations": 1, "save_every": 1, "kl": 0.0}))
+    ours, theirs = seen[0]
+    assert float(theirs.abs().max()) > 0
+    torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.usefixtures("_scripted")
+@pytest.mark.parametrize("kl", [0.0, 0.05])
+def test_micro_batches_change_nothing(fields: Fields, kl: float) -> None:
+    runs = [fields["run"] / str(size) for size in (8, 2)]
+    for run, size in zip(runs, (8, 2), strict=True):
+        grpo(GrpoSettings(**{**fields, "run": run, "micro_batch": size, "steps": 2, "kl": kl}))
+    for name in ("loss", "grad_norm", "reward", "ratio"):
+        left, right = ([line[name] for line in lines(run)] for run in runs)
+        assert left == pytest.approx(right, rel=1e-3, abs=2e-6), name
+
+
+@pytest.mark.usefixtures("_scripted")
+def test_each_inner_iteration_has_masks_of_its_own_and_old_scores_have_the_same(
+    fields: Fields, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[GrpoMicro] = []
+    loss = GrpoStage.loss
+
+    def noted(self: GrpoStage, model: nn.Module, micro: GrpoMicro) -> Any:
+        seen.append(micro)
+        if micro.old is not None and len(seen) == 2:  # nothing has been learnt in between: the very same numbers
+            model.load_state_dict(start)
+            torch.testing.assert_close(self._score(model, micro).detach(), micro.old)
+        return loss(self, model, micro)
+
+    start = {name: tensor.clone() for name, tensor in load_denoiser(fields["model"]).state_dict().items()}
+    monkeypatch.setattr(GrpoStage, "loss", noted)
+    grpo(GrpoSettings(**{**fields, "steps": 2}))
+    first, second = seen
+    assert torch.equal(first.batch.tokens, second.batch.tokens)
+    assert not torch.equal(first.views[1].masked, second.views[1].masked)
+    assert first.old is None
+
+
+@pytest.mark.usefixtures("_scripted")
+def test_a_run_killed_in_mid_iteration_goes_on_bit_for_bit(fields: Fields) -> None:
+    grpo(GrpoSettings(**fields))
+    killed = {**fields, "run": fields["run"].with_name("killed")}
+    assert launch({**killed, "die": 4}).returncode == -signal.SIGKILL
+    assert not (killed["run"] / "model").exists()
+    grpo(GrpoSettings(**{**killed, "resume": True}))
+    assert same(weights(killed["run"]), weights(fields["run"]))
+    told = [line["step"] for line in lines(killed["run"], "samples.jsonl")]
+    assert told == [line["step"] for line in lines(fields["run"], "samples.jsonl")]
+
+
+@pytest.mark.usefixtures("_scripted")
+@pytest.mark.parametrize("config", ["ddp.yaml", "fsdp2.yaml"])
+def test_two_processes_are_one(fields: Fields, config: str) -> None:
+    grpo(GrpoSettings(**{**fields, "micro_batch": 2}))
+    two = {**fields, "run": fields["run"].with_name("two"), "micro_batch": 2}
+    done = launch(two, config=config)
+    assert done.returncode == 0, done.stderr
+    for name in ("loss", "reward", "kl", "ratio"):
+        left, right = ([line[name] for line in lines(run)] for run in (fields["run"], two["run"]))
+        assert left == pytest.approx(right, rel=1e-3, abs=1e-4), name
+
+
+@pytest.mark.usefixtures("_scripted")
+def test_under_adapters_the_reference_is_the_model_without_them(fields: Fields) -> None:
+    """The KL divergence is 0 at first and stays small, and what is exported is the whole model."""
+    grpo(GrpoSettings(**{**fields, "lora_rank": 2, "steps": 2}))
+    told = lines(fields["run"])
+    assert told[0]["kl"] == 0 < told[1]["kl"]
+    assert not any("lora" in name for name in weights(fields["run"]))
+
+
+@pytest.mark.usefixtures("_scripted")
+def test_a_run_learns_what_is_rewarded(fields: Fields) -> None:
+    more = {"steps": 40, "save_every": 40, "batch": 32, "group": 8, "lr": 3e-3, "kl": 0.0, "held_out": ()}
+    grpo(GrpoSettings(**{**fields, **more}))
+    earned = [line["reward"] for line in lines(fields["run"])]
+    assert sum(earned[-6:]) / 6 > sum(earned[:6]) / 6 + 0.1
+
+
+def test_programs_that_are_written_are_run_and_told(fields: Fields, tmp_path: Path) -> None:
+    """The shipped model on problems that it half knows, graded in the sandbox."""
+    problems = tmp_path / "problems.jsonl"
+    made = [Exercise(p.name, p.prompt, p.tests) for p in problems_of_tiny("train", 8, seed=3)]
+    write_exercises(problems, made)
+    real = {"model": None, "data": (str(problems),), "held_out": (str(problems),), "new_tokens": 48, "steps": 2}
+    grpo(GrpoSettings(**{**fields, **real, "prompt_tokens": 80, "decoding_steps": 16}))
+    told = lines(fields["run"])[-1]
+    assert 0 < told["reward"] <= 2.5
+    assert 0 < told["held_out_pass@1"] <= 1
+    assert {"zero_variance", "length", "local_ar_ness", "decoding_seconds", "grading_seconds"} <= told.keys()
+    samples = lines(fields["run"], "samples.jsonl")
+    assert len(samples) == 8
+    assert {"ok"} <= {sample["status"] for sample in samples}
+
+
+# --- what is left out or refused -------------------------------------------------------------------------------------
+
+
+def test_long_requests_lose_their_beginning_and_never_their_header(adapted: Path) -> None:
+    tokenizer = load_tokenizer(str(adapted))
+    whole = tokenizer.encode(tokenizer.chat("add numbers " * 30))
+    cut = prompt_ids(tokenizer, "add numbers " * 30, 40)
+    head, _, tail = tokenizer.chat("\0").partition("\0")
+    header, footer = tokenizer.encode(head), tokenizer.encode(tail)
+    assert len(cut) == 40 < len(whole)
+    assert cut[: len(header)] == header
+    assert cut[-len(footer) :] == footer
+    assert cut[-20:] == whole[-20:]
+    with pytest.raises(ConfigError, match="prompt_tokens=8 has no room"):
+        prompt_ids(tokenizer, "add numbers " * 30, 8)
+
+
+def test_tests_that_a_program_could_tamper_with_are_left_out_and_counted(capsys: pytest.CaptureFixture[str]) -> None:
+    safe, unsafe = "assert f(1) == 2", "x = f(1)\nassert x > 1"
+    kept = usable([Exercise("a", "A", (safe, unsafe)), Exercise("b", "B", (unsafe,))])
+    assert [(e.id, e.tests) for e in kept] == [("a", (safe,))]
+    said = " ".join(capsys.readouterr().err.split())
+    assert "left out 2 tests that a program could tamper with, and 1 problems" in said
+    with pytest.raises(ConfigError, match="no usable test in 1 problems"):
+        usable([Exercise("b", "B", (unsafe,))])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"batch": 10}, "batch=10 is no multiple of group=4"),
+        ({"steps": 5}, "steps=5 is no multiple of iterations=2"),
+        ({"save_every": 3}, "save_every=3 is no multiple of iterations=2"),
+        ({"mask_ratio": (0.0, 0.5)}, r"mask_ratio=\(0.0, 0.5\) is no range inside"),
+        ({"prompt_tokens": 4000}, r"prompt_tokens \+ new_tokens=4012 exceeds the model's context"),
+    ],
+)
+def test_what_cannot_work_is_one_line(fields: Fields, changes: Fields, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        grpo(GrpoSettings(**{**fields, **changes}))
