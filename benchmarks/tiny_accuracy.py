@@ -23,6 +23,8 @@ from rich.progress import track
 from transformers import AutoModelForCausalLM
 
 from diffucoder import DecodingParams, DiffuCoder
+from diffucoder.decoding.generate import Generation
+from diffucoder.decoding.trace import commit_order, global_ar_ness, local_ar_ness
 from diffucoder.grading.extract import program_from
 from diffucoder.grading.grade import grade_many
 from diffucoder.models.checkpoint import load_tokenizer
@@ -41,29 +43,34 @@ def main(
     steps: Annotated[str, typer.Option(help="steps to measure at, separated by commas")] = "64,32,16",
     policy: Annotated[str, typer.Option(help="which positions go first")] = "entropy",
     seed: Annotated[int, typer.Option(help="of the problems drawn")] = 1,
+    hard: Annotated[bool, typer.Option("--hard", help="chains of three blocks only")] = False,
     batch: Annotated[int, typer.Option(help="requests decoded together")] = 32,
     base: Annotated[bool, typer.Option("--base", help="ask in a comment, as a model that knows no chat")] = False,
     causal: Annotated[bool, typer.Option("--causal", help="an autoregressive model: left to right, always")] = False,
-    figures: Annotated[Path | None, typer.Option(help="write {steps: share solved} to this JSON file")] = None,
+    figures: Annotated[Path | None, typer.Option(help="write what each number of steps gave to this JSON file")] = None,
     run: Annotated[Path, typer.Option(help="folder for the answers")] = Path("runs/tiny-accuracy"),
 ) -> None:
-    drawn = list(problems(split, count, seed=seed))  # type: ignore[arg-type]  # `problems` checks it
+    drawn = list(problems(split, count, seed=seed, hard=hard))  # type: ignore[arg-type]  # `problems` checks it
     prompts = [f"# {p.prompt}\n" if base else p.prompt for p in drawn]  # as recipes/tiny/data.py writes documents
     answer = _causal(model) if causal else _denoising(DiffuCoder.load(model), chat=not base)
-    rows, shares = [], {}
+    rows, told = [], {}
     for budget in (int(part) for part in steps.split(",")):
         params = DecodingParams(steps=budget, new_tokens=new_tokens, policy=policy)  # type: ignore[arg-type]
-        name = f"{_key(model)}-{split}-{seed}-{'base' if base else 'chat'}-{policy}-{new_tokens}-{budget}.jsonl"
+        asked = f"{split}{'-hard' if hard else ''}-{seed}-{'base' if base else 'chat'}"
+        name = f"{_key(model)}-{asked}-{policy}-{new_tokens}-{budget}.jsonl"
         answers = _answers(answer, prompts, params, run / name, batch)
         programs = [program_from(answer["text"]) for answer in answers]
         verdicts = grade_many([(text, p.tests) for text, p in zip(programs, drawn, strict=True)], workers=2)
         solved = [verdict.passed for verdict in verdicts]
-        shares[budget] = sum(solved) / len(solved)
+        told[budget] = {"share": sum(solved) / len(solved), "solved": [int(each) for each in solved]}
+        for measure in ("local", "global"):
+            known = [answer[measure] for answer in answers if answer.get(measure) is not None]
+            told[budget][measure] = sum(known) / len(known) if known else None
         parsed = [_parses(a["text"]) for a in answers]
         rows.append(_row(budget, answers, solved, parsed, drawn))
         print(rows[-1])
     if figures is not None:
-        figures.write_text(json.dumps(shares) + "\n", encoding="utf-8")
+        figures.write_text(json.dumps(told) + "\n", encoding="utf-8")
     elif split == "test" and model is None:
         coder = DiffuCoder.load()
         RESULTS.parent.mkdir(exist_ok=True)
@@ -80,9 +87,16 @@ def _key(model: str | None) -> str:
 def _denoising(coder: DiffuCoder, *, chat: bool) -> Answer:
     def answer(prompts: Sequence[str], params: DecodingParams) -> list[dict[str, Any]]:
         results = coder.decode(coder.canvas(prompts, params, chat=chat), params)
-        return [{"text": r.text, "passes": r.forward_passes, "tokens": len(r.tokens)} for r in results]
+        return [{"text": r.text, "passes": r.forward_passes, "tokens": len(r.tokens), **_ar_ness(r)} for r in results]
 
     return answer
+
+
+def _ar_ness(result: Generation) -> dict[str, float | None]:
+    """AR-ness@1 of the answer with its terminator; None where there is nothing to order."""
+    order = commit_order(result.trace.steps[: len(result.tokens) + 1])
+    both = {"local": local_ar_ness(order, 1), "global": global_ar_ness(order, 1)}
+    return {name: None if math.isnan(value) else round(value, 4) for name, value in both.items()}
 
 
 def _causal(model: str | None) -> Answer:

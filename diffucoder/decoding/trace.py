@@ -49,8 +49,12 @@ class Trace:
     @property
     def order(self) -> list[int]:
         """Positions in `tokens` in the order of their commitment; several of one step from left to right."""
-        committed = [(step, self.prompt_length + i) for i, step in enumerate(self.steps) if step >= 0]
-        return [position for _, position in sorted(committed)]
+        return [self.prompt_length + at for at in commit_order(self.steps)]
+
+
+def commit_order(steps: Sequence[int]) -> list[int]:
+    """Positions in the order of their commitment, from the step of each; -1, which none committed, is left out."""
+    return [at for _, at in sorted((step, at) for at, step in enumerate(steps) if step >= 0)]
 
 
 def record(steps: Iterable[Step], canvas: Canvas, *, params: DecodingParams, model: str = "") -> list[Trace]:

@@ -13,7 +13,6 @@ one iteration; held-out problems are evaluated. `ratio_per="step"`, `advantage="
 The first half is pure functions on tensors: B completions of T positions, left padding and prompt included.
 """
 
-import json
 import math
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -32,11 +31,12 @@ from diffucoder.diffusion import View, keyed_generator, score_views
 from diffucoder.errors import ConfigError
 from diffucoder.grading.asserts import parse
 from diffucoder.grading.sandbox import Sandbox
-from diffucoder.models.denoiser import Denoiser
+from diffucoder.models.denoiser import Denoiser, set_causal
+from diffucoder.training import samples
 from diffucoder.training.exercises import Exercise, read_exercises
 from diffucoder.training.kernels import training_kernels
 from diffucoder.training.processes import gathered
-from diffucoder.training.rollouts import Completion, Graded, Rollouts, sample_lines
+from diffucoder.training.rollouts import Completion, Graded, Rollouts
 from diffucoder.training.run import check_length, load_start, train_and_export
 from diffucoder.training.settings import GrpoSettings
 from diffucoder.training.trainer import Micro, Terms
@@ -369,8 +369,8 @@ class GrpoStage:
         step, every = outer * self.settings.iterations, self.settings.samples_every
         due = step // every != (step - self.settings.iterations) // every
         if due and (not dist.is_initialized() or dist.get_rank() == 0):
-            with (self.settings.run / "samples.jsonl").open("a", encoding="utf-8") as file:
-                file.writelines(json.dumps(line) + "\n" for line in sample_lines(step + 1, graded, gains))
+            tokenizer = self.rollouts.coder.tokenizer
+            samples.write(self.settings.run, list(samples.lines(step + 1, graded, gains, tokenizer)))
 
 
 def collate(completions: Sequence[Completion], *, pad_id: int) -> Batch:
@@ -450,6 +450,8 @@ def grpo(settings: GrpoSettings) -> Path:
     held_out = usable(read_exercises(settings.held_out)) if settings.held_out else []
     denoiser, tokenizer = load_start(settings)
     check_length(denoiser, "prompt_tokens + new_tokens", settings.prompt_tokens + settings.new_tokens)
+    if settings.estimator == "causal":
+        set_causal(denoiser.model, True)
     with Sandbox(settings.workers or None) as sandbox:
         coder = DiffuCoder(denoiser, tokenizer, name=str(settings.model or "tiny"))
         stage = GrpoStage(denoiser, Rollouts(coder, settings, sandbox), exercises, held_out, settings)

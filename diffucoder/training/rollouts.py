@@ -14,10 +14,12 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 from diffucoder.decoding.generate import DiffuCoder
 from diffucoder.decoding.params import DecodingParams
-from diffucoder.decoding.trace import global_ar_ness, local_ar_ness
+from diffucoder.decoding.trace import commit_order, global_ar_ness, local_ar_ness
+from diffucoder.diffusion import keyed_generator
 from diffucoder.errors import ConfigError
 from diffucoder.grading.sandbox import Limits, Sandbox
 from diffucoder.tokenizer import Tokenizer
@@ -44,8 +46,7 @@ class Completion:
     @property
     def ar_ness(self) -> tuple[float, float]:
         """Local and global AR-ness@1 of what comes up to the terminator; nan for a single token."""
-        own = [(step, at) for at, step in enumerate(self.steps[: self.length]) if step >= 0]
-        order = [at for _, at in sorted(own)]
+        order = commit_order(self.steps[: self.length])
         return local_ar_ness(order, 1), global_ar_ness(order, 1)
 
 
@@ -105,7 +106,10 @@ class Rollouts:
         self, exercises: Sequence[Exercise], params: DecodingParams, numbers: Sequence[int]
     ) -> Iterator[Completion]:
         tokenizer, width = self.coder.tokenizer, self.settings.prompt_tokens
-        prompts = [prompt_ids(tokenizer, exercise.prompt, width) for exercise in exercises]
+        prompts = [prompt_ids(tokenizer, exercise.prompt, width, chat=self.settings.chat) for exercise in exercises]
+        if self.settings.estimator == "causal":
+            yield from self._continue(exercises, prompts, params, numbers[0])
+            return
         canvas = replace(self.coder.canvas_of_ids(prompts, params.new_tokens), sample=torch.tensor(numbers))
         for exercise, prompt, result in zip(exercises, prompts, self.coder.decode(canvas, params), strict=True):
             trace = result.trace
@@ -118,6 +122,39 @@ class Rollouts:
                 steps=trace.steps,
                 forward_passes=result.forward_passes,
             )
+
+    def _continue(
+        self, exercises: Sequence[Exercise], prompts: Sequence[list[int]], params: DecodingParams, number: int
+    ) -> Iterator[Completion]:
+        """Completions of an autoregressive model, left to right, by transformers' own generation.
+
+        It draws from the global generator, which is put back, so unlike a denoiser's these depend on their company.
+        """
+        tokenizer, model = self.coder.tokenizer, self.coder.model
+        tokens = [torch.tensor(prompt) for prompt in prompts]
+        tokens = pad_sequence(tokens, batch_first=True, padding_side="left", padding_value=tokenizer.pad_id)  # (B, P)
+        width = tokens.shape[1]
+        lengths = torch.tensor([len(prompt) for prompt in prompts])
+        sampled: dict[str, Any] = {"do_sample": False}  # Any: what transformers takes
+        if params.temperature:
+            sampled = {"do_sample": True, "temperature": params.temperature, "top_p": params.top_p or 1.0, "top_k": 0}
+        with torch.random.fork_rng():
+            torch.manual_seed(keyed_generator(params.seed, number).initial_seed())
+            written = model.model.generate(
+                input_ids=tokens.to(model.device),
+                attention_mask=(torch.arange(width) >= width - lengths[:, None]).long().to(model.device),
+                max_new_tokens=params.new_tokens,
+                eos_token_id=sorted(tokenizer.terminator_ids),
+                pad_token_id=tokenizer.pad_id,
+                **sampled,
+            )[:, width:].tolist()
+        for exercise, prompt, answer in zip(exercises, prompts, written, strict=True):
+            end = next((at for at, token in enumerate(answer) if token in tokenizer.terminator_ids), len(answer))
+            length = min(end + 1, params.new_tokens)
+            rest = params.new_tokens - length
+            padded = answer[:length] + [tokenizer.pad_id] * rest
+            text = tokenizer.decode(answer[:end])
+            yield Completion(exercise, prompt, padded, length, text, [*range(length), *[-1] * rest], length)
 
     def _reward(self, completion: Completion) -> Reward:
         settings = self.settings
@@ -135,11 +172,13 @@ class Rollouts:
         return given
 
 
-def prompt_ids(tokenizer: Tokenizer, request: str, longest: int) -> list[int]:
-    """The chat prompt of `request` in at most `longest` tokens: of a longer request the end is kept, with the header.
+def prompt_ids(tokenizer: Tokenizer, request: str, longest: int, *, chat: bool = True) -> list[int]:
+    """The prompt of `request` in at most `longest` tokens: of a longer request the end is kept, with the chat's header.
 
-    ConfigError where the header alone is longer than that.
+    Without `chat` the request is to be continued as it is. ConfigError where the header alone is longer than that.
     """
+    if not chat:
+        return tokenizer.encode(request, special=False)[-longest:]
     ids = tokenizer.encode(tokenizer.chat(request))
     if len(ids) <= longest:
         return ids
@@ -149,26 +188,3 @@ def prompt_ids(tokenizer: Tokenizer, request: str, longest: int) -> list[int]:
     if room < 1:
         raise ConfigError(f"prompt_tokens={longest} has no room beside the header of {longest - room}; raise it")
     return [*header, *tokenizer.encode(request, special=False)[-room:], *footer]
-
-
-def sample_lines(step: int, graded: Graded, advantages: Sequence[float]) -> Iterator[dict[str, Any]]:
-    """What samples.jsonl holds of each completion."""
-    for completion, given, advantage in zip(graded.completions, graded.rewards, advantages, strict=True):
-        local, overall = completion.ar_ness
-        yield {
-            "step": step,
-            "id": completion.exercise.id,
-            "prompt": completion.exercise.prompt,
-            "completion": completion.text,
-            "reward": given.total,
-            "format": given.format,
-            "pass_rate": given.pass_rate,
-            "status": given.status,
-            "detail": given.detail,
-            "advantage": advantage,
-            "length": completion.length,
-            "forward_passes": completion.forward_passes,
-            "steps": completion.steps,
-            "local_ar_ness": local,
-            "global_ar_ness": overall,
-        }

@@ -163,6 +163,7 @@ class GrpoSettings(TrainSettings):
     temperature: float = Field(default=1.2, gt=0, description="of the completions")
     top_p: float | None = Field(default=0.95, gt=0, le=1, description="of the completions")
     policy: Literal["random", "max_prob", "margin", "entropy"] = Field(default="entropy", description="decoding order")
+    chat: bool = Field(default=True, description="requests in the chat template; false: continued as they are")
     decode_batch: int = Field(default=64, ge=1, description="completions decoded together")
 
     rewards: Literal["robust", "paper"] = Field(default="robust", description="how strictly the format is read")

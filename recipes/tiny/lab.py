@@ -70,8 +70,8 @@ class Lab:
             options = (*options, "--split", "dev", "--count", str(self.budget["solve"]), "--steps", steps)
             script = [str(ROOT / "benchmarks" / "tiny_accuracy.py"), "--model", str(model), *options]
             self._run(f"{run} solves", [*script, "--figures", str(path), "--run", str(self.folder / "answers")])
-        shares: dict[str, float] = json.loads(path.read_text(encoding="utf-8"))
-        return shares
+        told = json.loads(path.read_text(encoding="utf-8"))
+        return {steps: figures["share"] for steps, figures in told.items()}
 
     def curve(self, run: str, figure: str = "held_out_loss") -> list[tuple[float, float]]:
         """(million tokens seen, figure) wherever the run's metrics tell it."""
@@ -219,8 +219,8 @@ def write_report(lab: Lab) -> Path:
 def chain_table(lab: Lab) -> str:
     rows = []
     for name in ("parent", "adapt", "mid", "sft"):
-        shares = json.loads((lab.folder / f"{name}.solved.json").read_text(encoding="utf-8"))
-        solved = [f"{shares[steps]:.1%}" if steps in shares else "–" for steps in ("64", "32")]
+        told = json.loads((lab.folder / f"{name}.solved.json").read_text(encoding="utf-8"))
+        solved = [f"{told[steps]['share']:.1%}" if steps in told else "–" for steps in ("64", "32")]
         rows.append([name, *_cells(lab, name), *solved])
     return _table(["stage", *_COLUMNS, "pass@1, 64 steps", "32 steps"], rows)
 

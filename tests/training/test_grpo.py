@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
 
+from diffucoder.decoding.generate import DiffuCoder
 from diffucoder.diffusion import View
 from diffucoder.errors import ConfigError, SandboxError
-from diffucoder.grading.sandbox import isolation
+from diffucoder.grading.sandbox import Sandbox, isolation
 from diffucoder.models.checkpoint import load_denoiser, load_tokenizer
+from diffucoder.models.denoiser import set_causal
 from diffucoder.problems import problems as problems_of_tiny
 from diffucoder.training.exercises import Exercise, write_exercises
 from diffucoder.training.grpo import (
@@ -27,6 +31,7 @@ from diffucoder.training.grpo import (
     GrpoStage,
     advantages,
     clipped_loss,
+    collate,
     grpo,
     k3,
     reduction_weights,
@@ -223,6 +228,29 @@ def test_each_estimator_trains(fields: Fields, estimator: str) -> None:
     assert (fields["run"] / "model" / "model.safetensors").exists()
 
 
+def test_the_causal_score_is_that_of_the_plain_model(fields: Fields, parent: Path) -> None:
+    """And with sampling at its own temperature, the mean score is the mean log-probability of what was sampled."""
+    tokenizer = load_tokenizer(str(parent))
+    denoiser = load_denoiser(str(parent), mask_id=tokenizer.mask_id, dtype=torch.float32)
+    set_causal(denoiser.model, True)
+    settings = GrpoSettings(**{**fields, "estimator": "causal", "chat": False, "top_p": None, "temperature": 1.0})
+    rollouts = Rollouts(DiffuCoder(denoiser, tokenizer), settings, Sandbox(1))
+    asked = [Exercise("a", "def f0(xs):", ()), Exercise("b", "def f1(xs):\n    return", ())]
+    written = list(rollouts._decode(asked, rollouts.params, [0, 1]))
+    batch = collate(written, pad_id=tokenizer.pad_id)
+    tril = torch.ones(batch.tokens.shape[1], batch.tokens.shape[1], dtype=torch.bool).tril()
+    view = View(torch.zeros_like(batch.completion), batch.completion.float())
+    with torch.no_grad():
+        ours = score(denoiser, replace(batch, attention=tril), [view], mask_id=denoiser.mask_id)
+        for row, completion in enumerate(written):
+            whole = torch.tensor([completion.prompt + completion.tokens])
+            logits = AutoModelForCausalLM.from_pretrained(parent, dtype=torch.float32)(whole).logits.log_softmax(-1)
+            theirs = logits[0, :-1].gather(1, whole[0, 1:, None])[:, 0][len(completion.prompt) - 1 :][
+                : completion.length
+            ]
+            torch.testing.assert_close(ours[row][batch.scored[row]], theirs, atol=1e-4, rtol=1e-4)
+
+
 @pytest.mark.usefixtures("_scripted")
 def test_the_first_gradient_is_that_of_reinforce(fields: Fields, monkeypatch: pytest.MonkeyPatch) -> None:
     """On policy the gradient of the clipped ratio is that of advantage times score."""
@@ -333,6 +361,10 @@ def test_programs_that_are_written_are_run_and_told(fields: Fields, tmp_path: Pa
     samples = lines(fields["run"], "samples.jsonl")
     assert len(samples) == 8
     assert {"ok"} <= {sample["status"] for sample in samples}
+    assert all(len(sample["tokens"]) == len(sample["steps"]) for sample in samples)
+    page = (fields["run"] / "samples.html").read_text()
+    assert page.count("<article>") == 8
+    assert "http" not in page
 
 
 # --- what is left out or refused -------------------------------------------------------------------------------------

@@ -1,0 +1,196 @@
+"""How much the score of a token varies with its masks: coupled against decoupled, full-mask and d1, and the theory.
+
+    python benchmarks/grpo_variance.py                      # minutes on two cores; writes docs/grpo_variance.md
+    python benchmarks/grpo_variance.py --draws 40 --count 8
+
+Completions are fixed: solutions of problems of the dev split behind their requests. Each draw of masks scores all of
+their tokens. The theory (DiffuCoder, appendix A.4) says by how much coupling lowers the variance of a token whose
+masked term M l / t has the mean v: by v^2 / (2 N) for the mean of N pairs, by 2 L v^2 / (L + 1)^2 for the score with L
+pairs. A draw is of independent pairs, so those of N pairs are sums of draws of one. Intervals are over blocks of draws.
+"""
+
+import math
+import platform
+import time
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from rich.progress import track
+from torch import Tensor
+
+from diffucoder import DiffuCoder
+from diffucoder.diffusion import Estimator, keyed_generator, score_views
+from diffucoder.problems import problems
+from diffucoder.training.exercises import Exercise
+from diffucoder.training.grpo import Batch, collate, score
+from diffucoder.training.rollouts import Completion, prompt_ids
+
+DOCS = Path(__file__).parents[1] / "docs"
+BLOCKS = 10
+PAIRS = (1, 2, 4)
+
+
+def main(
+    model: Annotated[str | None, typer.Option(help="folder; the shipped model if left out")] = None,
+    count: Annotated[int, typer.Option(help="completions")] = 24,
+    draws: Annotated[int, typer.Option(help="of masks, a multiple of 40")] = 400,
+    new_tokens: Annotated[int, typer.Option(help="canvas of a completion")] = 64,
+) -> None:
+    """Measure, and write the table and the plot."""
+    began = time.monotonic()
+    coder = DiffuCoder.load(model, dtype=torch.float32)
+    batch = completions(coder, count, new_tokens)
+    scored = batch.scored
+    coupled, decoupled = (terms(coder, batch, draws, estimator) for estimator in ("coupled", "decoupled"))
+    whole = one_pass(coder, batch, 1, "full_mask")[0]  # (N,)
+    prompt_masked = one_pass(coder, batch, draws // 4, "d1")  # (D / 4, N)
+    truth = torch.cat([coupled.mean((0, 1))[None], decoupled.mean((0, 1))[None]]).mean(0)  # (N,) v of each token
+    parts = [
+        "# The variance of a token's score over masks",
+        f"`python benchmarks/grpo_variance.py`, {time.strftime('%Y-%m-%d')}, {(time.monotonic() - began) / 60:.0f} "
+        f"minutes: {count} fixed completions of {int(scored.sum())} tokens, {draws} draws of masks, mask ratios "
+        f"uniform in [0.2, 0.8], one a completion; the shipped model in float32. Python {platform.python_version()}, "
+        f"torch {torch.__version__}. Means over tokens, 95 % intervals over {BLOCKS} blocks of draws.",
+        "## Mean of N pairs, against theory",
+        "The masked terms alone, two forward passes a pair, nothing added and nothing divided by.",
+        mean_table(coupled, decoupled, truth),
+        "## The score that is trained on",
+        "With L pairs and the pass in which everything is hidden, which has no variance over masks.",
+        score_table(coupled, decoupled, truth),
+        "## One-pass estimators",
+        one_pass_text(whole, prompt_masked, truth, coupled),
+        "![variance of each token, coupled against decoupled](grpo/variance.svg)",
+    ]
+    draw(coupled, decoupled, truth)
+    (DOCS / "grpo_variance.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+    print("\n\n".join(parts))
+
+
+def completions(coder: DiffuCoder, count: int, new_tokens: int) -> Batch:
+    """Solutions behind their requests, ended and padded as the model was taught."""
+    tokenizer, made = coder.tokenizer, []
+    for problem in problems("dev", 10 * count, seed=11):
+        ids = [*tokenizer.encode(problem.solution, special=False), tokenizer.turn_end_id or tokenizer.pad_id]
+        if len(ids) <= new_tokens and len(made) < count:
+            exercise = Exercise("", problem.prompt, problem.tests)
+            padded = ids + [tokenizer.pad_id] * (new_tokens - len(ids))
+            prompt = prompt_ids(tokenizer, problem.prompt, 128)
+            made.append(Completion(exercise, prompt, padded, len(ids), problem.solution, [], 0))
+    return collate(made, pad_id=tokenizer.pad_id)
+
+
+def views_of(batch: Batch, draw: int, estimator: Estimator):  # type: ignore[no-untyped-def]  # as score_views
+    """The views of one draw of masks, one pair."""
+    rows = len(batch.tokens)
+    ratios = torch.stack([torch.rand(1, 2, generator=keyed_generator(1, draw, row)) for row in range(rows)], 1)
+    noise = [keyed_generator(2, draw, row) for row in range(rows)]
+    valid = torch.ones_like(batch.completion) if batch.valid is None else batch.valid
+    prompt = valid & ~batch.completion
+    return score_views(batch.completion, prompt, 0.2 + 0.6 * ratios, noise, estimator=estimator)
+
+
+@torch.no_grad()
+def terms(coder: DiffuCoder, batch: Batch, draws: int, estimator: Estimator) -> Tensor:
+    """(D, 2, N) the masked terms M l / t of both masks of a pair, for each scored token."""
+    found = []
+    for at in track(range(draws), description=estimator):
+        _, *pair = views_of(batch, at, estimator)
+        both = [score(coder.model, batch, [view], mask_id=coder.model.mask_id)[batch.scored] * 2 for view in pair]
+        found.append(torch.stack(both))  # times 2, for the weights of one pair are halved
+    return torch.stack(found).double()
+
+
+@torch.no_grad()
+def one_pass(coder: DiffuCoder, batch: Batch, draws: int, estimator: Estimator) -> Tensor:
+    """(D, N) scores of an estimator that takes one pass."""
+    views = (views_of(batch, at, estimator) for at in range(draws))
+    return torch.stack(
+        [score(coder.model, batch, v, mask_id=coder.model.mask_id)[batch.scored] for v in views]
+    ).double()
+
+
+def pooled(values: Tensor, pairs: int) -> Tensor:
+    """(D / pairs, N) means of the two terms of `pairs` consecutive draws."""
+    return values.mean(1).unflatten(0, (-1, pairs)).mean(1)
+
+
+def blocked(values: Tensor) -> tuple[float, float]:
+    """Mean and 95 % half-width of a figure from its values in each block."""
+    return float(values.mean()), 1.96 * float(values.std()) / math.sqrt(len(values))
+
+
+def variances(values: Tensor, pairs: int) -> Tensor:
+    """(BLOCKS,) variance over draws, mean over tokens, in each block."""
+    return pooled(values, pairs).unflatten(0, (BLOCKS, -1)).var(1).mean(-1)
+
+
+def mean_table(coupled: Tensor, decoupled: Tensor, truth: Tensor) -> str:
+    rows = []
+    for pairs in PAIRS:
+        ours, theirs = variances(coupled, pairs), variances(decoupled, pairs)
+        theory = float((truth**2).mean()) / (2 * pairs)
+        rows.append([str(pairs), str(2 * pairs), *_cells(ours, theirs, theory)])
+    return _table(["pairs N", "passes", *_HEAD, "theory v²/(2N)"], rows)
+
+
+def score_table(coupled: Tensor, decoupled: Tensor, truth: Tensor) -> str:
+    rows = []
+    for pairs in PAIRS:
+        factor = (2 * pairs / (pairs + 1)) ** 2  # the sum of 2 L terms over L + 1, from their mean
+        ours, theirs = factor * variances(coupled, pairs), factor * variances(decoupled, pairs)
+        theory = 2 * pairs * float((truth**2).mean()) / (pairs + 1) ** 2
+        rows.append([str(pairs), str(2 * pairs + 1), *_cells(ours, theirs, theory)])
+    return _table(["pairs L", "passes", *_HEAD, "theory 2Lv²/(L+1)²"], rows)
+
+
+_HEAD = ("variance, coupled", "decoupled", "ratio", "reduction")
+
+
+def _cells(ours: Tensor, theirs: Tensor, theory: float) -> list[str]:
+    cells = ["{:.3f} ± {:.3f}".format(*blocked(each)) for each in (ours, theirs)]
+    ratio = f"{float(theirs.mean() / ours.mean()):.2f}"
+    return [*cells, ratio, "{:.3f} ± {:.3f}".format(*blocked(theirs - ours)), f"{theory:.3f}"]
+
+
+def one_pass_text(whole: Tensor, prompt_masked: Tensor, truth: Tensor, coupled: Tensor) -> str:
+    bias, apart = whole - truth, prompt_masked.mean(0) - truth
+    noise = float(coupled.mean(1).var(0).mean())
+    return (
+        f"Against v, the mean of the masked terms ({float(truth.mean()):.3f} nats a token on average): `full_mask` has "
+        f"variance 0 and is off by {float(bias.mean()):+.3f} on average, {float((bias**2).mean().sqrt()):.3f} root "
+        f"mean square; `d1` has variance {float(prompt_masked.var(0).mean()):.3f} over its masks of the prompt, and is "
+        f"off by {float(apart.mean()):+.3f}, {float((apart**2).mean().sqrt()):.3f} root mean square. The mean of one "
+        f"coupled pair, unbiased, is off by {math.sqrt(noise):.3f} root mean square."
+    )
+
+
+def draw(coupled: Tensor, decoupled: Tensor, truth: Tensor) -> None:
+    """One dot a token."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    matplotlib.rcParams["svg.hashsalt"] = "diffucoder"  # the same drawing gives the same bytes
+    from matplotlib import pyplot
+
+    saved = (decoupled.mean(1).var(0) - coupled.mean(1).var(0)).tolist()
+    theory = (truth**2 / 2).tolist()
+    figure, axes = pyplot.subplots(figsize=(5, 5))
+    axes.scatter(theory, saved, s=6, alpha=0.5)
+    top = max(theory)
+    axes.plot([0, top], [0, top], color="black", linewidth=0.8, label="theory")
+    axes.set(xlabel="v² / 2", ylabel="variance decoupled - coupled, mean of one pair")
+    axes.legend()
+    (DOCS / "grpo").mkdir(exist_ok=True)
+    figure.savefig(DOCS / "grpo" / "variance.svg", metadata={"Date": None}, bbox_inches="tight")
+    pyplot.close(figure)
+
+
+def _table(head: list[str], rows: list[list[str]]) -> str:
+    lines = [head, ["---", *["--:"] * (len(head) - 1)], *rows]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+if __name__ == "__main__":
+    typer.run(main)
