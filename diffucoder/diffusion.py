@@ -8,7 +8,7 @@ depends on nothing else: not on how a step is cut into micro-batches, nor on how
 """
 
 import struct
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from hashlib import blake2b
 from typing import Literal, NamedTuple
 
@@ -59,14 +59,15 @@ def corrupt(tokens: Tensor, maskable: Tensor, t: Tensor, mask_id: int, noise: No
     `tokens` (B, T) int64, `maskable` (B, T) bool, `t` (B,). Returns the noisy tokens and which of them are masked,
     both (B, T).
     """
-    masked = maskable & (_uniform(tokens, noise) < t.to(tokens.device)[:, None])
+    masked = maskable & (_uniform(torch.ones_like(maskable), noise) < t.to(tokens.device)[:, None])
     return tokens.masked_fill(masked, mask_id), masked
 
 
 def complementary_masks(maskable: Tensor, t: Tensor, noise: Noise) -> tuple[Tensor, Tensor]:
     """Two disjoint masks that together are `maskable` (B, T): a token is in the first with probability t, (B,).
 
-    DiffuCoder §5 (coupled sampling): the second mask belongs to time 1 - t.
+    DiffuCoder §5 (coupled sampling): the second mask belongs to time 1 - t. With a generator a row, a row's masks are
+    the same wherever its padding ends.
     """
     first = maskable & (_uniform(maskable, noise) < t.to(maskable.device)[:, None])
     return first, maskable & ~first
@@ -104,19 +105,17 @@ def score_views(
     everything = completion.float()
     if estimator == "full_mask":
         return [View(completion, everything)]
-    uniform = _uniform_from_right(completion | prompt, noise)
     if estimator == "d1":
-        return [View(completion | (prompt & (uniform() < prompt_mask)), everything)]
+        return [View(completion | (_uniform(prompt, noise) < prompt_mask), everything)]
     shares = len(ratios) + 1
     views = [View(completion, everything / shares)]
     for pair in ratios.to(completion.device):
-        first, second = pair[:, :1], pair[:, 1:]  # (B, 1) each
-        masked = completion & (uniform() < first)
+        first, second = pair.unbind(-1)  # (B,) each
         if estimator == "coupled":
-            others, second = completion & ~masked, 1 - first
+            masks, second = complementary_masks(completion, first, noise), 1 - first
         else:
-            others = completion & (uniform() < second)
-        views += [View(masked, masked / (first * shares)), View(others, others / (second * shares))]
+            masks = (_uniform(completion, noise) < first[:, None], _uniform(completion, noise) < second[:, None])
+        views += [View(m, m / (t[:, None] * shares)) for m, t in zip(masks, (first, second), strict=True)]
     return views
 
 
@@ -162,22 +161,11 @@ def loss_weights(masked: Tensor, t: Tensor, maskable: Tensor, *, normaliser: str
     return weights, float(maskable.sum()) if normaliser == "length" else float(len(row))
 
 
-def _uniform_from_right(valid: Tensor, noise: Sequence[Generator]) -> Callable[[], Tensor]:
-    """Draws (B, T), each row's counted from its right end: left padding changes nothing. 1 on padding."""
-    lengths = valid.sum(-1).tolist()
-
-    def draw() -> Tensor:
-        drawn = torch.ones(valid.shape)
-        for row, (length, generator) in enumerate(zip(lengths, noise, strict=True)):
-            drawn[row, valid.shape[1] - length :] = torch.rand(length, generator=generator)
-        return drawn.to(valid.device)
-
-    return draw
-
-
-def _uniform(like: Tensor, noise: Noise) -> Tensor:
-    """Uniform draws of the shape (B, T) of `like`, on its device."""
+def _uniform(where: Tensor, noise: Noise) -> Tensor:
+    """Uniform draws (B, T) on the device of `where` (B, T) bool; with a generator a row only there, 1 elsewhere."""
     if isinstance(noise, Generator):
-        return torch.rand(like.shape, generator=noise).to(like.device)
-    rows = [torch.rand(like.shape[1], generator=generator) for generator in noise]
-    return torch.stack(rows).to(like.device)
+        return torch.rand(where.shape, generator=noise).to(where.device)
+    drawn = torch.ones(where.shape)
+    for row, (here, generator) in enumerate(zip(where.cpu(), noise, strict=True)):
+        drawn[row, here] = torch.rand(int(here.sum()), generator=generator)
+    return drawn.to(where.device)
