@@ -10,7 +10,7 @@ PEER    := .venv-peer
 SHARED  ?= ../shared
 REPLAY  ?= $(SHARED)/replay/1.5b
 
-.PHONY: run test check tiny tiny-lab tiny-ablations tiny-eval bench bench-training bench-sandbox replay gguf-peer sandbox clean help
+.PHONY: run test check tiny tiny-lab tiny-ablations tiny-grpo tiny-eval bench bench-training bench-sandbox replay gguf-peer sandbox clean help
 
 help:            ## this list
 	@grep -hE '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 16
@@ -34,6 +34,9 @@ tiny-lab: $(DEV) sandbox  ## the paper's stages at a smaller budget, with a repo
 
 tiny-ablations: $(DEV) sandbox  ## adaptation against its alternatives, beside tiny-lab (under an hour)
 	$(PYTHON) recipes/tiny/lab.py $(if $(QUICK),quick,lab) --ablations --processes $(PROCESSES)
+
+tiny-grpo: $(DEV) sandbox  ## coupled-GRPO against its alternatives on the shipped model, with a report (hours)
+	$(PYTHON) recipes/tiny/grpo.py
 
 tiny-eval: $(DEV) sandbox  ## measure the shipped model on held-out problems, in the sandbox
 	$(PYTHON) benchmarks/tiny_accuracy.py

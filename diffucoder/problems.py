@@ -145,9 +145,9 @@ def load_blocks() -> tuple[Block, ...]:
 def sample_problem(rng: random.Random, *, hard: bool = False) -> Problem:
     """Draw one problem: kind, blocks, constants, names and wording. Compositions of any split may come out."""
     while True:
-        kind: Kind = rng.choices(("chain", "branch", "guard"), (75, 0, 25) if hard else (75, 14, 11))[0]
+        kind: Kind = rng.choices(("chain", "branch", "guard"), (1, 0, 0) if hard else (75, 14, 11))[0]
         takes = rng.choices(_TYPES, _WEIGHTS)[0]
-        uses = _KINDS[kind][0](rng, takes, *([_HARD[kind]] if hard else []))
+        uses = _KINDS[kind][0](rng, takes, *([_HARD] if hard else []))
         if uses is None:
             continue
         outcome = partial(_KINDS[kind][1], uses)
@@ -161,7 +161,7 @@ def sample_problem(rng: random.Random, *, hard: bool = False) -> Problem:
 def problems(split: Split, count: int, *, seed: int, hard: bool = False) -> Iterator[Problem]:
     """`count` distinct problems of one split; the same seed gives the same problems.
 
-    `hard` ones are chains of three blocks, and guards before as many.
+    `hard` ones are chains of three blocks, the longest there are.
     """
     if split not in get_args(Split):
         raise ConfigError(f"split={split!r} is not one of {', '.join(get_args(Split))}")
@@ -223,8 +223,8 @@ def _branch(rng: random.Random, takes: str) -> list[_Use] | None:
     return [condition, first, second] if first.block != second.block else None
 
 
-def _guard(rng: random.Random, takes: str, lengths: tuple[int, ...] = (60, 40, 0)) -> list[_Use] | None:
-    chain = _chain(rng, takes, lengths)
+def _guard(rng: random.Random, takes: str) -> list[_Use] | None:
+    chain = _chain(rng, takes, (60, 40, 0))
     return [_use(rng, rng.choice(_from(takes, "flag"))), *chain] if chain else None
 
 
@@ -265,7 +265,7 @@ def _run_guard(uses: Sequence[_Use], value: Value) -> Value:
     return _FALLBACK if uses[0](value) else _run_chain(uses[1:], value)
 
 
-_HARD: dict[Kind, tuple[int, ...]] = {"chain": (0, 0, 1), "guard": (0, 0, 1)}
+_HARD = (0, 0, 1)  # weights of the lengths of a hard chain
 _KINDS: dict[Kind, tuple[Any, Callable[[Sequence[_Use], Value], Value]]] = {  # Any: the choosers differ in defaults
     "chain": (_chain, _run_chain),
     "branch": (_branch, _run_branch),

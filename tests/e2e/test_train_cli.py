@@ -18,7 +18,13 @@ from diffucoder.models.hub import SHIPPED
 from diffucoder.training.settings import STAGES, TrainSettings
 
 RECIPES = Path(__file__).parents[2] / "recipes"
-STAGE_OF = {"parent": "pretrain", "adapt": "adapt", "mid": "adapt", "sft": "sft"}  # by how a recipe's name begins
+STAGE_OF = {
+    "parent": "pretrain",
+    "adapt": "adapt",
+    "mid": "adapt",
+    "sft": "sft",
+    "grpo": "grpo",
+}  # by how a recipe's name begins
 FILES = [*sorted((RECIPES / "7b").glob("*.toml")), *sorted((RECIPES / "tiny").glob("*.toml"))]
 STAGE_RECIPES = [path for path in FILES if path.stem != "budgets"]
 
@@ -101,7 +107,7 @@ def test_every_budget_fits_its_recipes(budget: str) -> None:
 
 
 def test_there_are_recipes_of_every_stage() -> None:
-    for folder, stages in (("7b", {"adapt", "mid", "sft"}), ("tiny", set(STAGE_OF))):
+    for folder, stages in (("7b", {"adapt", "mid", "sft", "grpo"}), ("tiny", set(STAGE_OF))):
         assert stages <= {path.stem for path in STAGE_RECIPES if path.parent.name == folder}
 
 
