@@ -1,7 +1,7 @@
 """The command line: one door, thin commands over the Python objects.
 
 Heavy imports happen inside the commands, so that `--help` answers at once. Sampling options are made from the fields of
-`DecodingParams`: their names, defaults and help are written there, once.
+`DecodingParams`, those of `prepare` from `PrepareSettings`: names, defaults and help are written there, once.
 """
 
 import inspect
@@ -13,13 +13,14 @@ from dataclasses import asdict
 from functools import partial
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin
 
 import typer
 
-from diffucoder.config import load_settings
+from diffucoder.config import Settings, load_settings
 from diffucoder.decoding.params import DecodingParams
 from diffucoder.errors import ConfigError, DiffuCoderError, PromptError
+from diffucoder.training.prepare import PrepareSettings
 from diffucoder.training.settings import STAGES, TrainSettings
 
 if TYPE_CHECKING:
@@ -71,35 +72,37 @@ def main() -> None:
         sys.exit(130)
 
 
-def _with_sampling_options(command: Callable[..., None], *, without: tuple[str, ...] = ()) -> Callable[..., None]:
-    """Give `command(*, params, **own)` one option for each field of `DecodingParams`, gathered into `params`.
+def _with_options(
+    command: Callable[..., None], *, of: type[Settings] = DecodingParams, without: tuple[str, ...] = ()
+) -> Callable[..., None]:
+    """Give `command(*, params, **own)` one option for each field of `of`, gathered into `params`.
 
     `without` names the fields that mean nothing to the command, which then refuses them.
     """
     own = [p for p in inspect.signature(command).parameters.values() if p.name != "params"]
-    fields = {name: field for name, field in DecodingParams.model_fields.items() if name not in without}
-    sampling = []
+    fields = {name: field for name, field in of.model_fields.items() if name not in without}
+    made = []
     for name, field in fields.items():
         kind: Any = list[str] if name == "stop" else field.annotation  # Any: annotations are not all plain types
-        if name in ("preset", "policy"):
-            kind = str  # pydantic knows the choices and names them when one is wrong
+        if any(get_origin(part) is Literal for part in (kind, *get_args(kind))):
+            kind = str | None  # pydantic knows the choices and names them when one is wrong
         annotation = Annotated[kind, typer.Option(help=field.description, show_default=field.default not in (None, ()))]
         default = [] if name == "stop" else field.default
-        sampling.append(inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation))
+        made.append(inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation))
 
     def wrapped(**options: Any) -> None:  # Any: whatever typer parsed
         chosen = {name: options.pop(name) for name in fields}
-        command(params=DecodingParams(**chosen), **options)
+        command(params=of(**chosen), **options)
 
     wrapped.__name__, wrapped.__doc__ = command.__name__, command.__doc__
-    signature = inspect.Signature([*own, *sampling])
+    signature = inspect.Signature([*own, *made])
     wrapped.__signature__ = signature  # type: ignore[attr-defined]  # PEP 362: what typer reads
-    wrapped.__annotations__ = {p.name: p.annotation for p in (*own, *sampling)}
+    wrapped.__annotations__ = {p.name: p.annotation for p in (*own, *made)}
     return wrapped
 
 
 @app.command()
-@_with_sampling_options
+@_with_options
 def generate(
     prompt: Text = None,
     *,
@@ -127,7 +130,7 @@ def generate(
 
 
 @app.command()
-@partial(_with_sampling_options, without=("new_tokens", "stop"))  # holes say how long they are, and where they end
+@partial(_with_options, without=("new_tokens", "stop"))  # holes say how long they are, and where they end
 def infill(
     path: Annotated[str, typer.Argument(help="a file with holes, <|hole|> or <|hole:12|>; - for standard input")],
     *,
@@ -154,7 +157,7 @@ def infill(
 
 
 @app.command()
-@partial(_with_sampling_options, without=("num_samples",))  # a conversation goes one way
+@partial(_with_options, without=("num_samples",))  # a conversation goes one way
 def chat(
     *, model: Model = None, watch: Watch = False, dtype: DType = None, device: Device = None, params: DecodingParams
 ) -> None:
@@ -284,7 +287,32 @@ _add_training_stages()
 
 
 @app.command()
-@partial(_with_sampling_options, without=("steps", "temperature"))  # which may be several here
+@partial(_with_options, of=PrepareSettings)
+def prepare(
+    source: Annotated[str, typer.Argument(help="acecode, mbpp, reasoning-gym, or JSONL of prompts with tests")],
+    out: Annotated[Path, typer.Argument(help="the .jsonl file to write; OUT.report.json says what was left out")],
+    *,
+    params: PrepareSettings,
+) -> None:
+    """Make exercises for reinforcement learning: requests with tests, none of which a benchmark has."""
+    from diffucoder.evaluation.benchmarks import load
+    from diffucoder.training.overlap import HeldOut
+    from diffucoder.training.prepare import prepare, summary
+
+    tasks = {name: load(name, params.benchmarks) for name in params.against.split(",") if name}
+    held_out = {
+        name: [
+            HeldOut(t.task_id, t.entry_point, t.prompt, t.canonical, "\n".join((t.tests, *t.asserts)), t.base)
+            for t in some
+        ]
+        for name, some in tasks.items()
+    }
+    print(summary(prepare(source, out, params, held_out, progress=_progress())))
+    print(f"{out}: try: diffucoder train grpo --set 'data=[\"{out}\"]'")
+
+
+@app.command()
+@partial(_with_options, without=("steps", "temperature"))  # which may be several here
 def evaluate(
     benchmark: Annotated[
         str, typer.Argument(help="tiny, humaneval, humaneval+, mbpp, mbpp+, humaneval-infilling, ...")

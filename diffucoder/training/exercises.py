@@ -29,6 +29,9 @@ class Exercise:
     source: str = ""
 
 
+Solved = tuple[Exercise, str]  # with a program that solves it; "" where none is known
+
+
 def read_exercises(sources: Sequence[str]) -> list[Exercise]:
     """The exercises of `sources`: JSONL files, folders of them, or `hub:owner/name[/config][@split]`.
 
