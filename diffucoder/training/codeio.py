@@ -5,8 +5,8 @@ For: CodeI/O (arXiv 2502.07316) as the package reasoning-gym ships it: statement
 for: grading answers (`rewards`).
 
 Language models wrote these programs, so none runs in this process. One is left out, for a reason that is counted, where
-its tests would be no fair judge: it fails, is slow, says two things in two runs, gives what a literal cannot say, or
-gives everybody the same answer, so that a constant would pass.
+its tests would be no fair judge: it fails, is slow, says two things in two runs, fails its own tests in a third, gives
+what a literal cannot say, or gives everybody the same answer, so that a constant would pass.
 """
 
 import ast
@@ -22,7 +22,7 @@ from typing import Any
 
 from diffucoder.errors import ConfigError
 from diffucoder.grading.extract import parsed
-from diffucoder.grading.grade import Call, Outcome, call
+from diffucoder.grading.grade import Call, Outcome, call, grade
 from diffucoder.grading.sandbox import Limits, Sandbox
 from diffucoder.training.exercises import Exercise, Solved
 from diffucoder.training.sources import Json, Skipped, text_of
@@ -34,6 +34,7 @@ _QUESTIONS = 16  # inputs tried
 _TESTS = range(4, 9)  # fewer inputs with answers leave a program out; of more, the last are not used
 _SECONDS = 0.5  # of a processor for one answer: a rollout has 5 for all its tests
 _LIMITS = Limits(seconds=4.0)
+_AT_LEISURE = Limits(seconds=20.0)  # these are on the clock, and the machine may be busy
 _LONGEST = 2000  # characters of a test
 _DIGITS = 6  # decimals of floats in a container, which are compared exactly
 
@@ -132,7 +133,11 @@ def _tests(program: Program, sandbox: Sandbox) -> list[str]:
         raise ValueError("has too few inputs of readable size")
     if len(by_answer) == 1:
         raise ValueError("gives one answer to all inputs")
-    return tests[: _TESTS.stop - 1]
+    tests = tests[: _TESTS.stop - 1]
+    # as rewards are given: by itself, a new process for every test
+    if not grade(program.code, tests, _AT_LEISURE, sandbox=sandbox).passed:
+        raise ValueError("fails its own tests")
+    return tests
 
 
 def _ask(program: Program, seeds: Iterable[int], sandbox: Sandbox) -> dict[int, Outcome]:

@@ -3,6 +3,7 @@
 import gzip
 import json
 import math
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 from random import Random
@@ -10,7 +11,9 @@ from typing import Any
 
 import pytest
 
+from diffucoder.cli import main
 from diffucoder.errors import ConfigError, SandboxError
+from diffucoder.evaluation.benchmarks import load
 from diffucoder.grading.asserts import parse
 from diffucoder.grading.grade import grade
 from diffucoder.grading.sandbox import Sandbox, isolation
@@ -209,6 +212,26 @@ def test_leaks_are_dropped_counted_and_named(tmp_path: Path) -> None:
     assert [each.id for each in read_exercises([str(out)])] == ["clean"]
 
 
+def test_the_command_line_keeps_a_benchmarks_tasks_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    task = load("tiny")[7]
+    rows = [
+        {"id": "clean", "prompt": "Add one.", "tests": ["assert add(1) == 2"]},
+        {"id": "leak", "prompt": task.request, "tests": ["assert add(1) == 2"]},
+        {"id": "tests", "prompt": "Do.", "tests": list(task.asserts)},
+    ]
+    source, out = write(tmp_path / "mine.jsonl", rows), tmp_path / "out.jsonl"
+    monkeypatch.setattr(sys, "argv", ["diffucoder", "prepare", source, str(out), "--against", "tiny", "--no-stubs"])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert not ended.value.code
+    assert [each.id for each in read_exercises([str(out)])] == ["clean"]
+    said = capsys.readouterr().out
+    assert "1 exercises of 3 rows\n  overlaps      2   tiny\n  dropped: leak, tests\n" in said
+    assert report_of(out)["settings"]["stubs"] is False
+
+
 def test_a_seed_shuffles_always_the_same_way(tmp_path: Path) -> None:
     rows = [{"id": str(at), "prompt": f"Add {at}.", "tests": ["assert f(1)"]} for at in range(50)]
     source, out = write(tmp_path / "mine.jsonl", rows), tmp_path / "out.jsonl"
@@ -250,6 +273,7 @@ PROGRAMS = {
     "def main_solution(n, k):\n    return [round(n / 7, 2)]": "",
     "import random\ndef main_solution(n, k):\n    return random.random()": "two runs differ",
     "calls = []\ndef main_solution(n, k):\n    calls.append(n)\n    return n + len(calls)": "two runs differ",
+    "def main_solution(n, k):\n    return Random(n).random()": "fails its own tests",  # Random is the generator's
     "def main_solution(n, k):\n    return n // 0": "fails",
     "import os\ndef main_solution(n, k):\n    os.kill(os.getpid(), 9)": "breaks a limit",
     "def main_solution(n, k):\n    return 1 +": "fails",
@@ -316,13 +340,18 @@ def test_a_programs_argument_that_it_changes_is_told_as_it_was(sandbox: Sandbox)
 
 def test_reasoning_gym_is_read_as_it_is_published(sandbox: Sandbox, tmp_path: Path) -> None:
     names = ("task_description", "input_output_spec", "code_sample", "input_generator")
-    rows = [dict(zip(names, ("Do.", "Input: n", code, INTEGERS), strict=True)) for code in list(PROGRAMS)[:7]]
+    rows = [dict(zip(names, ("Do.", "Input: n", code, INTEGERS), strict=True)) for code in list(PROGRAMS)[:8]]
     packed = tmp_path / codeio.FILE
     packed.write_bytes(gzip.compress("".join(json.dumps(row) + "\n" for row in rows).encode()))
     out = tmp_path / "out.jsonl"
     report = prepare("reasoning-gym", out, PrepareSettings(data=str(tmp_path)), {})
     assert [each.id for each in read_exercises([str(out)])] == ["codeio/1", "codeio/2", "codeio/4"]
-    assert report["left_out"] == {"two runs differ": 2, "gives unrounded numbers in a container": 1, "fails": 1}
+    assert report["left_out"] == {
+        "two runs differ": 2,
+        "gives unrounded numbers in a container": 1,
+        "fails its own tests": 1,
+        "fails": 1,
+    }
 
 
 def test_literals_are_the_same_everywhere_and_nothing_else_passes_for_one() -> None:
