@@ -17,7 +17,7 @@ import math
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -52,6 +52,8 @@ def advantages(rewards: Tensor, group: int, *, baseline: str = "mean", scale: bo
     """
     grouped = rewards.view(-1, group)
     centred = grouped - grouped.mean(1, keepdim=True)
+    # exactly 0 where all are equal, whatever their mean rounds to
+    centred = centred.masked_fill((grouped == grouped[:, :1]).all(1, keepdim=True), 0)
     if baseline == "leave_one_out":
         centred = centred * (group / (group - 1))
     if scale:
@@ -146,9 +148,9 @@ class GrpoMicro(Micro):
     views: list[View]
     advantage: Tensor  # (B,)
     weight: Tensor  # (B, T)
-    old: Tensor | None  # (B, T); None in the first iteration, where it is the policy's own
-    reference: Tensor | None  # (B, T), with a KL weight
     figures: dict[str, tuple[Tensor, int]]
+    old: Tensor | None = None  # (B, T); None in the first iteration, where it is the policy's own
+    reference: Tensor | None = None  # (B, T), with a KL weight
 
 
 class GrpoStage:
@@ -228,6 +230,7 @@ class GrpoStage:
     # --- one batch of completions ---
 
     def _collect(self, outer: int, shares: Sequence[range]) -> list[list[GrpoMicro]]:
+        """Decode, grade and score a batch: the micro-batches of each of its inner iterations."""
         settings = self.settings
         rows = [row for share in shares for row in share]
         with self._decoding():
@@ -237,44 +240,35 @@ class GrpoStage:
         totals = summed(totals, self.denoiser.device)  # groups may span processes
         gains = advantages(totals, settings.group, baseline=settings.advantage, scale=settings.scale_rewards)
         self._write_samples(outer, graded, gains[rows].tolist())
-        began = time.perf_counter()
-        parts, at = [], 0
-        for share in shares:
-            part = slice(at, at + len(share))
-            given = Graded(graded.completions[part], graded.rewards[part], 0.0, 0.0)
-            parts.append((share, given, gains[share.start : share.stop]))
-            at += len(share)
-        spread = totals.view(-1, settings.group).std(1) == 0
-        device = self.denoiser.device
-        shared = {
-            "decoding_seconds": (torch.tensor(graded.decoding_seconds, device=device), 1),
-            "waiting_seconds": (torch.tensor(graded.waiting_seconds, device=device), 1),
-            "grading_seconds": (torch.tensor(sum(r.seconds for r in graded.rewards), device=device), 1),
-            "zero_variance": (spread.float().sum().to(device), len(spread)),
-        }
-        made = []
+        began, made = time.perf_counter(), []
         for inner in range(settings.iterations):
             step = outer * settings.iterations + inner
-            micros = [self._micro(step, *part) for part in parts]
-            made.append([self._with_scores(micro, first=inner == 0) for micro in micros])
-        shared["scoring_seconds"] = (torch.tensor(time.perf_counter() - began, device=device), 1)
+            parts = zip(shares, graded.split(shares), strict=True)
+            micros = [self._micro(step, share, part, gains) for share, part in parts]
+            # the first iteration begins with the very policy that wrote the completions
+            made.append([replace(micro, old=self._score_now(micro)) for micro in micros] if inner else micros)
+        if self._reference:
+            with self._referring():
+                made = [[replace(micro, reference=self._score_now(micro)) for micro in each] for each in made]
+        flat = (gains.view(-1, settings.group) == 0).all(1).float()
+        figures = {
+            "decoding_seconds": graded.decoding_seconds,
+            "waiting_seconds": graded.waiting_seconds,
+            "grading_seconds": sum(given.seconds for given in graded.rewards),
+            "scoring_seconds": time.perf_counter() - began,
+            "zero_variance": float(flat.mean()),
+        }
         for micros in made:
-            micros[0].figures.update(shared)
+            micros[0].figures.update({n: (torch.tensor(v, device=self.denoiser.device), 1) for n, v in figures.items()})
         return made
 
     def _micro(self, step: int, share: range, graded: Graded, gains: Tensor) -> GrpoMicro:
-        settings = self.settings
+        settings, gains = self.settings, gains[share.start : share.stop]
         batch = collate(graded.completions, pad_id=self.rollouts.coder.tokenizer.pad_id)
         if settings.estimator == "causal":
             views = [View(torch.zeros_like(batch.completion), batch.completion.float())]
             length = batch.tokens.shape[1]
-            batch = Batch(
-                batch.tokens,
-                batch.valid,
-                batch.completion,
-                batch.scored,
-                torch.ones(length, length, dtype=torch.bool).tril(),
-            )
+            batch = replace(batch, attention=torch.ones(length, length, dtype=torch.bool).tril())
         else:
             views = self._views(step, share, batch)
         weight, count = reduction_weights(batch.scored, settings.new_tokens, reduction=settings.reduction)
@@ -290,8 +284,6 @@ class GrpoStage:
             views=views,
             advantage=gains,
             weight=weight,
-            old=None,
-            reference=None,
             figures=figures,
         )
 
@@ -311,26 +303,10 @@ class GrpoStage:
             prompt_mask=settings.prompt_mask,
         )
 
-    def _with_scores(self, micro: GrpoMicro, *, first: bool) -> GrpoMicro:
-        """With the scores of the policy as it is now, which the later iterations start from, and of the reference."""
-        old, reference = micro.old, micro.reference
+    def _score_now(self, micro: GrpoMicro) -> Tensor:
+        """As `_score`, with nothing to learn from it, by the kernels that learning uses."""
         with torch.no_grad(), training_kernels(self.denoiser.device, bf16=self.settings.bf16):
-            if not first:
-                old = self._score(self.denoiser, micro)
-            if self._reference:
-                with self._referring():
-                    reference = self._score(self.denoiser, micro)
-        return GrpoMicro(
-            micro.count,
-            micro.tokens,
-            micro.batch,
-            micro.views,
-            micro.advantage,
-            micro.weight,
-            old,
-            reference,
-            micro.figures,
-        )
+            return self._score(self.denoiser, micro)
 
     def _score(self, model: nn.Module, micro: GrpoMicro) -> Tensor:
         temperature = self.settings.score_temperature
@@ -393,8 +369,13 @@ def collate(completions: Sequence[Completion], *, pad_id: int) -> Batch:
 
 def batch_rows(batch: Batch, rows: Tensor) -> Batch:
     """Some rows of a batch."""
-    valid = None if batch.valid is None else batch.valid[rows]
-    return Batch(batch.tokens[rows], valid, batch.completion[rows], batch.scored[rows], batch.attention)
+    return replace(
+        batch,
+        tokens=batch.tokens[rows],
+        valid=None if batch.valid is None else batch.valid[rows],
+        completion=batch.completion[rows],
+        scored=batch.scored[rows],
+    )
 
 
 def summed(values: Tensor, device: torch.device) -> Tensor:

@@ -59,6 +59,14 @@ class Graded:
     decoding_seconds: float
     waiting_seconds: float  # for grading, after the last completion was there
 
+    def split(self, shares: Sequence[range]) -> Iterator["Graded"]:
+        """The completions of each share, of which there are as many as it is long; without times."""
+        at = 0
+        for share in shares:
+            part = slice(at, at + len(share))
+            yield Graded(self.completions[part], self.rewards[part], 0.0, 0.0)
+            at += len(share)
+
 
 class Rollouts:
     """Decodes and grades completions of a model that is being trained."""
@@ -131,8 +139,8 @@ class Rollouts:
         It draws from the global generator, which is put back, so unlike a denoiser's these depend on their company.
         """
         tokenizer, model = self.coder.tokenizer, self.coder.model
-        tokens = [torch.tensor(prompt) for prompt in prompts]
-        tokens = pad_sequence(tokens, batch_first=True, padding_side="left", padding_value=tokenizer.pad_id)  # (B, P)
+        rows = [torch.tensor(prompt) for prompt in prompts]
+        tokens = pad_sequence(rows, batch_first=True, padding_side="left", padding_value=tokenizer.pad_id)  # (B, P)
         width = tokens.shape[1]
         lengths = torch.tensor([len(prompt) for prompt in prompts])
         sampled: dict[str, Any] = {"do_sample": False}  # Any: what transformers takes

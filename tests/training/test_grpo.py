@@ -63,6 +63,10 @@ def test_advantages_add_up_to_zero_in_each_group(baseline: str, scale: bool) -> 
     torch.testing.assert_close(sums, torch.zeros(4), atol=1e-5, rtol=0)
 
 
+def test_a_group_whose_rewards_are_equal_teaches_nothing_at_all() -> None:
+    assert advantages(torch.full((7,), 2.0 * 0.6 + 0.5), 7).tolist() == [0.0] * 7
+
+
 def test_scaled_advantages_have_the_spread_of_one() -> None:
     found = advantages(torch.tensor([0.0, 1, 2, 3]), 4, scale=True)
     assert float(found.std()) == pytest.approx(1, abs=1e-3)
