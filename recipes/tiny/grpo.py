@@ -2,12 +2,14 @@
 
     python recipes/tiny/grpo.py                                       # every arm and seed, hours
     python recipes/tiny/grpo.py --arms coupled --seeds 0 --jobs 1     # one run
+    python recipes/tiny/grpo.py --arms causal --parent runs/tiny/parent/model   # the parent that `make tiny` leaves
     python recipes/tiny/grpo.py --report                              # the report of what has been run
 
 Every run is a `diffucoder train grpo` command, printed as it is run. `--jobs 2` has two runs side by side, one thread
-each. All of it can be stopped at any moment: called again, it goes on. Problems are chains of three blocks: training on
-the train split, curves on the dev split, the figures reported on 2,000 problems of the test split, which nothing
-else reads. The report goes to docs/grpo.md.
+each. All of it can be stopped at any moment: called again, it goes on. What a finished run gave goes to
+benchmarks/results/grpo/, and a run that is there already is not run again: delete its file to do so. Problems are
+chains of three blocks: training on the train split, curves on the dev split, the figures reported on 2,000 problems of
+the test split, which nothing else reads. The report goes to docs/grpo.md.
 """
 
 import json
@@ -36,51 +38,65 @@ ARMS = {
     "decoupled": "as many passes, masks drawn by themselves",
     "full_mask": "everything hidden, one pass",
     "d1": "everything hidden, and 15 % of the prompt",
+    "causal": "ordinary GRPO of the autoregressive parent",
 }
 PASSES = {"coupled": 3, "decoupled": 3, "full_mask": 1, "d1": 1}  # of a score
-STEPS = "64,32,16"
-_lock = threading.Lock()
+HALF, STEPS = "32", "32,64,16"  # of decoding: as in training; and for the start and the coupled arm
+RESULTS = ROOT / "benchmarks" / "results" / "grpo"
+_lock, _once = threading.Lock(), threading.Lock()
 
 
 def main(
-    arms: Annotated[str, typer.Option(help="which, separated by commas")] = ",".join(ARMS),
+    arms: Annotated[str, typer.Option(help="which, separated by commas")] = ",".join(PASSES),
     seeds: Annotated[str, typer.Option(help="seeds of every arm")] = "0,1,2",
     folder: Annotated[Path, typer.Option(help="run folder")] = ROOT / "runs" / "tiny-grpo",
     model: Annotated[str | None, typer.Option(help="where to start; the shipped model if left out")] = None,
+    parent: Annotated[str | None, typer.Option(help="autoregressive model of the arm causal")] = None,
     jobs: Annotated[int, typer.Option(min=1, help="runs side by side, one thread each; 1: all threads")] = 2,
     count: Annotated[int, typer.Option(help="test problems behind each figure")] = 2000,
     report: Annotated[bool, typer.Option("--report", help="only write the report")] = False,
 ) -> None:
     """Run the arms, or go on with them, and write the report."""
     folder.mkdir(parents=True, exist_ok=True)
+    if "causal" in arms.split(",") and parent is None:
+        raise typer.BadParameter("the arm causal needs --parent; make tiny leaves one in runs/tiny/parent/model")
     if not report:
         make_data(folder)
         wanted = [(arm, int(seed)) for seed in seeds.split(",") for arm in arms.split(",")]
         with ThreadPoolExecutor(jobs) as pool:
-            measured = pool.submit(solved, folder, "start", model, count, jobs)
-            done = [pool.submit(run, folder, arm, seed, model, count, jobs) for arm, seed in wanted]
-            for each in [measured, *done]:
+            models = {arm: parent if arm == "causal" else model for arm in ARMS}
+            done = [pool.submit(run, folder, arm, seed, models[arm], count, jobs) for arm, seed in wanted]
+            done += [
+                pool.submit(start, folder, arm, models[arm], count, jobs) for arm in sorted({a for a, _ in wanted})
+            ]
+            for each in done:
                 each.result()
-    print(f"report in {write_report(folder)}")
+    print(f"report in {write_report()}")
 
 
 def make_data(folder: Path) -> None:
     """Exercises of the train split, and of the dev split for the curves."""
     for split, number in (("train", 20_000), ("dev", 1000)):
-        path = folder / f"{split}.jsonl"
-        if not path.exists():
-            drawn = problems(split, number, seed=5, hard=True)  # type: ignore[arg-type]  # a literal
+        path, base = folder / f"{split}.jsonl", folder / f"{split}_base.jsonl"
+        if not base.exists():
+            drawn = list(problems(split, number, seed=5, hard=True))  # type: ignore[arg-type]  # a literal
             write_exercises(path, [Exercise(f"{split}/{at}", p.prompt, p.tests) for at, p in enumerate(drawn)])
+            asked = [Exercise(f"{split}/{at}", f"# {p.prompt}\n", p.tests) for at, p in enumerate(drawn)]
+            write_exercises(base, asked)  # as the parent knows requests
 
 
 def run(folder: Path, arm: str, seed: int, model: str | None, count: int, jobs: int) -> None:
     """One arm with one seed, and what its model solves."""
     name = f"{arm}-{seed}"
+    if (RESULTS / f"{name}.json").exists():
+        return
     if not (folder / name / "model" / "tokenizer_config.json").exists():
+        kind = "_base" if arm == "causal" else ""
         settings = {
             "run": folder / name,
-            "data": str(folder / "train.jsonl"),
-            "held_out": str(folder / "dev.jsonl"),
+            "data": str(folder / f"train{kind}.jsonl"),
+            "held_out": str(folder / f"dev{kind}.jsonl"),
+            "chat": "false" if kind else "true",
             "estimator": arm,
             "seed": seed,
             "steps": steps_of(arm),
@@ -90,24 +106,52 @@ def run(folder: Path, arm: str, seed: int, model: str | None, count: int, jobs: 
         changes = [part for key, value in settings.items() for part in ("--set", f"{key}={value}")]
         command = ["-m", "diffucoder.cli", "train", "grpo", str(HERE / "grpo.toml"), "--resume", *changes]
         execute(folder, name, command, jobs)
-    solved(folder, name, str(folder / name / "model"), count, jobs)
+    told = solved(folder, name, str(folder / name / "model"), count, jobs, STEPS if arm == "coupled" else HALF)
+    lines = [json.loads(line) for line in (folder / name / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    kept = ("step", "reward", "solved", "held_out_pass@1", "zero_variance", "local_ar_ness", "global_ar_ness")
+    seconds = [key for key in lines[-1] if key.endswith("_seconds")]
+    curve = [{key: line[key] for key in (*kept, *seconds, "tokens_per_second") if key in line} for line in lines]
+    write_result(name, {"minutes": minutes(folder)[name], "jobs": jobs, "curve": curve, "solved": told})
+
+
+def start(folder: Path, arm: str, model: str | None, count: int, jobs: int) -> None:
+    """What the model of an arm solves before; all but `causal` have the same."""
+    name, steps = ("parent", HALF) if arm == "causal" else ("start", STEPS)
+    with _once:
+        if not (RESULTS / f"{name}.json").exists():
+            write_result(name, {"solved": solved(folder, name, model, count, jobs, steps)})
+
+
+def write_result(name: str, told: dict[str, Any]) -> None:
+    """Keep what the report needs of a run; verdicts as a string of 0 and 1."""
+    for figures in told["solved"].values():
+        figures["solved"] = "".join(map(str, figures["solved"]))
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    (RESULTS / f"{name}.json").write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
 
 
 def steps_of(arm: str) -> int:
-    """Optimiser steps for as many forward passes as the coupled arm spends; a backward one counts twice."""
+    """Optimiser steps for as many forward passes as the coupled arm spends; a backward one counts twice.
+
+    The autoregressive arm gets as many completions: with its cache they cost next to nothing.
+    """
+    if arm == "causal":
+        return int(RECIPE["steps"])
     inner, rollout = RECIPE["iterations"], RECIPE["decoding_steps"]
     cost = {name: rollout + views * (3 * inner + inner - 1) for name, views in PASSES.items()}  # a completion's
     return round(RECIPE["steps"] * cost["coupled"] / cost[arm] / inner) * inner
 
 
-def solved(folder: Path, name: str, model: str | None, count: int, jobs: int) -> None:
-    """What a model solves of the test split at all, half and a quarter of the steps."""
+def solved(folder: Path, name: str, model: str | None, count: int, jobs: int, steps: str) -> dict[str, Any]:
+    """What a model solves of the test split, for each number of steps."""
     path = folder / f"{name}.solved.json"
-    if path.exists():
-        return
-    command = [str(ROOT / "benchmarks" / "tiny_accuracy.py"), "--hard", "--count", str(count), "--steps", STEPS]
+    command = [str(ROOT / "benchmarks" / "tiny_accuracy.py"), "--hard", "--count", str(count), "--steps", steps]
+    command += ["--causal", "--base"] if name.startswith(("causal", "parent")) else []
     command += ["--figures", str(path), "--run", str(folder / "answers"), *(["--model", model] if model else [])]
-    execute(folder, f"{name} solves", command, jobs)
+    if not path.exists():
+        execute(folder, f"{name} solves", command, jobs)
+    told: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return told
 
 
 def execute(folder: Path, what: str, command: list[str], jobs: int) -> None:
@@ -125,16 +169,16 @@ def execute(folder: Path, what: str, command: list[str], jobs: int) -> None:
 
 # --- report ----------------------------------------------------------------------------------------------------------
 
-Solved = dict[str, Any]  # what tiny_accuracy writes for each number of steps
+Result = dict[str, Any]  # what `write_result` keeps
 
 
-def write_report(folder: Path) -> Path:
+def write_report() -> Path:
     """Tables and curves of whatever has been run."""
-    start = _read(folder / "start.solved.json")
-    runs = {arm: [_read(path) for path in sorted(folder.glob(f"{arm}-?.solved.json"))] for arm in ARMS}
+    before = _read("start")
+    runs = {arm: [_read(path.stem) for path in sorted(RESULTS.glob(f"{arm}-*.json"))] for arm in ARMS}
     runs = {arm: found for arm, found in runs.items() if found}
-    count = len(start["64"]["solved"])
-    draw(folder, ROOT / "docs" / "grpo", list(runs))
+    draw(ROOT / "docs" / "grpo", runs)
+    count = len(before["solved"][HALF]["solved"])
     parts = [
         "# Coupled-GRPO at the size of a laptop",
         f"`python recipes/tiny/grpo.py`, {time.strftime('%Y-%m-%d')}; settings in recipes/tiny/grpo.toml. pass@1 is "
@@ -142,44 +186,65 @@ def write_report(folder: Path) -> Path:
         "Differences are of the same problems before and after; their 95 % intervals come from resampling problems, "
         "and runs where there are several.",
         "## Learning",
-        learning_table(start, runs, minutes(folder)),
-        "Every arm has as many forward passes as the coupled one, a backward one counted twice; so arms with one pass "
-        "a score take more steps.",
+        learning_table(before, runs),
+        "At 32 steps of decoding, as in training. Every arm has as many forward passes as the coupled one, a backward "
+        "one counted twice; so arms with one pass a score take more steps. The autoregressive one has as many "
+        "completions.",
         "![held-out pass@1 of each run](grpo/learning.svg)",
-        "## Fewer steps, and the order of decoding",
-        "Drop is relative to the same model at 64 steps, one token each. AR-ness@1 is of the same greedy answers.",
-        steps_table(start, runs),
         "![reward of each run](grpo/reward.svg)",
+        "## Fewer steps, and the order of decoding",
+        steps_table(before, runs["coupled"]) if "coupled" in runs else "Not run yet.",
+        "Drops are relative to the same model at 64 steps, one token each. AR-ness@1 is of the greedy answers at 64 "
+        "steps.",
+        "## Where the time goes",
+        time_table(runs),
     ]
     path = ROOT / "docs" / "grpo.md"
     path.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
     return path
 
 
-def learning_table(start: Solved, runs: dict[str, list[Solved]], taken: dict[str, float]) -> str:
-    rows = [["start", "", "", f"{start['64']['share']:.1%}", "", ""]]
+def learning_table(before: Result, runs: dict[str, list[Result]]) -> str:
+    rows = [["start", "", "", f"{before['solved'][HALF]['share']:.1%}", ""]]
     for arm, found in runs.items():
-        low, middle, high = difference(start["64"]["solved"], [each["64"]["solved"] for each in found])
-        shares = ", ".join(f"{each['64']['share']:.1%}" for each in found)
-        spent = [taken[name] for name in taken if name.startswith(f"{arm}-")]
-        mean = f"{sum(spent) / len(spent):.0f}" if spent else "–"
+        old = before["solved"][HALF]
+        if arm == "causal":
+            old = _read("parent")["solved"][HALF]
+            rows.append(["parent", "", "", f"{old['share']:.1%}", ""])
+        low, middle, high = difference(old["solved"], [each["solved"][HALF]["solved"] for each in found])
+        shares = ", ".join(f"{each['solved'][HALF]['share']:.1%}" for each in found)
+        mean = f"{sum(each['minutes'] for each in found) / len(found):.0f}"
         change = f"{middle:+.1%} ({low:+.1%} to {high:+.1%})"
         rows.append([f"{arm}: {ARMS[arm]}", str(steps_of(arm)), mean, shares, change])
-    rows[0] = rows[0][:5]
-    return _table(["arm", "steps", "minutes a run", "pass@1 of each seed", "against the start (95 %)"], rows)
+    return _table(["arm", "steps", "minutes a run", "pass@1 of each seed", "against its start (95 %)"], rows)
 
 
-def steps_table(start: Solved, runs: dict[str, list[Solved]]) -> str:
+def steps_table(before: Result, runs: list[Result]) -> str:
     rows = []
-    for name, found in {"start": [start], **runs}.items():
-        cells = [name]
-        whole = _mean(found, "64", "share")
-        for steps in STEPS.split(","):
-            share = _mean(found, steps, "share")
-            cells.append(f"{share:.1%}" + (f" ({share / whole - 1:+.1%})" if steps != "64" else ""))
-        rows.append([*cells, *(f"{_mean(found, '64', which):.3f}" for which in ("local", "global"))])
+    for name, found in (("start", [before]), ("coupled", runs)):
+        shares = {steps: _mean([each["solved"][steps]["share"] for each in found]) for steps in STEPS.split(",")}
+        drops = [f"{shares[steps]:.1%} ({shares[steps] / shares['64'] - 1:+.1%})" for steps in ("32", "16")]
+        orders = [f"{_mean([each['solved']['64'][which] for each in found]):.3f}" for which in ("local", "global")]
+        rows.append([name, f"{shares['64']:.1%}", *drops, *orders])
     head = ["model", "64 steps", "32 steps (drop)", "16 steps (drop)", "local AR-ness", "global AR-ness"]
     return _table(head, rows)
+
+
+def time_table(runs: dict[str, list[Result]]) -> str:
+    """Seconds of a batch of completions and its optimiser steps, and what is done in them."""
+    rows = []
+    inner, batch = RECIPE["iterations"], RECIPE["batch"]
+    for arm, found in runs.items():
+        lines = [line for each in found for line in each["curve"]]
+        part = {name: _mean([line[f"{name}_seconds"] for line in lines]) for name in ("decoding", "waiting", "scoring")}
+        grading = _mean([line["grading_seconds"] for line in lines])
+        whole = 60 * _mean([each["minutes"] / (steps_of(arm) / inner) for each in found])
+        part["updates and evaluation"] = whole - sum(part.values())
+        shares = [f"{seconds:.1f} ({seconds / whole:.0%})" for seconds in part.values()]
+        rates = [f"{batch / part['decoding']:.1f}", f"{batch / max(grading, 1e-9):.0f}", f"{inner / whole:.2f}"]
+        rows.append([arm, f"{whole:.1f}", *shares, *rates])
+    head = ["arm", "seconds a batch", "decoding", "waiting for grading", "old scores", "updates and evaluation"]
+    return _table([*head, "rollouts/s", "graded/s", "updates/s"], rows)
 
 
 def difference(before: Sequence[int], after: Sequence[Sequence[int]], draws: int = 2000) -> tuple[float, float, float]:
@@ -196,8 +261,8 @@ def difference(before: Sequence[int], after: Sequence[Sequence[int]], draws: int
     return gains[int(0.025 * draws)], mean, gains[int(0.975 * draws)]
 
 
-def draw(folder: Path, target: Path, arms: list[str]) -> None:
-    """Held-out pass@1 and reward against completions seen, a line for each run."""
+def draw(target: Path, runs: dict[str, list[Result]]) -> None:
+    """Held-out pass@1 and reward against the passes spent, a line for each run."""
     import matplotlib
 
     matplotlib.use("svg")
@@ -205,15 +270,14 @@ def draw(folder: Path, target: Path, arms: list[str]) -> None:
     from matplotlib import pyplot
 
     target.mkdir(exist_ok=True)
-    figures = {"learning": ("held_out_pass@1", "held-out pass@1 (256 problems)"), "reward": ("reward", "reward")}
-    for name, (key, label) in figures.items():
+    labels = {"held_out_pass@1": f"pass@1 of {RECIPE['held_out_rows']} dev problems", "reward": "reward"}
+    for name, key in (("learning", "held_out_pass@1"), ("reward", "reward")):
         figure, axes = pyplot.subplots(figsize=(7, 4))
-        for colour, arm in enumerate(arms):
-            for at, path in enumerate(sorted(folder.glob(f"{arm}-?/metrics.jsonl"))):
-                lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-                points = [(line["step"] / steps_of(arm), line[key]) for line in lines if key in line]
+        for colour, (arm, found) in enumerate(runs.items()):
+            for at, each in enumerate(found):
+                points = [(line["step"] / steps_of(arm), line[key]) for line in each["curve"] if key in line]
                 axes.plot(*zip(*points, strict=True), color=f"C{colour}", alpha=0.8, label=arm if at == 0 else None)
-        axes.set(xlabel="share of the forward passes spent", ylabel=label)
+        axes.set(xlabel="share of the forward passes spent", ylabel=labels[key])
         axes.grid(alpha=0.3)
         axes.legend()
         figure.savefig(target / f"{name}.svg", metadata={"Date": None}, bbox_inches="tight")
@@ -231,12 +295,14 @@ def minutes(folder: Path) -> dict[str, float]:
     return taken
 
 
-def _mean(found: Sequence[Solved], steps: str, which: str) -> float:
-    return sum(float(each[steps][which]) for each in found) / len(found)
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
 
 
-def _read(path: Path) -> Solved:
-    told: Solved = json.loads(path.read_text(encoding="utf-8"))
+def _read(name: str) -> Result:
+    told: Result = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+    for figures in told["solved"].values():
+        figures["solved"] = [int(each) for each in figures["solved"]]
     return told
 
 
