@@ -4,6 +4,7 @@ that are killed, spread over processes, adapted by adapters, and learn."""
 import inspect
 import json
 import os
+import runpy
 import signal
 import subprocess
 import sys
@@ -411,3 +412,29 @@ def test_tests_that_a_program_could_tamper_with_are_left_out_and_counted(capsys:
 def test_what_cannot_work_is_one_line(fields: Fields, changes: Fields, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         grpo(GrpoSettings(**{**fields, **changes}))
+
+
+# --- the laboratory's comparison -------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def laboratory() -> Fields:
+    return runpy.run_path(str(ROOT / "recipes" / "tiny" / "grpo.py"))
+
+
+def test_every_arm_of_the_laboratory_spends_as_many_passes(laboratory: Fields) -> None:
+    recipe = laboratory["RECIPE"]
+    spent = []
+    for arm, views in laboratory["PASSES"].items():
+        batches = laboratory["steps_of"](arm) / recipe["iterations"]
+        updates = 3 * views * recipe["iterations"] + views * (recipe["iterations"] - 1)  # forward and backward; old
+        spent.append(batches * (recipe["decoding_steps"] + updates))
+    assert max(spent) / min(spent) < 1.02
+
+
+def test_gains_are_paired_and_their_interval_holds_them(laboratory: Fields) -> None:
+    before = [1, 0, 0, 1] * 100
+    low, middle, high = laboratory["difference"](before, [[1, 1, 0, 1] * 100, [1, 1, 0, 0] * 100], draws=300)
+    assert middle == pytest.approx(0.125)
+    assert low < middle < high
+    assert laboratory["difference"](before, [before], draws=50) == (0, 0, 0)
