@@ -32,7 +32,7 @@ tiny: $(DEV) sandbox  ## train the shipped model's recipe from nothing, into run
 tiny-lab: $(DEV) sandbox  ## the paper's stages at a smaller budget, with a report (under an hour; QUICK=1: minutes)
 	$(PYTHON) recipes/tiny/lab.py $(if $(QUICK),quick,lab) --processes $(PROCESSES)
 
-tiny-ablations: $(DEV) sandbox  ## adaptation against its alternatives, beside tiny-lab (under an hour)
+tiny-ablations: $(DEV) sandbox  ## adaptation against its alternatives, with a report (half an hour; QUICK=1: minutes)
 	$(PYTHON) recipes/tiny/lab.py $(if $(QUICK),quick,lab) --ablations --processes $(PROCESSES)
 
 tiny-grpo: $(DEV) sandbox  ## coupled-GRPO against its alternatives on the shipped model, with a report (hours)

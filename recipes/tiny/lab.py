@@ -1,12 +1,12 @@
 """The laboratory: the paper's first three stages at the size of a laptop, from a parent to a tuned model.
 
     python recipes/tiny/lab.py lab                  # parent -> adaptation -> mid-training -> instruction tuning
-    python recipes/tiny/lab.py lab --ablations      # adaptation against its alternatives, beside a finished lab
+    python recipes/tiny/lab.py lab --ablations      # adaptation against its alternatives, from the same parent
     python recipes/tiny/lab.py tiny --processes 2   # the shipped model
 
 Every stage is a `diffucoder` command, printed as it is run, so that any of them can be run by hand. All of it can be
 stopped at any moment: called again, it goes on. Budgets stand in budgets.toml, the stages' settings in the files beside
-it; the report goes to docs/lab.md for the budget `lab`, else into the run folder.
+it; the reports go to docs/lab.md and docs/lab_ablations.md for the budget `lab`, else into the run folder.
 """
 
 import json
@@ -15,6 +15,7 @@ import subprocess
 import sys
 import time
 import tomllib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -118,19 +119,24 @@ def main(
     folder.mkdir(parents=True, exist_ok=True)
     lab = Lab(budget, folder, processes)
     lab.make_data()
-    chain(lab)
     if ablations:
         compare(lab)
-    report = write_report(lab)
-    print(f"report in {report}")
+    else:
+        chain(lab)
+    print(f"report in {report_arms(lab) if ablations else report_chain(lab)}")
+
+
+def adaptation(lab: Lab) -> tuple[Path, Path, Path]:
+    """The parent, the denoiser it becomes, and that after stage 1."""
+    tokenizer = lab.data / "tokenizer"
+    parent = lab.train("parent", "pretrain", "parent", "corpus.jsonl", "held_out_clean.jsonl", tokenizer=tokenizer)
+    start = lab.convert(parent, "start")
+    return parent, start, lab.train("adapt", "adapt", "adapt", "corpus.jsonl", "held_out_clean.jsonl", model=start)
 
 
 def chain(lab: Lab) -> None:
     """Parent, stage 1, stage 2, stage 3, and what each solves."""
-    tokenizer = lab.data / "tokenizer"
-    parent = lab.train("parent", "pretrain", "parent", "corpus.jsonl", "held_out_clean.jsonl", tokenizer=tokenizer)
-    start = lab.convert(parent, "start")
-    adapted = lab.train("adapt", "adapt", "adapt", "corpus.jsonl", "held_out_clean.jsonl", model=start)
+    parent, _, adapted = adaptation(lab)
     middle = lab.train("mid", "adapt", "mid", "clean.jsonl", "held_out_clean.jsonl", model=adapted)
     tuned = lab.train("sft", "sft", "sft", "chat.jsonl", "held_out_chat.jsonl", model=middle)
     lab.solved("parent", parent, "--base", "--causal", steps="64")
@@ -151,7 +157,7 @@ ARMS = {
 
 def compare(lab: Lab) -> None:
     """Adaptation against its alternatives: same data, same settings, but for what the arm's name says."""
-    tokenizer, start = lab.data / "tokenizer", lab.folder / "start"
+    tokenizer, (_, start, _) = lab.data / "tokenizer", adaptation(lab)
     fresh = lab.train(
         "fresh", "pretrain", "parent", "corpus.jsonl", "held_out_clean.jsonl", tokenizer=tokenizer, steps=0, seed=9
     )
@@ -182,38 +188,60 @@ def _toml(value: Any) -> str:
 # --- report ----------------------------------------------------------------------------------------------------------
 
 
-def write_report(lab: Lab) -> Path:
-    """Tables and curves of whatever has been run."""
-    path = ROOT / "docs" / "lab.md" if lab.name == "lab" else lab.folder / "report.md"
-    figures = path.with_name("lab") if lab.name == "lab" else lab.folder
-    figures.mkdir(exist_ok=True)
-    ablated = [name for name in ARMS if (lab.folder / name / "model").exists()]
-    minutes = lab.minutes()
-    compared = sum(
-        taken for what, taken in minutes.items() if what in (*ARMS, "fresh", "fresh-start") and what != "adapt"
-    )
-    draw(figures / "stages.svg", {name: lab.curve(name) for name in ("parent", "adapt", "mid", "sft")}, lab)
+def report_chain(lab: Lab) -> Path:
+    """What each stage took and gave."""
+    path, figure = _places(lab, "lab.md", "stages.svg")
+    names = ("parent", "adapt", "mid", "sft")
+    draw(figure, {name: lab.curve(name) for name in names})
+    asked = f"{lab.budget['solve']} problems behind pass@1 (greedy, canvas of 64, policy entropy, run in the sandbox)"
     parts = [
         f"# Laboratory report: budget `{lab.name}`",
-        f"`python recipes/tiny/lab.py {lab.name}{' --ablations' if len(ablated) > 1 else ''}`, "
-        f"{time.strftime('%Y-%m-%d')}: {sum(minutes.values()) - compared:.0f} minutes for the chain, {compared:.0f} "
-        f"for adaptation's alternatives, {torch.get_num_threads()} threads. Python {platform.python_version()}, "
-        f"torch {torch.__version__}, {platform.machine()}. Losses are on the dev split, as are the "
-        f"{lab.budget['solve']} problems behind pass@1 (greedy, canvas of 64, policy entropy, run in the sandbox).",
-        "## The chain",
+        _told(lab, "", ("data", "start", *names, *(f"{name} solves" for name in names))),
+        f"Losses are on the dev split, as are the {asked}.",
         chain_table(lab),
         "The parent answers left to right, one token a pass. Before instruction tuning a model is asked in a comment, "
         "after it in the chat template. The held-out loss is nats per token: of the next token for the parent, the "
         "1/t-weighted bound on the likelihood for the others; the last one is of answers given their requests alone.",
-        f"![held-out loss of each stage]({figures.name + '/' if lab.name == 'lab' else ''}stages.svg)",
+        f"![held-out loss of each stage]({figure.relative_to(path.parent)})",
     ]
-    parts += ["Minutes: " + ", ".join(f"{what} {taken:.1f}" for what, taken in minutes.items()) + "."]
-    if len(ablated) > 1:
-        draw(figures / "ablations.svg", {name: lab.curve(name) for name in ablated}, lab)
-        parts += ["## Adaptation and its alternatives", arms_table(lab, ablated), crossing(lab)]
-        parts += [f"![held-out loss of each arm]({figures.name + '/' if lab.name == 'lab' else ''}ablations.svg)"]
     path.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
     return path
+
+
+def report_arms(lab: Lab) -> Path:
+    """Adaptation and its alternatives."""
+    path, figure = _places(lab, "lab_ablations.md", "ablations.svg")
+    draw(figure, {name: lab.curve(name) for name in ARMS})
+    parts = [
+        f"# Adaptation and its alternatives: budget `{lab.name}`",
+        _told(lab, " --ablations", ("data", "parent", "start", "fresh", "fresh-start", *ARMS)),
+        "Held-out losses are the 1/t-weighted bound on the likelihood of the dev split's documents, in nats per token.",
+        arms_table(lab),
+        crossing(lab),
+        f"![held-out loss of each arm]({figure.relative_to(path.parent)})",
+    ]
+    path.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+    return path
+
+
+def _places(lab: Lab, report: str, figure: str) -> tuple[Path, Path]:
+    """Where a report and its figure go."""
+    if lab.name != "lab":
+        return lab.folder / report, lab.folder / figure
+    (ROOT / "docs" / "lab").mkdir(exist_ok=True)
+    return ROOT / "docs" / report, ROOT / "docs" / "lab" / figure
+
+
+def _told(lab: Lab, options: str, commands: Sequence[str]) -> str:
+    """The command, the day, the machine, and the minutes that its parts took."""
+    minutes = {what: taken for what, taken in lab.minutes().items() if what in commands}
+    parts = ", ".join(f"{what} {taken:.1f}" for what, taken in minutes.items())
+    threads = f"{lab.processes} processes" if lab.processes > 1 else f"{torch.get_num_threads()} threads"
+    return (
+        f"`python recipes/tiny/lab.py {lab.name}{options}`, {time.strftime('%Y-%m-%d')}, {threads}: "
+        f"{sum(minutes.values()):.0f} minutes ({parts}). "
+        f"Python {platform.python_version()}, torch {torch.__version__}, {platform.machine()}."
+    )
 
 
 def chain_table(lab: Lab) -> str:
@@ -225,8 +253,8 @@ def chain_table(lab: Lab) -> str:
     return _table(["stage", *_COLUMNS, "pass@1, 64 steps", "32 steps"], rows)
 
 
-def arms_table(lab: Lab, names: list[str]) -> str:
-    return _table(["arm", *_COLUMNS], [[f"{name}: {ARMS[name]}", *_cells(lab, name)] for name in names])
+def arms_table(lab: Lab) -> str:
+    return _table(["arm", *_COLUMNS], [[f"{name}: {told}", *_cells(lab, name)] for name, told in ARMS.items()])
 
 
 _COLUMNS = ("steps", "M tokens", "held-out loss")
@@ -256,7 +284,7 @@ def crossing(lab: Lab) -> str:
     return "\n".join(lines)
 
 
-def draw(path: Path, curves: dict[str, list[tuple[float, float]]], lab: Lab) -> None:
+def draw(path: Path, curves: dict[str, list[tuple[float, float]]]) -> None:
     """Held-out loss against tokens, a line for each run."""
     import matplotlib
 
