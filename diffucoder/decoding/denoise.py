@@ -1,35 +1,46 @@
 """Denoising: `advance`, the only decoding step there is, and `denoise`, which loops over it.
 
 For: turning a canvas into a stream of `Step`s that everyone reads (text, page, report, rollout, server).
-Not for: what a row is worth (`sampling`), which positions go first (`policies`), or text (`generate`).
+Not for: what a position is worth (`sampling`), which go first (`policies`), what a pass sees (`passes`), or text.
 
 A `DecodeState` is one request and owns all that decides its result: its row without padding, its parameters, its random
 numbers. `advance` takes any mix of them (lengths, ages, policies), spends one forward pass, and gives each its Step. A
 row therefore comes out the same alone and in company, up to the rounding of matrix products, which differ in shape.
 
-The logits' side of a step runs where the model is; all that is (B, T) runs on the CPU, where rows and generators live,
+A request may bring several canvases to a pass: the one it has come to, and guesses of what may come next. With
+`drafts` these are the canvases after the next steps as this step foresees them: each one that comes true has been
+scored already, so one pass makes several steps, the very steps that single passes would have made (self-speculation).
+With `branches` they differ from each other by one token, and the request goes on with the surest (LoPA).
+
+The logits' side of a step runs where the model is; all that is (R, T) runs on the CPU, where rows and generators live,
 so that a step costs one transfer to the device and one back.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import count
-from typing import Literal
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from diffucoder.decoding.canvas import Canvas, leftmost
 from diffucoder.decoding.params import DecodingParams
-from diffucoder.decoding.policies import commit, commit_randomly, commit_released, gumbel, schedule
-from diffucoder.decoding.sampling import Rules, propose
+from diffucoder.decoding.passes import Found, Rows, score
+from diffucoder.decoding.policies import (
+    commit,
+    commit_randomly,
+    commit_released,
+    gumbel,
+    surer_than,
+    within_entropy,
+    within_factor,
+)
+from diffucoder.decoding.state import DecodeState, Until
 from diffucoder.errors import PromptError
 from diffucoder.models.denoiser import Denoiser
 
-Until = Callable[[Tensor], bool]
-"""Whether to end a row now, given the ids (n,) from its first hole to its first position that is still masked."""
+__all__ = ["DecodeState", "Step", "Until", "advance", "denoise"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,56 +50,29 @@ class Step:
     index: int  # of this step, from 0
     canvas: Tensor  # (B, T) tokens after this step
     committed: Tensor  # (B, T) bool, unmasked by this step
-    revoked: Tensor | None  # (B, T) bool, masked again by this step (revocable policies; there are none yet)
+    revoked: Tensor | None  # (B, T) bool, masked again by this step; None where no row revokes
     confidence: Tensor  # (B, T) score behind each commitment, by the row's policy; 0 elsewhere
     forward_passes: int  # spent so far
     log_prob: Tensor  # (B, T) log-probability of each commitment when it was made; 0 elsewhere
 
 
-class DecodeState:
-    """One request: a row of a canvas, and everything that decides what becomes of it."""
-
-    def __init__(self, canvas: Canvas, params: DecodingParams, *, row: int = 0, until: Until | None = None) -> None:
-        """Take up one `row` of a canvas. Its random numbers depend on `params.seed` and its sample index alone."""
-        self.canvas = canvas
-        self.params = params
-        self.until = until
-        self.tokens = canvas.tokens[row][canvas.valid[row]].cpu()  # (T,) without padding
-        masked = self.tokens == canvas.mask_id
-        self.schedule = schedule(int(masked.sum()), params)  # (steps,)
-        self.first_hole = self.settled = int(leftmost(masked[None]))  # positions; what `until` last saw ended there
-        self.end = len(self.tokens)  # position of the first terminator committed so far; the length where none
-        self.forward_passes = 0
-        self.finish_reason: Literal["stop", "length"] | None = None if masked.any() else "length"
-        exact = params.preset == "exact"
-        self.barred = torch.tensor([canvas.mask_id, *canvas.forbidden] if exact else [canvas.mask_id])
-        self.terminators = torch.tensor(canvas.terminators, dtype=torch.long)
-        # SeedSequence mixes (seed, sample), so that neighbouring seeds and samples share nothing
-        mixed = np.random.SeedSequence((params.seed, int(canvas.sample[row]))).generate_state(1, np.uint64)
-        self.generator = torch.Generator().manual_seed(int(mixed[0]))
-
-
 @torch.no_grad()
 def advance(model: Denoiser, states: Sequence[DecodeState]) -> list[Step]:
-    """One step of every request in `states`, none of them finished, for one forward pass; Steps of (1, own length)."""
+    """One pass for every request in `states`, none of them finished; Steps of (1, own length)."""
     assert all(state.finish_reason is None for state in states), "a finished request has nothing to advance"
-    tokens = pad_sequence([state.tokens for state in states], batch_first=True, padding_side="left")  # (B, T)
-    padding = tokens.shape[1] - torch.tensor([len(state.tokens) for state in states])  # (B,)
-    valid = torch.arange(tokens.shape[1]) >= padding[:, None]  # (B, T)
-    masked = valid & (tokens == torch.tensor([[state.canvas.mask_id] for state in states]))  # (B, T)
-    token_noise, order_noise = _noise(states, tokens.shape[1])  # (B, T) each
-    proposed, confidence, log_prob = _propose(model, states, tokens, valid, masked, token_noise)  # (B, T) each
-    committed = _choose(states, confidence, masked, order_noise)  # (B, T)
-    tokens = proposed.where(committed, tokens)
-    tokens = _settle(states, tokens, committed, masked & ~committed, padding)
-    confidence, log_prob = confidence.where(committed, 0), log_prob.where(committed, 0)
-    steps = []
-    for row, (state, start) in enumerate(zip(states, padding.tolist(), strict=True)):
-        own = (slice(row, row + 1), slice(start, None))
-        state.tokens = tokens[own][0]
-        state.forward_passes += 1
-        passes = state.forward_passes
-        steps.append(Step(passes - 1, tokens[own], committed[own], None, confidence[own], passes, log_prob[own]))
+    rows = Rows.of(states)
+    found = score(model, rows)
+    committed = _choose(rows, found)  # (R, T)
+    revoked = _revoke(rows, found, committed)  # (R, T)
+    after = found.tokens.where(committed, rows.tokens).where(~revoked, model.mask_id)
+    made = Made(committed, revoked, after, *_ends(rows, after))
+    steps, at = [], 0
+    for state in states:
+        own = range(at, at + 1 + len(state.guesses))
+        at = own.stop
+        taken = _taken(state, own, rows, found, made)
+        steps.append(_step(state, taken, rows, found, made))
+        state.guesses = [] if state.finish_reason else _guesses(state, taken[-1], rows, found)
     return steps
 
 
@@ -112,11 +96,12 @@ def denoise(model: Denoiser, canvas: Canvas, params: DecodingParams, *, until: U
             return
         steps = advance(model, [states[row] for row in rows])
         tokens = _laid_over(tokens, rows, [step.canvas for step in steps])
+        revoked = [step.revoked for step in steps if step.revoked is not None]
         yield Step(
             index=index,
             canvas=tokens,
             committed=_laid_over(nothing.bool(), rows, [step.committed for step in steps]),
-            revoked=None,
+            revoked=_laid_over(nothing.bool(), rows, revoked) if revoked else None,
             confidence=_laid_over(nothing, rows, [step.confidence for step in steps]),
             forward_passes=index + 1,
             log_prob=_laid_over(nothing, rows, [step.log_prob for step in steps]),
@@ -131,78 +116,184 @@ def _laid_over(matrix: Tensor, rows: list[int], parts: list[Tensor]) -> Tensor:
     return matrix
 
 
-def _noise(states: Sequence[DecodeState], length: int) -> Tensor:
-    """(2, B, T) uniform numbers in [0, 1) for tokens and order, each row's own; 0 where a row needs none."""
-    noise = torch.zeros(2, len(states), length)
-    for row, state in enumerate(states):
-        if state.params.stochastic:
-            own = len(state.tokens)  # a number for every position, masked or not: padding and past do not matter
-            noise[:, row, length - own :] = torch.rand(2, own, generator=state.generator)
-    return noise
+# --- what a step commits ---------------------------------------------------------------------------------------------
 
 
-def _propose(
-    model: Denoiser, states: Sequence[DecodeState], tokens: Tensor, valid: Tensor, masked: Tensor, uniform: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """A token, its confidence and its log-probability for every masked position: (B, T) each, 0 elsewhere."""
-    rows = masked.nonzero()  # (M, 2)
-    barred = pad_sequence([state.barred for state in states], batch_first=True, padding_value=-1)  # (B, K)
-    barred = barred.where(barred >= 0, barred[:, :1])  # fewer ids than others: the mask again
-    rules = Rules.of([state.params for state in states], barred)[rows[:, 0]]
-    uniform = uniform[masked]  # (M,)
+@dataclass(frozen=True, eq=False)
+class Made:
+    """What a step makes of its rows, if it is taken by them."""
 
-    def sample(logits: Tensor, chunk: slice) -> tuple[Tensor, Tensor, Tensor]:
-        return propose(logits, rules[chunk], uniform[chunk], proposable=model.proposable)
-
-    device = model.device
-    seen = None if valid.all() else valid.to(device)
-    results = model(tokens.to(device), valid=seen, rows=rows.to(device), reduce=sample)  # (M,) each
-    proposed, confidence, log_prob = (
-        torch.zeros_like(masked, dtype=result.dtype).masked_scatter(masked, result.cpu()) for result in results
-    )
-    return proposed, confidence, log_prob
+    committed: Tensor  # (R, T) bool
+    revoked: Tensor  # (R, T) bool
+    after: Tensor  # (R, T) tokens
+    ends: Tensor  # (R,) the first terminator that decoding put there; T where none
+    settled: Tensor  # (R,) the first mask; T where none
 
 
-def _choose(states: Sequence[DecodeState], confidence: Tensor, masked: Tensor, uniform: Tensor) -> Tensor:
-    """The masked positions that each row commits now: (B, T) bool."""
-    reference = torch.tensor([[state.params.preset == "reference"] for state in states])  # (B, 1)
-    random = torch.tensor([[state.params.policy == "random"] for state in states])  # (B, 1)
-    heat = torch.tensor([[state.params.policy_temperature] for state in states])  # (B, 1)
-    due = torch.stack([state.schedule[state.forward_passes] for state in states])  # (B,) counts or shares
-    noisy = confidence / heat.where(heat > 0, 1) + gumbel(uniform)
-    priority = uniform.where(random, noisy.where(heat > 0, confidence))  # (B, T)
-    budget = (due * masked.sum(-1)).floor().where(reference[:, 0], due).long()  # (B,)
-    committed = commit(priority, masked, budget)
+def _choose(rows: Rows, found: Found) -> Tensor:
+    """The open positions that each row commits now: (R, T) bool."""
+    reference = rows.column(lambda state: state.params.preset == "reference")[:, None]  # (R, 1)
+    random = rows.column(lambda state: state.params.policy == "random")[:, None]  # (R, 1)
+    due = torch.tensor([state.due(ahead) for state, ahead in zip(rows.states, rows.ahead, strict=True)])  # (R,)
+    left = rows.masked.sum(-1)  # (R,)
+    priority = _priority(rows, found.confidence)
+    owed = due - (rows.column(lambda state: state.total) - left)
+    committed = commit(priority, found.open, owed.clamp(min=1)) | _sure(rows, found)
     if reference.any():
-        released = commit_released(priority, masked, budget)
-        released = commit_randomly(uniform, masked, due).where(random, released)
+        share = due.where(reference[:, 0], 0)
+        released = commit_released(priority, found.open, (share * left).floor().long())
+        released = commit_randomly(rows.uniform[1], found.open, share).where(random, released)
         committed = released.where(reference, committed)
     return committed
 
 
-def _settle(
-    states: Sequence[DecodeState], tokens: Tensor, committed: Tensor, masked: Tensor, padding: Tensor
-) -> Tensor:
-    """Finish the rows that are done, by setting `finish_reason`; (B, T) tokens, with what they leave masked filled.
+def _priority(rows: Rows, confidence: Tensor) -> Tensor:
+    """(R, T) which position goes first: the surest, perturbed by noise, or noise alone."""
+    random = rows.column(lambda state: state.params.policy == "random")[:, None]  # (R, 1)
+    heat = rows.column(lambda state: state.params.policy_temperature)[:, None]  # (R, 1)
+    noisy = confidence / heat.where(heat > 0, 1) + gumbel(rows.uniform[1])
+    return rows.uniform[1].where(random, noisy.where(heat > 0, confidence))
 
-    A row stops once nothing is masked before the first terminator that decoding put there, or when its `until` says so;
+
+def _sure(rows: Rows, found: Found) -> Tensor:
+    """The positions that each row's rule commits, whatever its schedule says: (R, T) bool."""
+    sure, params = torch.zeros_like(found.open), [state.params for state in rows.states]
+    probability = found.log_prob.exp()  # (R, T)
+    least = torch.tensor([_least(state) for state in rows.states])  # (R,)
+    if (least <= 1).any():
+        by_margin = torch.tensor([[p.policy == "margin" and not p.adaptive] for p in params])  # (R, 1)
+        sure |= surer_than(found.confidence.where(by_margin, probability), found.open, least)
+    if any(p.factor is not None for p in params):
+        factor = torch.tensor([p.factor or 0.0 for p in params])  # with 0 nothing fits
+        sure |= within_factor(probability, found.open, factor)
+    if any(p.entropy_bound is not None for p in params):
+        bounded = torch.tensor([[p.entropy_bound is not None] for p in params])  # (R, 1)
+        bound = torch.tensor([p.entropy_bound or 0.0 for p in params])
+        sure |= within_entropy(-found.confidence, found.open & bounded, bound)
+    return sure
+
+
+def _least(state: DecodeState) -> float:
+    """The probability from which on tokens are committed; 2, which none has, where there is no such rule."""
+    if state.params.adaptive:
+        committed = state.last_seen[state.holes & (state.tokens != state.canvas.mask_id)]
+        return float(committed.exp().mean()) if len(committed) else 2.0
+    return 2.0 if state.params.threshold is None else state.params.threshold
+
+
+def _revoke(rows: Rows, found: Found, committed: Tensor) -> Tensor:
+    """Earlier commitments that are masked again, those that lost most; fewer than are committed: (R, T) bool."""
+    revoked = torch.zeros_like(committed)
+    for row, state in enumerate(rows.states):
+        if state.params.revoke:
+            own = rows.own(row)
+            lost = (state.last_seen - found.log_prob[row, own]).masked_fill(~found.looked_at[row, own], 0)[None]
+            most = torch.tensor([int(state.params.revoke * int(committed[row].sum()))])
+            revoked[row, own] = commit(lost, lost > 0, most)[0]
+    return revoked
+
+
+# --- where a request goes from here ----------------------------------------------------------------------------------
+
+
+def _ends(rows: Rows, after: Tensor) -> tuple[Tensor, Tensor]:
+    """Where each row ends, and up to where it is settled: (R,) each, as in `Made`."""
+    states = rows.states
+    terminators = pad_sequence([state.terminators for state in states], batch_first=True, padding_value=-1)  # (R, K)
+    holes = pad_sequence([state.holes for state in states], batch_first=True, padding_side="left")  # (R, T)
+    ends = leftmost(holes & (after[:, :, None] == terminators[:, None]).any(-1))
+    masks = torch.tensor([[state.canvas.mask_id] for state in states])
+    return ends, leftmost(rows.valid & (after == masks))
+
+
+def _taken(state: DecodeState, own: range, rows: Rows, found: Found, made: Made) -> list[int]:
+    """The rows of a request that it goes on by, in order; sets `finish_reason` where the last of them ends it.
+
+    A row stops once nothing is masked before the first terminator that decoding put there, or when `until` says so;
     otherwise its length ends it. The reference preset knows no terminators: it takes all its steps.
     """
-    terminators = pad_sequence([state.terminators for state in states], batch_first=True, padding_value=-1)  # (B, K)
-    ends = leftmost(committed & (tokens[:, :, None] == terminators[:, None]).any(-1))  # (B,)
-    ends = ends.minimum(padding + torch.tensor([state.end for state in states]))
-    settled = leftmost(masked)  # (B,) position of the first mask
-    stopped = ends < settled  # (B,)
-    over = stopped | ~masked.any(-1)
-    for row, (state, start) in enumerate(zip(states, padding.tolist(), strict=True)):
-        state.end, now_settled = int(ends[row]) - start, int(settled[row]) - start
+    if state.params.branches > 1:
+        best = _surest(own, found)
+        own = range(best, best + 1)
+    taken = []
+    for row in own:
+        taken.append(row)
+        after, settled = made.after[row, rows.own(row)], int(made.settled[row] - rows.padding[row])
+        stopped = bool(made.ends[row] < made.settled[row])
+        over = stopped or settled == len(after)
         if state.params.preset == "reference":
-            over[row] = state.forward_passes + 1 == len(state.schedule)
-        if state.until is not None and now_settled > state.settled:
-            state.settled = now_settled
-            if state.until(tokens[row, start + state.first_hole : start + now_settled]):
-                over[row] = stopped[row] = True
-        if over[row]:
-            state.finish_reason = "stop" if stopped[row] else "length"
-    left = [state.canvas.mask_id if state.canvas.pad_id is None else state.canvas.pad_id for state in states]
-    return torch.tensor(left)[:, None].where(over[:, None] & masked, tokens)
+            over = state.age + 1 == len(state.schedule)
+        if state.until is not None and settled > state.settled:
+            state.settled = settled
+            if state.until(after[state.first_hole : settled]):
+                over = stopped = True
+        if over:
+            state.finish_reason = "stop" if stopped else "length"
+            break
+        came_true = row + 1 < own.stop and torch.equal(made.after[row], rows.tokens[row + 1])
+        if not came_true or (state.cached and state.stale(len(taken), state.block_of(after))):
+            break
+    return taken
+
+
+def _surest(own: range, found: Found) -> int:
+    """The branch whose open positions are surest on average, the first of equals (LoPA's branch confidence)."""
+    here = slice(own.start, own.stop)
+    counts = found.open[here].sum(-1)  # (K,)
+    sums = (found.log_prob.exp() * found.open)[here].sum(-1)  # (K,)
+    return own.start + int((sums / counts.clamp(min=1)).where(counts > 0, 1).argmax())
+
+
+def _step(state: DecodeState, taken: list[int], rows: Rows, found: Found, made: Made) -> Step:
+    """Bring the request to where the last of the rows it goes on by is, and say what was done."""
+    last, own = taken[-1], rows.own(taken[-1])
+    committed = made.committed[taken]  # (n, T')
+    new = committed.any(0)[own]  # (T,)
+    confidence = (found.confidence[taken] * committed).sum(0)[own]
+    log_prob = (found.log_prob[taken] * committed).sum(0)[own]
+    if state.params.branches > 1 and state.worth is not None:  # what the branch had guessed
+        guessed = rows.tokens[last, own] != state.tokens
+        new = new | guessed
+        confidence, log_prob = (w.where(guessed, v) for w, v in zip(state.worth, (confidence, log_prob), strict=True))
+    state.last_seen = log_prob.where(new, found.log_prob[last, own].where(found.looked_at[last, own], state.last_seen))
+    state.tokens, state.slot = made.after[last, own], found.slots[last]
+    state.pass_by(len(taken))
+    if state.finish_reason is not None:
+        left = state.canvas.mask_id if state.canvas.pad_id is None else state.canvas.pad_id
+        state.tokens = torch.where(state.tokens == state.canvas.mask_id, left, state.tokens)
+    revoked = made.revoked[last, own][None] if state.params.revoke else None
+    passes = state.forward_passes
+    return Step(passes - 1, state.tokens[None], new[None], revoked, confidence[None], passes, log_prob[None])
+
+
+def _guesses(state: DecodeState, row: int, rows: Rows, found: Found) -> list[Tensor]:
+    """The canvases that the next pass looks at beside the request's own, by what this pass has found: (T,) each."""
+    params, own = state.params, rows.own(row)
+    if (params.branches == 1 and not params.drafts) or (state.cached and state.stale()):
+        return []  # a pass that computes keys and values anew looks at nothing else
+    proposed, confidence, log_prob = (each[row, own] for each in (found.tokens, found.confidence, found.log_prob))
+    remaining = found.open[row, own] & (state.tokens == state.canvas.mask_id)  # (T,)
+    if params.branches > 1:
+        state.worth = confidence, log_prob
+        ranked = log_prob.masked_fill(~remaining, -torch.inf).argsort(descending=True, stable=True)
+        most = min(params.branches - 1, int(remaining.sum()))
+        return [state.tokens.scatter(0, at[None], proposed[at, None]) for at in ranked[:most]]
+    guesses, guess, left = list[Tensor](), state.tokens, int((state.tokens == state.canvas.mask_id).sum())
+    for ahead in range(params.drafts):
+        number = max(1, int(state.due(ahead)) - (state.total - left))
+        priority = _foreseen(confidence, state, ahead)
+        chosen = commit(priority[None], remaining[None], torch.tensor([number]))[0]
+        left -= (made := int(chosen.sum()))
+        if not made or not left:
+            break
+        guess, remaining = proposed.where(chosen, guess), remaining & ~chosen
+        guesses.append(guess)
+    return guesses
+
+
+def _foreseen(confidence: Tensor, state: DecodeState, ahead: int) -> Tensor:
+    """(T,) the priority of a step to come, as far as it is known."""
+    if state.params.policy == "random":
+        return state.uniform(ahead)[1]
+    heat = state.params.policy_temperature
+    return confidence / heat + gumbel(state.uniform(ahead)[1]) if heat else confidence

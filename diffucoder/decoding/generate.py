@@ -80,6 +80,7 @@ class DiffuCoder:
         """Load a folder, a Hub id, a known name, or (None) the shipped model. Raises CheckpointError."""
         tokenizer = load_tokenizer(source)  # first: it is quick, and fails for the same reasons
         model = load_denoiser(source, dtype=dtype, device=device)
+        model.use_lean()
         return cls(model, tokenizer, name="tiny" if source is None else str(source))
 
     def generate(self, prompt: Prompt, params: DecodingParams | None = None, *, chat: bool = True) -> Generation:
@@ -147,9 +148,7 @@ class DiffuCoder:
             raise PromptError(f"the text holds the mask {self.tokenizer.mask_token} itself; mark a hole with <|hole|>")
         return ids
 
-    def canvas_of_ids(
-        self, rows: Sequence[list[int]], new_tokens: int, *, forbidden: tuple[int, ...] = ()
-    ) -> Canvas:
+    def canvas_of_ids(self, rows: Sequence[list[int]], new_tokens: int, *, forbidden: tuple[int, ...] = ()) -> Canvas:
         """As `canvas`, of prompts that are tokens already."""
         longest = max(len(row) for row in rows)
         if longest + new_tokens > self.model.max_length:

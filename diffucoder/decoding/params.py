@@ -11,9 +11,9 @@ Two presets share all settings:
 """
 
 from difflib import get_close_matches
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, Self, get_args
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from diffucoder.config import Settings
 from diffucoder.errors import ConfigError
@@ -46,6 +46,45 @@ class DecodingParams(Settings):
     policy_temperature: float = Field(default=0.0, ge=0, allow_inf_nan=False)
     """randomness of the order: positions drawn by confidence / this, without replacement; 0 = the surest"""
 
+    threshold: float | None = Field(default=None, gt=0, le=1)
+    """commit also every token at least this probable; for the policy margin, of at least this margin (Fast-dLLM)"""
+
+    factor: float | None = Field(default=None, gt=0)
+    """commit also the n most probable tokens, the most for which (n + 1)(1 - p of the nth) < this (Fast-dLLM)"""
+
+    entropy_bound: float | None = Field(default=None, ge=0)
+    """commit also the tokens of least entropy, whose entropies without the largest add up to this (EB-Sampler)"""
+
+    adaptive: bool = False
+    """commit also every token more probable than those committed so far are on average (Saber)"""
+
+    revoke: float = Field(default=0.0, ge=0, lt=1)
+    """mask again this share of as many tokens as a step commits: those that lost most probability since (Saber)"""
+
+    block: int | None = Field(default=None, ge=1)
+    """fill the canvas in blocks of this many positions from left to right, any order within; None = one block"""
+
+    horizon: int | None = Field(default=None, ge=1)
+    """show the model only this many positions from the first mask on, and the last; None = the whole canvas"""
+
+    drafts: int = Field(default=0, ge=0)
+    """commitments guessed ahead and checked by one pass: the same result in fewer, wider passes (self-speculation)"""
+
+    branches: int = Field(default=1, ge=1)
+    """canvases looked at in one pass, with another token each, of which the surest goes on (LoPA); 1 = none but one"""
+
+    cache: Literal["none", "prefix", "dual"] = "none"
+    """what is not computed anew in each pass: keys and values left of the block, or of all outside it (Fast-dLLM)"""
+
+    refresh_every: int | None = Field(default=None, ge=1)
+    """steps until a cache is computed anew; None = when a block begins"""
+
+    vicinity: int = Field(default=0, ge=0)
+    """positions on either side of the block that a cache leaves out, too (dInfer)"""
+
+    cache_delay: int = Field(default=0, ge=0)
+    """steps into a block for which the block before it is not taken from the cache (d3LLM)"""
+
     eps: float = Field(default=1e-3, gt=0, lt=1)
     """end of the time grid of the `reference` preset, which runs from 1 down to this"""
 
@@ -60,6 +99,28 @@ class DecodingParams(Settings):
 
     stop: tuple[Annotated[str, Field(min_length=1)], ...] = ()
     """end a text before the first of these strings; for text-level generation"""
+
+    @model_validator(mode="after")
+    def _settings_fit(self) -> Self:
+        rules = [name for name in ("threshold", "factor", "entropy_bound") if getattr(self, name) is not None]
+        rules += ["adaptive"] if self.adaptive else []
+        changed = [name for name in _EXACT_ONLY if getattr(self, name) != type(self).model_fields[name].default]
+        if self.preset == "reference" and changed:
+            raise ValueError(f"{changed[0]} is no setting of the reference preset; use preset='exact'")
+        if len(rules) > 1:
+            raise ValueError(f"{rules[0]} and {rules[1]} are two rules for what a step commits; choose one")
+        if self.entropy_bound is not None and self.policy != "entropy":
+            raise ValueError(
+                f"entropy_bound goes by the policy 'entropy', not {self.policy!r}; use threshold or factor"
+            )
+        other = "branches" if self.branches > 1 else "revoke" if self.revoke else "adaptive" if self.adaptive else ""
+        if self.drafts and other:
+            raise ValueError(f"drafts={self.drafts} cannot foresee steps under {other}; drop one of them")
+        if self.cache != "none" and self.block is None:
+            raise ValueError(f"cache={self.cache!r} is kept for a block; give block, 32 for example")
+        if self.cache != "none" and self.horizon is not None:
+            raise ValueError(f"horizon={self.horizon} and cache={self.cache!r} both narrow the pass; choose one")
+        return self
 
     @property
     def stochastic(self) -> bool:
@@ -93,6 +154,9 @@ class DecodingParams(Settings):
         )
 
 
+_EXACT_ONLY = (
+    *("threshold", "factor", "entropy_bound", "adaptive", "revoke", "block", "horizon", "drafts", "branches", "cache"),
+)
 _DREAM_POLICIES: dict[str, Policy] = {
     "origin": "random",
     "maskgit_plus": "max_prob",

@@ -3,9 +3,10 @@
 For: pure functions of (B, T) tensors, from confidence to the set of positions. Not for: how confidence comes about
 (`sampling`).
 
-Two ideas a newcomer needs. A *schedule* is laid down when a request begins: what each step commits, as a count (preset
-`exact`) or as a share of what is masked (`reference`). A *priority* orders the positions within a step: the confidence
-itself, perturbed by Gumbel noise where the order is random, or noise alone.
+Three ideas a newcomer needs. A *schedule* is laid down when a request begins: what each step commits, as a count
+(preset `exact`) or as a share of what is masked (`reference`). A *priority* orders the positions within a step: the
+confidence itself, perturbed by Gumbel noise where the order is random, or noise alone. A *rule* lets a step commit more
+than the schedule asks for: everything the model is sure enough of.
 """
 
 import torch
@@ -53,6 +54,35 @@ def commit(priority: Tensor, masked: Tensor, budget: Tensor) -> Tensor:
     order = finite.masked_fill(~masked, -torch.inf).argsort(dim=-1, descending=True, stable=True)  # (B, T)
     chosen = torch.arange(masked.shape[1]) < budget[:, None]  # (B, T), by rank
     return masked & chosen.scatter(1, order, chosen)
+
+
+def surer_than(probability: Tensor, masked: Tensor, least: Tensor) -> Tensor:
+    """Masked positions of at least the probability (or margin) `least` (B,): (B, T) bool. Fast-dLLM's threshold."""
+    return masked & (probability >= least[:, None])
+
+
+def within_factor(probability: Tensor, masked: Tensor, factor: Tensor) -> Tensor:
+    """Each row's n most probable masked positions, for the largest n with (n + 1)(1 - p of the nth) < `factor` (B,).
+
+    Fast-dLLM (arXiv 2505.22618, §3.3): with every p above 1 - 1/(n + 1) committing together picks what one after the
+    other would.
+    """
+    ordered = probability.masked_fill(~masked, -1).sort(dim=-1, descending=True, stable=True)  # (B, T) by rank
+    rank = torch.arange(1, masked.shape[1] + 1, device=masked.device)  # (T,)
+    fits = (rank + 1) * (1 - ordered.values) < factor[:, None]  # (B, T); what is not masked has 1 - p = 2
+    most = (fits * rank).amax(-1, keepdim=True)  # (B, 1)
+    return masked & torch.zeros_like(masked).scatter(1, ordered.indices, rank <= most)
+
+
+def within_entropy(entropy: Tensor, masked: Tensor, bound: Tensor) -> Tensor:
+    """Each row's masked positions of least `entropy` (B, T), whose sum without the largest is at most `bound` (B,).
+
+    The entropy-bounded sampler (arXiv 2505.24857): the sum bounds what is lost by taking tokens as independent.
+    """
+    ordered = entropy.masked_fill(~masked, torch.inf).sort(dim=-1, stable=True)  # (B, T) by rank
+    before = ordered.values.cumsum(-1).roll(1, -1)  # (B, T) sum of those before; the first has none
+    before[:, 0] = 0
+    return masked & torch.zeros_like(masked).scatter(1, ordered.indices, before <= bound[:, None])
 
 
 def commit_released(priority: Tensor, masked: Tensor, budget: Tensor) -> Tensor:

@@ -51,16 +51,26 @@ class Rules:
 
 
 def propose(
-    logits: Tensor, rules: Rules, uniform: Tensor, *, proposable: int | None = None
+    logits: Tensor, rules: Rules, uniform: Tensor, *, proposable: int | None = None, given: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Propose a token for each row of `logits` (M, V): ids (M,) int64, confidence (M,) and log-probability (M,) fp32.
 
     `uniform` (M,) in [0, 1) decides for rows with a temperature. Ids from `proposable` on are not proposed, except by
     the reference, which knows of none. The log-probability is under the distribution the token was chosen from.
+    Where `given` (M,) is not -1 that token takes the place of the proposal: how sure the model is of it.
     """
     if rules.reference.any() and not rules.reference.all():  # two arithmetics: each kind by itself
         kinds = [rows.nonzero()[:, 0] for rows in (rules.reference, ~rules.reference)]
-        parts = [propose(logits[rows], rules[rows], uniform[rows], proposable=proposable) for rows in kinds]
+        parts = [
+            propose(
+                logits[rows],
+                rules[rows],
+                uniform[rows],
+                proposable=proposable,
+                given=None if given is None else given[rows],
+            )
+            for rows in kinds
+        ]
         home = torch.cat(kinds).argsort().to(logits.device)
         tokens, confidence, log_prob = (torch.cat(pair)[home] for pair in zip(*parts, strict=True))
         return tokens, confidence, log_prob
@@ -72,6 +82,9 @@ def propose(
         logits[:, proposable:] = lowest
     probabilities = _filtered(logits, rules).softmax(-1)  # (M, V)
     tokens = _choose(probabilities, rules, uniform)
+    if given is not None:
+        given = given.to(tokens.device)
+        tokens = given.where(given >= 0, tokens)
     chosen = probabilities.gather(1, tokens[:, None])[:, 0]  # (M,)
     return tokens, _confidence(probabilities, chosen, rules).float(), chosen.float().log()
 

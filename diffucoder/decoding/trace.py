@@ -67,6 +67,8 @@ def record(steps: Iterable[Step], canvas: Canvas, *, params: DecodingParams, mod
     for step in steps:
         tokens, committed = step.canvas.cpu(), step.committed.cpu()
         committed_by[committed] = step.index
+        if step.revoked is not None:
+            committed_by[step.revoked.cpu()] = -1
         confidence = step.confidence.cpu().where(committed, confidence)
         passes[committed.any(-1)] = step.forward_passes
     starts, padding = leftmost(canvas.masked.cpu()).tolist(), (~canvas.valid).sum(-1).tolist()

@@ -11,7 +11,8 @@ Two ideas a newcomer needs:
   rows so that row i scores token i, and nothing else in the project knows about it.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from diffucoder.errors import CheckpointError
+from diffucoder.models.lean import CanvasCache, LeanBody, Project
 
 SUPPORTED_TYPES = ("qwen2", "qwen3", "llama")  # plain softmax attention, logits = lm_head(hidden), nothing in between
 CHUNK_ELEMENTS = 2**25  # logits alive at once under `reduce`: 64 MiB in bf16, 220 rows of Qwen's vocabulary
@@ -41,6 +43,7 @@ class Denoiser(nn.Module):
         self.shifted = shifted
         self._no_split_modules = model._no_split_modules  # what accelerate shards by: the layers
         self.chunk_elements = CHUNK_ELEMENTS
+        self._lean: LeanBody | None = None
         self.proposable: int = self.vocab_size  # how many leading ids decoding may propose; fewer where some are spare
 
     @classmethod
@@ -105,14 +108,51 @@ class Denoiser(nn.Module):
         """The dtype of the weights, and of the logits outside autocast."""
         return self.model.get_input_embeddings().weight.dtype  # type: ignore[no-any-return]  # model is Any
 
+    def use_lean(self) -> None:
+        """Decode by the lean body from now on, where the architecture has one; training goes by transformers' layers.
+
+        The model's projections become views of joined weights. Call it again after putting other modules in place.
+        """
+        self._lean = LeanBody.of(self.model)
+
+    @contextmanager
+    def lean_snapshot(self, dtype: torch.dtype) -> Iterator[None]:
+        """Decode by a lean copy of the weights as they are now, in `dtype`: what a model in training writes with."""
+        before, self._lean = self._lean, LeanBody.of(self.model, dtype=dtype)
+        try:
+            yield
+        finally:
+            self._lean = before
+
+    def new_cache(self, lengths: Tensor) -> CanvasCache:
+        """An empty cache for canvases of `lengths` (B,). CheckpointError for a model without a lean body."""
+        if self._lean is None:
+            self.use_lean()
+        if self._lean is None:
+            raise CheckpointError(
+                f"this {self.config.model_type!r} model has no cache for its layers; use cache='none'"
+            )
+        return self._lean.new_cache(lengths)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "Denoiser":  # Any: as torch has it
+        """As ever: weights that are moved or cast take the lean body's place, which is made anew."""
+        lean, self._lean = self._lean, None
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # torch leaves it untyped
+        if lean is not None:
+            self.use_lean()
+        return self
+
     def forward(
         self,
         tokens: Tensor,
         *,
         valid: Tensor | None = None,
         attention: Tensor | None = None,
+        positions: Tensor | None = None,
+        cache: CanvasCache | None = None,
         rows: Tensor | None = None,
         reduce: Reduce | None = None,
+        released: bool = False,
     ) -> Reduced:
         """Score positions of `tokens` (B, T) int64: row i of the result holds the logits of token i.
 
@@ -121,22 +161,41 @@ class Denoiser(nn.Module):
         True where query (row) may see key (column), narrows full attention; a lower triangle is the autoregressive
         model. The first real position has no neighbour to its left and is scored from itself: put a real token there.
 
+        Part of a canvas may be fed alone: `positions` (B, T) int64 are then the places in it, increasing along a row;
+        with a `cache` the rest is seen as it was when it was fed last. Row i scores its token only where position i - 1
+        is fed right before it. `released` computes by transformers' own layers, bit for bit as the release does.
+
         Returns (B, T, V) logits in the model's dtype; with `rows` (M, 2) int64 of (row, position) pairs only those,
         (M, V). With `reduce`, its results instead, one row for each logit row, (B, T, ...) or (M, ...): it is called
         on chunks of at most `chunk_elements` logits, so the whole never exists, in training either.
         """
         # Where the model is, wherever they come from: no copy where they are there already
         tokens = tokens.to(self.device)
-        valid, attention, rows = (None if t is None else t.to(self.device) for t in (valid, attention, rows))
-        mask, positions = _mask(tokens, valid, attention)
-        body = self.model.base_model  # the layers and final norm, without the head
-        hidden = body(
-            input_ids=tokens, attention_mask=mask, position_ids=positions, use_cache=False
-        ).last_hidden_state  # (B, T, H)
+        given = (valid, attention, positions, rows)
+        valid, attention, positions, rows = (None if t is None else t.to(self.device) for t in given)
+        head, mask, slots = self.model.get_output_embeddings(), None, None
+        if cache is not None:
+            assert positions is not None, "a cache is read and written at positions"
+            real = torch.ones_like(tokens, dtype=torch.bool) if valid is None else valid
+            mask, slots = cache.visible(), cache.slots(positions, real)
+        else:
+            mask, counted = _mask(tokens, valid, attention)
+            positions = counted if positions is None else positions
+        lean = self._lean
+        if lean is None or torch.is_grad_enabled() or released or self.config.is_causal:
+            assert cache is None, "new_cache makes a lean body, which decodes"
+            body = self.model.base_model  # the layers and final norm, without the head
+            hidden = body(
+                input_ids=tokens, attention_mask=mask, position_ids=positions, use_cache=False
+            ).last_hidden_state  # (B, T, H)
+        else:
+            head = lean.head
+            with torch.autocast(self.device.type, enabled=False):  # it is of one dtype
+                hidden = lean(tokens, positions=positions, mask=mask, cache=cache, slots=slots)  # (B, T, H)
         hidden = self._aligned(hidden, valid, rows)  # (B, T, H) or (M, H)
         if reduce is None:
-            return self.model.get_output_embeddings()(hidden)  # type: ignore[no-any-return]  # model is Any
-        results = self._reduced(hidden.flatten(0, -2), reduce)  # each (B * T, ...) or (M, ...)
+            return head(hidden)  # type: ignore[no-any-return]  # the model is Any
+        results = self._reduced(hidden.flatten(0, -2), head, reduce)  # each (B * T, ...) or (M, ...)
         # (M, ...) as they are: FSDP2 warns of views among what it returns
         shaped = results if rows is not None else tuple(r.reshape(*hidden.shape[:-1], *r.shape[1:]) for r in results)
         return shaped if len(shaped) > 1 else shaped[0]
@@ -154,9 +213,8 @@ class Denoiser(nn.Module):
             return hidden[row, source[row, position]]
         return hidden.gather(1, source[..., None].expand_as(hidden)) if self.shifted else hidden
 
-    def _reduced(self, hidden: Tensor, reduce: Reduce) -> tuple[Tensor, ...]:
+    def _reduced(self, hidden: Tensor, head: Project, reduce: Reduce) -> tuple[Tensor, ...]:
         """`reduce` over the logits of `hidden` (N, H), chunk by chunk: tensors of N rows each."""
-        head = self.model.get_output_embeddings()
         size = max(1, self.chunk_elements // self.vocab_size)
         starts = range(0, max(len(hidden), 1), size)  # no rows is still one (empty) chunk: it gives shapes and dtypes
 

@@ -33,17 +33,21 @@ class Scripted:
         valid: Tensor | None,
         rows: Tensor,
         reduce: Callable[[Tensor, slice], tuple[Tensor, ...]],
+        positions: Tensor | None = None,
+        cache: None = None,
+        released: bool = False,
     ) -> tuple[Tensor, ...]:
         self.fed.append(tuple(tokens.shape))
-        wanted = self.logits(tokens, valid)[rows[:, 0], rows[:, 1]]  # (M, V)
+        wanted = self.logits(tokens, valid, positions)[rows[:, 0], rows[:, 1]]  # (M, V)
         chunks = [slice(start, start + self.chunk) for start in range(0, max(len(rows), 1), self.chunk)]
         parts = [reduce(wanted[chunk], chunk) for chunk in chunks]
         return tuple(torch.cat(column) for column in zip(*parts, strict=True))
 
-    def logits(self, tokens: Tensor, valid: Tensor | None = None) -> Tensor:
-        """(B, T, V) scores, the same for a row however it is padded."""
+    def logits(self, tokens: Tensor, valid: Tensor | None = None, positions: Tensor | None = None) -> Tensor:
+        """(B, T, V) scores, the same for a row however it is padded; `positions` where parts of it are left out."""
         valid = torch.ones_like(tokens, dtype=torch.bool) if valid is None else valid
-        return self.score(tokens.where(valid, 0), valid.cumsum(-1) - 1).to(self.dtype)
+        place = valid.cumsum(-1) - 1 if positions is None else positions
+        return self.score(tokens.where(valid, MASK), place).to(self.dtype)  # unknown, as what lies beyond the edge
 
 
 def rugged(tokens: Tensor, place: Tensor) -> Tensor:

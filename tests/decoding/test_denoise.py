@@ -12,7 +12,7 @@ from torch import Tensor
 from diffucoder.decoding.canvas import Canvas
 from diffucoder.decoding.denoise import DecodeState, Step, advance, denoise
 from diffucoder.decoding.params import POLICIES, DecodingParams
-from diffucoder.errors import PromptError
+from diffucoder.errors import CheckpointError, PromptError
 from diffucoder.models.denoiser import Denoiser
 
 left_to_right = sure_of(lambda place: place)  # proposes place % 8
@@ -32,6 +32,13 @@ MIX = [
     DecodingParams(policy="max_prob", temperature=0.9, top_p=0.8, seed=1),
     DecodingParams(steps=5, temperature=0.5, policy_temperature=0.2, seed=2),
     DecodingParams(steps=4, policy="random", top_k=5, temperature=1.2, seed=3),
+    DecodingParams(threshold=0.2, drafts=3, policy="max_prob"),
+    DecodingParams(block=4, cache="dual", refresh_every=3),
+    DecodingParams(block=3, cache="prefix", entropy_bound=2.5, vicinity=1, cache_delay=1),
+    DecodingParams(block=5, cache="dual", drafts=2, temperature=0.6, seed=4),
+    DecodingParams(horizon=3, factor=1.5, policy="margin"),
+    DecodingParams(branches=3, threshold=0.3, policy="max_prob"),
+    DecodingParams(adaptive=True, revoke=0.6, policy="max_prob", steps=4),
     DecodingParams.from_dream(steps=6, alg="entropy"),
     DecodingParams.from_dream(steps=6, alg="origin", temperature=0.7),
     DecodingParams.from_dream(steps=3, alg="topk_margin", temperature=0.4, top_p=0.9, alg_temp=0.5),
@@ -44,7 +51,7 @@ def requests(tiny: Denoiser) -> list[DecodeState]:
     return [
         DecodeState(
             Canvas.from_prompts(
-                torch.randint(2, 60, (1, 2 + 3 * i), generator=generator), new_tokens=11 - i, mask_id=tiny.mask_id
+                torch.randint(2, 60, (1, 2 + 3 * i), generator=generator), new_tokens=18 - i, mask_id=tiny.mask_id
             ),
             params,
         )
@@ -72,7 +79,12 @@ def test_requests_that_join_and_leave_change_nothing_for_others(tiny: Denoiser) 
     assert [state.tokens.tolist() for state in states] == expected
 
 
-@pytest.mark.parametrize("params", MIX, ids=lambda p: f"{p.preset}-{p.policy}-{p.temperature}")
+def changed(params: DecodingParams) -> str:
+    """The settings that are not as they are by default."""
+    return "-".join(f"{name}={value}" for name, value in params.model_dump(exclude_defaults=True).items())
+
+
+@pytest.mark.parametrize("params", MIX, ids=changed)
 def test_padding_changes_nothing(tiny: Denoiser, params: DecodingParams) -> None:
     prompts = [[5, 6, 7, 8], [9, 10]]
     ids = {"mask_id": tiny.mask_id, "pad_id": 1}
@@ -93,7 +105,6 @@ def problems(draw: st.DrawFn) -> tuple[Canvas, DecodingParams]:
     ids = st.sampled_from([0, 1, 2, 3, MASK])
     prompts = [[1, *draw(st.lists(ids, max_size=6))] for _ in range(draw(st.integers(1, 4)))]
     params = DecodingParams(
-        preset=draw(st.sampled_from(["exact", "reference"])),
         policy=draw(st.sampled_from(POLICIES)),
         steps=draw(st.none() | st.integers(1, 12)),
         temperature=draw(st.sampled_from([0.0, 0.7])),
@@ -102,7 +113,23 @@ def problems(draw: st.DrawFn) -> tuple[Canvas, DecodingParams]:
         seed=draw(st.integers(0, 3)),
         num_samples=draw(st.integers(1, 2)),
     )
+    exact = draw(st.booleans())
+    params = params.replace(**draw(extras(params.policy))) if exact else params.replace(preset="reference")
     return canvas(*prompts, new_tokens=draw(st.integers(1, 9)), pad=draw(st.integers(0, 2))), params
+
+
+@st.composite
+def extras(draw: st.DrawFn, policy: str) -> dict[str, Any]:
+    """What the exact preset can do beyond the release, but for caches, which need a real model."""
+    rules: list[dict[str, Any]] = [{}, {"threshold": 0.3}, {"factor": 1.0}]
+    rules += [{"entropy_bound": 1.0}] if policy == "entropy" else []
+    ahead: list[dict[str, Any]] = [{}, {"drafts": 1}, {"drafts": 4}, {"branches": 3}, {"revoke": 0.5}]
+    return {
+        **draw(st.sampled_from(rules)),
+        **draw(st.sampled_from([*ahead, {"adaptive": True, "threshold": None, "factor": None, "entropy_bound": None}])),
+        "block": draw(st.none() | st.integers(1, 5)),
+        "horizon": draw(st.none() | st.integers(1, 6)),
+    }
 
 
 @settings(max_examples=80, deadline=None)
@@ -113,12 +140,17 @@ def test_every_masked_position_is_committed_once_and_a_seed_fixes_the_result(
     start, params = problem
     steps = list(denoise(Scripted(rugged), start, params))
     start = start.repeat(params.num_samples)
-    assert torch.equal(sum(step.committed.int() for step in steps), start.masked.int())
+    nothing = torch.zeros_like(start.masked)
+    taken_back = [nothing if step.revoked is None else step.revoked for step in steps]
+    net = sum(step.committed.int() - back.int() for step, back in zip(steps, taken_back, strict=True))
+    assert torch.equal(net, start.masked.int())  # each once, net of revocations
     before = start.tokens
-    for index, step in enumerate(steps):
+    for index, (step, back) in enumerate(zip(steps, taken_back, strict=True)):
         assert step.index == index
         assert step.forward_passes == index + 1
-        assert torch.equal(step.canvas != before, step.committed)
+        assert torch.equal(step.canvas != before, step.committed | back)
+        assert not (step.committed & back).any()
+        assert bool((back.sum(-1) <= (step.committed.sum(-1) - 1).clamp(min=0)).all())  # every step gets on
         assert not (step.confidence * ~step.committed).any()
         assert not (step.log_prob * ~step.committed).any()
         before = step.canvas
@@ -172,6 +204,17 @@ def test_only_rows_with_work_left_are_fed() -> None:
     model = Scripted(rugged)
     list(denoise(model, canvas([1, MASK, MASK, 1], [1], new_tokens=2), DecodingParams()))
     assert model.fed == [(2, 6), (2, 6), (1, 6), (1, 6)]  # the second row is done after two steps
+
+
+def test_rows_that_are_alike_are_fed_once_and_part_where_they_differ() -> None:
+    model = Scripted(rugged)
+    params = DecodingParams(temperature=1.5, num_samples=6)
+    *_, last = denoise(model, canvas([1, 2], [3], new_tokens=6), params)
+    assert model.fed[0] == (2, 8)  # one of each prompt, for six samples each
+    assert 2 < model.fed[2][0] <= 12
+    for prompt, rows in (([1, 2], last.canvas[:6]), ([3], last.canvas[6:, 1:])):
+        *_, alone = denoise(Scripted(rugged), canvas(prompt, new_tokens=6), params)
+        assert torch.equal(alone.canvas, rows)
 
 
 def test_padding_all_rows_share_is_not_computed() -> None:
@@ -312,3 +355,187 @@ def test_steps_are_lazy() -> None:
     assert not model.fed
     assert isinstance(next(steps), Step)
     assert len(model.fed) == 1
+
+
+# --- steps that are foreseen, and checked by one pass: nothing changes but the number of passes
+
+
+@settings(max_examples=500, deadline=None)
+@given(problems(), st.integers(1, 5))
+def test_drafts_change_nothing_but_the_passes(problem: tuple[Canvas, DecodingParams], drafts: int) -> None:
+    start, params = problem
+    params = params.replace(preset="exact", branches=1, revoke=0.0, adaptive=False, drafts=0)
+    stepwise, drafted = (
+        list(denoise(Scripted(rugged), start, params.replace(drafts=number))) for number in (0, drafts)
+    )
+    assert torch.equal(stepwise[-1].canvas, drafted[-1].canvas)
+    assert len(drafted) <= len(stepwise)
+    for name in ("committed", "confidence", "log_prob"):  # and every commitment was made for the same reason
+        torch.testing.assert_close(
+            sum(getattr(step, name).float() for step in stepwise), sum(getattr(step, name).float() for step in drafted)
+        )
+
+
+@pytest.mark.parametrize("more", [{}, {"threshold": 0.15}, {"block": 4, "cache": "dual"}, {"steps": 5}], ids=str)
+def test_drafts_change_nothing_for_a_model_either(tiny: Denoiser, more: dict[str, Any]) -> None:
+    start = canvas([5, 6, 7, 8], [9, 10], new_tokens=16, mask_id=tiny.mask_id, pad_id=1)
+    *_, stepwise = denoise(tiny, start, DecodingParams(policy="max_prob", **more))
+    *_, drafted = denoise(tiny, start, DecodingParams(policy="max_prob", drafts=3, **more))
+    assert torch.equal(stepwise.canvas, drafted.canvas)
+
+
+def test_drafts_that_come_true_save_passes() -> None:
+    model = Scripted(left_to_right)  # what it proposes never changes, so all drafts come true
+    steps = list(denoise(model, canvas([1, 1], new_tokens=8), DecodingParams(drafts=3)))
+    assert [int(step.committed.sum()) for step in steps] == [1, 4, 3]  # the first pass has nothing to go by
+    assert [rows for rows, _ in model.fed] == [1, 4, 3]
+
+
+def test_until_is_asked_after_every_step_that_came_true() -> None:
+    seen = []
+
+    def until(settled: Tensor) -> bool:
+        seen.append(settled.tolist())
+        return len(settled) == 3
+
+    start = canvas([1, 1], new_tokens=6)
+    finished = reason(Scripted(left_to_right), start, DecodingParams(drafts=4), until=until)
+    assert finished == ("stop", [1, 1, 2, 3, 4, PAD, PAD, PAD], 2)
+    assert seen == [[2], [2, 3], [2, 3, 4]]
+
+
+# --- several commitments a step
+
+
+def counts(score: Any, **settings: Any) -> list[int]:
+    steps = denoise(Scripted(score), canvas([1, 1], new_tokens=8), DecodingParams(**settings))
+    return [int(step.committed.sum()) for step in steps]
+
+
+def test_a_threshold_commits_what_is_sure_and_always_one() -> None:
+    def score(tokens: Tensor, place: Tensor) -> Tensor:  # sure of even places, at once; of odd ones never
+        height = torch.where(place % 2 == 0, 9.0, 1.0)
+        return torch.nn.functional.one_hot(place % 8, 12) * height[..., None]
+
+    assert counts(score, threshold=0.9, policy="max_prob") == [4, 1, 1, 1, 1]
+    assert counts(score, threshold=0.9, policy="margin") == [4, 1, 1, 1, 1]
+    assert counts(score, factor=1.0, policy="max_prob") == [4, 1, 1, 1, 1]
+    assert counts(score, entropy_bound=0.1) == [5, 1, 1, 1]  # the largest entropy does not count
+    assert counts(score, threshold=0.9, policy="max_prob", steps=2) == [4, 4]  # what is due is committed all the same
+
+
+def test_adaptive_commits_what_is_surer_than_what_stands() -> None:
+    def score(tokens: Tensor, place: Tensor) -> Tensor:  # as sure of all places, but for the last two
+        height = torch.where(place < 8, 5.0, 1.0)
+        return torch.nn.functional.one_hot(place % 8, 12) * height[..., None]
+
+    assert counts(score, adaptive=True, policy="max_prob") == [1, 5, 1, 1]
+
+
+# --- part of the canvas
+
+
+def test_blocks_are_filled_from_left_to_right() -> None:
+    backwards = Scripted(sure_of(lambda place: -place))
+    steps = denoise(backwards, canvas([1, 1], new_tokens=6), DecodingParams(block=2))
+    assert [step.committed[0].nonzero().flatten().tolist() for step in steps] == [[3], [2], [5], [4], [7], [6]]
+
+
+def test_only_the_block_at_work_is_scored() -> None:
+    asked = []
+
+    class Asked(Scripted):
+        def __call__(self, tokens: Tensor, **more: Any) -> Any:
+            asked.append(more["rows"][:, 1].tolist())
+            return super().__call__(tokens, **more)
+
+    list(denoise(Asked(left_to_right), canvas([1, 1], new_tokens=4), DecodingParams(block=2, steps=2)))  # type: ignore
+    assert asked == [[2, 3], [4, 5]]
+
+
+def test_a_horizon_leaves_far_masks_out_but_for_the_last() -> None:
+    model = Scripted(left_to_right)
+    finished = reason(model, canvas([1, 1], new_tokens=8), DecodingParams(horizon=3))
+    assert finished == ("length", [1, 1, 2, 3, 4, 5, 6, 7, 0, 1], 8)
+    assert [width for _, width in model.fed] == [6, 7, 8, 9, 10, 10, 10, 10]
+
+
+@pytest.mark.parametrize("cache", ["prefix", "dual"])
+@pytest.mark.parametrize("more", [{}, {"vicinity": 2}, {"cache_delay": 3}, {"threshold": 0.1}], ids=str)
+def test_a_cache_computed_anew_at_every_step_is_no_cache(tiny: Denoiser, cache: str, more: dict[str, Any]) -> None:
+    prompts = [[5, 6, 7, 8, 9, 10, 11], [12, 13], [14]]
+    start = canvas(*prompts, new_tokens=11, mask_id=tiny.mask_id, pad_id=1)
+    params = DecodingParams(block=4, policy="max_prob", **{k: v for k, v in more.items() if k == "threshold"})
+    plain = list(denoise(tiny, start, params))
+    fresh = list(denoise(tiny, start, params.replace(cache=cache, refresh_every=1, **more)))
+    assert len(plain) == len(fresh)
+    for one, other in zip(plain, fresh, strict=True):
+        assert torch.equal(one.canvas, other.canvas)
+        torch.testing.assert_close(one.confidence, other.confidence, rtol=0, atol=1e-5)
+
+
+class Watched:
+    """A Denoiser that tells how many positions it was fed."""
+
+    def __init__(self, model: Denoiser) -> None:
+        self.model, self.fed = model, list[tuple[int, ...]]()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.model, name)
+
+    def __call__(self, tokens: Tensor, **more: Any) -> Any:
+        self.fed.append(tuple(tokens.shape))
+        return self.model(tokens, **more)
+
+
+@pytest.mark.parametrize(
+    ("more", "widths"),
+    [
+        ({"cache": "dual"}, [12, 5, 5, 5, 12, 5, 5, 5]),  # the block and the position before it
+        ({"cache": "prefix"}, [12, 9, 9, 9, 12, 5, 5, 5]),  # and all behind it
+        ({"cache": "dual", "refresh_every": 2}, [12, 5, 12, 5, 12, 5, 12, 5]),
+        ({"cache": "dual", "vicinity": 2}, [12, 9, 9, 9, 12, 7, 7, 7]),
+        ({"cache": "dual", "cache_delay": 2}, [12, 5, 5, 5, 9, 9, 12, 5]),  # the block before stays with it for two
+    ],
+    ids=str,
+)
+def test_a_cached_pass_feeds_the_block_alone(tiny: Denoiser, more: dict[str, Any], widths: list[int]) -> None:
+    model: Any = Watched(tiny)
+    list(denoise(model, canvas([5, 6, 7, 8], new_tokens=8, mask_id=tiny.mask_id), DecodingParams(block=4, **more)))
+    assert [width for _, width in model.fed] == widths
+
+
+# --- other ways
+
+
+def test_branches_go_on_with_the_surest() -> None:
+    def score(tokens: Tensor, place: Tensor) -> Tensor:  # place 3 makes everything clear; the first choice is place 2
+        clear = (tokens[:, 3:4] != MASK)[..., None] * 8.0
+        height = 3 - 0.1 * place.float()[..., None] + clear
+        return torch.nn.functional.one_hot(place % 8, 12) * height
+
+    start = canvas([1, 1], new_tokens=6)
+    steps = list(denoise(Scripted(score), start, DecodingParams(branches=2, policy="max_prob")))
+    assert steps[0].committed[0].nonzero().tolist() == [[2]]
+    assert steps[1].committed[0].nonzero().tolist() == [[3], [4]]  # the branch's token, and what it made surest
+    assert steps[-1].canvas.tolist() == [[1, 1, 2, 3, 4, 5, 6, 7]]
+
+
+def test_revoked_tokens_are_those_that_lost_most() -> None:
+    def score(tokens: Tensor, place: Tensor) -> Tensor:  # token 2 at place 2 is sure until place 3 is known, then 5 is
+        known = tokens[:, 3] != MASK
+        token = torch.where((place == 2) & known[:, None], 5, place % 8)
+        height = torch.where(place == 2, 9.0, 8 - 0.1 * place.float())
+        return torch.nn.functional.one_hot(token, 12) * height[..., None]
+
+    params = DecodingParams(revoke=0.5, policy="max_prob", steps=4)
+    steps = list(denoise(Scripted(score), canvas([1, 1], new_tokens=8), params))
+    taken_back = [step.revoked[0].nonzero().flatten().tolist() for step in steps if step.revoked is not None]
+    assert [2] in taken_back
+    assert steps[-1].canvas.tolist() == [[1, 1, 5, 3, 4, 5, 6, 7, 0, 1]]
+
+
+def test_a_model_of_other_layers_keeps_no_cache(tiny: Denoiser) -> None:
+    tiny.model.config.hidden_act = "gelu"
+    with pytest.raises(CheckpointError, match="no cache"):
+        list(denoise(tiny, canvas([5], new_tokens=4, mask_id=66), DecodingParams(block=2, cache="dual")))

@@ -7,9 +7,21 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import Tensor
 
 from diffucoder.decoding.params import DecodingParams
-from diffucoder.decoding.policies import commit, commit_randomly, commit_released, gumbel, quotas, schedule, shares
+from diffucoder.decoding.policies import (
+    commit,
+    commit_randomly,
+    commit_released,
+    gumbel,
+    quotas,
+    schedule,
+    shares,
+    surer_than,
+    within_entropy,
+    within_factor,
+)
 
 
 def released_counts(masked: int, steps: int, eps: float = 1e-3) -> list[int]:
@@ -115,3 +127,50 @@ def test_origin_commits_each_position_by_itself() -> None:
     assert not (chosen & ~masked).any()
     assert abs(chosen[0].sum() / 5_000 - 0.3) < 0.03
     assert chosen[1].sum() == 5_000
+
+
+# --- rules: what a step commits beyond its schedule
+
+SURENESS = st.lists(st.floats(0, 1), min_size=1, max_size=7)
+MASKED = st.lists(st.booleans(), min_size=7, max_size=7)
+
+
+def laid_out(values: list[float], masked: list[bool]) -> tuple[Tensor, Tensor]:
+    return torch.tensor([values]), torch.tensor([masked[: len(values)]])
+
+
+@given(SURENESS, MASKED, st.floats(0.1, 1))
+def test_a_threshold_takes_what_reaches_it(values: list[float], masked: list[bool], least: float) -> None:
+    probability, where = laid_out(values, masked)
+    level = torch.tensor([least])
+    taken = surer_than(probability, where, level)[0].tolist()
+    assert taken == [m and p >= level for p, m in zip(probability[0], where[0], strict=True)]
+
+
+@given(SURENESS, MASKED, st.sampled_from([0.3, 1.0, 2.0]))
+def test_a_factor_takes_the_largest_number_that_fits(values: list[float], masked: list[bool], factor: float) -> None:
+    probability, where = laid_out(values, masked)
+    taken = within_factor(probability, where, torch.tensor([factor]))
+    ordered = sorted(probability[where].tolist(), reverse=True)
+    single = torch.tensor(ordered, dtype=torch.float32)
+    number = max([n for n in range(1, len(ordered) + 1) if (n + 1) * (1 - single[n - 1]) < factor], default=0)
+    assert int(taken.sum()) == number
+    assert not (taken & ~where).any()
+    assert sorted(probability[taken].tolist(), reverse=True) == ordered[:number]
+
+
+@given(st.lists(st.floats(0, 3), min_size=1, max_size=7), MASKED, st.floats(0, 4))
+def test_an_entropy_bound_holds_without_the_largest(values: list[float], masked: list[bool], bound: float) -> None:
+    entropy, where = laid_out(values, masked)
+    taken = within_entropy(entropy, where, torch.tensor([bound]))
+    ordered = sorted(entropy[where].tolist())
+    cumulated = torch.tensor([0.0, *ordered]).cumsum(0)[:-1] if ordered else torch.tensor([])
+    assert int(taken.sum()) == int((cumulated <= bound).sum())
+    assert sorted(entropy[taken].tolist()) == ordered[: int(taken.sum())]
+    assert not where.any() or taken.any()  # always at least one
+
+
+def test_a_factor_of_one_with_equal_probabilities_is_the_papers_rule() -> None:
+    for n in range(1, 6):  # (n + 1) epsilon <= 1, with confidence above 1 - epsilon
+        probability = torch.full((1, n), 1 - 0.99 / (n + 1))
+        assert within_factor(probability, torch.ones(1, n, dtype=torch.bool), torch.tensor([1.0])).all()

@@ -1,0 +1,235 @@
+"""Passes: what the model is shown of each canvas, and what it says of the positions that are asked for.
+
+For: between `denoise`, which thinks in whole canvases, and `Denoiser.forward`, which is fed some of their positions.
+Not for: what is committed (`policies`, `denoise`).
+
+A pass sees a whole canvas unless it is narrowed. A *horizon* leaves far masks out altogether: they carry little but the
+length, which the canvas's last position tells as well (suffix pruning: DPad, Streaming-dLLM). A *cache* leaves out what
+stands outside the block at work, and keeps its keys and values as they were when the block began (Fast-dLLM, arXiv
+2505.22618): `prefix` what stands to the left, `dual` what stands to the right too. The position before a block is fed
+as well: shifted models score a position from its left neighbour.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+from torch.nn.utils.rnn import pad_sequence
+
+from diffucoder.decoding.canvas import leftmost
+from diffucoder.decoding.sampling import Rules, propose
+from diffucoder.decoding.state import DecodeState, Slot
+from diffucoder.models.denoiser import Denoiser
+from diffucoder.models.lean import CanvasCache
+
+
+@dataclass(frozen=True, eq=False)
+class Rows:
+    """The R canvases of a pass, left-padded to T: of each request the one it has come to, then its guesses."""
+
+    states: list[DecodeState]  # whose row it is
+    ahead: list[int]  # steps between the request and the row
+    tokens: Tensor  # (R, T)
+    padding: Tensor  # (R,)
+    valid: Tensor  # (R, T) bool
+    masked: Tensor  # (R, T) bool
+    uniform: Tensor  # (2, R, T)
+
+    @classmethod
+    def of(cls, states: Sequence[DecodeState]) -> "Rows":
+        """Lay out what `states` bring to a pass."""
+        whose, ahead, canvases = [], [], []
+        for state in states:
+            for at, canvas in enumerate([state.tokens, *state.guesses]):
+                whose.append(state)
+                ahead.append(at if state.params.drafts else 0)  # branches are alternatives, not steps
+                canvases.append(canvas)
+        tokens = pad_sequence(canvases, batch_first=True, padding_side="left")  # (R, T)
+        padding = tokens.shape[1] - torch.tensor([len(canvas) for canvas in canvases])  # (R,)
+        valid = torch.arange(tokens.shape[1]) >= padding[:, None]  # (R, T)
+        masked = valid & (tokens == torch.tensor([[state.canvas.mask_id] for state in whose]))
+        uniform = torch.zeros(2, *tokens.shape)
+        for row, (state, steps) in enumerate(zip(whose, ahead, strict=True)):
+            if state.params.stochastic:
+                uniform[:, row, int(padding[row]) :] = state.uniform(steps)
+        return cls(whose, ahead, tokens, padding, valid, masked, uniform)
+
+    def own(self, row: int) -> slice:
+        """Where the row's canvas is: without its padding."""
+        return slice(int(self.padding[row]), None)
+
+    def column(self, values: Callable[[DecodeState], float]) -> Tensor:
+        """(R,) a number of each row's request."""
+        return torch.tensor([values(state) for state in self.states])
+
+
+@dataclass(frozen=True, eq=False)
+class Found:
+    """What a pass says of its rows: 0 where nothing was asked."""
+
+    open: Tensor  # (R, T) bool: masked, and may be committed now
+    looked_at: Tensor  # (R, T) bool: commitments that may be revoked
+    tokens: Tensor  # (R, T) the proposal where open, else what stands there
+    confidence: Tensor  # (R, T) by the row's policy
+    log_prob: Tensor  # (R, T) of the proposal, or of what stands there
+    slots: list[Slot | None]  # each row's keys and values, where there is a cache
+
+
+def score(model: Denoiser, rows: Rows) -> Found:
+    """Show every row to the model, as narrowly as its request says, and ask for what may be committed or revoked."""
+    shown = _shown(rows)  # (R, T)
+    scored = shown & pad(shown[:, :-1], (1, 0))  # (R, T) the left neighbour, which scores it, is shown too
+    open_ = rows.masked & scored & _at_work(rows)
+    looked_at = ~rows.masked & scored & _revocable(rows)
+    asked = open_ | looked_at
+    tokens, slots = rows.tokens.clone(), [state.slot for state in rows.states]
+    confidence, log_prob = torch.zeros(2, *tokens.shape)
+    for group in _groups(rows.states):
+        results = _pass(model, rows, group, shown, asked, slots)  # (M,) each
+        here = torch.zeros_like(asked)
+        here[group] = asked[group]
+        for whole, result in zip((tokens, confidence, log_prob), results, strict=True):
+            whole.masked_scatter_(here, result.cpu())
+    return Found(open_, looked_at, tokens, confidence, log_prob, slots)
+
+
+# --- what is shown ---------------------------------------------------------------------------------------------------
+
+
+def _shown(rows: Rows) -> Tensor:
+    """The positions that the model is fed of each row: (R, T) bool."""
+    shown = rows.valid.clone()
+    place = torch.arange(shown.shape[1])
+    first = leftmost(rows.masked).tolist()
+    for row, state in enumerate(rows.states):
+        if state.params.horizon is not None:
+            near = (place < first[row] + state.params.horizon) | (place == len(place) - 1)
+            shown[row] &= near | ~rows.masked[row]
+        elif state.cached and not state.stale():
+            shown[row] &= _between(rows, row, state.window())
+    return shown
+
+
+def _at_work(rows: Rows) -> Tensor:
+    """The positions of each row's block at work: (R, T) bool."""
+    inside = torch.ones_like(rows.masked)
+    for row, state in enumerate(rows.states):
+        if state.params.block is not None:
+            inside[row] = _between(rows, row, state.bounds(state.block_of(rows.tokens[row, rows.own(row)])))
+    return inside
+
+
+def _revocable(rows: Rows) -> Tensor:
+    """The positions that decoding fills, in the rows that may take a commitment back: (R, T) bool."""
+    filled = torch.zeros_like(rows.masked)
+    for row, state in enumerate(rows.states):
+        if state.params.revoke:
+            filled[row, rows.own(row)] = state.holes
+    return filled
+
+
+def _between(rows: Rows, row: int, bounds: tuple[int, int]) -> Tensor:
+    """(T,) bool: the positions of a row from and to those of its canvas."""
+    place = torch.arange(rows.tokens.shape[1]) - rows.padding[row]
+    return (place >= bounds[0]) & (place < bounds[1])
+
+
+# --- what is said ----------------------------------------------------------------------------------------------------
+
+
+def _groups(states: Sequence[DecodeState]) -> list[list[int]]:
+    """Rows that share a call: by the released arithmetic, without a cache, filling one, reading one."""
+    groups: dict[str, list[int]] = {}
+    for row, state in enumerate(states):
+        plain = "released" if state.params.preset == "reference" else "plain"
+        kind = plain if not state.cached else "fill" if state.stale() else "read"
+        groups.setdefault(kind, []).append(row)
+    return list(groups.values())
+
+
+def _pass(
+    model: Denoiser, rows: Rows, group: list[int], shown: Tensor, asked: Tensor, slots: list[Slot | None]
+) -> tuple[Tensor, ...]:
+    """One call for the rows of a group: ids, confidence and log-probability of the M positions asked for, (M,) each.
+
+    Notes in `slots` where the keys and values of each row are, if they are kept.
+    """
+    states = [rows.states[row] for row in group]
+    shown, asked, tokens = shown[group], asked[group], rows.tokens[group]  # (r, T)
+    sample = _sampler(model, states, asked, rows.uniform[0, group][asked], tokens.masked_fill(rows.masked[group], -1))
+    device = model.device
+    if not states[0].cached and bool((shown == rows.valid[group]).all()):
+        (tokens, shown), which = _different(tokens, shown)
+        valid = None if shown.all() else shown.to(device)
+        where = asked.nonzero()  # (M, 2)
+        where[:, 0] = which[where[:, 0]]
+        released = {"released": True} if states[0].params.preset == "reference" else {}
+        return model(  # type: ignore[no-any-return]  # it is a module
+            tokens.to(device), valid=valid, rows=where.to(device), reduce=sample, **released
+        )
+    place, width = _places(shown)
+    row, at = shown.nonzero()[:, 0], place[shown]
+    fed, positions = torch.zeros(2, len(group), width, dtype=torch.long)
+    present = torch.zeros(fed.shape, dtype=torch.bool)
+    fed[row, at], present[row, at] = tokens[shown], True
+    positions[row, at] = (torch.arange(tokens.shape[1]) - rows.padding[group][:, None])[shown]
+    cache = _kept(model, states) if states[0].cached else None
+    if cache is not None:
+        for number, (index, state) in enumerate(zip(group, states, strict=True)):
+            kept = None if state.stale() else state.slot
+            made = (state.block, state.age) if kept is None else (kept.block, kept.age)
+            slots[index] = Slot(cache, number, *made)
+    where = torch.stack([asked.nonzero()[:, 0], place[asked]], -1)  # (M, 2)
+    return model(  # type: ignore[no-any-return]  # as above
+        fed.to(device),
+        valid=present.to(device),
+        positions=positions.to(device),
+        cache=cache,
+        rows=where.to(device),
+        reduce=sample,
+    )
+
+
+def _sampler(
+    model: Denoiser, states: Sequence[DecodeState], asked: Tensor, uniform: Tensor, known: Tensor
+) -> Callable[[Tensor, slice], tuple[Tensor, ...]]:
+    """`propose` for the M positions `asked` (r, T) of rows, given what is `known` (r, T) of them, -1 where masked."""
+    barred = pad_sequence([state.barred for state in states], batch_first=True, padding_value=-1)  # (r, K)
+    barred = barred.where(barred >= 0, barred[:, :1])  # fewer ids than others: the mask again
+    rules = Rules.of([state.params for state in states], barred)[asked.nonzero()[:, 0]]
+    standing = known[asked]  # (M,)
+    given = standing if (standing >= 0).any() else None
+
+    def sample(logits: Tensor, chunk: slice) -> tuple[Tensor, ...]:
+        there = None if given is None else given[chunk]
+        return propose(logits, rules[chunk], uniform[chunk], proposable=model.proposable, given=there)
+
+    return sample
+
+
+def _different(tokens: Tensor, shown: Tensor) -> tuple[tuple[Tensor, Tensor], Tensor]:
+    """The rows (r, T) that differ, each once, and which of them each row is, (r,): samples of a prompt begin alike."""
+    unique, which = torch.cat([tokens, shown.long()], 1).unique(dim=0, return_inverse=True)
+    if len(unique) == len(tokens):
+        return (tokens, shown), torch.arange(len(tokens))
+    return (unique[:, : tokens.shape[1]], unique[:, tokens.shape[1] :].bool()), which
+
+
+def _places(shown: Tensor) -> tuple[Tensor, int]:
+    """Where each shown position stands among those fed, right-aligned, (r, T), and how many are fed at most."""
+    counts = shown.sum(-1, keepdim=True)  # (r, 1)
+    width = int(counts.max())
+    return shown.long().cumsum(-1) - 1 + (width - counts), width
+
+
+def _kept(model: Denoiser, states: Sequence[DecodeState]) -> CanvasCache:
+    """The keys and values of the rows' canvases: room for new ones, or those that each request has."""
+    held = [state.slot for state in states if state.slot is not None and not state.stale()]
+    if not held:
+        return model.new_cache(torch.tensor([len(state.tokens) for state in states]))
+    first = held[0].cache
+    if len(first) == len(held) and all(s.cache is first and s.row == row for row, s in enumerate(held)):
+        return first  # the very rows of the last pass
+    return CanvasCache.gather([(slot.cache, slot.row) for slot in held])

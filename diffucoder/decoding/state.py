@@ -1,0 +1,114 @@
+"""One request: a row of a canvas, and everything that decides what becomes of it.
+
+For: what `advance` keeps between its steps. Not for: the steps (`denoise`), or what the model is shown (`passes`).
+"""
+
+from collections.abc import Callable
+from typing import Literal, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from diffucoder.decoding.canvas import Canvas, leftmost
+from diffucoder.decoding.params import DecodingParams
+from diffucoder.decoding.policies import schedule
+from diffucoder.models.lean import CanvasCache
+
+Until = Callable[[Tensor], bool]
+"""Whether to end a row now, given the ids (n,) from its first hole to its first position that is still masked."""
+
+
+class Slot(NamedTuple):
+    """Where a request's keys and values are, and of which time."""
+
+    cache: CanvasCache
+    row: int
+    block: int  # the block at work when all of them were computed
+    age: int  # steps the request had taken then
+
+
+class DecodeState:
+    """One request. It belongs to whoever calls `advance`, which alone changes it."""
+
+    def __init__(self, canvas: Canvas, params: DecodingParams, *, row: int = 0, until: Until | None = None) -> None:
+        """Take up one `row` of a canvas. Its random numbers depend on `params.seed` and its sample index alone."""
+        self.canvas = canvas
+        self.params = params
+        self.until = until
+        self.tokens = canvas.tokens[row][canvas.valid[row]].cpu()  # (T,) without padding
+        self.holes = self.tokens == canvas.mask_id  # (T,) bool: what is to be filled
+        self.total = int(self.holes.sum())
+        self.schedule = schedule(self.total, params)  # (steps,) counts or shares
+        self.first_hole = self.settled = int(leftmost(self.holes[None]))  # positions; what `until` last saw ended there
+        self.finish_reason: Literal["stop", "length"] | None = None if self.total else "length"
+        self.forward_passes = 0
+        self.age = 0  # steps taken: as many as passes, or more where drafts came true
+        self.block = 0  # the block at work, and the age at which it began
+        self.entered = 0
+        exact = params.preset == "exact"
+        self.barred = torch.tensor([canvas.mask_id, *canvas.forbidden] if exact else [canvas.mask_id])
+        self.terminators = torch.tensor(canvas.terminators, dtype=torch.long)
+        self.guesses: list[Tensor] = []  # (T,) canvases that the next pass looks at beside this one
+        self.worth: tuple[Tensor, Tensor] | None = None  # (T,) confidence and log-probability of what they guess
+        self.last_seen = torch.zeros(len(self.tokens))  # (T,) log-probability of each commitment when last looked at
+        self.slot: Slot | None = None  # its keys and values, where there is a cache
+        # SeedSequence mixes (seed, sample), so that neighbouring seeds and samples share nothing
+        mixed = np.random.SeedSequence((params.seed, int(canvas.sample[row]))).generate_state(1, np.uint64)
+        self._generator = torch.Generator().manual_seed(int(mixed[0]))
+        self._drawn: list[Tensor] = []  # (2, T) uniform numbers of the steps to come
+
+    @property
+    def cached(self) -> bool:
+        """Whether passes keep keys and values."""
+        return self.params.cache != "none"
+
+    def uniform(self, ahead: int) -> Tensor:
+        """(2, T) uniform numbers in [0, 1) for tokens and order, `ahead` steps from now."""
+        while len(self._drawn) <= ahead:  # a number for every position, masked or not: padding and past do not matter
+            self._drawn.append(torch.rand(2, len(self.tokens), generator=self._generator))
+        return self._drawn[ahead]
+
+    def pass_by(self, steps: int) -> None:
+        """Count one pass that made `steps` steps."""
+        self.forward_passes += 1
+        self.age += steps
+        del self._drawn[:steps]
+        if (block := self.block_of(self.tokens)) != self.block:
+            self.block, self.entered = block, self.age
+
+    def due(self, ahead: int) -> float:
+        """What the step `ahead` has to reach: tokens committed in all or, for `reference`, the share it commits."""
+        step = min(self.age + ahead, len(self.schedule) - 1)
+        return float(self.schedule[step] if self.params.preset == "reference" else self.schedule[: step + 1].sum())
+
+    def block_of(self, tokens: Tensor) -> int:
+        """The number of the block at work in `tokens` (T,): the first one with a mask; that of the end without."""
+        if self.params.block is None:
+            return 0
+        return (int(leftmost((tokens == self.canvas.mask_id)[None])) - self.first_hole) // self.params.block
+
+    def bounds(self, block: int) -> tuple[int, int]:
+        """The positions of a block: from, to."""
+        size = self.params.block or len(self.tokens)
+        start = self.first_hole + block * size
+        return start, min(start + size, len(self.tokens))
+
+    def stale(self, steps: int = 0, block: int | None = None) -> bool:
+        """Whether all keys and values are to be computed anew, `steps` from now with `block` at work then."""
+        if self.slot is None:
+            return True
+        age, every = self.age + steps, self.params.refresh_every
+        if every is not None and age - self.slot.age >= every:
+            return True
+        if block is not None and block != self.block:
+            return True  # another block begins: whoever looks ahead stops there
+        return self.block != self.slot.block and age - self.entered >= self.params.cache_delay
+
+    def window(self) -> tuple[int, int]:
+        """The positions that a pass over the kept keys and values feeds: from, to."""
+        assert self.slot is not None
+        start, _ = self.bounds(min(self.block, self.slot.block))  # a block that has just ended is not kept at once
+        _, end = self.bounds(self.block)
+        end = len(self.tokens) if self.params.cache == "prefix" else end + self.params.vicinity
+        return start - 1 - self.params.vicinity, end  # shifted models score a position from its left neighbour
