@@ -3,8 +3,8 @@
     python benchmarks/grpo_variance.py                      # minutes on two cores; writes docs/grpo_variance.md
     python benchmarks/grpo_variance.py --draws 40 --count 8
 
-Completions are fixed: solutions of problems of the dev split behind their requests. Each draw of masks scores all of
-their tokens. The theory (DiffuCoder, appendix A.4) says by how much coupling lowers the variance of a token whose
+Completions are fixed: drawn at temperature 1.2 for hard problems of the dev split, as in training. Each draw of masks
+scores all of their tokens. The theory (DiffuCoder, appendix A.4) says by how much coupling lowers the variance of a token whose
 masked term M l / t has the mean v: by v^2 / (2 N) for the mean of N pairs, by 2 L v^2 / (L + 1)^2 for the score with L
 pairs. A draw is of independent pairs, so those of N pairs are sums of draws of one. Intervals are over blocks of draws.
 """
@@ -20,7 +20,7 @@ import typer
 from rich.progress import track
 from torch import Tensor
 
-from diffucoder import DiffuCoder
+from diffucoder import DecodingParams, DiffuCoder
 from diffucoder.diffusion import Estimator, keyed_generator, score_views
 from diffucoder.problems import problems
 from diffucoder.training.exercises import Exercise
@@ -28,7 +28,7 @@ from diffucoder.training.grpo import Batch, collate, score
 from diffucoder.training.rollouts import Completion, prompt_ids
 
 DOCS = Path(__file__).parents[1] / "docs"
-BLOCKS = 10
+BLOCKS, STUDENT = 10, 2.26  # blocks of draws behind an interval, and its quantile
 PAIRS = (1, 2, 4)
 
 
@@ -36,12 +36,15 @@ def main(
     model: Annotated[str | None, typer.Option(help="folder; the shipped model if left out")] = None,
     count: Annotated[int, typer.Option(help="completions")] = 24,
     draws: Annotated[int, typer.Option(help="of masks, a multiple of 40")] = 400,
+    temperature: Annotated[float, typer.Option(help="of the completions")] = 1.2,
     new_tokens: Annotated[int, typer.Option(help="canvas of a completion")] = 64,
 ) -> None:
     """Measure, and write the table and the plot."""
+    if draws < 40 or draws % 40:
+        raise typer.BadParameter(f"draws={draws} does not split into {BLOCKS} blocks of up to 4 pairs; use 40, 80, ...")
     began = time.monotonic()
     coder = DiffuCoder.load(model, dtype=torch.float32)
-    batch = completions(coder, count, new_tokens)
+    batch = completions(coder, count, new_tokens, temperature)
     scored = batch.scored
     coupled, decoupled = (terms(coder, batch, draws, estimator) for estimator in ("coupled", "decoupled"))
     whole = one_pass(coder, batch, 1, "full_mask")[0]  # (N,)
@@ -50,8 +53,9 @@ def main(
     parts = [
         "# The variance of a token's score over masks",
         f"`python benchmarks/grpo_variance.py`, {time.strftime('%Y-%m-%d')}, {(time.monotonic() - began) / 60:.0f} "
-        f"minutes: {count} fixed completions of {int(scored.sum())} tokens, {draws} draws of masks, mask ratios "
-        f"uniform in [0.2, 0.8], one a completion; the shipped model in float32. Python {platform.python_version()}, "
+        f"minutes: {count} fixed completions of {int(scored.sum())} tokens, written by the model at temperature "
+        f"{temperature:g}; {draws} draws of masks, mask ratios uniform in [0.2, 0.8], one a completion; "
+        f"{model or 'the shipped model'} in float32. Python {platform.python_version()}, "
         f"torch {torch.__version__}. Means over tokens, 95 % intervals over {BLOCKS} blocks of draws.",
         "## Mean of N pairs, against theory",
         "The masked terms alone, two forward passes a pair, nothing added and nothing divided by.",
@@ -68,16 +72,17 @@ def main(
     print("\n\n".join(parts))
 
 
-def completions(coder: DiffuCoder, count: int, new_tokens: int) -> Batch:
-    """Solutions behind their requests, ended and padded as the model was taught."""
-    tokenizer, made = coder.tokenizer, []
-    for problem in problems("dev", 10 * count, seed=11):
-        ids = [*tokenizer.encode(problem.solution, special=False), tokenizer.turn_end_id or tokenizer.pad_id]
-        if len(ids) <= new_tokens and len(made) < count:
-            exercise = Exercise("", problem.prompt, problem.tests)
-            padded = ids + [tokenizer.pad_id] * (new_tokens - len(ids))
-            prompt = prompt_ids(tokenizer, problem.prompt, 128)
-            made.append(Completion(exercise, prompt, padded, len(ids), problem.solution, [], 0))
+def completions(coder: DiffuCoder, count: int, new_tokens: int, temperature: float) -> Batch:
+    """What the model writes for hard problems, one completion each."""
+    tokenizer, drawn = coder.tokenizer, list(problems("dev", count, seed=11, hard=True))
+    prompts = [prompt_ids(tokenizer, problem.prompt, 128) for problem in drawn]
+    params = DecodingParams(steps=new_tokens // 2, temperature=temperature, new_tokens=new_tokens)
+    found = coder.decode(coder.canvas_of_ids(prompts, new_tokens), params)
+    made = []
+    for problem, prompt, result in zip(drawn, prompts, found, strict=True):
+        answer = result.trace.tokens[result.trace.prompt_length :]
+        length = min(len(result.tokens) + 1, new_tokens)
+        made.append(Completion(Exercise("", problem.prompt, problem.tests), prompt, answer, length, result.text, [], 0))
     return collate(made, pad_id=tokenizer.pad_id)
 
 
@@ -117,8 +122,8 @@ def pooled(values: Tensor, pairs: int) -> Tensor:
 
 
 def blocked(values: Tensor) -> tuple[float, float]:
-    """Mean and 95 % half-width of a figure from its values in each block."""
-    return float(values.mean()), 1.96 * float(values.std()) / math.sqrt(len(values))
+    """Mean and 95 % half-width of a figure from its values in each block, by Student's distribution."""
+    return float(values.mean()), STUDENT * float(values.std()) / math.sqrt(len(values))
 
 
 def variances(values: Tensor, pairs: int) -> Tensor:
@@ -127,11 +132,7 @@ def variances(values: Tensor, pairs: int) -> Tensor:
 
 
 def mean_table(coupled: Tensor, decoupled: Tensor, truth: Tensor) -> str:
-    rows = []
-    for pairs in PAIRS:
-        ours, theirs = variances(coupled, pairs), variances(decoupled, pairs)
-        theory = float((truth**2).mean()) / (2 * pairs)
-        rows.append([str(pairs), str(2 * pairs), *_cells(ours, theirs, theory)])
+    rows = [_row(pairs, 2 * pairs, coupled, decoupled, truth, 1.0) for pairs in PAIRS]
     return _table(["pairs N", "passes", *_HEAD, "theory v²/(2N)"], rows)
 
 
@@ -139,19 +140,29 @@ def score_table(coupled: Tensor, decoupled: Tensor, truth: Tensor) -> str:
     rows = []
     for pairs in PAIRS:
         factor = (2 * pairs / (pairs + 1)) ** 2  # the sum of 2 L terms over L + 1, from their mean
-        ours, theirs = factor * variances(coupled, pairs), factor * variances(decoupled, pairs)
-        theory = 2 * pairs * float((truth**2).mean()) / (pairs + 1) ** 2
-        rows.append([str(pairs), str(2 * pairs + 1), *_cells(ours, theirs, theory)])
+        rows.append(_row(pairs, 2 * pairs + 1, coupled, decoupled, truth, factor))
     return _table(["pairs L", "passes", *_HEAD, "theory 2Lv²/(L+1)²"], rows)
 
 
-_HEAD = ("variance, coupled", "decoupled", "ratio", "reduction")
+_HEAD = ("variance, coupled", "decoupled", "ratio", "reduction", "reduction within pairs")
 
 
-def _cells(ours: Tensor, theirs: Tensor, theory: float) -> list[str]:
-    cells = ["{:.3f} ± {:.3f}".format(*blocked(each)) for each in (ours, theirs)]
-    ratio = f"{float(theirs.mean() / ours.mean()):.2f}"
-    return [*cells, ratio, "{:.3f} ± {:.3f}".format(*blocked(theirs - ours)), f"{theory:.3f}"]
+def _row(pairs: int, passes: int, coupled: Tensor, decoupled: Tensor, truth: Tensor, factor: float) -> list[str]:
+    """Variances of the mean of `pairs` pairs, times `factor`, and by how much coupling lowers them."""
+    ours, theirs = (factor * variances(terms_, pairs) for terms_ in (coupled, decoupled))
+    shown = (ours, theirs, theirs - ours, factor / pairs * within(coupled))
+    cells = ["{:.4f} ± {:.4f}".format(*blocked(each)) for each in shown]
+    ratio, theory = f"{float(theirs.mean() / ours.mean()):.2f}", factor * float((truth**2).mean()) / (2 * pairs)
+    return [str(pairs), str(passes), cells[0], cells[1], ratio, cells[2], cells[3], f"{theory:.4f}"]
+
+
+def within(coupled: Tensor) -> Tensor:
+    """(BLOCKS,) by how much less the mean of a pair varies than that of two terms by themselves with its marginals.
+
+    The same quantity as decoupled minus coupled, without the chance in which masks the decoupled ones happened to be.
+    """
+    blocks = coupled.unflatten(0, (BLOCKS, -1))  # (K, D / K, 2, N)
+    return (blocks.var(1).sum(1) / 4 - blocks.mean(2).var(1)).mean(-1)
 
 
 def one_pass_text(whole: Tensor, prompt_masked: Tensor, truth: Tensor, coupled: Tensor) -> str:

@@ -211,7 +211,7 @@ def _sampler(
 
 def _different(tokens: Tensor, shown: Tensor) -> tuple[tuple[Tensor, Tensor], Tensor]:
     """The rows (r, T) that differ, each once, and which of them each row is, (r,): samples of a prompt begin alike."""
-    unique, which = torch.cat([tokens, shown.long()], 1).unique(dim=0, return_inverse=True)
+    unique, which = torch.unique(torch.cat([tokens, shown.long()], 1), dim=0, return_inverse=True)
     if len(unique) == len(tokens):
         return (tokens, shown), torch.arange(len(tokens))
     return (unique[:, : tokens.shape[1]], unique[:, tokens.shape[1] :].bool()), which

@@ -35,7 +35,7 @@ from diffucoder.models.denoiser import Denoiser, set_causal
 from diffucoder.training import samples
 from diffucoder.training.exercises import Exercise, read_exercises
 from diffucoder.training.kernels import training_kernels
-from diffucoder.training.processes import gathered
+from diffucoder.training.processes import first_process, gathered
 from diffucoder.training.rollouts import Completion, Graded, Rollouts
 from diffucoder.training.run import check_length, load_start, train_and_export
 from diffucoder.training.settings import GrpoSettings
@@ -61,9 +61,12 @@ def advantages(rewards: Tensor, group: int, *, baseline: str = "mean", scale: bo
     return centred.flatten()
 
 
+_STEEPEST = 20.0  # of a log-ratio: beyond it the exponential, or its gradient, would be no number
+
+
 def k3(score: Tensor, reference: Tensor) -> Tensor:
     """Schulman's estimate of KL(policy || reference) from log-probabilities of the policy's samples; never negative."""
-    difference = reference - score
+    difference = (reference - score).clamp(-_STEEPEST, _STEEPEST)
     return difference.exp() - difference - 1
 
 
@@ -88,7 +91,7 @@ def clipped_loss(
     if level == "sequence":
         mean = (log_ratio * scored).sum(-1, keepdim=True) / scored.sum(-1, keepdim=True).clamp(min=1)
         log_ratio = mean.expand_as(log_ratio)
-    ratio, gain = log_ratio.exp(), advantage[:, None]
+    ratio, gain = log_ratio.clamp(-_STEEPEST, _STEEPEST).exp(), advantage[:, None]
     loss = -torch.minimum(ratio * gain, ratio.clamp(1 - low, 1 + high) * gain)
     return Clipped(loss, ratio, (ratio < 1 - low) & (gain < 0), (ratio > 1 + high) & (gain > 0))
 
@@ -251,12 +254,14 @@ class GrpoStage:
             with self._referring():
                 made = [[replace(micro, reference=self._score_now(micro)) for micro in each] for each in made]
         flat = (gains.view(-1, settings.group) == 0).all(1).float()
+        scored = sum(len(micro.advantage) for micros in made for micro in micros) / (len(made) * len(rows))
         figures = {
             "decoding_seconds": graded.decoding_seconds,
             "waiting_seconds": graded.waiting_seconds,
             "grading_seconds": sum(given.seconds for given in graded.rewards),
             "scoring_seconds": time.perf_counter() - began,
             "zero_variance": float(flat.mean()),
+            "scored_share": scored,
         }
         for micros in made:
             micros[0].figures.update({n: (torch.tensor(v, device=self.denoiser.device), 1) for n, v in figures.items()})
@@ -330,10 +335,11 @@ class GrpoStage:
 
     @contextmanager
     def _decoding(self) -> Iterator[None]:
-        """The model as decoding wants it: in one piece, since processes take unlike numbers of passes."""
+        """The model as decoding wants it: in one piece, since processes take unlike numbers of passes, and lean."""
+        dtype = torch.bfloat16 if self.settings.bf16 else self.denoiser.dtype
         self.denoiser.eval()
         try:
-            with gathered(self.denoiser):
+            with gathered(self.denoiser), self.denoiser.lean_snapshot(dtype):
                 yield
         finally:
             self.denoiser.train()
@@ -344,7 +350,7 @@ class GrpoStage:
     def _write_samples(self, outer: int, graded: Graded, gains: Sequence[float]) -> None:
         step, every = outer * self.settings.iterations, self.settings.samples_every
         due = step // every != (step - self.settings.iterations) // every
-        if due and (not dist.is_initialized() or dist.get_rank() == 0):
+        if due and first_process():
             tokenizer = self.rollouts.coder.tokenizer
             samples.write(self.settings.run, list(samples.lines(step + 1, graded, gains, tokenizer)))
 
@@ -404,8 +410,8 @@ def _figures(graded: Graded, device: torch.device) -> dict[str, tuple[Tensor, in
     return {name: (torch.tensor(sum(values), device=device), len(values)) for name, values in columns.items()}
 
 
-def usable(exercises: Sequence[Exercise]) -> list[Exercise]:
-    """Exercises with the tests that a program cannot tamper with; says on stderr what was left out.
+def usable(exercises: Sequence[Exercise], name: str) -> list[Exercise]:
+    """The exercises of the setting `name` with the tests that a program cannot tamper with; tells what was left out.
 
     A test that cannot be split into a call and what is expected of it runs beside the program: a reward to be hacked.
     ConfigError where nothing is left.
@@ -416,19 +422,19 @@ def usable(exercises: Sequence[Exercise]) -> list[Exercise]:
         dropped += len(each.tests) - len(tests)
         if tests:
             kept.append(Exercise(each.id, each.prompt, tests, each.source))
-    if dropped and (not dist.is_initialized() or dist.get_rank() == 0):
+    if dropped and first_process():
         lost = len(exercises) - len(kept)
         message = f"left out {dropped:,} tests that a program could tamper with, and {lost:,} problems with no other"
-        Console(stderr=True).print(message, soft_wrap=True)
+        Console(stderr=True).print(f"{name}: {message}", soft_wrap=True)
     if not kept:
-        raise ConfigError(f"data has no usable test in {len(exercises)} problems; write asserts like: assert f(2) == 4")
+        raise ConfigError(f"{name} has no usable test in {len(exercises)} problems; write them as assert f(2) == 4")
     return kept
 
 
 def grpo(settings: GrpoSettings) -> Path:
     """Run the stage, or go on with it, and return the folder of the trained model."""
-    exercises = usable(read_exercises(settings.data))
-    held_out = usable(read_exercises(settings.held_out)) if settings.held_out else []
+    exercises = usable(read_exercises(settings.data), "data")
+    held_out = usable(read_exercises(settings.held_out), "held_out") if settings.held_out else []
     denoiser, tokenizer = load_start(settings)
     check_length(denoiser, "prompt_tokens + new_tokens", settings.prompt_tokens + settings.new_tokens)
     if settings.estimator == "causal":

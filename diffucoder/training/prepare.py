@@ -13,7 +13,6 @@ are made into tests (`codeio`).
 
 import json
 import random
-import textwrap
 from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import closing
@@ -46,7 +45,7 @@ Spread = Literal["paper", "released"]
 _ACECODE = "hub:TIGER-Lab/AceCode-87K"
 _MODELS = ("qwen_coder_2.5", "llama3_instruct")  # whose pass rates say how hard a problem is
 _SPREADS: Mapping[Spread, int] = {"paper": 60, "released": 40}  # percentile of the standard deviations to be reached
-_STUB = 'Please complete the following problem:\n```\n{}:\n    """\n{}\n    """\n```\n'
+_STUB = 'Please complete the following problem:\n```\n{}:\n    """\n    {}\n    """\n```\n'
 
 _MBPP = ("Mbpp-TrainVal.jsonl.gz", "Mbpp-TrainVal.jsonl")
 _MBPP_PLUS = ("MbppPlus.jsonl.gz", "MbppPlus.jsonl")
@@ -220,7 +219,7 @@ def _acecode(rows: Sequence[_Row], settings: PrepareSettings) -> _Stream:
         if not chosen:
             yield Skipped(row.exercise.id, f"not {difficulty} by pass rates")
             continue
-        yield row.exercise, row.best
+        yield replace(row.exercise, prompt=with_test(row.exercise)), row.best
         stub = stub_of(row.exercise.prompt, row.best) if settings.stubs else None
         if stub is not None:
             yield replace(row.exercise, id=f"{row.exercise.id}/stub", prompt=stub), row.best
@@ -245,13 +244,17 @@ def select(accuracies: Sequence[Sequence[float]], difficulty: Difficulty, spread
 def stub_of(question: str, completion: str) -> str | None:
     """The question as the docstring of a function that is to be completed, whose head is that of `completion`.
 
-    As released: none for a question that has "you" anywhere in it, "young" included, or where the text before the first
-    ":\\n" does not begin with "def ". A completion without that text has no head, and so no stub here.
+    As released: none for a question that has "you" anywhere in it, "young" included, or where what stands before the
+    first ":\\n", blanks around it aside, does not begin with "def "; of a long question only the first line is indented.
     """
-    head, colon, _ = completion.partition(":\n")
-    if "you" in question.lower() or not colon or not head.startswith("def "):
-        return None
-    return _STUB.format(head, textwrap.indent(question, "    "))
+    head = completion.partition(":\n")[0].strip()
+    return None if "you" in question.lower() or not head.startswith("def ") else _STUB.format(head, question)
+
+
+def with_test(exercise: Exercise) -> str:
+    """The question as it is trained on: behind it the first test, which names the function, unless it shows code."""
+    asked = exercise.prompt
+    return asked if "\n```\n" in asked else f"{asked}\nTest cases: {exercise.tests[0]}"
 
 
 # --- MBPP ------------------------------------------------------------------------------------------------------------

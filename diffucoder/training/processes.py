@@ -54,6 +54,11 @@ def shares(settings: TrainSettings, accelerator: Accelerator) -> list[range]:
     return [range(at, at + size) for at in range(accelerator.process_index * size, batch, size * count)]
 
 
+def first_process() -> bool:
+    """Whether this process is the one that speaks: the first of a distributed run, also before its group exists."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
 def reshard(model: nn.Module) -> None:
     """Give back what a forward pass without a backward one leaves gathered; nothing where the model is not sharded."""
     for module in model.modules():

@@ -22,7 +22,7 @@ from diffucoder.grading.sandbox import Limits, Sandbox
 Style = Literal["robust", "paper"]
 
 _RELEASED = re.compile(r"(?:(?!```).)*```python\n((?:(?!```).)*)```\n", re.DOTALL)
-_FIRST_BLOCK = re.compile(r"```python\n(.*?)\n```", re.DOTALL)
+_FIRST_BLOCK = re.compile(r"```python\n(.*?)```", re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ def reward(
 def _program(completion: str, style: Style) -> str:
     if style == "robust":
         return program_from(completion)
-    block = _FIRST_BLOCK.search(completion)  # the release's own pattern, which an empty block does not match
+    block = _FIRST_BLOCK.search(completion)
     return block[1] if block else ""
 
 

@@ -79,10 +79,12 @@ class Rollouts:
             temperature=settings.temperature,
             top_p=settings.top_p,
             policy=settings.policy,
+            threshold=settings.threshold,
+            block=settings.block,
+            cache=settings.decoding_cache,
             seed=settings.seed,
         )
         self.greedy = self.params.replace(temperature=0.0, top_p=None)
-        self._limits = Limits(seconds=settings.test_seconds)
 
     def of_step(self, exercises: Sequence[Exercise], outer: int, rows: Sequence[int]) -> Graded:
         """Completions `rows` of the `outer`-th batch of the run; `group` consecutive rows share a problem."""
@@ -166,6 +168,7 @@ class Rollouts:
 
     def _reward(self, completion: Completion) -> Reward:
         settings = self.settings
+        times = len(completion.exercise.tests) if settings.rewards == "paper" else 1
         given = reward(
             completion.text,
             completion.exercise.tests,
@@ -173,7 +176,7 @@ class Rollouts:
             style=settings.rewards,
             format_weight=settings.format_weight,
             tests_weight=settings.tests_weight,
-            limits=self._limits,
+            limits=Limits(seconds=settings.test_seconds * times),
         )
         if settings.all_or_nothing and not given.solved:
             return replace(given, total=settings.format_weight * given.format)
@@ -183,16 +186,17 @@ class Rollouts:
 def prompt_ids(tokenizer: Tokenizer, request: str, longest: int, *, chat: bool = True) -> list[int]:
     """The prompt of `request` in at most `longest` tokens: of a longer request the end is kept, with the chat's header.
 
-    Without `chat` the request is to be continued as it is. ConfigError where the header alone is longer than that.
+    Special tokens that are spelt in a request are plain characters: it can hold no mask and end no turn. Without `chat`
+    the request is to be continued as it is. ConfigError where the header alone is longer than `longest`.
     """
+    asked = tokenizer.encode(request, special=False)
     if not chat:
-        return tokenizer.encode(request, special=False)[-longest:]
-    ids = tokenizer.encode(tokenizer.chat(request))
-    if len(ids) <= longest:
-        return ids
+        return asked[-longest:]
     head, _, tail = tokenizer.chat("\0").partition("\0")
     header, footer = tokenizer.encode(head), tokenizer.encode(tail)
     room = longest - len(header) - len(footer)
     if room < 1:
         raise ConfigError(f"prompt_tokens={longest} has no room beside the header of {longest - room}; raise it")
-    return [*header, *tokenizer.encode(request, special=False)[-room:], *footer]
+    whole = tokenizer.encode(tokenizer.chat(request))
+    plain = len(whole) <= longest and not set(tokenizer.encode(request)) & tokenizer.special_ids
+    return whole if plain else [*header, *asked[-room:], *footer]

@@ -163,14 +163,23 @@ class GrpoSettings(TrainSettings):
     temperature: float = Field(default=1.2, gt=0, description="of the completions")
     top_p: float | None = Field(default=0.95, gt=0, le=1, description="of the completions")
     policy: Literal["random", "max_prob", "margin", "entropy"] = Field(default="entropy", description="decoding order")
+    threshold: float | None = Field(default=None, gt=0, le=1, description="commit also tokens at least this probable")
+    block: int | None = Field(default=None, ge=1, description="length of decoding's blocks; the whole if left out")
+    decoding_cache: Literal["none", "prefix", "dual"] = Field(
+        default="none", description="keys and values outside the block that decoding keeps; needs block"
+    )
     chat: bool = Field(default=True, description="requests in the chat template; false: continued as they are")
-    decode_batch: int = Field(default=64, ge=1, description="completions decoded together")
+    decode_batch: int = Field(
+        default=64, ge=1, description="completions decoded together, graded while the next ones are"
+    )
 
     rewards: Literal["robust", "paper"] = Field(default="robust", description="how strictly the format is read")
     format_weight: float = Field(default=0.5, ge=0, description="reward of the right format")
     tests_weight: float = Field(default=2.0, ge=0, description="reward of passing all tests, or of their share")
     all_or_nothing: bool = Field(default=False, description="the share of tests counts only where it is all of them")
-    test_seconds: float = Field(default=5.0, gt=0, description="for all tests of a completion together")
+    test_seconds: float = Field(
+        default=5.0, gt=0, description="for all tests of a completion together; under paper rewards for each"
+    )
     workers: int = Field(default=0, ge=0, description="programs run at a time; 0: one a core")
     samples_every: int = Field(default=50, ge=1, description="steps between completions written to samples.jsonl")
 
@@ -182,6 +191,8 @@ class GrpoSettings(TrainSettings):
             if (value := getattr(self, name)) % self.iterations:
                 reason = "completions are not saved, so a run is cut between them"
                 raise ValueError(f"{name}={value} is no multiple of iterations={self.iterations}; {reason}")
+        if self.decoding_cache != "none" and self.block is None:
+            raise ValueError(f"decoding_cache={self.decoding_cache!r} is kept for a block; give block, 32 for example")
         if not 0 < self.mask_ratio[0] <= self.mask_ratio[1]:
             raise ValueError(f"mask_ratio={self.mask_ratio} is no range inside (0, 1); the paper uses [0.2, 0.8]")
         return self

@@ -5,7 +5,6 @@ grows from none to all, which carries a model over from unconditional training. 
 scored like any token, so the model learns how long an answer is; nothing hides them from attention.
 """
 
-import os
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from diffucoder.errors import ConfigError
 from diffucoder.models.denoiser import grow_vocabulary
 from diffucoder.training.data import TokenStore, epoch_index, prepare
 from diffucoder.training.masked import HELD_OUT, MaskedStage, Row
+from diffucoder.training.processes import first_process
 from diffucoder.training.run import check_length, load_start, objective, train_and_export
 from diffucoder.training.settings import SftSettings
 
@@ -125,7 +125,7 @@ def _tell_left_out(rows: ChatRows, setting: str) -> None:
     """One line on the examples that are too long, from the first process."""
     lengths, limit = rows.store.lengths, rows.settings.length
     left_out = len(lengths) - len(rows.fitting)
-    if left_out and int(os.environ.get("RANK", "0")) == 0:
+    if left_out and first_process():
         first = int(np.argmax(lengths > limit))
         said = f"left out {left_out:,} of {len(lengths):,} examples of {setting}, which are longer than length={limit}"
         message = f"{said}; the first is number {first + 1}, with {lengths[first]:,} tokens"

@@ -13,16 +13,18 @@ the test split, which nothing else reads. The report goes to docs/grpo.md.
 """
 
 import json
+import math
 import os
-import random
 import subprocess
 import sys
 import threading
 import time
 import tomllib
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from functools import partial
 from pathlib import Path
+from statistics import mean, stdev
 from typing import Annotated, Any
 
 import typer
@@ -41,8 +43,12 @@ ARMS = {
     "causal": "ordinary GRPO of the autoregressive parent",
 }
 PASSES = {"coupled": 3, "decoupled": 3, "full_mask": 1, "d1": 1}  # of a score
+# Measured on the start model: what it takes to write and grade a completion, in forward passes over its whole canvas,
+# and the share of completions that are learnt from (a group of equal rewards teaches nothing and is left out)
+DECODING, SCORED = 8.0, 0.4
 HALF, STEPS = "32", "32,64,16"  # of decoding: as in training; and for the start and the coupled arm
 RESULTS = ROOT / "benchmarks" / "results" / "grpo"
+STUDENT = {1: 12.71, 2: 4.30, 3: 3.18, 4: 2.78}  # 97.5 % quantiles, by degrees of freedom
 _lock, _once = threading.Lock(), threading.Lock()
 
 
@@ -57,21 +63,33 @@ def main(
     report: Annotated[bool, typer.Option("--report", help="only write the report")] = False,
 ) -> None:
     """Run the arms, or go on with them, and write the report."""
-    folder.mkdir(parents=True, exist_ok=True)
-    if "causal" in arms.split(",") and parent is None:
+    names = arms.split(",")
+    if unknown := [name for name in names if name not in ARMS]:
+        raise typer.BadParameter(f"arm {unknown[0]!r} is not one of {', '.join(ARMS)}")
+    if "causal" in names and parent is None and not report:
         raise typer.BadParameter("the arm causal needs --parent; make tiny leaves one in runs/tiny/parent/model")
+    if report and not (RESULTS / "start.json").exists():
+        raise typer.BadParameter(f"nothing has been run: {RESULTS / 'start.json'} is not there")
     if not report:
+        folder.mkdir(parents=True, exist_ok=True)
         make_data(folder)
-        wanted = [(arm, int(seed)) for seed in seeds.split(",") for arm in arms.split(",")]
-        with ThreadPoolExecutor(jobs) as pool:
-            models = {arm: parent if arm == "causal" else model for arm in ARMS}
-            done = [pool.submit(run, folder, arm, seed, models[arm], count, jobs) for arm, seed in wanted]
-            done += [
-                pool.submit(start, folder, arm, models[arm], count, jobs) for arm in sorted({a for a, _ in wanted})
-            ]
-            for each in done:
-                each.result()
+        models = {arm: parent if arm == "causal" else model for arm in ARMS}
+        tasks = [partial(start, folder, arm, models[arm], count, jobs) for arm in ("coupled", *names)]
+        tasks += [
+            partial(run, folder, arm, int(seed), models[arm], count, jobs) for seed in seeds.split(",") for arm in names
+        ]
+        side_by_side(tasks, jobs)
     print(f"report in {write_report()}")
+
+
+def side_by_side(tasks: Sequence[Callable[[], None]], jobs: int) -> None:
+    """Run the tasks, `jobs` at a time; where one fails or is stopped those that have not begun do not begin."""
+    pool = ThreadPoolExecutor(jobs)
+    try:
+        for done in as_completed([pool.submit(task) for task in tasks]):
+            done.result()
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def make_data(folder: Path) -> None:
@@ -108,10 +126,11 @@ def run(folder: Path, arm: str, seed: int, model: str | None, count: int, jobs: 
         execute(folder, name, command, jobs)
     told = solved(folder, name, str(folder / name / "model"), count, jobs, STEPS if arm == "coupled" else HALF)
     lines = [json.loads(line) for line in (folder / name / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    kept = ("step", "reward", "solved", "held_out_pass@1", "zero_variance", "local_ar_ness", "global_ar_ness")
+    kept = ("step", "reward", "solved", "held_out_pass@1", "zero_variance", "scored_share", "local_ar_ness")
+    kept += ("global_ar_ness", "tokens_per_forward", "tokens_per_second")
     seconds = [key for key in lines[-1] if key.endswith("_seconds")]
-    curve = [{key: line[key] for key in (*kept, *seconds, "tokens_per_second") if key in line} for line in lines]
-    write_result(name, {"minutes": minutes(folder)[name], "jobs": jobs, "curve": curve, "solved": told})
+    curve = [{key: line[key] for key in (*kept, *seconds) if key in line} for line in lines]
+    write_result(name, {"minutes": minutes(folder).get(name), "jobs": jobs, "curve": curve, "solved": told})
 
 
 def start(folder: Path, arm: str, model: str | None, count: int, jobs: int) -> None:
@@ -131,14 +150,14 @@ def write_result(name: str, told: dict[str, Any]) -> None:
 
 
 def steps_of(arm: str) -> int:
-    """Optimiser steps for as many forward passes as the coupled arm spends; a backward one counts twice.
+    """Optimiser steps that take about as long as the coupled arm's; what they took is in the report.
 
     The autoregressive arm gets as many completions: with its cache they cost next to nothing.
     """
     if arm == "causal":
         return int(RECIPE["steps"])
-    inner, rollout = RECIPE["iterations"], RECIPE["decoding_steps"]
-    cost = {name: rollout + views * (3 * inner + inner - 1) for name, views in PASSES.items()}  # a completion's
+    inner = RECIPE["iterations"]
+    cost = {name: DECODING + SCORED * views * (3 * inner + inner - 1) for name, views in PASSES.items()}
     return round(RECIPE["steps"] * cost["coupled"] / cost[arm] / inner) * inner
 
 
@@ -155,16 +174,18 @@ def solved(folder: Path, name: str, model: str | None, count: int, jobs: int, st
 
 
 def execute(folder: Path, what: str, command: list[str], jobs: int) -> None:
-    """Run a command of ours, with one thread where others run beside it."""
+    """Run a command of ours, with one thread where others run beside it; its minutes count, stopped or not."""
     environment = {**os.environ, **({"OMP_NUM_THREADS": "1"} if jobs > 1 else {})}
     print("$", sys.executable, *command, flush=True)
     began = time.monotonic()
-    done = subprocess.run([sys.executable, *command], env=environment)
+    try:
+        done = subprocess.run([sys.executable, *command], env=environment)
+    finally:
+        with _lock, (folder / "minutes.jsonl").open("a", encoding="utf-8") as file:
+            taken = round((time.monotonic() - began) / 60, 2)
+            file.write(json.dumps({"what": what, "minutes": taken, "jobs": jobs}) + "\n")
     if done.returncode:  # it has said why
         raise SystemExit(done.returncode)
-    with _lock, (folder / "minutes.jsonl").open("a", encoding="utf-8") as file:
-        minutes = round((time.monotonic() - began) / 60, 2)
-        file.write(json.dumps({"what": what, "minutes": minutes, "jobs": jobs}) + "\n")
 
 
 # --- report ----------------------------------------------------------------------------------------------------------
@@ -183,13 +204,13 @@ def write_report() -> Path:
         "# Coupled-GRPO at the size of a laptop",
         f"`python recipes/tiny/grpo.py`, {time.strftime('%Y-%m-%d')}; settings in recipes/tiny/grpo.toml. pass@1 is "
         f"greedy, of {count} problems of the test split (chains of three blocks, canvas of 64), run in the sandbox. "
-        "Differences are of the same problems before and after; their 95 % intervals come from resampling problems, "
-        "and runs where there are several.",
+        "Differences are between the same problems, and the same seeds; ± is half of a 95 % interval over both: "
+        "Student's for seeds, the normal one for problems.",
         "## Learning",
         learning_table(before, runs),
-        "At 32 steps of decoding, as in training. Every arm has as many forward passes as the coupled one, a backward "
-        "one counted twice; so arms with one pass a score take more steps. The autoregressive one has as many "
-        "completions.",
+        "At 32 steps of decoding. Every arm is given about the time of the coupled one; so arms with one pass a score "
+        "take more steps. The autoregressive one has as many completions. Learnt from is the share of completions "
+        "whose group did not all earn the same.",
         "![held-out pass@1 of each run](grpo/learning.svg)",
         "![reward of each run](grpo/reward.svg)",
         "## Fewer steps, and the order of decoding",
@@ -205,26 +226,43 @@ def write_report() -> Path:
 
 
 def learning_table(before: Result, runs: dict[str, list[Result]]) -> str:
-    rows = [["start", "", "", f"{before['solved'][HALF]['share']:.1%}", ""]]
+    """What each arm gains over its start, and against the coupled one with the same seeds."""
+    rows = [["start", "", "", "", f"{before['solved'][HALF]['share']:.1%}", "", ""]]
+    coupled = {each["seed"]: _solved(each) for each in runs.get("coupled", ())}
     for arm, found in runs.items():
-        old = before["solved"][HALF]
+        old = _solved(before)
         if arm == "causal":
-            old = _read("parent")["solved"][HALF]
-            rows.append(["parent", "", "", f"{old['share']:.1%}", ""])
-        low, middle, high = difference(old["solved"], [each["solved"][HALF]["solved"] for each in found])
+            parent = _read("parent")
+            old = _solved(parent)
+            rows.append(["parent", "", "", "", f"{parent['solved'][HALF]['share']:.1%}", "", ""])
         shares = ", ".join(f"{each['solved'][HALF]['share']:.1%}" for each in found)
-        mean = f"{sum(each['minutes'] for each in found) / len(found):.0f}"
-        change = f"{middle:+.1%} ({low:+.1%} to {high:+.1%})"
-        rows.append([f"{arm}: {ARMS[arm]}", str(steps_of(arm)), mean, shares, change])
-    return _table(["arm", "steps", "minutes a run", "pass@1 of each seed", "against its start (95 %)"], rows)
+        taken = [each["minutes"] for each in found if each["minutes"]]
+        scored = mean(line["scored_share"] for each in found for line in each["curve"] if "scored_share" in line)
+        change = _interval(difference([(old, _solved(each)) for each in found]))
+        paired = [(coupled[each["seed"]], _solved(each)) for each in found if each["seed"] in coupled]
+        against = _interval(difference(paired)) if paired and arm not in ("coupled", "causal") else ""
+        told = [f"{mean(taken):.0f}" if taken else "–", f"{scored:.0%}", shares, change, against]
+        rows.append([f"{arm}: {ARMS[arm]}", str(steps_of(arm)), *told])
+    head = ["arm", "steps", "minutes a run", "learnt from", "pass@1 of each seed"]
+    return _table([*head, "against its start", "against coupled"], rows)
+
+
+def _solved(result: Result) -> list[int]:
+    solved: list[int] = result["solved"][HALF]["solved"]
+    return solved
+
+
+def _interval(found: tuple[float, float]) -> str:
+    middle, half = found
+    return f"{middle:+.1%} ± {half:.1%}"
 
 
 def steps_table(before: Result, runs: list[Result]) -> str:
     rows = []
     for name, found in (("start", [before]), ("coupled", runs)):
-        shares = {steps: _mean([each["solved"][steps]["share"] for each in found]) for steps in STEPS.split(",")}
+        shares = {steps: mean([each["solved"][steps]["share"] for each in found]) for steps in STEPS.split(",")}
         drops = [f"{shares[steps]:.1%} ({shares[steps] / shares['64'] - 1:+.1%})" for steps in ("32", "16")]
-        orders = [f"{_mean([each['solved']['64'][which] for each in found]):.3f}" for which in ("local", "global")]
+        orders = [f"{mean([each['solved']['64'][which] for each in found]):.3f}" for which in ("local", "global")]
         rows.append([name, f"{shares['64']:.1%}", *drops, *orders])
     head = ["model", "64 steps", "32 steps (drop)", "16 steps (drop)", "local AR-ness", "global AR-ness"]
     return _table(head, rows)
@@ -236,9 +274,9 @@ def time_table(runs: dict[str, list[Result]]) -> str:
     inner, batch = RECIPE["iterations"], RECIPE["batch"]
     for arm, found in runs.items():
         lines = [line for each in found for line in each["curve"]]
-        part = {name: _mean([line[f"{name}_seconds"] for line in lines]) for name in ("decoding", "waiting", "scoring")}
-        grading = _mean([line["grading_seconds"] for line in lines])
-        whole = 60 * _mean([each["minutes"] / (steps_of(arm) / inner) for each in found])
+        part = {name: mean([line[f"{name}_seconds"] for line in lines]) for name in ("decoding", "waiting", "scoring")}
+        grading = mean([line["grading_seconds"] for line in lines])
+        whole = 60 * mean([(each["minutes"] or math.nan) / (steps_of(arm) / inner) for each in found])
         part["updates and evaluation"] = whole - sum(part.values())
         shares = [f"{seconds:.1f} ({seconds / whole:.0%})" for seconds in part.values()]
         rates = [f"{batch / part['decoding']:.1f}", f"{batch / max(grading, 1e-9):.0f}", f"{inner / whole:.2f}"]
@@ -247,22 +285,23 @@ def time_table(runs: dict[str, list[Result]]) -> str:
     return _table([*head, "rollouts/s", "graded/s", "updates/s"], rows)
 
 
-def difference(before: Sequence[int], after: Sequence[Sequence[int]], draws: int = 2000) -> tuple[float, float, float]:
-    """Mean gain in the share solved, between the ends of its 95 % interval; resamples problems, and runs."""
-    rng = random.Random(0)
-    gains = []
-    for _ in range(draws):
-        chosen = rng.choices(range(len(before)), k=len(before))
-        picked = rng.choices(after, k=len(after))
-        old = sum(before[at] for at in chosen)
-        gains.append(sum(sum(run_[at] for at in chosen) - old for run_ in picked) / len(picked) / len(before))
-    gains.sort()
-    mean = sum(sum(run_) for run_ in after) / len(after) / len(before) - sum(before) / len(before)
-    return gains[int(0.025 * draws)], mean, gains[int(0.975 * draws)]
+def difference(pairs: Sequence[tuple[Sequence[int], Sequence[int]]]) -> tuple[float, float]:
+    """Mean gain in the share solved, and half of its 95 % interval, over pairs (before, after) of one seed each.
+
+    Two things vary: seeds, whose mean has Student's distribution, and problems, which all seeds share. With one seed
+    the interval is of problems alone.
+    """
+    gains = [[new - old for old, new in zip(*pair, strict=True)] for pair in pairs]  # of each problem
+    each = [mean(gain) for gain in gains]
+    problems_ = [mean(gain) for gain in zip(*gains, strict=True)]  # mean over seeds
+    half = 1.96 * stdev(problems_) / math.sqrt(len(problems_))
+    if len(each) > 1:
+        half = math.hypot(half, STUDENT[len(each) - 1] * stdev(each) / math.sqrt(len(each)))
+    return mean(each), half
 
 
 def draw(target: Path, runs: dict[str, list[Result]]) -> None:
-    """Held-out pass@1 and reward against the passes spent, a line for each run."""
+    """Held-out pass@1 and reward in the course of each run, a line for each."""
     import matplotlib
 
     matplotlib.use("svg")
@@ -277,7 +316,7 @@ def draw(target: Path, runs: dict[str, list[Result]]) -> None:
             for at, each in enumerate(found):
                 points = [(line["step"] / steps_of(arm), line[key]) for line in each["curve"] if key in line]
                 axes.plot(*zip(*points, strict=True), color=f"C{colour}", alpha=0.8, label=arm if at == 0 else None)
-        axes.set(xlabel="share of the forward passes spent", ylabel=labels[key])
+        axes.set(xlabel="share of the run", ylabel=labels[key])
         axes.grid(alpha=0.3)
         axes.legend()
         figure.savefig(target / f"{name}.svg", metadata={"Date": None}, bbox_inches="tight")
@@ -295,12 +334,9 @@ def minutes(folder: Path) -> dict[str, float]:
     return taken
 
 
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)
-
-
 def _read(name: str) -> Result:
     told: Result = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+    told["seed"] = name.rpartition("-")[2]
     for figures in told["solved"].values():
         figures["solved"] = [int(each) for each in figures["solved"]]
     return told

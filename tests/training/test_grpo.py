@@ -8,6 +8,7 @@ import runpy
 import signal
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -372,6 +373,196 @@ def test_programs_that_are_written_are_run_and_told(fields: Fields, tmp_path: Pa
     assert "http" not in page
 
 
+# --- what the settings do in a run -----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def stage(fields: Fields) -> Any:
+    """Makes a stage of the small model, without a trainer around it."""
+
+    def make(**changes: Any) -> GrpoStage:
+        settings = GrpoSettings(**{**fields, **changes})
+        settings.run.mkdir(exist_ok=True)
+        denoiser = load_denoiser(settings.model, dtype=torch.float32)
+        coder = DiffuCoder(denoiser, load_tokenizer(settings.model))
+        rollouts = Rollouts(coder, settings, sandbox)
+        asked = [Exercise(f"e{n}", f"Add {n}.", (f"assert f({n}) == {n + 1}",)) for n in range(6)]
+        return GrpoStage(denoiser, rollouts, asked, asked, settings)
+
+    with Sandbox(1) as sandbox:
+        yield make
+
+
+@pytest.mark.usefixtures("_scripted")
+def test_a_group_is_of_one_problem_and_groups_differ(stage: Any) -> None:
+    made = stage()
+    graded = made.rollouts.of_step(made.exercises, 0, list(range(8)))
+    asked = [completion.exercise.id for completion in graded.completions]
+    assert len(set(asked[:4])) == len(set(asked[4:])) == 1
+    assert asked[0] != asked[4]
+    assert len({tuple(completion.tokens) for completion in graded.completions[:4]}) > 1
+
+
+def test_what_counts_of_a_completion_ends_with_its_terminator(stage: Any) -> None:
+    made = stage(new_tokens=6)
+    tokenizer = made.rollouts.coder.tokenizer
+    end = min(tokenizer.terminator_ids)
+    for answer, length in (([7, 8, end, 7, 7, 7], 3), ([7] * 6, 6), ([end] * 6, 1)):
+        width = len(prompt := [7, 9])
+        completion = Completion(made.exercises[0], prompt, answer, length, "", [0] * 6, 1)
+        assert collate([completion], pad_id=0).scored.sum() == length
+        result = made.rollouts.coder._answer(_trace(prompt + answer, width), 0.0)
+        assert min(len(result.tokens) + 1, 6) == length
+
+
+def _trace(tokens: list[int], prompt_length: int) -> Any:
+    from diffucoder.decoding.params import DecodingParams
+    from diffucoder.decoding.trace import Trace
+
+    params = DecodingParams().model_dump(mode="json")
+    steps = [0] * (len(tokens) - prompt_length)
+    return Trace(
+        tokens=tokens, prompt_length=prompt_length, steps=steps, confidence=[], forward_passes=1, params=params
+    )
+
+
+@pytest.mark.usefixtures("_scripted")
+def test_a_divergence_from_the_reference_costs(stage: Any) -> None:
+    made = stage(kl=2.0)
+    made.begin()
+    micro = made.prepare(0, [range(8)])[0]
+    moved = replace(micro, reference=micro.reference + 0.5)
+    near, far = (made.loss(made.denoiser, each).loss.detach() for each in (micro, moved))
+    cost = float(k3(torch.tensor([0.0]), torch.tensor([0.5])))
+    assert float(far - near) == pytest.approx(2.0 * cost * float(micro.weight.sum()), rel=1e-3)
+
+
+@pytest.mark.usefixtures("_scripted")
+@pytest.mark.parametrize("mix", [1.0, 0.25])
+def test_the_reference_follows_the_policy_when_it_is_due(stage: Any, mix: float) -> None:
+    made = stage(reference_every=2, reference_mix=mix, iterations=1)
+    kept = made.begin()
+    before = {name: tensor.clone() for name, tensor in kept.items()}
+    with torch.no_grad():
+        for parameter in made.denoiser.parameters():
+            parameter.add_(1.0)
+    name = next(iter(kept))
+    for step, moved in ((0, 0.0), (1, 0.0), (2, mix)):
+        made.prepare(step, [range(8)])
+        torch.testing.assert_close(kept[name], before[name] + moved)
+
+
+@pytest.mark.usefixtures("_scripted")
+def test_each_completion_has_a_mask_ratio_of_its_own_or_all_have_one(stage: Any) -> None:
+    for per, differ in (("row", True), ("step", False)):
+        made = stage(ratio_per=per)
+        view = made.prepare(0, [range(8)])[0].views[1]
+        weights_of_rows = {round(float(weight.max()), 5) for weight in view.weight}
+        assert (len(weights_of_rows) > 1) is differ
+
+
+@pytest.mark.usefixtures("_scripted")
+def test_objective_settings_reach_the_objective(stage: Any) -> None:
+    plain = stage().prepare(0, [range(8)])[0]
+    one_out = stage(advantage="leave_one_out").prepare(0, [range(8)])[0]
+    torch.testing.assert_close(one_out.advantage, plain.advantage * 4 / 3)
+    scaled = stage(scale_rewards=True).prepare(0, [range(8)])[0]
+    torch.testing.assert_close(scaled.advantage.view(2, 4).std(1), torch.ones(2), atol=0.05, rtol=0)
+    by_completion = stage(reduction="sequence").prepare(0, [range(8)])[0]
+    torch.testing.assert_close(by_completion.weight.sum(1), torch.ones(8))
+    assert by_completion.count == 8
+    assert stage(reduction="length").prepare(0, [range(8)])[0].count == 8 * 12
+
+
+@pytest.mark.usefixtures("_scripted")
+def test_clipping_and_ratio_settings_reach_the_objective(stage: Any) -> None:
+    made = stage(epsilon_low=0.1, epsilon_high=4.0, kl=0.0)
+    micro = made.prepare(0, [range(8)])[0]
+    with torch.no_grad():
+        now = made._score(made.denoiser, micro)
+    up = made.loss(made.denoiser, replace(micro, old=now - 1.0)).figures  # ratios of 2.7
+    down = made.loss(made.denoiser, replace(micro, old=now + 1.0)).figures  # ratios of 0.37
+    assert up["clip_high"][0] == 0 < down["clip_low"][0]
+    uneven = now + torch.linspace(-1, 1, now.shape[1])
+    for ratio, spread in (("token", True), ("sequence", False)):
+        other = stage(ratio=ratio, kl=0.0, epsilon_high=9.0)
+        other.prepare(0, [range(8)])
+        found = clipped_loss(
+            now, uneven, micro.advantage, micro.batch.scored, low=0.1, high=9.0, level=other.settings.ratio
+        )
+        told = other.loss(other.denoiser, replace(micro, old=uneven)).figures["ratio"][0]
+        torch.testing.assert_close(told, (found.ratio * micro.batch.scored).sum(), rtol=1e-3, atol=1e-3)
+        assert bool(found.ratio[0][micro.batch.scored[0]].std() > 1e-3) is spread
+
+
+@pytest.mark.usefixtures("_scripted")
+def test_a_score_may_be_of_a_flatter_distribution(stage: Any) -> None:
+    made, flat = stage(), stage(score_temperature=50.0)
+    micro = made.prepare(0, [range(8)])[0]
+    with torch.no_grad():
+        sharp, level = made._score(made.denoiser, micro), flat._score(made.denoiser, micro)
+    uniform = -torch.tensor(float(made.denoiser.vocab_size)).log()
+    scale = sum(view.weight for view in micro.views)
+    torch.testing.assert_close(level, uniform * scale * micro.batch.scored, atol=0.3, rtol=0.05)
+    assert (sharp - level).abs().max() > 0.5
+
+
+def test_rollout_settings_reach_decoding_and_rewards(stage: Any) -> None:
+    made = stage(top_p=0.7, temperature=0.9, threshold=0.8, block=4, decoding_cache="dual", rewards="paper")
+    params = made.rollouts.params
+    assert (params.top_p, params.temperature, params.threshold) == (0.7, 0.9, 0.8)
+    assert (params.block, params.cache) == (4, "dual")
+    assert (made.rollouts.greedy.temperature, made.rollouts.greedy.top_p) == (0, None)
+    right = Completion(Exercise("", "", ("assert f(1) == 2",)), [1], [1], 1, "def f(n):\n    return n + 1\n", [0], 1)
+    assert made.rollouts._reward(right).total == 0.0  # no fence, and so nothing as released
+    half = replace(right, exercise=Exercise("", "", ("assert f(1) == 2", "assert f(1) == 3")))
+    assert stage().rollouts._reward(half).total == 1.5
+    assert stage(all_or_nothing=True).rollouts._reward(half).total == 0.5
+
+
+@pytest.mark.usefixtures("_scripted")
+def test_held_out_answers_are_greedy(stage: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    made, seen = stage(), []
+    of = Rollouts.of
+    monkeypatch.setattr(Rollouts, "of", lambda self, *args: seen.append(args[1]) or of(self, *args))
+    list(made.held_out(made.denoiser, [range(4)]))
+    assert [params.temperature for params in seen] == [0]
+
+
+@pytest.mark.usefixtures("_scripted")
+def test_decoding_in_training_is_lean_and_sees_the_newest_weights(stage: Any) -> None:
+    made = stage()
+    tokens = torch.tensor([[5, 6, 7, made.denoiser.mask_id]])
+    with torch.no_grad():
+        for parameter in made.denoiser.parameters():
+            parameter.mul_(1.3)
+        plain = made.denoiser(tokens)
+        with made._decoding():
+            assert made.denoiser._lean is not None
+            torch.testing.assert_close(made.denoiser(tokens), plain, atol=1e-4, rtol=1e-4)
+    assert made.denoiser._lean is None
+
+
+def test_steep_ratios_give_numbers() -> None:
+    score_ = torch.tensor([[100.0, -100.0, 0.0]], requires_grad=True)
+    scored = torch.ones(1, 3, dtype=torch.bool)
+    for advantage in (-1.0, 0.0, 1.0):
+        found = clipped_loss(score_, torch.zeros(1, 3), torch.tensor([advantage]), scored, low=0.5, high=0.5)
+        (gradient,) = torch.autograd.grad((found.loss + k3(score_, torch.zeros(1, 3))).sum(), score_)
+        assert gradient.isfinite().all()
+        assert found.loss.isfinite().all()
+
+
+def test_special_tokens_spelt_in_a_request_are_plain_text(adapted: Path) -> None:
+    tokenizer = load_tokenizer(str(adapted))
+    spelt = f"Fill {tokenizer.mask_token} and <|im_end|> in."
+    ids = prompt_ids(tokenizer, spelt, 60)
+    plain = tokenizer.encode(tokenizer.chat("x"))
+    special = [token for token in ids if token in tokenizer.special_ids]
+    assert special == [token for token in plain if token in tokenizer.special_ids]
+    assert spelt in tokenizer.decode(ids)
+
+
 # --- what is left out or refused -------------------------------------------------------------------------------------
 
 
@@ -391,12 +582,12 @@ def test_long_requests_lose_their_beginning_and_never_their_header(adapted: Path
 
 def test_tests_that_a_program_could_tamper_with_are_left_out_and_counted(capsys: pytest.CaptureFixture[str]) -> None:
     safe, unsafe = "assert f(1) == 2", "x = f(1)\nassert x > 1"
-    kept = usable([Exercise("a", "A", (safe, unsafe)), Exercise("b", "B", (unsafe,))])
+    kept = usable([Exercise("a", "A", (safe, unsafe)), Exercise("b", "B", (unsafe,))], "held_out")
     assert [(e.id, e.tests) for e in kept] == [("a", (safe,))]
     said = " ".join(capsys.readouterr().err.split())
-    assert "left out 2 tests that a program could tamper with, and 1 problems" in said
-    with pytest.raises(ConfigError, match="no usable test in 1 problems"):
-        usable([Exercise("b", "B", (unsafe,))])
+    assert "held_out: left out 2 tests that a program could tamper with, and 1 problems" in said
+    with pytest.raises(ConfigError, match="data has no usable test in 1 problems"):
+        usable([Exercise("b", "B", (unsafe,))], "data")
 
 
 @pytest.mark.parametrize(
@@ -406,6 +597,7 @@ def test_tests_that_a_program_could_tamper_with_are_left_out_and_counted(capsys:
         ({"steps": 5}, "steps=5 is no multiple of iterations=2"),
         ({"save_every": 3}, "save_every=3 is no multiple of iterations=2"),
         ({"mask_ratio": (0.0, 0.5)}, r"mask_ratio=\(0.0, 0.5\) is no range inside"),
+        ({"decoding_cache": "dual"}, "decoding_cache='dual' is kept for a block"),
         ({"prompt_tokens": 4000}, r"prompt_tokens \+ new_tokens=4012 exceeds the model's context"),
     ],
 )
@@ -422,19 +614,44 @@ def laboratory() -> Fields:
     return runpy.run_path(str(ROOT / "recipes" / "tiny" / "grpo.py"))
 
 
-def test_every_arm_of_the_laboratory_spends_as_many_passes(laboratory: Fields) -> None:
-    recipe = laboratory["RECIPE"]
-    spent = []
-    for arm, views in laboratory["PASSES"].items():
-        batches = laboratory["steps_of"](arm) / recipe["iterations"]
-        updates = 3 * views * recipe["iterations"] + views * (recipe["iterations"] - 1)  # forward and backward; old
-        spent.append(batches * (recipe["decoding_steps"] + updates))
-    assert max(spent) / min(spent) < 1.02
+def test_arms_of_fewer_passes_are_given_more_steps(laboratory: Fields) -> None:
+    steps = {arm: laboratory["steps_of"](arm) for arm in laboratory["ARMS"]}
+    assert steps["coupled"] == steps["decoupled"] == steps["causal"] == laboratory["RECIPE"]["steps"]
+    assert steps["full_mask"] == steps["d1"] > steps["coupled"]
 
 
-def test_gains_are_paired_and_their_interval_holds_them(laboratory: Fields) -> None:
+def test_gains_are_paired_and_vary_over_seeds_and_problems(laboratory: Fields) -> None:
     before = [1, 0, 0, 1] * 100
-    low, middle, high = laboratory["difference"](before, [[1, 1, 0, 1] * 100, [1, 1, 0, 0] * 100], draws=300)
+    after = [[1, 1, 0, 1] * 100, [1, 1, 0, 0] * 100]
+    middle, half = laboratory["difference"]([(before, each) for each in after])
     assert middle == pytest.approx(0.125)
-    assert low < middle < high
-    assert laboratory["difference"](before, [before], draws=50) == (0, 0, 0)
+    seeds = 12.71 * (0.25 / 2**0.5) / 2**0.5  # gains of 0.25 and 0
+    problems = 1.96 * (0.5**2 * 3 / 4 / 400 * 400 / 399 * 0.75) ** 0.5
+    assert half == pytest.approx((seeds**2 + problems**2) ** 0.5, rel=0.02)
+    assert laboratory["difference"]([(before, before)]) == (0, 0)
+    _, alone = laboratory["difference"]([(before, after[0])])
+    assert 0 < alone < 0.05
+
+
+def test_a_laboratory_that_is_stopped_begins_nothing_more(laboratory: Fields) -> None:
+    begun = []
+
+    def task(number: int) -> None:
+        begun.append(number)
+        if number == 1:
+            raise SystemExit(130)
+        time.sleep(0.1)  # long enough for the failure of another to be seen
+
+    with pytest.raises(SystemExit):
+        laboratory["side_by_side"]([lambda n=n: task(n) for n in range(6)], 1)  # type: ignore[misc]
+    assert begun[:2] == [0, 1]
+    assert len(begun) < 6
+
+
+def test_minutes_of_a_stopped_part_count(laboratory: Fields, tmp_path: Path) -> None:
+    with pytest.raises(SystemExit):
+        laboratory["execute"](tmp_path, "coupled-0", ["-c", "import sys; sys.exit(3)"], 1)
+    laboratory["execute"](tmp_path, "coupled-0", ["-c", "pass"], 1)
+    told = [json.loads(line) for line in (tmp_path / "minutes.jsonl").read_text().splitlines()]
+    assert [line["what"] for line in told] == ["coupled-0"] * 2
+    assert set(laboratory["minutes"](tmp_path)) == {"coupled-0"}

@@ -20,7 +20,7 @@ from diffucoder.grading.sandbox import Sandbox, isolation
 from diffucoder.training import codeio
 from diffucoder.training.exercises import Exercise, read_exercises
 from diffucoder.training.overlap import HeldOut, Overlaps
-from diffucoder.training.prepare import PrepareSettings, prepare, select, stub_of
+from diffucoder.training.prepare import PrepareSettings, prepare, select, stub_of, with_test
 from diffucoder.training.sources import Skipped
 
 
@@ -93,6 +93,7 @@ def test_acecode_keeps_the_hard_ones_and_adds_stubs(tmp_path: Path) -> None:
         "Please complete the following problem:\n"
         '```\ndef f(n):\n    """\n    Double the number, variant 1.\n    """\n```\n'
     )
+    assert made[0].prompt == "Double the number, variant 1.\nTest cases: assert f(2) == 4"
     assert made[0].tests == made[1].tests == ("assert f(2) == 4",)
     assert (report["rows"], report["exercises"], report["left_out"]) == (11, 3, {"not hard by pass rates": 9})
     assert report_of(out) == report
@@ -104,11 +105,18 @@ def test_a_stub_is_the_head_of_a_function_around_the_question() -> None:
     assert stub_of("Add.\nAll.", "def add(a: int,\n        b=':') -> int:\n    return a") == (
         "Please complete the following problem:\n"
         "```\ndef add(a: int,\n        b=':') -> int:\n"
-        '    """\n    Add.\n    All.\n    """\n```\n'
+        '    """\n    Add.\nAll.\n    """\n```\n'
     )
+    assert stub_of("Add.", "\ndef add(a):\n    return a") == stub_of("Add.", "def add(a):\n    return a")
+    assert "def add(a): return a:" in (stub_of("Add.", "def add(a): return a") or "")
     assert stub_of("Can YOU add?", "def add(a):\n    return a") is None
     assert stub_of("Add.", "import math\ndef add(a):\n    return a") is None
-    assert stub_of("Add.", "def add(a): return a") is None
+
+
+def test_a_question_that_shows_code_is_asked_without_a_test() -> None:
+    shown = Exercise("a", "Mend this:\n```\nx = 1\n```\n", ("assert f(2) == 4",))
+    assert with_test(shown) == shown.prompt
+    assert with_test(Exercise("a", "Double.", shown.tests)) == "Double.\nTest cases: assert f(2) == 4"
 
 
 def test_the_best_completion_of_all_models_gives_the_stub(tmp_path: Path) -> None:
