@@ -245,7 +245,7 @@ def stub_of(question: str, completion: str) -> str | None:
     """The question as the docstring of a function that is to be completed, whose head is that of `completion`.
 
     As released: none for a question that has "you" anywhere in it, "young" included, or where what stands before the
-    first ":\\n", blanks around it aside, does not begin with "def "; of a long question only the first line is indented.
+    first ":\\n", blanks aside, does not begin with "def "; of a long question only the first line is indented.
     """
     head = completion.partition(":\n")[0].strip()
     return None if "you" in question.lower() or not head.startswith("def ") else _STUB.format(head, question)
