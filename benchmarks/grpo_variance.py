@@ -4,9 +4,10 @@
     python benchmarks/grpo_variance.py --draws 40 --count 8
 
 Completions are fixed: drawn at temperature 1.2 for hard problems of the dev split, as in training. Each draw of masks
-scores all of their tokens. The theory (DiffuCoder, appendix A.4) says by how much coupling lowers the variance of a token
-whose masked term M l / t has the mean v: by v^2 / (2 N) for the mean of N pairs, by 2 L v^2 / (L + 1)^2 for the score
-with L pairs. A draw is of independent pairs, so those of N pairs are sums of draws of one. Intervals are over blocks of draws.
+scores all of their tokens. The theory (DiffuCoder, appendix A.4) says by how much coupling lowers the variance of a
+token whose masked term M l / t has the mean v: by v^2 / (2 N) for the mean of N pairs, by 2 L v^2 / (L + 1)^2 for the
+score with L pairs. A draw is of independent pairs, so those of N pairs are sums of draws of one. Intervals are over
+blocks of draws.
 """
 
 import math
