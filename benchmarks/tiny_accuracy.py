@@ -23,6 +23,7 @@ from rich.progress import track
 from transformers import AutoModelForCausalLM
 
 from diffucoder import DecodingParams, DiffuCoder
+from diffucoder.config import load_settings
 from diffucoder.decoding.generate import Generation
 from diffucoder.decoding.trace import commit_order, global_ar_ness, local_ar_ness
 from diffucoder.grading.extract import program_from
@@ -41,7 +42,7 @@ def main(
     count: Annotated[int, typer.Option(help="distinct problems")] = 2000,
     new_tokens: Annotated[int, typer.Option(help="canvas behind the request")] = 64,
     steps: Annotated[str, typer.Option(help="steps to measure at, separated by commas")] = "64,32,16",
-    policy: Annotated[str, typer.Option(help="which positions go first")] = "entropy",
+    changes: Annotated[list[str] | None, typer.Option("--set", help="name=value of decoding; repeatable")] = None,
     seed: Annotated[int, typer.Option(help="of the problems drawn")] = 1,
     hard: Annotated[bool, typer.Option("--hard", help="chains of three blocks only")] = False,
     batch: Annotated[int, typer.Option(help="requests decoded together")] = 32,
@@ -55,9 +56,10 @@ def main(
     answer = _causal(model) if causal else _denoising(DiffuCoder.load(model), chat=not base)
     rows, told = [], {}
     for budget in (int(part) for part in steps.split(",")):
-        params = DecodingParams(steps=budget, new_tokens=new_tokens, policy=policy)  # type: ignore[arg-type]
+        params = load_settings(DecodingParams, overrides=[*(changes or ()), f"steps={budget}"])
+        params = params.replace(new_tokens=new_tokens)
         asked = f"{split}{'-hard' if hard else ''}-{seed}-{'base' if base else 'chat'}"
-        name = f"{_key(model)}-{asked}-{policy}-{new_tokens}-{budget}.jsonl"
+        name = "-".join([_key(model), asked, str(new_tokens), str(budget), *(changes or ())]) + ".jsonl"
         answers = _answers(answer, prompts, params, run / name, batch)
         programs = [program_from(answer["text"]) for answer in answers]
         verdicts = grade_many([(text, p.tests) for text, p in zip(programs, drawn, strict=True)], workers=2)
@@ -71,10 +73,10 @@ def main(
         print(rows[-1])
     if figures is not None:
         figures.write_text(json.dumps(told) + "\n", encoding="utf-8")
-    elif split == "test" and model is None:
+    elif split == "test" and model is None and not changes and not hard:
         coder = DiffuCoder.load()
         RESULTS.parent.mkdir(exist_ok=True)
-        RESULTS.write_text(_report(rows, coder, count, seed, new_tokens, policy), encoding="utf-8")
+        RESULTS.write_text(_report(rows, coder, count, seed, params), encoding="utf-8")
         print(f"written to {RESULTS}")
 
 
@@ -130,7 +132,11 @@ def _answers(
     answer: Answer, prompts: Sequence[str], params: DecodingParams, path: Path, batch: int
 ) -> list[dict[str, Any]]:
     path.parent.mkdir(parents=True, exist_ok=True)
-    done = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    written = path.read_text().splitlines(keepends=True) if path.exists() else []
+    whole = [line for line in written if line.endswith("\n")]  # a kill may have torn the last
+    if len(whole) < len(written):
+        path.write_text("".join(whole))
+    done = [json.loads(line) for line in whole]
     starts = range(len(done), len(prompts), batch)
     with path.open("a") as file:
         for start in track(starts, description=f"{params.steps} steps"):
@@ -174,14 +180,14 @@ def _row(
     )
 
 
-def _report(rows: list[str], coder: DiffuCoder, count: int, seed: int, new_tokens: int, policy: str) -> str:
+def _report(rows: list[str], coder: DiffuCoder, count: int, seed: int, params: DecodingParams) -> str:
     return "\n".join(
         [
             "# Held-out problems solved by the shipped model",
             "",
             f"`python benchmarks/tiny_accuracy.py`, {time.strftime('%Y-%m-%d')}; {count} problems of the test split "
-            f"(seed {seed}), whose compositions no training problem has; canvas of {new_tokens} tokens, policy "
-            f"{policy}, temperature 0, pass@1; answers run against the problem's asserts in the sandbox.",
+            f"(seed {seed}), whose compositions no training problem has; canvas of {params.new_tokens} tokens, policy "
+            f"{params.policy}, temperature 0, pass@1; answers run against the problem's asserts in the sandbox.",
             "",
             f"Model {_key(None)} (sha256 of the weights), {str(coder.model.dtype).removeprefix('torch.')} on "
             f"{coder.model.device}; Python {platform.python_version()}, torch {torch.__version__}.",

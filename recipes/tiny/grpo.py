@@ -46,7 +46,8 @@ PASSES = {"coupled": 3, "decoupled": 3, "full_mask": 1, "d1": 1}  # of a score
 # Measured on the start model: what it takes to write and grade a completion, in forward passes over its whole canvas,
 # and the share of completions that are learnt from (a group of equal rewards teaches nothing and is left out)
 DECODING, SCORED = 8.0, 0.4
-HALF, STEPS = "32", "32,64,16"  # of decoding: as in training; and for the start and the coupled arm
+# How held-out problems are decoded: for every arm what is sure at once; for start and coupled also by number of steps
+SURE, STEPS, STEPS_COUNT = "sure", "64,32,16", 1000
 RESULTS = ROOT / "benchmarks" / "results" / "grpo"
 STUDENT = {1: 12.71, 2: 4.30, 3: 3.18, 4: 2.78}  # 97.5 % quantiles, by degrees of freedom
 _lock, _once = threading.Lock(), threading.Lock()
@@ -124,7 +125,7 @@ def run(folder: Path, arm: str, seed: int, model: str | None, count: int, jobs: 
         changes = [part for key, value in settings.items() for part in ("--set", f"{key}={value}")]
         command = ["-m", "diffucoder.cli", "train", "grpo", str(HERE / "grpo.toml"), "--resume", *changes]
         execute(folder, name, command, jobs)
-    told = solved(folder, name, str(folder / name / "model"), count, jobs, STEPS if arm == "coupled" else HALF)
+    told = solved(folder, name, str(folder / name / "model"), count, jobs, by_steps=arm == "coupled")
     lines = [json.loads(line) for line in (folder / name / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     kept = ("step", "reward", "solved", "held_out_pass@1", "zero_variance", "scored_share", "local_ar_ness")
     kept += ("global_ar_ness", "tokens_per_forward", "tokens_per_second")
@@ -135,10 +136,10 @@ def run(folder: Path, arm: str, seed: int, model: str | None, count: int, jobs: 
 
 def start(folder: Path, arm: str, model: str | None, count: int, jobs: int) -> None:
     """What the model of an arm solves before; all but `causal` have the same."""
-    name, steps = ("parent", HALF) if arm == "causal" else ("start", STEPS)
+    name = "parent" if arm == "causal" else "start"
     with _once:
         if not (RESULTS / f"{name}.json").exists():
-            write_result(name, {"solved": solved(folder, name, model, count, jobs, steps)})
+            write_result(name, {"solved": solved(folder, name, model, count, jobs, by_steps=arm != "causal")})
 
 
 def write_result(name: str, told: dict[str, Any]) -> None:
@@ -161,11 +162,18 @@ def steps_of(arm: str) -> int:
     return round(RECIPE["steps"] * cost["coupled"] / cost[arm] / inner) * inner
 
 
-def solved(folder: Path, name: str, model: str | None, count: int, jobs: int, steps: str) -> dict[str, Any]:
-    """What a model solves of the test split, for each number of steps."""
-    path = folder / f"{name}.solved.json"
+def solved(folder: Path, name: str, model: str | None, count: int, jobs: int, *, by_steps: bool) -> dict[str, Any]:
+    """What a model solves of the test split; with `by_steps` also of some of it at each number of steps."""
+    causal = name.startswith(("causal", "parent"))
+    told = {SURE: _solved(folder, name, model, count, jobs, "64", "" if causal else "threshold=0.9")["64"]}
+    return told | (_solved(folder, name, model, min(count, STEPS_COUNT), jobs, STEPS, "") if by_steps else {})
+
+
+def _solved(folder: Path, name: str, model: str | None, count: int, jobs: int, steps: str, more: str) -> dict[str, Any]:
+    path = folder / f"{name}.{steps.replace(',', '-')}{more and '.' + more}.json"
     command = [str(ROOT / "benchmarks" / "tiny_accuracy.py"), "--hard", "--count", str(count), "--steps", steps]
     command += ["--causal", "--base"] if name.startswith(("causal", "parent")) else []
+    command += ["--set", more] if more else []
     command += ["--figures", str(path), "--run", str(folder / "answers"), *(["--model", model] if model else [])]
     if not path.exists():
         execute(folder, f"{name} solves", command, jobs)
@@ -199,7 +207,7 @@ def write_report() -> Path:
     runs = {arm: [_read(path.stem) for path in sorted(RESULTS.glob(f"{arm}-*.json"))] for arm in ARMS}
     runs = {arm: found for arm, found in runs.items() if found}
     draw(ROOT / "docs" / "grpo", runs)
-    count = len(before["solved"][HALF]["solved"])
+    count = len(before["solved"][SURE]["solved"])
     parts = [
         "# Coupled-GRPO at the size of a laptop",
         f"`python recipes/tiny/grpo.py`, {time.strftime('%Y-%m-%d')}; settings in recipes/tiny/grpo.toml. pass@1 is "
@@ -208,15 +216,15 @@ def write_report() -> Path:
         "Student's for seeds, the normal one for problems.",
         "## Learning",
         learning_table(before, runs),
-        "At 32 steps of decoding. Every arm is given about the time of the coupled one; so arms with one pass a score "
-        "take more steps. The autoregressive one has as many completions. Learnt from is the share of completions "
-        "whose group did not all earn the same.",
+        "Decoded with whatever is more probable than 0.9 in a step, and at least one token. Every arm is given about "
+        "the time of the coupled one; so arms with one pass a score take more steps. The autoregressive one has as "
+        "many completions. Learnt from is the share of completions whose group did not all earn the same.",
         "![held-out pass@1 of each run](grpo/learning.svg)",
         "![reward of each run](grpo/reward.svg)",
         "## Fewer steps, and the order of decoding",
         steps_table(before, runs["coupled"]) if "coupled" in runs else "Not run yet.",
-        "Drops are relative to the same model at 64 steps, one token each. AR-ness@1 is of the greedy answers at 64 "
-        "steps.",
+        f"Of {STEPS_COUNT} problems. Drops are relative to the same model at 64 steps, one token each. AR-ness@1 is of "
+        "the greedy answers at 64 steps.",
         "## Where the time goes",
         time_table(runs),
     ]
@@ -227,19 +235,19 @@ def write_report() -> Path:
 
 def learning_table(before: Result, runs: dict[str, list[Result]]) -> str:
     """What each arm gains over its start, and against the coupled one with the same seeds."""
-    rows = [["start", "", "", "", f"{before['solved'][HALF]['share']:.1%}", "", ""]]
-    coupled = {each["seed"]: _solved(each) for each in runs.get("coupled", ())}
+    rows = [["start", "", "", "", f"{before['solved'][SURE]['share']:.1%}", "", ""]]
+    coupled = {each["seed"]: _verdicts(each) for each in runs.get("coupled", ())}
     for arm, found in runs.items():
-        old = _solved(before)
+        old = _verdicts(before)
         if arm == "causal":
             parent = _read("parent")
-            old = _solved(parent)
-            rows.append(["parent", "", "", "", f"{parent['solved'][HALF]['share']:.1%}", "", ""])
-        shares = ", ".join(f"{each['solved'][HALF]['share']:.1%}" for each in found)
+            old = _verdicts(parent)
+            rows.append(["parent", "", "", "", f"{parent['solved'][SURE]['share']:.1%}", "", ""])
+        shares = ", ".join(f"{each['solved'][SURE]['share']:.1%}" for each in found)
         taken = [each["minutes"] for each in found if each["minutes"]]
         scored = mean(line["scored_share"] for each in found for line in each["curve"] if "scored_share" in line)
-        change = _interval(difference([(old, _solved(each)) for each in found]))
-        paired = [(coupled[each["seed"]], _solved(each)) for each in found if each["seed"] in coupled]
+        change = _interval(difference([(old, _verdicts(each)) for each in found]))
+        paired = [(coupled[each["seed"]], _verdicts(each)) for each in found if each["seed"] in coupled]
         against = _interval(difference(paired)) if paired and arm not in ("coupled", "causal") else ""
         told = [f"{mean(taken):.0f}" if taken else "–", f"{scored:.0%}", shares, change, against]
         rows.append([f"{arm}: {ARMS[arm]}", str(steps_of(arm)), *told])
@@ -247,8 +255,8 @@ def learning_table(before: Result, runs: dict[str, list[Result]]) -> str:
     return _table([*head, "against its start", "against coupled"], rows)
 
 
-def _solved(result: Result) -> list[int]:
-    solved: list[int] = result["solved"][HALF]["solved"]
+def _verdicts(result: Result) -> list[int]:
+    solved: list[int] = result["solved"][SURE]["solved"]
     return solved
 
 
