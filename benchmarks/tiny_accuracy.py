@@ -59,8 +59,8 @@ def main(
         params = load_settings(DecodingParams, overrides=[*(changes or ()), f"steps={budget}"])
         params = params.replace(new_tokens=new_tokens)
         asked = f"{split}{'-hard' if hard else ''}-{seed}-{'base' if base else 'chat'}"
-        name = "-".join([_key(model), asked, str(new_tokens), str(budget), *(changes or ())]) + ".jsonl"
-        answers = _answers(answer, prompts, params, run / name, batch)
+        name = "-".join([key_of(model), asked, str(new_tokens), str(budget), *(changes or ())]) + ".jsonl"
+        answers = written(answer, prompts, params, run / name, batch)
         programs = [program_from(answer["text"]) for answer in answers]
         verdicts = grade_many([(text, p.tests) for text, p in zip(programs, drawn, strict=True)], workers=2)
         solved = [verdict.passed for verdict in verdicts]
@@ -80,7 +80,7 @@ def main(
         print(f"written to {RESULTS}")
 
 
-def _key(model: str | None) -> str:
+def key_of(model: str | None) -> str:
     """A name that changes with the weights, so that answers of another model are never taken for this one's."""
     folder = Path(model) if model else SHIPPED
     return hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()[:10]
@@ -128,13 +128,14 @@ def _causal(model: str | None) -> Answer:
     return answer
 
 
-def _answers(
+def written(
     answer: Answer, prompts: Sequence[str], params: DecodingParams, path: Path, batch: int
 ) -> list[dict[str, Any]]:
+    """An answer to each prompt: those that stand in `path` already, and the others, which are written there."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    written = path.read_text().splitlines(keepends=True) if path.exists() else []
-    whole = [line for line in written if line.endswith("\n")]  # a kill may have torn the last
-    if len(whole) < len(written):
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    whole = [line for line in lines if line.endswith("\n")]  # a kill may have torn the last
+    if len(whole) < len(lines):
         path.write_text("".join(whole))
     done = [json.loads(line) for line in whole]
     starts = range(len(done), len(prompts), batch)
@@ -189,7 +190,7 @@ def _report(rows: list[str], coder: DiffuCoder, count: int, seed: int, params: D
             f"(seed {seed}), whose compositions no training problem has; canvas of {params.new_tokens} tokens, policy "
             f"{params.policy}, temperature 0, pass@1; answers run against the problem's asserts in the sandbox.",
             "",
-            f"Model {_key(None)} (sha256 of the weights), {str(coder.model.dtype).removeprefix('torch.')} on "
+            f"Model {key_of(None)} (sha256 of the weights), {str(coder.model.dtype).removeprefix('torch.')} on "
             f"{coder.model.device}; Python {platform.python_version()}, torch {torch.__version__}.",
             "",
             "| steps | solved | 95 % interval | chains | branches | guards | parse | passes | tokens per pass |",

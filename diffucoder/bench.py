@@ -66,7 +66,7 @@ def bench(
     began = time.perf_counter()
     passes = sum(1 for _ in denoise(model, canvas, DecodingParams()))
     decoding = time.perf_counter() - began
-    operations = _operations(model, canvas.tokens, rows)
+    spent = operations(model, canvas.tokens, rows)
     return BenchResult(
         parameters=sum(p.numel() for p in model.parameters()),
         dtype=str(model.dtype).removeprefix("torch."),
@@ -75,15 +75,15 @@ def bench(
         batch=batch,
         positions=prompt_tokens + new_tokens,
         forward_ms=1e3 * seconds,
-        forward_flops=operations,
-        flops_per_second=operations / seconds,
-        matmul_flops_per_second=_matmul_rate(model.dtype, model.device),
+        forward_flops=spent,
+        flops_per_second=spent / seconds,
+        matmul_flops_per_second=matmul_rate(model.dtype, model.device),
         tokens_per_second=batch * new_tokens / decoding,
         tokens_per_forward=new_tokens / passes,
     )
 
 
-def _operations(model: Denoiser, tokens: Tensor, rows: Tensor) -> float:
+def operations(model: Denoiser, tokens: Tensor, rows: Tensor) -> float:
     """Multiply-adds of one pass, counted twice: body matrices at all positions, head at wanted rows, attention."""
     body = sum(p.numel() for n, p in model.named_parameters() if p.ndim == 2 and "embed_tokens" not in n)
     head = model.model.get_output_embeddings().weight.numel()
@@ -95,7 +95,8 @@ def _operations(model: Denoiser, tokens: Tensor, rows: Tensor) -> float:
     return float(2.0 * (body - (0 if tied else head)) * tokens.numel() + 2.0 * head * len(rows) + attention)
 
 
-def _matmul_rate(dtype: torch.dtype, device: torch.device, size: int = 1024) -> float:
+def matmul_rate(dtype: torch.dtype, device: torch.device, size: int = 1024) -> float:
+    """Operations a second of a square matmul: the ceiling of everything else."""
     left, right = (torch.ones(size, size, dtype=dtype, device=device) for _ in range(2))
     return 2.0 * size**3 / _median_seconds(lambda: left @ right, device, 10)
 
