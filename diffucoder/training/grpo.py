@@ -293,17 +293,18 @@ class GrpoStage:
         )
 
     def _views(self, step: int, share: range, batch: Batch) -> list[View]:
-        """The masks of an optimiser step, keyed by it and the row."""
+        """The masks of an optimiser step, keyed by it and the row, or the row's problem."""
         settings = self.settings
         low, high = settings.mask_ratio
-        keys = [(settings.seed, step, -1 if settings.ratio_per == "step" else row, _RATIOS) for row in share]
+        numbers = [row // settings.group for row in share] if settings.group_masks else list(share)
+        keys = [(settings.seed, step, -1 if settings.ratio_per == "step" else n, _RATIOS) for n in numbers]
         drawn = [torch.rand(settings.pairs, 2, generator=keyed_generator(*key)) for key in keys]  # (L, 2) each
         valid = torch.ones_like(batch.completion) if batch.valid is None else batch.valid
         return score_views(
             batch.completion,
             valid & ~batch.completion,
             low + (high - low) * torch.stack(drawn, 1),  # (L, B, 2)
-            [keyed_generator(settings.seed, step, row, _MASKS) for row in share],
+            [keyed_generator(settings.seed, step, number, _MASKS) for number in numbers],
             estimator=settings.estimator,  # type: ignore[arg-type]  # causal has no masks
             prompt_mask=settings.prompt_mask,
         )

@@ -140,6 +140,9 @@ class GrpoSettings(TrainSettings):
     pairs: int = Field(default=1, ge=1, description="pairs of masks of coupled and decoupled (lambda)")
     mask_ratio: tuple[Share, Share] = Field(default=(0.2, 0.8), description="range of the mask ratios")
     ratio_per: Literal["row", "step"] = Field(default="row", description="one mask ratio a completion, or for all")
+    group_masks: bool = Field(
+        default=False, description="completions of a problem get the same masks: what they have in common cancels"
+    )
     prompt_mask: Share = Field(default=0.15, description="d1: share of prompt tokens hidden")
     score_temperature: float = Field(default=1.0, gt=0, description="of the distribution that scores completions")
 
