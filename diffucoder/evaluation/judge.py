@@ -87,6 +87,8 @@ def _called(
         if not correct(task.task_id, row, value, outcome.value, task.atol, in_order=task.in_order):
             detail = f"input {first + at + 1}: {where} gave {short(outcome.value)}, not {short(value)}"
             return False, "failed", detail
+    if len(outcomes) < len(rows):  # nothing that was not asked and answered is right
+        return False, "killed", f"input {first + len(outcomes) + 1}: there is no outcome"
     return True, "ok", ""
 
 

@@ -207,7 +207,8 @@ def _ask(
         index, outcome = _outcome(line)
         outcomes[index] = outcome
         told = max(told, index + 1)
-    ended_early = stop and told < len(questions) and outcomes[told - 1].status != "ok"
+    # that nothing was told is no end: somebody ended the harness
+    ended_early = stop and 0 < told < len(questions) and outcomes[told - 1].status != "ok"
     return outcomes[:told] if ended_early else outcomes, result.seconds
 
 

@@ -139,11 +139,13 @@ def supervise(
     limit(limits, isolated)
     if isolated:
         confine()
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # to process 1 of a namespace the default is to do nothing
     os.write(line, b"started ")
     begin = time.monotonic()
     program = os.fork()
     if program == 0:
         os.close(line)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         if isolated:
             libc.prctl(PR_SET_DUMPABLE, 1, 0, 0, 0)  # its own files in /proc are its own again
         return contents

@@ -40,6 +40,8 @@ def judged(task: Task, program: str, sandbox: Sandbox, cache: Path) -> Judged:
         ("import os\nos._exit(0)\n", False, False, "ended before"),
         ("half = type('', (), {'__call__': lambda *a: __import__('os')._exit(0)})()", False, False, "ended before"),
         ("", False, False, "NameError"),
+        ("import os\nos.kill(os.getppid(), 9)\n", False, False, "input 1: half(2,): "),
+        ("import os\nos.kill(-1, 9)\n", False, False, "input 1: half(2,): "),
     ],
 )  # fmt: skip
 def test_a_task_with_inputs_compares_results(
@@ -48,6 +50,14 @@ def test_a_task_with_inputs_compares_results(
     result = judged(half, program, sandbox, cache)
     assert (result.passed, result.base, result.plus, result.trusted) == (base and plus, base, plus, True)
     assert detail in result.detail
+
+
+def test_a_call_without_an_outcome_is_no_pass(
+    half: Task, sandbox: Sandbox, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    known = references([half], sandbox, cache, lambda things, count: things)["Test/0"]
+    monkeypatch.setattr("diffucoder.evaluation.judge.call", lambda *a, **k: [])
+    assert not judge(half, half.canonical, known, sandbox).passed
 
 
 def test_the_published_solution_runs_once(half: Task, sandbox: Sandbox, cache: Path) -> None:
