@@ -103,10 +103,18 @@ class Outcome:
 
 
 class Opaque:
-    """Stands for a value that is no plain data; equals nothing but itself."""
+    """Stands for a value that is no plain data; equals nothing but itself, and is as long as the value is."""
 
-    def __init__(self, kind: str) -> None:
-        self.kind = kind
+    def __init__(self, kind: str, length: int | None = None) -> None:
+        self.kind, self.length = kind, length
+
+    def __len__(self) -> int:
+        if self.length is None:
+            raise TypeError(f"{self!r} has no length")
+        return self.length
+
+    def __bool__(self) -> bool:
+        return self.length != 0
 
     def __repr__(self) -> str:
         return f"<{self.kind}>"
@@ -247,7 +255,7 @@ def from_data(data: Any) -> Any:
         "int": lambda: int(content, 16),
         "ratio": lambda: Fraction(*(int(part, 16) for part in content)),
         "digest": lambda: Digest(str(content)),
-        "object": lambda: Opaque(str(content)),
+        "object": lambda: Opaque(str(content[0]), content[1] if type(content[1]) is int else None),
     }
     return makers[kind]()
 

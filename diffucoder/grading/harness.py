@@ -323,7 +323,14 @@ def plain(thing: Any) -> Any:
     try:
         return {"ratio": [hex(part) for part in thing.as_integer_ratio()]}  # Fraction, Decimal
     except (AttributeError, TypeError, ValueError, OverflowError):
-        return {"object": type(thing).__name__}
+        return {"object": [type(thing).__name__, length(thing)]}
+
+
+def length(thing: Any) -> int | None:
+    try:
+        return len(thing)
+    except Exception:  # of a class of the program's, perhaps
+        return None
 
 
 def described(error: BaseException) -> bytes:

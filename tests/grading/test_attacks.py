@@ -4,18 +4,20 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Iterator
 
 import pytest
 
 from diffucoder.errors import SandboxError
 from diffucoder.grading.grade import Call, Outcome, call, grade
-from diffucoder.grading.sandbox import Limits, Sandbox, isolation
+from diffucoder.grading.sandbox import DEFAULT_LIMITS, Limits, Sandbox
 
 
-@pytest.fixture(autouse=True, scope="module")
-def isolated() -> None:
+@pytest.fixture(scope="module")
+def box() -> Iterator[Sandbox]:
     try:
-        isolation()
+        with Sandbox(1) as one:
+            yield one
     except SandboxError as error:
         pytest.skip(str(error))
 
@@ -23,9 +25,9 @@ def isolated() -> None:
 # Ending or stalling the harness
 
 
-def asked(program: str, limits: Limits) -> list[Outcome]:
+def asked(program: str, box: Sandbox, limits: Limits = DEFAULT_LIMITS) -> list[Outcome]:
     """Two calls, of which the first without a value is the last."""
-    return call(program, [Call("f(2)"), Call("f(3)")], limits, until_failure=True)
+    return call(program, [Call("f(2)"), Call("f(3)")], limits, sandbox=box, until_failure=True)
 
 
 @pytest.mark.parametrize(
@@ -41,31 +43,30 @@ def asked(program: str, limits: Limits) -> list[Outcome]:
         ),
     ],
 )
-def test_calls_that_the_harness_never_answered_are_lost(program: str, status: str) -> None:
-    outcomes = asked(program, Limits(seconds=0.3))
+def test_calls_that_the_harness_never_answered_are_lost(program: str, status: str, box: Sandbox) -> None:
+    outcomes = asked(program, box, Limits(seconds=0.3))
     assert [outcome.status for outcome in outcomes] == [status, status]
 
 
 def test_calls_are_lost_where_the_whole_worker_is_killed() -> None:
-    with Sandbox(1) as box:
-        box.run("pass")
-        (worker,) = box._idle
+    with Sandbox(1) as own:
+        own.run("pass")
+        (worker,) = own._idle
         killer = threading.Timer(1.0, os.killpg, (worker.process.pid, signal.SIGKILL))
         killer.start()
-        program = "import time\ntime.sleep(60)\n"
-        outcomes = call(program, [Call("f(2)")], sandbox=box, until_failure=True)
+        outcomes = call("import time\ntime.sleep(60)", [Call("f(2)")], sandbox=own, until_failure=True)
         killer.join()
     assert [outcome.status for outcome in outcomes] == ["killed"]
 
 
-def test_an_interrupt_to_process_1_ends_nothing() -> None:
+def test_an_interrupt_to_process_1_ends_nothing(box: Sandbox) -> None:
     program = "import os, time\nos.kill(1, 2)\ntime.sleep(0.2)\ndef f(x):\n    return x\n"
-    assert [outcome.value for outcome in asked(program, Limits())] == [2, 3]
+    assert [outcome.value for outcome in asked(program, box)] == [2, 3]
 
 
-def test_a_program_can_still_be_interrupted() -> None:
+def test_a_program_can_still_be_interrupted(box: Sandbox) -> None:
     program = "import os\ndef f(x):\n    try:\n        os.kill(os.getpid(), 2)\n    except KeyboardInterrupt:\n"
-    assert [outcome.value for outcome in asked(program + "        return x\n", Limits())] == [2, 3]
+    assert [outcome.value for outcome in asked(program + "        return x\n", box)] == [2, 3]
 
 
 def slow_to_compile(depth: int) -> str:
@@ -76,8 +77,83 @@ def slow_to_compile(depth: int) -> str:
     return "\n".join([*lines, " " * (depth + 1) + "return x"])
 
 
-def test_a_program_that_takes_too_long_to_compile_is_a_timeout() -> None:
+def test_a_program_that_takes_too_long_to_compile_is_a_timeout(box: Sandbox) -> None:
     begin = time.monotonic()
-    (first, *_) = asked(slow_to_compile(24), Limits(seconds=0.5))
+    (first, *_) = asked(slow_to_compile(18), box, Limits(seconds=0.5))
     assert first.status in ("timeout", "killed")
     assert time.monotonic() - begin < 20
+
+
+# Lying answers and shadowed built-ins, where an assert does more with an answer than to compare it
+
+LIAR = """
+class Liar(float):
+    def __eq__(self, other): return True
+    def __ne__(self, other): return False
+    def __sub__(self, other): return 0.0
+    __rsub__ = __sub__
+    def __getattr__(self, name): return lambda *a: True
+    def __len__(self): return 2
+    __hash__ = None
+def f(*a): return Liar()
+"""
+SHADOWS = "all = any = lambda *a: True\nsum = round = abs = max = len = lambda *a, **k: 0\ndef f(*a): return [0]\n"
+EXPECTING = [
+    "assert all([f(2) == 4, f(3) == 9])",
+    "assert not f(2) != 4",
+    "assert (f(2) == 4) == True",
+    "assert (f(2) == 4) is True",
+    "assert bool(f(2) == 4)",
+    "assert f(2) - 4 == 0",
+    "assert abs(f(2) - 4) / 4 < 1e-6",
+    "assert round(abs(f(2) - 4.0), 3) == 0",
+    "assert sum(abs(a - b) for a, b in zip(f(2), [1.0, 2.0])) < 1e-6",
+    "assert all(abs(a - b) < 1e-6 for a, b in zip(f(2), [1.0, 2.0]))",
+    "assert len(set(f(2)) ^ {1, 2}) == 0",
+    "assert max(abs(a - b) for a, b in zip(f(2), [1.0, 2.0])) < 1e-6",
+    "assert (lambda r: r == 4)(f(2))",
+    "assert f(2) == 4",
+    "assert set(f(2)) == {4}",
+    "assert f(2).__eq__(4)",
+    "assert f(2).equals(4)",
+    "assert f().startswith('Hello')",
+    "assert math.isclose(f(2), 4)",
+]
+
+
+@pytest.mark.parametrize("program", [LIAR, SHADOWS], ids=["liar", "shadows"])
+@pytest.mark.parametrize("head", ["", "import math\nmath.isclose = lambda *a, **k: True\n"])
+def test_a_lie_passes_no_test_that_counts_as_trusted(program: str, head: str, box: Sandbox) -> None:
+    verdict = grade(head + program, EXPECTING, sandbox=box)
+    believed = [test for test, each in zip(EXPECTING, verdict.tests, strict=True) if each.passed and each.trusted]
+    assert believed == []
+
+
+def test_an_honest_program_still_passes_what_is_done_out_here(box: Sandbox) -> None:
+    program = """
+from collections import deque
+from fractions import Fraction
+def f(n): return n * n
+def gen(n): yield from range(n)
+def queue(n): return deque(range(n))
+def ratio(n): return Fraction(1, n)
+class Solution:
+    def f(self, n): return n * n
+"""
+    tests = [
+        "assert not f(2) != 4",
+        "assert abs(f(2) - 12.0 / 3.0) < 1e-6",
+        "assert list(gen(3)) == [0, 1, 2]",
+        "assert sorted(gen(3), reverse=True) == [2, 1, 0]",
+        "assert sum(gen(3)) == 3",
+        "assert len(queue(3)) == 3",
+        "assert queue(3)[0] == 0",
+        "assert queue(3)",
+        "assert not queue(0)",
+        "assert 2 * ratio(4) == 0.5",
+        "assert Solution().f(2) == 4",
+    ]
+    verdict = grade(program, tests, sandbox=box)
+    assert verdict.passed, verdict
+    assert verdict.trusted
+    assert not grade(program, ["assert len(gen(3)) == 3"], sandbox=box).passed

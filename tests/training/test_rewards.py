@@ -96,3 +96,10 @@ def test_a_test_that_runs_out_of_time_costs_the_others_as_released_alone(sandbox
 def test_programs_that_exit_fake_or_patch_earn_nothing_for_tests(program: str, style: Style, sandbox: Sandbox) -> None:
     given = reward(f"```python\n{program}\n```\n", TESTS, sandbox, style=style)
     assert (given.pass_rate, given.solved) == (0.0, False)
+
+
+def test_a_number_that_equals_everything_earns_nothing_for_tests_that_do_more_than_compare(sandbox: Sandbox) -> None:
+    liar = "class L(float):\n    __eq__ = lambda s, o: True\n    __ne__ = lambda s, o: False\n    __hash__ = None\n"
+    tests = ["assert not f(2) != 4", "assert (f(2) == 4) == True"]
+    given = reward(f"```python\n{liar}def f(x): return L()\n```\n", tests, sandbox)
+    assert (given.pass_rate, given.solved) == (0.0, False)
