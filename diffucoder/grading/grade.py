@@ -14,6 +14,7 @@ either.
 
 import json
 import marshal
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -212,29 +213,33 @@ def _ask(
     outcomes = [lost] * len(questions)
     told = 0
     for line in result.stdout.split("\n")[:-1]:  # a line cut short has no end
-        index, outcome = _outcome(line)
-        outcomes[index] = outcome
-        told = max(told, index + 1)
+        index, outcome = _outcome(line) or (len(questions), lost)
+        if index < len(questions):
+            outcomes[index] = outcome
+            told = max(told, index + 1)
     # that nothing was told is no end: somebody ended the harness
     ended_early = stop and 0 < told < len(questions) and outcomes[told - 1].status != "ok"
     return outcomes[:told] if ended_early else outcomes, result.seconds
 
 
-def _outcome(line: str) -> tuple[int, Outcome]:
-    """Read what the harness told; its answer is the program's, and may be anything."""
-    head = line.split(", ", 3)
-    index, status, seconds = int(head[0][1:]), head[1].strip('"'), float(head[2])
+def _outcome(line: str) -> tuple[int, Outcome] | None:
+    """Read what the harness told, None if that is no line of its; its answer is the program's, and may be anything."""
+    told = _TOLD.fullmatch(line)
+    if told is None:
+        return None
+    index, status, seconds = int(told[1]), told[2], float(told[3])
     try:
-        answer = json.loads(head[3][:-1])
+        answer = json.loads(told[4])
         if status == "ok":
             return index, Outcome("ok", from_data(answer), seconds)
         where, detail = answer
         detail = " ".join(str(detail).split())
         return index, Outcome(_STATUS[status], None, seconds, detail, int(where) or None)
-    except (ValueError, TypeError, KeyError, RecursionError, OverflowError, ZeroDivisionError):
+    except (ValueError, TypeError, KeyError, RecursionError, ArithmeticError):
         return index, Outcome("failed", None, seconds, "gave what is no data")
 
 
+_TOLD = re.compile(r'\[([0-9]{1,9}), "(ok|failed|timeout|killed)", ([0-9]{1,9}\.[0-9]{6}), (.*)\]', re.DOTALL)
 _STATUS: dict[str, Status] = {"failed": "failed", "timeout": "timeout", "killed": "killed"}
 
 

@@ -10,7 +10,7 @@ the way), and then answers in the same namespace. Two kinds of question:
             the test ran to its end. Neither exit codes nor printed text nor exit handlers can pass for that.
 
 A question that outruns its time, or ends its child, is lost; the next ones are put to a new child. Answers go to
-stdout, which the children do not have, and they cannot trace this process (see `zygote`).
+stdout, which the children do not have, and they can neither trace this process nor open its memory or its pipes.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ BLOCK = 1 << 16
 LARGE = 20_000_000
 GLANCE = 0.05  # seconds; most answers are there by then
 PATIENCE = 5
+PR_SET_DUMPABLE = 4
 TICKS = os.sysconf("SC_CLK_TCK")
 # An error's own, whatever its class makes of the names.
 ARGUMENTS, TRACE = vars(BaseException)["args"].__get__, vars(BaseException)["__traceback__"].__get__
@@ -43,6 +44,7 @@ Answer = tuple[str, float, bytes]  # status, seconds, JSON
 
 def main() -> None:
     """Read the job, write a line `[index, status, seconds, value or [line of the program, message]]` a question."""
+    shut()
     seconds, room, fresh, stop, source, questions = marshal.loads(sys.stdin.buffer.read())
     program = compiled(source, "<program>", "exec")
     questions = [
@@ -53,6 +55,14 @@ def main() -> None:
         one_by_one(program, questions, time.monotonic() + seconds, room)
     else:
         in_a_row(program, questions, seconds, room, stop)
+
+
+def shut() -> None:
+    """Close this process's files in /proc to processes of the same user, and those of the children to each other."""
+    with suppress(ImportError, OSError, AttributeError):  # there is no prctl outside Linux
+        import ctypes  # late: where there is isolation it is loaded already
+
+        ctypes.CDLL(None).prctl(PR_SET_DUMPABLE, 0, 0, 0, 0)
 
 
 def one_by_one(program: Code, questions: list[Question], deadline: float, room: int) -> None:

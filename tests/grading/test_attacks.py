@@ -157,3 +157,59 @@ class Solution:
     assert verdict.passed, verdict
     assert verdict.trusted
     assert not grade(program, ["assert len(gen(3)) == 3"], sandbox=box).passed
+
+
+# Writing where the harness writes
+
+OPENED = """
+import os
+harness, opened = os.getppid(), []
+for name, mode in [("mem", os.O_RDWR), ("mem", os.O_RDONLY), ("fd/1", os.O_WRONLY), ("environ", os.O_RDONLY)]:
+    try:
+        os.close(os.open(f"/proc/{harness}/{name}", mode))
+        opened.append(name)
+    except OSError:
+        pass
+try:
+    opened += os.listdir(f"/proc/{harness}/fd")
+except OSError:
+    pass
+def f(x): return opened
+"""
+
+
+def test_nothing_of_the_harness_can_be_opened(box: Sandbox) -> None:
+    assert [outcome.value for outcome in asked(OPENED, box)] == [[], []]
+
+
+def test_nothing_of_another_program_of_the_job_can_be_opened(box: Sandbox) -> None:
+    left_behind = "import os, time\nother = os.fork()\nif other == 0:\n    time.sleep(60)\n"
+    program = left_behind + OPENED.replace("os.getppid()", "other")
+    assert [outcome.value for outcome in asked(program, box)] == [[], []]
+
+
+@pytest.mark.parametrize(
+    "told",
+    [
+        "boo",
+        "",
+        "[",
+        '[0, "ok", 0.1, 4',
+        '[x0, "ok", 0.1, 4]',
+        '[9, "ok", 0.1, 4]',
+        '[-1, "ok", 0.1, 4]',
+        '[0, "ok", nan, 4]',
+        '[0, "ok", inf, 4]',
+        '[0, "ok", soon, 4]',
+        '[0, "passed", 0.1, 4]',
+        '[0, "ok"]',
+        '[9' + "9" * 5000 + ', "ok", 0.1, 4]',
+        '[0, "failed", 0.1, 4]',
+        '[0, "failed", 0.1, [1e999, "x"]]',
+    ],
+)  # fmt: skip
+def test_what_is_no_answer_is_a_loss(told: str, box: Sandbox, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("diffucoder.grading.grade._harness", lambda: f"print({told!r})")
+    for outcome in asked("pass", box):
+        assert (outcome.status, outcome.value) in {("killed", None), ("failed", None)}, outcome
+        assert outcome.seconds >= 0
