@@ -209,7 +209,7 @@ def _ask(
     job = marshal.dumps((limits.seconds, limits.output, fresh, stop, program, questions), 2)
     result = sandbox.run(_harness(), roomier, stdin=job)
     missing: Status = "killed" if result.status == "ok" else result.status
-    lost = Outcome(missing, None, 0.0, result.detail or "the harness ended before it")
+    lost = Outcome(missing, None, 0.0, _readable(result.detail) or "the harness ended before it")
     outcomes = [lost] * len(questions)
     told = 0
     for line in result.stdout.split("\n")[:-1]:  # a line cut short has no end
@@ -233,9 +233,8 @@ def _outcome(line: str) -> tuple[int, Outcome] | None:
         if status == "ok":
             return index, Outcome("ok", from_data(answer), seconds)
         where, detail = answer
-        detail = " ".join(str(detail).split())
-        return index, Outcome(_STATUS[status], None, seconds, detail, int(where) or None)
-    except (ValueError, TypeError, KeyError, RecursionError, ArithmeticError):
+        return index, Outcome(_STATUS[status], None, seconds, _readable(str(detail)), int(where) or None)
+    except (ValueError, TypeError, LookupError, RecursionError, ArithmeticError):
         return index, Outcome("failed", None, seconds, "gave what is no data")
 
 
@@ -270,11 +269,11 @@ def _judge(test: str, parsed: Assert | None, outcome: Outcome) -> TestVerdict:
     if outcome.status != "ok":
         detail = outcome.detail
         if detail == "AssertionError":
-            detail += ": " + " ".join(test.split())[:300]
+            detail += ": " + _readable(test)
         return TestVerdict(False, outcome.status, detail, outcome.line, trusted)
     if parsed is None or parsed.holds(outcome.value):
         return TestVerdict(True, "ok", "", None, trusted)
-    detail = f"AssertionError: {' '.join(test.split())[:300]}; it gave {short(outcome.value)}"
+    detail = f"AssertionError: {_readable(test)}; it gave {short(outcome.value)}"
     return TestVerdict(False, "failed", detail, None, trusted)
 
 
@@ -284,7 +283,14 @@ def short(value: Any) -> str:
         text = repr(value)
     except (ValueError, RecursionError):  # an integer too long to print
         return "something too large to show"
-    return text if len(text) <= 100 else text[:97] + "..."
+    return _readable(text, 100)
+
+
+def _readable(text: str, most: int = 300) -> str:
+    """One line, not long, that can be printed and stored anywhere; a program's message may hold what cannot."""
+    line = " ".join(text[: 10 * most].split())
+    shown = "".join(each if each.isprintable() else "\N{REPLACEMENT CHARACTER}" for each in line[: most + 1])
+    return shown if len(shown) <= most else shown[: most - 3] + "..."
 
 
 def _verdict(tests: list[TestVerdict], seconds: float) -> Verdict:

@@ -5,12 +5,15 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
 from diffucoder.errors import SandboxError
 from diffucoder.grading.grade import Call, Outcome, call, grade
 from diffucoder.grading.sandbox import DEFAULT_LIMITS, Limits, Sandbox
+from diffucoder.training import samples
+from diffucoder.training.rewards import reward
 
 
 @pytest.fixture(scope="module")
@@ -213,3 +216,55 @@ def test_what_is_no_answer_is_a_loss(told: str, box: Sandbox, monkeypatch: pytes
     for outcome in asked("pass", box):
         assert (outcome.status, outcome.value) in {("killed", None), ("failed", None)}, outcome
         assert outcome.seconds >= 0
+
+
+def forged(answer: bytes) -> str:
+    """A program that says `answer` itself, on the pipe to its harness."""
+    return f"import os\nos.write(4, b'ready\\n')\nos.write(4, {answer!r} + b'\\n')\nos._exit(0)\n"
+
+
+ODD = [
+    b"=", b"=nul", b'={"a":1}', b"={}", b'={"set":[[1]]}', b'={"complex":["x"]}', b'={"ratio":[]}',
+    b'={"ratio":["1","0"]}', b'={"int":5}', b'={"tuple":5}', b'={"dict":[[1]]}', b'={"bytes":"zz"}', b"=" + b"[" * 50000,
+    b"=" + b'{"tuple":[' * 5000 + b"]}" * 5000, b"=1e999", b"=NaN", b"=" + b"9" * 5000, b"-", b"-[]", b'-["a","b"]',
+    b'-[1e999,"x"]', b"-[NaN,1]", b'-{"7":1,"8":2}', b"-[" + b"9" * 4000 + b",1]", b"!", b"", b"\xff\xfe", b"=\x00",
+    b'={"object":"x"}', b'={"object":["x"]}', b'={"object":["x",-1]}', b'={"object":["x",1e9]}', b'={"object":{}}',
+    b'={"digest":[]}', b'={"dict":{"a":1}}', b'={"frozenset":[{"digest":1}]}', b'="\\ud800"',
+]  # fmt: skip
+
+
+def test_no_answer_however_odd_passes_or_raises(box: Sandbox) -> None:
+    tests = ["assert f(1) == 2", "assert 1.9 < f(1) < 3", "assert abs(f(1) - 2.5) < 1e-6", "assert f(1) in {2, 3}"]
+    tests += ["assert len(f(1)) == 2", "assert set(f(1)) == {2}", "assert f(1)", "assert not f(1) != 2"]
+    for answer in ODD:
+        verdict = grade(forged(answer), tests, sandbox=box)
+        assert verdict.passed_tests == 0, answer
+        verdict.detail.encode()
+
+
+# What is told of a failure
+
+
+@pytest.mark.parametrize(
+    "program",
+    [
+        pytest.param("raise ValueError('\\ud800')", id="half a character"),
+        pytest.param("raise ValueError('\x1b[31m\x07\\u202e')", id="escapes"),
+        pytest.param(forged(b'-[0, "' + b"A\\ud800\\u001b[31m" * 3000 + b'"]'), id="a long message"),
+        pytest.param("def f(x):\n    return type('\x1b[31m\\ud800' * 99, (), {})()", id="a name of a class"),
+        pytest.param("def f(x):\n    return '\\ud800' * 9", id="a value"),
+    ],
+)
+def test_what_is_told_of_a_failure_can_be_printed_and_stored(program: str, box: Sandbox) -> None:
+    verdict = grade(program, ["assert f(1) == 2, '\ud800'", "x = f(1)\nassert x == '\x1b'"], sandbox=box)
+    assert verdict.passed_tests == 0
+    for detail in (verdict.detail, *(test.detail for test in verdict.tests)):
+        assert detail.isprintable()
+        assert 0 < len(detail.encode()) < 1000
+
+
+def test_a_failure_that_is_told_of_can_be_written_down(tmp_path: Path, box: Sandbox) -> None:
+    given = reward("```python\ndef f(x):\n    raise ValueError('\\ud800')\n```\n", ["assert f(1) == 2"], box)
+    line = {"step": 1, "prompt": "p", "reward": 0.0, "advantage": 0.0, "pass_rate": 0.0, "tokens": ["x"], "steps": [0]}
+    samples.write(tmp_path, [{**line, "status": given.status, "detail": given.detail}])
+    assert "ValueError" in (tmp_path / "samples.html").read_text(encoding="utf-8")
