@@ -268,3 +268,78 @@ def test_a_failure_that_is_told_of_can_be_written_down(tmp_path: Path, box: Sand
     line = {"step": 1, "prompt": "p", "reward": 0.0, "advantage": 0.0, "pass_rate": 0.0, "tokens": ["x"], "steps": [0]}
     samples.write(tmp_path, [{**line, "status": given.status, "detail": given.detail}])
     assert "ValueError" in (tmp_path / "samples.html").read_text(encoding="utf-8")
+
+
+# Memory that no limit counts, and who dies where memory runs out
+
+
+def test_no_memory_can_be_had_that_the_limits_do_not_count(box: Sandbox) -> None:
+    program = """
+import ctypes
+libc = ctypes.CDLL(None, use_errno=True)
+number = 447  # memfd_secret, which the C library has no name for
+for taken in (
+    libc.shmget(0, 4096, 0o1600), libc.msgget(0, 0o1600), libc.semget(0, 1, 0o1600),
+    libc.memfd_create(b"x", 0), libc.syscall(number, 0),
+):
+    print(taken, end=" ")
+"""
+    assert box.run(program).stdout == "-1 -1 -1 -1 -1 "
+
+
+def test_where_memory_runs_out_a_program_is_the_first_to_be_killed(box: Sandbox) -> None:
+    program = """
+try:
+    open("/proc/self/oom_score_adj", "w").write("0")
+except OSError as error:
+    print(error.strerror)
+print(open("/proc/self/oom_score_adj").read())
+"""
+    assert box.run(program).stdout == "Read-only file system\n1000\n\n"
+
+
+# Traces in what the programs of a worker share
+
+
+def test_what_can_be_written_is_mounted_anew_for_every_program(box: Sandbox) -> None:
+    program = """
+writable = {}
+for line in open("/proc/self/mountinfo"):
+    at, options = line.split()[4:6]
+    writable[at] = "rw" in options.split(",")  # the last at a place hides the others
+print(*sorted(at for at in writable if writable[at]))
+"""
+    devices = {f"/dev/{name}" for name in ("null", "zero", "full", "random", "urandom", "tty")}
+    assert set(box.run(program).stdout.split()) - devices == {"/tmp", "/dev/shm", "/dev/pts"}
+
+
+def test_a_terminal_that_one_program_closes_is_open_to_the_next() -> None:
+    close = "import os\nos.utime('/dev/pts/ptmx', ns=(0, 77))\nos.chmod('/dev/pts/ptmx', 0)"
+    look = "import os, pty\nprint(os.stat('/dev/pts/ptmx').st_mtime_ns == 77, len(pty.openpty()))"
+    with Sandbox(1) as own:
+        own.run(close)
+        assert own.run(look).stdout == "False 2\n"
+
+
+# Getting in front of others
+
+
+def test_a_program_cannot_undo_that_it_gives_way(box: Sandbox) -> None:
+    program = """
+import os
+def priority():
+    try:
+        return open("/proc/self/autogroup").read().rpartition(" ")[2].strip()
+    except OSError:
+        return "none here"
+before = priority()
+for attempt in (lambda: open("/proc/self/autogroup", "w").write("0"), os.setsid, lambda: os.nice(-1)):
+    try:
+        attempt() if os.fork() == 0 else os.wait()
+    except OSError as error:
+        pass
+    if priority() != before:
+        print("gave way no longer")
+print("done", flush=True)
+"""
+    assert set(box.run(program).stdout.split("\n")) == {"done", ""}
