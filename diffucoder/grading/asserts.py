@@ -22,6 +22,8 @@ from itertools import pairwise
 from numbers import Number
 from typing import Any
 
+from diffucoder.grading.plain import set_of
+
 _Step = Callable[[Any], Any]  # from the program's answer to what the assert makes of it. Any: plain data
 
 _COMPARED: dict[type[ast.cmpop], Callable[[Any, Any], Any]] = {
@@ -53,8 +55,8 @@ _LARGEST = 100_000  # of what a product or power gives: bits of a number, member
 
 # Containers and the like: they make literals of literals, and only hand on what they are given.
 _MADE: dict[str, Callable[..., Any]] = {
-    "set": set,
-    "frozenset": frozenset,
+    "set": lambda members=(): set_of(members),
+    "frozenset": lambda members=(): frozenset(set_of(members)),
     "tuple": tuple,
     "list": list,
     "dict": dict,

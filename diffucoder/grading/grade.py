@@ -19,30 +19,15 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from fractions import Fraction
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
 from diffucoder.errors import ConfigError
 from diffucoder.grading.asserts import Assert, parse
-from diffucoder.grading.harness import PATIENCE, Digest
-from diffucoder.grading.harness import plain as to_data
+from diffucoder.grading.harness import PATIENCE
+from diffucoder.grading.plain import from_data, readable, short
 from diffucoder.grading.sandbox import DEFAULT_LIMITS, Limits, Sandbox, Status
-
-__all__ = [
-    "Call",
-    "Opaque",
-    "Outcome",
-    "TestVerdict",
-    "Verdict",
-    "call",
-    "from_data",
-    "grade",
-    "grade_many",
-    "short",
-    "to_data",
-]
 
 _GRACE = 1.0  # seconds the harness gets beyond the questions' own, to start and to report
 _LINE = 1024  # bytes a message may take in the harness's report
@@ -101,24 +86,6 @@ class Outcome:
     seconds: float
     detail: str = ""
     line: int | None = None
-
-
-class Opaque:
-    """Stands for a value that is no plain data; equals nothing but itself, and is as long as the value is."""
-
-    def __init__(self, kind: str, length: int | None = None) -> None:
-        self.kind, self.length = kind, length
-
-    def __len__(self) -> int:
-        if self.length is None:
-            raise TypeError(f"{self!r} has no length")
-        return self.length
-
-    def __bool__(self) -> bool:
-        return self.length != 0
-
-    def __repr__(self) -> str:
-        return f"<{self.kind}>"
 
 
 def grade(
@@ -209,7 +176,7 @@ def _ask(
     job = marshal.dumps((limits.seconds, limits.output, fresh, stop, program, questions), 2)
     result = sandbox.run(_harness(), roomier, stdin=job)
     missing: Status = "killed" if result.status == "ok" else result.status
-    lost = Outcome(missing, None, 0.0, _readable(result.detail) or "the harness ended before it")
+    lost = Outcome(missing, None, 0.0, readable(result.detail) or "the harness ended before it")
     outcomes = [lost] * len(questions)
     told = 0
     for line in result.stdout.split("\n")[:-1]:  # a line cut short has no end
@@ -233,7 +200,7 @@ def _outcome(line: str) -> tuple[int, Outcome] | None:
         if status == "ok":
             return index, Outcome("ok", from_data(answer), seconds)
         where, detail = answer
-        return index, Outcome(_STATUS[status], None, seconds, _readable(str(detail)), int(where) or None)
+        return index, Outcome(_STATUS[status], None, seconds, readable(str(detail)), int(where) or None)
     except (ValueError, TypeError, LookupError, RecursionError, ArithmeticError):
         return index, Outcome("failed", None, seconds, "gave what is no data")
 
@@ -242,55 +209,17 @@ _TOLD = re.compile(r'\[([0-9]{1,9}), "(ok|failed|timeout|killed)", ([0-9]{1,9}\.
 _STATUS: dict[str, Status] = {"failed": "failed", "timeout": "timeout", "killed": "killed"}
 
 
-def from_data(data: Any) -> Any:
-    """Plain data from what JSON holds of it (`to_data`). Raises ValueError, TypeError and the like for other JSON."""
-    if isinstance(data, list):
-        return [from_data(each) for each in data]
-    if not isinstance(data, dict):
-        return data
-    ((kind, content),) = data.items()
-    makers: dict[str, Callable[[], Any]] = {
-        "tuple": lambda: tuple(map(from_data, content)),
-        "set": lambda: set(map(from_data, content)),
-        "frozenset": lambda: frozenset(map(from_data, content)),
-        "dict": lambda: {from_data(key): from_data(value) for key, value in content},
-        "bytes": lambda: bytes.fromhex(content),
-        "complex": lambda: complex(*content),
-        "int": lambda: int(content, 16),
-        "ratio": lambda: Fraction(*(int(part, 16) for part in content)),
-        "digest": lambda: Digest(str(content)),
-        "object": lambda: Opaque(str(content[0]), content[1] if type(content[1]) is int else None),
-    }
-    return makers[kind]()
-
-
 def _judge(test: str, parsed: Assert | None, outcome: Outcome) -> TestVerdict:
     trusted = parsed is not None
     if outcome.status != "ok":
         detail = outcome.detail
         if detail == "AssertionError":
-            detail += ": " + _readable(test)
+            detail += ": " + readable(test)
         return TestVerdict(False, outcome.status, detail, outcome.line, trusted)
     if parsed is None or parsed.holds(outcome.value):
         return TestVerdict(True, "ok", "", None, trusted)
-    detail = f"AssertionError: {_readable(test)}; it gave {short(outcome.value)}"
+    detail = f"AssertionError: {readable(test)}; it gave {short(outcome.value)}"
     return TestVerdict(False, "failed", detail, None, trusted)
-
-
-def short(value: Any) -> str:
-    """What a value looks like, in a hundred characters."""
-    try:
-        text = repr(value)
-    except (ValueError, RecursionError):  # an integer too long to print
-        return "something too large to show"
-    return _readable(text, 100)
-
-
-def _readable(text: str, most: int = 300) -> str:
-    """One line, not long, that can be printed and stored anywhere; a program's message may hold what cannot."""
-    line = " ".join(text[: 10 * most].split())
-    shown = "".join(each if each.isprintable() else "\N{REPLACEMENT CHARACTER}" for each in line[: most + 1])
-    return shown if len(shown) <= most else shown[: most - 3] + "..."
 
 
 def _verdict(tests: list[TestVerdict], seconds: float) -> Verdict:

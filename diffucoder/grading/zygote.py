@@ -5,8 +5,8 @@ imports nothing but the standard library, of any version from 3.9 on.
 
     zygote       process 1 of bubblewrap's namespaces; a warm interpreter that forks for every job it is sent
     supervisor   process 1 of the job's own namespaces (user, pid, mount, ipc): mounts a fresh /proc, /tmp, /dev/shm and
-                 /dev/pts, drops all capabilities, takes a system call filter and the limits, forks; tells the host over `line`
-                 how the program ended, then ends, and all of its namespaces with it; also when the host hangs up
+                 /dev/pts, drops all capabilities, takes a system call filter and the limits, forks; tells the host over
+                 `line` how the program ended, then ends, and all of its namespaces with it; also when the host hangs up
     program      has all of that from its supervisor; it is `__main__`
 
 A program cannot name the supervisor's parent, nor trace, read or kill the supervisor, which is process 1. What it
@@ -213,7 +213,7 @@ def limit(limits: dict[str, int], isolated: bool) -> None:
 
 
 def confine() -> None:
-    """Nothing to set in /proc, no capability, no privilege to gain, no eyes on this process, few ways into the kernel."""
+    """No capability, no privilege to gain, no eyes on this process, no switch in /proc, few ways into the kernel."""
     flags = MS_REMOUNT | MS_BIND | MS_RDONLY | MS_NOSUID | MS_NODEV | MS_NOEXEC
     check(libc.mount(None, b"/proc", None, flags, None), "remount /proc")
     header = ctypes.create_string_buffer((0x20080522).to_bytes(4, sys.byteorder) + bytes(4), 8)

@@ -60,6 +60,12 @@ def test_a_call_without_an_outcome_is_no_pass(
     assert not judge(half, half.canonical, known, sandbox).passed
 
 
+def test_results_far_larger_than_the_published_ones_are_not_read(half: Task, sandbox: Sandbox, cache: Path) -> None:
+    result = judged(half, "def half(x):\n    return [[]] * 100_000\n", sandbox, cache)
+    assert (result.passed, result.status) == (False, "killed")
+    assert "output: gave more than" in result.detail
+
+
 def test_the_published_solution_runs_once(half: Task, sandbox: Sandbox, cache: Path) -> None:
     ran: list[int] = []
 

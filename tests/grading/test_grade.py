@@ -5,7 +5,9 @@ import time
 import pytest
 
 from diffucoder.errors import ConfigError, SandboxError
-from diffucoder.grading.grade import Call, Opaque, call, from_data, grade, grade_many, to_data
+from diffucoder.grading.grade import Call, call, grade, grade_many
+from diffucoder.grading.harness import plain as to_data
+from diffucoder.grading.plain import Opaque, from_data
 from diffucoder.grading.sandbox import Limits, isolation
 
 GOOD = "def add(a, b):\n    return a + b\n"
