@@ -355,15 +355,16 @@ def evaluate(
     tasks = load(benchmark, data)
     with Sandbox(workers, packages=packages or (), unsafe=unsafe) as sandbox:
         about = evaluation.Evaluation(benchmark, tasks, sandbox, evaluation.cache_folder(), limit, _progress())
+        asked = evaluation.task_settings(benchmark, limit, packages or ())
         if samples is not None:
-            settings = {"benchmark": benchmark, "limit": limit, "samples": evaluation.content_hash(samples)}
+            settings = {**asked, "samples": evaluation.content_hash(samples)}
             _print_report(about.of_samples(samples, run, settings), as_json=as_json)
             return
         several = list(sweep(params, steps, temperature))
         coder = _load(model, dtype, device)
         for each in several:
             generator = Generator(coder, each, raw=raw, batch=batch)
-            settings = evaluation.model_settings(benchmark, limit, generator, model)
+            settings = evaluation.model_settings(asked, generator, model)
             folder = evaluation.run_folder(run, settings, several=len(several) > 1)
             _print_report(about.of_model(generator, folder, settings), as_json=as_json, folder=folder)
 

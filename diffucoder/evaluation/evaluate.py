@@ -26,6 +26,7 @@ from diffucoder.evaluation.samples import (
     Generator,
     Progress,
     Sample,
+    agreeing,
     read_lines,
     read_samples,
     silent,
@@ -97,7 +98,7 @@ def grade_samples(
     progress: Progress = silent,
 ) -> list[Sample]:
     """A verdict for every sample, in order; `path` keeps them as they come, and is gone on with."""
-    verdicts = [] if path is None else read_lines(path)[: len(samples)]
+    verdicts = [] if path is None else agreeing(read_lines(path), samples)
     if path is not None:
         write_lines(path, verdicts)
     waiting = samples[len(verdicts) :]
@@ -239,12 +240,18 @@ def content_hash(path: Path) -> str:
         raise ConfigError(f"samples {str(path)!r} cannot be read ({error.strerror}); check the path") from None
 
 
-def model_settings(benchmark: str, limit: int | None, generator: Generator, source: str | None) -> dict[str, Any]:
-    """All that the samples depend on."""
+def task_settings(benchmark: str, limit: int | None, packages: Sequence[Path]) -> dict[str, Any]:
+    """What decides which tasks are asked."""
+    settings: dict[str, Any] = {"benchmark": benchmark, "limit": limit}
+    # left out where there are none: such runs go on that were begun before this was written down
+    return {**settings, "packages": [str(folder) for folder in packages]} if packages else settings
+
+
+def model_settings(tasks: Mapping[str, Any], generator: Generator, source: str | None) -> dict[str, Any]:
+    """All that the samples depend on; `tasks` is `task_settings`."""
     coder = generator.coder
     return {
-        "benchmark": benchmark,
-        "limit": limit,
+        **tasks,
         "model": coder.name,
         "weights": fingerprint(source, SHIPPED),
         "dtype": str(coder.model.dtype).removeprefix("torch."),

@@ -10,6 +10,7 @@ import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -43,7 +44,8 @@ class Generator:
         """`params.num_samples` samples for every task, from `path` as far as they are there, else appended to it."""
         chunks = [tasks[at : at + self.batch] for at in range(0, len(tasks), self.batch)]
         sizes = [len(chunk) * self.params.num_samples for chunk in chunks]
-        done = read_lines(path)
+        wanted = [{"task_id": t.task_id, "sample": n} for t in tasks for n in range(self.params.num_samples)]
+        done = agreeing(read_lines(path), wanted)
         whole = next(n for n in range(len(chunks), -1, -1) if sum(sizes[:n]) <= len(done))
         done = done[: sum(sizes[:whole])]  # a batch that was cut short is generated anew, whole, as it was
         write_lines(path, done)
@@ -170,10 +172,20 @@ def read_lines(path: Path) -> list[Sample]:
     lines: list[Sample] = []
     for line in path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1]:
         try:
-            lines.append(json.loads(line))
+            found = json.loads(line)
         except ValueError:
             break
+        if not isinstance(found, dict):
+            break
+        lines.append(found)
     return lines
+
+
+def agreeing(lines: Sequence[Sample], wanted: Sequence[Sample]) -> list[Sample]:
+    """The first of `lines`, as long as each is about the same sample as its place in `wanted`."""
+    keys = ("task_id", "sample")
+    same = (all(line.get(key) == want[key] for key in keys) for line, want in zip(lines, wanted, strict=False))
+    return list(lines[: sum(takewhile(bool, same))])
 
 
 def write_lines(path: Path, lines: Iterable[Sample]) -> None:

@@ -1,7 +1,7 @@
 """Plain data: what comes back from a program, made and shown without waiting, whatever it is: JSON → values → text.
 
 For: `grade` and `judge`. The program's side of it is `harness.plain`. A program chooses what it answers, so nothing
-here may take longer than reading it: no number whose parts take long to reduce, no set of values that all have one hash.
+here may take longer than reading it: no fraction that takes long to reduce, no set of values that all have one hash.
 """
 
 from collections.abc import Callable, Iterable

@@ -70,6 +70,15 @@ def test_a_stop_after_any_line_changes_no_sample(tmp_path: Path, coder: DiffuCod
     assert timeless(stopped) == timeless(whole)
 
 
+def test_samples_of_other_tasks_are_not_taken_for_those_of_these(tmp_path: Path, coder: DiffuCoder) -> None:
+    tasks = load("tiny")[:3]
+    generator = Generator(coder, DecodingParams(new_tokens=8, steps=1), batch=1)
+    path = tmp_path / "samples.jsonl"
+    generator.samples(tasks[1:], path)
+    samples = generator.samples(tasks, path)
+    assert [sample["task_id"] for sample in samples] == [task.task_id for task in tasks]
+
+
 def test_a_prompt_that_does_not_fit_costs_only_its_own_task(tmp_path: Path, coder: DiffuCoder) -> None:
     tasks = load("tiny")[:2]
     long = replace(tasks[0], task_id="long", request="x " * 2000)
