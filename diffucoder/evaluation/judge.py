@@ -23,7 +23,7 @@ from diffucoder.grading.harness import plain as to_data
 from diffucoder.grading.plain import from_data, short
 from diffucoder.grading.sandbox import Limits, Sandbox
 
-_OUTPUT = 256 << 20  # bytes that the results of all calls may take; published solutions give up to 150 MB
+_OUTPUT = 256 << 20  # bytes that the results of all calls may take; published solutions give up to 245 MB
 _ROOM = 64 << 10  # bytes that a program's results may take, beside four times what the published solution's do
 _REFERENCE = 60.0  # seconds a call of a published solution may take
 # test code: BigCodeBench's own limit, and some of its tests do wait that long

@@ -30,6 +30,7 @@ from diffucoder.grading.plain import from_data, readable, short
 from diffucoder.grading.sandbox import DEFAULT_LIMITS, Limits, Sandbox, Status
 
 _GRACE = 1.0  # seconds the harness gets beyond the questions' own, to start and to report
+_SLEEP = 60.0  # seconds on the clock that tests may take beyond their own, of a processor
 _LINE = 1024  # bytes a message may take in the harness's report
 
 
@@ -98,6 +99,8 @@ def grade(
 ) -> Verdict:
     """Put every test to a fresh process of the program; `limits.seconds` is for all of them together.
 
+    Seconds are those of a processor, so that a busy machine makes nothing a time-out; who sleeps gets five times as
+    many on the clock, but no more than a minute beyond them.
     Without `sandbox` one is started for this program. Raises ConfigError where there are no tests.
     """
     if isinstance(tests, str) or not tests:
@@ -167,13 +170,16 @@ def _ask(
     sandbox: Sandbox, program: str, questions: list[Any], limits: Limits, *, fresh: bool = False, stop: bool = False
 ) -> tuple[list[Outcome], float]:
     """An outcome for every question, and the seconds in all."""
+    clock = PATIENCE * limits.seconds
+    if fresh:
+        clock = min(clock, limits.seconds + _SLEEP)
     roomier = replace(
         limits,
-        seconds=limits.seconds * (1 if fresh else PATIENCE) + _GRACE,
+        seconds=clock + _GRACE,
         processes=limits.processes + 1,
-        output=_LINE * len(questions) + limits.output,
+        output=(_LINE + limits.output) * len(questions) if fresh else _LINE * len(questions) + limits.output,
     )
-    job = marshal.dumps((limits.seconds, limits.output, fresh, stop, program, questions), 2)
+    job = marshal.dumps((limits.seconds, clock, limits.output, fresh, stop, program, questions), 2)
     result = sandbox.run(_harness(), roomier, stdin=job)
     missing: Status = "killed" if result.status == "ok" else result.status
     lost = Outcome(missing, None, 0.0, readable(result.detail) or "the harness ended before it")

