@@ -100,9 +100,7 @@ def one_by_one(program: Code, questions: list[Question], seconds: float, deadlin
         waiting = slow
 
 
-def in_a_row(
-    program: Code, questions: list[Question], seconds: float, deadline: float, room: int, stop: bool
-) -> None:
+def in_a_row(program: Code, questions: list[Question], seconds: float, deadline: float, room: int, stop: bool) -> None:
     """As few children as there are losses. With `stop`, the first question without a value is the last one."""
     index = 0
     while index < len(questions):

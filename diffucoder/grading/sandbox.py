@@ -133,16 +133,22 @@ class Sandbox:
         contents = _contents(program, files or {}, limits)
         fed = stdin.encode(errors="surrogatepass") if isinstance(stdin, str) else stdin
         with self._free:
-            worker = self._idle.pop() if self._idle else self._starter.submit(self._start).result()
-            try:
-                result = worker.run(contents, limits, fed)
-            except BaseException:
-                worker.close()
-                raise
-            if worker.sound:
-                self._idle.append(worker)
-            else:
-                worker.close()
+            if self._idle:
+                with suppress(SandboxError):  # it ended while it was idle; nothing of the program has run
+                    return self._run_in(self._idle.pop(), contents, limits, fed)
+            return self._run_in(self._starter.submit(self._start).result(), contents, limits, fed)
+
+    def _run_in(self, worker: "_Worker", contents: dict[str, bytes], limits: Limits, stdin: bytes) -> ExecutionResult:
+        """Run in this worker, which is idle or gone afterwards. Raises SandboxError where the program did not start."""
+        try:
+            result = worker.run(contents, limits, stdin)
+        except BaseException:
+            worker.close()
+            raise
+        if worker.sound:
+            self._idle.append(worker)
+        else:
+            worker.close()
         return result
 
     def run_many(self, programs: Iterable[str], limits: Limits = DEFAULT_LIMITS) -> Iterator[ExecutionResult]:

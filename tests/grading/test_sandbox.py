@@ -517,15 +517,30 @@ def test_a_hundred_runs_give_one_result() -> None:
     assert len({(result.status, result.stdout) for result in results}) == 1
 
 
-def test_a_worker_that_is_killed_is_replaced() -> None:
+def test_a_worker_that_is_killed_while_idle_is_replaced() -> None:
     with Sandbox(1) as one:
         one.run("pass")
         worker = one._idle[0]
         os.killpg(worker.process.pid, 9)
         worker.process.wait()
-        with pytest.raises(SandboxError):
-            one.run("pass")
-        assert one.run("print(1)").stdout == "1\n"
+        assert one.run("print(input())", stdin="again").stdout == "again\n"
+        assert one._idle[0] is not worker
+
+
+def test_a_worker_that_never_ran_is_not_tried_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[int] = []
+
+    def start(self: Sandbox) -> Any:
+        started.append(1)
+        worker = sandbox._Worker((), unsafe=False)
+        os.killpg(worker.process.pid, 9)
+        worker.process.wait()
+        return worker
+
+    monkeypatch.setattr(Sandbox, "_start", start)
+    with Sandbox(1) as one, pytest.raises(SandboxError):
+        one.run("pass")
+    assert len(started) == 1
 
 
 def test_a_forked_process_has_workers_of_its_own() -> None:
