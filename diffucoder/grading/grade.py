@@ -99,6 +99,7 @@ def grade(
 ) -> Verdict:
     """Put every test to a fresh process of the program; `limits.seconds` is for all of them together.
 
+    Those that cannot be split run in a job of their own, which has as many seconds again.
     Seconds are those of a processor, so that a busy machine makes nothing a time-out; who sleeps gets five times as
     many on the clock, but no more than a minute beyond them.
     Without `sandbox` one is started for this program. Raises ConfigError where there are no tests.
@@ -108,12 +109,16 @@ def grade(
     if not program.strip():
         return Verdict(False, 0, len(tests), "no program", 0.0, "the program is empty")
     parsed = [parse(test) for test in tests]
-    questions = [
-        ("value", p.expression, (), 0.0) if p else ("run", test, (), 0.0) for test, p in zip(tests, parsed, strict=True)
-    ]
+    asked = {at: ("value", p.expression, (), 0.0) for at, p in enumerate(parsed) if p}
+    whole = {at: ("run", tests[at], (), 0.0) for at, p in enumerate(parsed) if not p}
+    outcomes: dict[int, Outcome] = {}
+    seconds = 0.0
     with _at_hand(sandbox, unsafe) as box:
-        outcomes, seconds = _ask(box, program, questions, limits, fresh=True)
-    return _verdict([_judge(*each) for each in zip(tests, parsed, outcomes, strict=True)], seconds)
+        for questions in filter(None, (asked, whole)):  # apart: what a whole test expects can be read where it runs
+            found, took = _ask(box, program, list(questions.values()), limits, fresh=True)
+            outcomes.update(zip(questions, found, strict=True))
+            seconds += took
+    return _verdict([_judge(tests[at], parsed[at], outcomes[at]) for at in range(len(tests))], seconds)
 
 
 def grade_many(

@@ -37,6 +37,7 @@ PR_SET_DUMPABLE = 4
 TICK = 1 / os.sysconf("SC_CLK_TCK")  # seconds; how exactly a processor's are counted
 # An error's own, whatever its class makes of the names.
 ARGUMENTS, TRACE = vars(BaseException)["args"].__get__, vars(BaseException)["__traceback__"].__get__
+NAME = vars(type)["__name__"].__get__
 
 Code = Union[CodeType, bytes]  # compiled, or why not (JSON of [line, message])  # noqa: UP007  # for Python 3.9
 Question = tuple[str, Code, tuple[Any, ...], float]  # kind, code, arguments, seconds
@@ -283,14 +284,17 @@ def reply(program: CodeType, questions: list[Question], pipe: int, secret: list[
     os._exit(0)
 
 
-def attempt(program: CodeType, test: Code, pipe: int, secret: list[bytes], names: dict[str, Any]) -> None:
+def attempt(
+    program: CodeType, test: Code, pipe: int, secret: list[bytes], names: dict[str, Any], run: Any = exec
+) -> None:
+    # bound in the head, for programs may patch the built-ins
     if isinstance(test, bytes):  # it did not compile
         write(pipe, b"-" + test + b"\n")
         os._exit(0)
     write(pipe, b"ready\n")
     with Report(pipe, secret.pop()):
-        exec(program, names)
-        exec(test, names)
+        run(program, names)
+        run(test, names)
 
 
 def value(code: Code, arguments: tuple[Any, ...], names: dict[str, Any]) -> bytes:
@@ -375,7 +379,10 @@ def described(error: BaseException) -> bytes:
     """JSON [line of the program or 0, message]."""
     # No code of the program's may run while a Report's frame is open, so no str(error) and no error.args.
     arguments = ARGUMENTS(error)
-    simple = arguments and type(arguments[0]) in (str, int, float)
+    if issubclass(type(error), OSError) and len(arguments) > 1 and type(arguments[1]) is str:
+        arguments = arguments[1:]  # the first is a number
+    first = arguments[0] if arguments else None
+    simple = type(first) in (str, float) or (type(first) is int and abs(first) < 1 << 64)  # longer ones have no str
     line, trace = 0, TRACE(error)
     while trace is not None:
         if trace.tb_frame.f_code.co_filename == "<program>":
@@ -383,7 +390,7 @@ def described(error: BaseException) -> bytes:
         trace = trace.tb_next
     if type(error) is SyntaxError:
         line = error.lineno or 0
-    return message(type(error).__name__ + (": " + str(arguments[0]) if simple else ""), line)
+    return message(NAME(type(error)) + (": " + str(first) if simple else ""), line)
 
 
 def message(text: str, line: int = 0) -> bytes:

@@ -382,6 +382,82 @@ os._exit(0)
     assert process_time() - began < 3
 
 
+# Reading one test to pass another
+
+LEAK = """
+import sys
+frame, constants = sys._getframe(), []
+while frame:
+    for question in frame.f_locals.get("questions") or []:
+        constants += getattr(question[1], "co_consts", [])
+    frame = frame.f_back
+def f(x):
+    return next((each for each in constants if isinstance(each, int) and each > 5), None)
+"""
+
+
+def test_what_one_test_holds_is_not_there_for_a_trusted_one(box: Sandbox) -> None:
+    verdict = grade(LEAK, ["assert f(3) == 9", "y = f(3)\nassert y == 9"], sandbox=box)
+    assert [(test.passed, test.trusted) for test in verdict.tests] == [(False, True), (True, False)]
+
+
+def test_tests_of_both_kinds_are_told_in_order(box: Sandbox) -> None:
+    tests = ["x = f(1)\nassert x == 1", "assert f(2) == 2", "y = f(3)\nassert y == 0", "assert f(4) == 0"]
+    verdict = grade("def f(x):\n    return x\n", tests, sandbox=box)
+    assert [test.passed for test in verdict.tests] == [True, True, False, False]
+    assert verdict.detail.startswith("test 3: ")
+
+
+# Tests that cannot be split: what is told to be held there
+
+
+@pytest.mark.parametrize(
+    "program",
+    [
+        pytest.param("import builtins\nbuiltins.exec = lambda *a, **k: None\n", id="a patched exec"),
+        pytest.param(
+            """
+import sys, os
+class Meta(type):
+    @property
+    def __name__(cls):
+        frame = sys._getframe()
+        while frame:
+            report = frame.f_locals.get("self")
+            if type(report).__name__ == "Report":
+                os.write(report.pipe, b"!" + report.secret + b"\\n")
+                os._exit(0)
+            frame = frame.f_back
+        return "Error"
+class Error(Exception, metaclass=Meta): pass
+raise Error
+""",
+            id="code in the name of an error",
+        ),
+    ],
+)
+def test_a_pass_of_a_whole_test_cannot_be_had_by(program: str, box: Sandbox) -> None:
+    assert not grade(program, ["x = f(2)\nassert x == 4"], sandbox=box).passed
+
+
+# What is told of an error
+
+
+@pytest.mark.parametrize(
+    ("program", "detail"),
+    [
+        ("open('/nope')", "FileNotFoundError: No such file or directory"),
+        ("raise OSError('gone')", "OSError: gone"),
+        ("raise OSError(5, None)", "OSError: 5"),
+        ("raise ValueError(10**5000)", "ValueError"),
+        ("raise ValueError(-7)", "ValueError: -7"),
+        ("raise KeyError(('a',))", "KeyError"),
+    ],
+)
+def test_an_error_is_told_by_its_first_words(program: str, detail: str, box: Sandbox) -> None:
+    assert grade(program, ["assert f(2) == 4"], sandbox=box).detail == f"test 1: {detail}"
+
+
 # What is no fault of the program
 
 
