@@ -68,7 +68,11 @@ class Evaluation:
             claim(run, settings)
         tasks, skipped = split_by_imports(self.tasks[: self.limit], self.sandbox)
         runnable = {task.task_id for task in tasks}
-        samples = [sample for sample in read_samples(path, self.tasks) if sample["task_id"] in runnable]
+        every = read_samples(path, self.tasks)
+        samples = [sample for sample in every if sample["task_id"] in runnable]
+        if not samples and not {sample["task_id"] for sample in every} & {*runnable, *skipped}:
+            rule = f"leaves none of the tasks that {self.name!r} has samples of"
+            raise ConfigError(f"limit={self.limit} {rule}; raise it or leave it out")
         if not samples:
             raise ConfigError(f"no task of {self.name!r} with a sample can be run here; give --packages FOLDER")
         return self._judged(samples, skipped, settings, run)
@@ -200,11 +204,20 @@ def versions() -> dict[str, str]:
 
 
 def claim(folder: Path, settings: Mapping[str, Any]) -> None:
-    """Make the run folder, or go on in it. Raises ConfigError where it belongs to other settings."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """Make the run folder, or go on in it. Raises ConfigError where it belongs to other settings, or cannot be made."""
     path = folder / "settings.json"
-    if path.exists():
-        there = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        there = json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+        if not isinstance(there, dict | None):
+            raise ValueError("no JSON object")
+        if there is None:
+            write_json(path, settings)
+    except OSError as error:
+        raise ConfigError(f"run folder {str(folder)!r} cannot be used ({error.strerror}); give another --run") from None
+    except ValueError as error:
+        raise ConfigError(f"{str(path)!r} cannot be read ({error}); remove it, or give another --run") from None
+    if there is not None:
         differ = sorted(key for key in {*there, *settings} if there.get(key) != settings.get(key))
         if differ:
             key = differ[0]
@@ -212,7 +225,6 @@ def claim(folder: Path, settings: Mapping[str, Any]) -> None:
                 f"run folder {str(folder)!r} belongs to {key}={there.get(key)!r}, not {settings.get(key)!r}; "
                 "give another --run, or the same settings to go on"
             )
-    write_json(path, settings)
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:

@@ -143,11 +143,17 @@ def _checked(line: str, where: str, known: Mapping[str, int]) -> Sample:
         sample = json.loads(line)
     except ValueError as error:
         raise ConfigError(f"{where} is not JSON ({error}); write one object a line") from None
-    if not isinstance(sample, dict) or sample.get("task_id") not in known:
-        given = sample.get("task_id") if isinstance(sample, dict) else sample
+    if not isinstance(sample, dict):
+        raise ConfigError(f"{where} is no JSON object; write one a line, as EvalPlus does")
+    given = sample.get("task_id")
+    if not isinstance(given, str) or given not in known:
         raise ConfigError(f"{where}: task_id={given!r} is not in this benchmark; its first is {next(iter(known))!r}")
-    if not any(isinstance(sample.get(key), str) for key in ("solution", "completion")):
+    answers = [key for key in ("solution", "completion") if key in sample]
+    if not answers:
         raise ConfigError(f"{where} has keys {sorted(sample)}; it needs 'completion' or 'solution', a string")
+    for key in answers:
+        if not isinstance(sample[key], str):
+            raise ConfigError(f"{where}: {key}={sample[key]!r} is no string; write the program, or what continues it")
     return sample
 
 
