@@ -123,7 +123,9 @@ def check_asserts(task: Task) -> list[str]:
     for node in ast.walk(check):
         if isinstance(node, ast.Name) and node.id == check.args.args[0].arg:
             node.id = task.entry_point
-    return [ast.unparse(node) for node in check.body]
+    tests = [node.test for node in check.body if isinstance(node, ast.Assert)]
+    says_nothing = [isinstance(test, ast.Constant) and bool(test.value) for test in tests]  # HumanEval has 48 `True`s
+    return [ast.unparse(node) for node, empty in zip(check.body, says_nothing, strict=True) if not empty]
 
 
 # --- published solutions ---------------------------------------------------------------------------------------------

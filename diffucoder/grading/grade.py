@@ -2,14 +2,15 @@
 
 One sandbox run a program; in it a harness (`harness`) puts the questions to children that run the program. Tests are
 assert strings. What a test expects does not go where the program is: `assert f(2) == 4` is *split*, the program is
-asked for `f(2)`, answers with plain data, and 4 is compared with it here (`asserts`). So a program can only pass by
-giving the right answer: patching `==`, returning objects that equal everything, `sys.exit(0)`, `os._exit(0)`, exit
-handlers and printed results do not help.
+asked for `f(2)`, answers with plain data (`plain`), and 4 is compared with it here (`asserts`), as is all else that the
+assert does with the answer. So a program can only pass by giving the right answer: patching `==`, shadowing `abs`,
+returning objects that equal everything, `sys.exit(0)`, `os._exit(0)`, exit handlers, printed results and killing who
+asks do not help.
 
-What cannot be split runs beside the program, and its verdict says `trusted=False`: a program that is out to cheat can
-dig such a test's secret out of memory (`gc`, `ctypes`), jump over the test with a trace function, shadow the built-ins
-it calls, or return objects that equal everything. Exits, exit handlers, printing and patching `os` do not work there
-either.
+What cannot be split runs beside the program, in a sandbox run of its own, and its verdict says `trusted=False`: a
+program that is out to cheat can dig such a test's secret out of memory (`gc`, `ctypes`), read what it expects up the
+stack, jump over it with a trace function, shadow the built-ins it calls, or return objects that equal everything.
+Exits, exit handlers, printing and patching `os` or `exec` do not work there either.
 """
 
 import json

@@ -11,7 +11,8 @@ from diffucoder.evaluation.judge import Judged, check_asserts, importable, judge
 from diffucoder.grading.sandbox import Sandbox
 
 CHECK = (
-    "METADATA = {}\ndef check(candidate):\n    assert candidate(2) == 1\n    assert candidate(3) == 1.5\ncheck(half)\n"
+    "METADATA = {}\ndef check(candidate):\n    assert candidate(2) == 1\n    assert True, 'here'\n"
+    "    assert candidate(3) == 1.5\ncheck(half)\n"
 )
 CASES = """
 import unittest

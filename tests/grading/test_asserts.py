@@ -1,7 +1,9 @@
 """An assert is split into a question and a check, which together mean what the assert means."""
 
 import math
+import re
 from fractions import Fraction
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -119,6 +121,15 @@ def test_an_assert_is_split(test: str, expression: str, good: object, bad: objec
 )
 def test_what_has_another_form_is_left_whole(test: str) -> None:
     assert parse(test) is None
+
+
+def test_the_guide_says_which_asserts_are_split() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "sandbox.md").read_text(encoding="utf-8")
+    rows = [row.split(" | ") for row in page.splitlines() if row.startswith("| `")]
+    split, whole = ([form for row in rows for form in re.findall("`([^`]*)`", row[side])] for side in (0, 1))
+    assert (len(split), len(whole)) == (11, 9)
+    assert [form for form in split if parse(f"assert {form}") is None] == []
+    assert [form for form in whole if parse(f"assert {form}") is not None] == []
 
 
 FORMS = [
