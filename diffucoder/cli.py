@@ -8,7 +8,7 @@ import inspect
 import json
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from functools import partial
 from importlib import import_module
@@ -350,22 +350,33 @@ def evaluate(
     from diffucoder.evaluation.samples import Generator, sweep
     from diffucoder.grading.sandbox import Sandbox
 
-    if samples is not None and model is not None:
-        raise ConfigError("--samples are graded as they are, and --model makes its own; give one of the two")
+    if samples is not None:
+        about_models = {"model": model, "raw": raw, "steps": steps, "temperature": temperature, "batch": batch != 8}
+        about_models |= {"dtype": dtype, "device": device, **params.model_dump(exclude_defaults=True)}
+        _refuse_with_samples(about_models)
     tasks = load(benchmark, data)
     with Sandbox(workers, packages=packages or (), unsafe=unsafe) as sandbox:
         about = evaluation.Evaluation(benchmark, tasks, sandbox, evaluation.cache_folder(), limit, _progress())
+        asked = evaluation.task_settings(benchmark, limit, packages or ())
         if samples is not None:
-            settings = {"benchmark": benchmark, "limit": limit, "samples": evaluation.content_hash(samples)}
+            settings = {**asked, "samples": evaluation.content_hash(samples)}
             _print_report(about.of_samples(samples, run, settings), as_json=as_json)
             return
         several = list(sweep(params, steps, temperature))
         coder = _load(model, dtype, device)
         for each in several:
             generator = Generator(coder, each, raw=raw, batch=batch)
-            settings = evaluation.model_settings(benchmark, limit, generator, model)
+            settings = evaluation.model_settings(asked, generator, model)
             folder = evaluation.run_folder(run, settings, several=len(several) > 1)
             _print_report(about.of_model(generator, folder, settings), as_json=as_json, folder=folder)
+
+
+def _refuse_with_samples(given: Mapping[str, Any]) -> None:
+    """Raise ConfigError for what would mean nothing. Any: values of options."""
+    for name, value in given.items():
+        if value:
+            option = name.replace("_", "-")
+            raise ConfigError(f"--samples are graded as they are, and --{option} is for a model; give one of the two")
 
 
 def _progress() -> "Callable[..., Any]":

@@ -15,6 +15,8 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any  # an argument or result: None, bool, numbers, str, bytes, list, tuple, set, frozenset, dict
 
+from diffucoder.grading.plain import set_of
+
 MEMORY = 4 * 2**30  # bytes a program may take
 SECONDS = 60.0  # for all calls of a program together, before its grace
 
@@ -125,7 +127,7 @@ def _close(expected: Any, got: Any, atol: float) -> bool:
 
 
 def _same_members(arguments: Row, expected: Any, got: Any, atol: float) -> bool:
-    return set(got) == set(expected)
+    return set_of(got) == set(expected)
 
 
 def _same_presence(arguments: Row, expected: Any, got: Any, atol: float) -> bool:

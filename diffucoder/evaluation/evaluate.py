@@ -26,6 +26,7 @@ from diffucoder.evaluation.samples import (
     Generator,
     Progress,
     Sample,
+    agreeing,
     read_lines,
     read_samples,
     silent,
@@ -67,7 +68,11 @@ class Evaluation:
             claim(run, settings)
         tasks, skipped = split_by_imports(self.tasks[: self.limit], self.sandbox)
         runnable = {task.task_id for task in tasks}
-        samples = [sample for sample in read_samples(path, self.tasks) if sample["task_id"] in runnable]
+        every = read_samples(path, self.tasks)
+        samples = [sample for sample in every if sample["task_id"] in runnable]
+        if not samples and not {sample["task_id"] for sample in every} & {*runnable, *skipped}:
+            rule = f"leaves none of the tasks that {self.name!r} has samples of"
+            raise ConfigError(f"limit={self.limit} {rule}; raise it or leave it out")
         if not samples:
             raise ConfigError(f"no task of {self.name!r} with a sample can be run here; give --packages FOLDER")
         return self._judged(samples, skipped, settings, run)
@@ -97,7 +102,7 @@ def grade_samples(
     progress: Progress = silent,
 ) -> list[Sample]:
     """A verdict for every sample, in order; `path` keeps them as they come, and is gone on with."""
-    verdicts = [] if path is None else read_lines(path)[: len(samples)]
+    verdicts = [] if path is None else agreeing(read_lines(path), samples)
     if path is not None:
         write_lines(path, verdicts)
     waiting = samples[len(verdicts) :]
@@ -199,11 +204,20 @@ def versions() -> dict[str, str]:
 
 
 def claim(folder: Path, settings: Mapping[str, Any]) -> None:
-    """Make the run folder, or go on in it. Raises ConfigError where it belongs to other settings."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """Make the run folder, or go on in it. Raises ConfigError where it belongs to other settings, or cannot be made."""
     path = folder / "settings.json"
-    if path.exists():
-        there = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        there = json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+        if not isinstance(there, dict | None):
+            raise ValueError("no JSON object")
+        if there is None:
+            write_json(path, settings)
+    except OSError as error:
+        raise ConfigError(f"run folder {str(folder)!r} cannot be used ({error.strerror}); give another --run") from None
+    except ValueError as error:
+        raise ConfigError(f"{str(path)!r} cannot be read ({error}); remove it, or give another --run") from None
+    if there is not None:
         differ = sorted(key for key in {*there, *settings} if there.get(key) != settings.get(key))
         if differ:
             key = differ[0]
@@ -211,7 +225,6 @@ def claim(folder: Path, settings: Mapping[str, Any]) -> None:
                 f"run folder {str(folder)!r} belongs to {key}={there.get(key)!r}, not {settings.get(key)!r}; "
                 "give another --run, or the same settings to go on"
             )
-    write_json(path, settings)
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
@@ -239,12 +252,18 @@ def content_hash(path: Path) -> str:
         raise ConfigError(f"samples {str(path)!r} cannot be read ({error.strerror}); check the path") from None
 
 
-def model_settings(benchmark: str, limit: int | None, generator: Generator, source: str | None) -> dict[str, Any]:
-    """All that the samples depend on."""
+def task_settings(benchmark: str, limit: int | None, packages: Sequence[Path]) -> dict[str, Any]:
+    """What decides which tasks are asked."""
+    settings: dict[str, Any] = {"benchmark": benchmark, "limit": limit}
+    # left out where there are none: such runs go on that were begun before this was written down
+    return {**settings, "packages": [str(folder) for folder in packages]} if packages else settings
+
+
+def model_settings(tasks: Mapping[str, Any], generator: Generator, source: str | None) -> dict[str, Any]:
+    """All that the samples depend on; `tasks` is `task_settings`."""
     coder = generator.coder
     return {
-        "benchmark": benchmark,
-        "limit": limit,
+        **tasks,
         "model": coder.name,
         "weights": fingerprint(source, SHIPPED),
         "dtype": str(coder.model.dtype).removeprefix("torch."),

@@ -18,10 +18,13 @@ from typing import Any
 from diffucoder.errors import ConfigError
 from diffucoder.evaluation.benchmarks import Task
 from diffucoder.evaluation.evalplus import MEMORY, correct, time_limit, total_limit
-from diffucoder.grading.grade import Call, Outcome, Verdict, call, from_data, grade, short, to_data
+from diffucoder.grading.grade import Call, Outcome, Verdict, call, grade
+from diffucoder.grading.harness import plain as to_data
+from diffucoder.grading.plain import from_data, short
 from diffucoder.grading.sandbox import Limits, Sandbox
 
-_OUTPUT = 256 << 20  # bytes that the results of all calls may take; published solutions give up to 80 MB
+_OUTPUT = 256 << 20  # bytes that the results of all calls may take; published solutions give up to 245 MB
+_ROOM = 64 << 10  # bytes that a program's results may take, beside four times what the published solution's do
 _REFERENCE = 60.0  # seconds a call of a published solution may take
 # test code: BigCodeBench's own limit, and some of its tests do wait that long
 _TESTS = Limits(seconds=240.0, memory=MEMORY, files=64 << 20, processes=32)
@@ -55,6 +58,7 @@ class Reference:
 
     values: tuple[Any, ...]
     seconds: tuple[float, ...]
+    size: int = 0  # bytes of all values, as they are stored
 
 
 def judge(task: Task, program: str, reference: Reference | None, sandbox: Sandbox) -> Judged:
@@ -78,7 +82,9 @@ def _called(
     expected = reference.values[first : first + len(rows)]
     seconds = reference.seconds[first : first + len(rows)]
     calls = [Call(f"{task.entry_point}(*_)", row, time_limit(s)) for row, s in zip(rows, seconds, strict=True)]
-    limits = Limits(seconds=total_limit(seconds), memory=MEMORY, output=_OUTPUT, processes=32)
+    # what is larger than it can be would only take this process's time and memory
+    output = min(_ROOM + 4 * reference.size, _OUTPUT)
+    limits = Limits(seconds=total_limit(seconds), memory=MEMORY, output=output, processes=32)
     outcomes = call(program, calls, limits, sandbox=sandbox, until_failure=True)
     for at, (outcome, row, value) in enumerate(zip(outcomes, rows, expected, strict=False)):
         where = f"{task.entry_point}{short(row)}"
@@ -87,6 +93,8 @@ def _called(
         if not correct(task.task_id, row, value, outcome.value, task.atol, in_order=task.in_order):
             detail = f"input {first + at + 1}: {where} gave {short(outcome.value)}, not {short(value)}"
             return False, "failed", detail
+    if len(outcomes) < len(rows):  # nothing that was not asked and answered is right
+        return False, "killed", f"input {first + len(outcomes) + 1}: there is no outcome"
     return True, "ok", ""
 
 
@@ -115,7 +123,9 @@ def check_asserts(task: Task) -> list[str]:
     for node in ast.walk(check):
         if isinstance(node, ast.Name) and node.id == check.args.args[0].arg:
             node.id = task.entry_point
-    return [ast.unparse(node) for node in check.body]
+    tests = [node.test for node in check.body if isinstance(node, ast.Assert)]
+    says_nothing = [isinstance(test, ast.Constant) and bool(test.value) for test in tests]  # HumanEval has 48 `True`s
+    return [ast.unparse(node) for node, empty in zip(check.body, says_nothing, strict=True) if not empty]
 
 
 # --- published solutions ---------------------------------------------------------------------------------------------
@@ -142,8 +152,9 @@ def _path(task: Task, cache: Path) -> Path:
 
 def _cached(path: Path) -> Reference | None:
     try:
-        stored = json.loads(path.read_text(encoding="utf-8"))
-        return Reference(tuple(map(from_data, stored["values"])), tuple(stored["seconds"]))
+        text = path.read_text(encoding="utf-8")
+        stored = json.loads(text)
+        return Reference(tuple(map(from_data, stored["values"])), tuple(stored["seconds"]), len(text))
     except (OSError, ValueError, KeyError, TypeError):  # none there, or broken: found anew
         return None
 
@@ -159,17 +170,18 @@ def _find(task: Task, sandbox: Sandbox, cache: Path) -> Reference:
             f"the published solution of {task.task_id} fails on input {broken[0] + 1} ({broken[1].detail}); "
             "fetch the benchmark's data anew"
         )
-    reference = Reference(tuple(o.value for o in outcomes), tuple(o.seconds for o in outcomes))
-    _store(_path(task, cache), outcomes)
-    return reference
+    size = _store(_path(task, cache), outcomes)
+    return Reference(tuple(o.value for o in outcomes), tuple(o.seconds for o in outcomes), size)
 
 
-def _store(path: Path, outcomes: Sequence[Outcome]) -> None:
+def _store(path: Path, outcomes: Sequence[Outcome]) -> int:
+    """Write what `_cached` reads, and say how many bytes that is."""
     path.parent.mkdir(parents=True, exist_ok=True)
     stored = {"values": [to_data(o.value) for o in outcomes], "seconds": [round(o.seconds, 6) for o in outcomes]}
     partial = path.with_suffix(f".{os.getpid()}")
-    partial.write_text(json.dumps(stored), encoding="utf-8")
+    size = partial.write_text(json.dumps(stored), encoding="utf-8")
     partial.replace(path)
+    return size
 
 
 def importable(tasks: Sequence[Task], sandbox: Sandbox) -> Iterator[tuple[Task, list[str]]]:

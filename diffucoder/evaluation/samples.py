@@ -10,6 +10,7 @@ import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -43,7 +44,8 @@ class Generator:
         """`params.num_samples` samples for every task, from `path` as far as they are there, else appended to it."""
         chunks = [tasks[at : at + self.batch] for at in range(0, len(tasks), self.batch)]
         sizes = [len(chunk) * self.params.num_samples for chunk in chunks]
-        done = read_lines(path)
+        wanted = [{"task_id": t.task_id, "sample": n} for t in tasks for n in range(self.params.num_samples)]
+        done = agreeing(read_lines(path), wanted)
         whole = next(n for n in range(len(chunks), -1, -1) if sum(sizes[:n]) <= len(done))
         done = done[: sum(sizes[:whole])]  # a batch that was cut short is generated anew, whole, as it was
         write_lines(path, done)
@@ -141,11 +143,17 @@ def _checked(line: str, where: str, known: Mapping[str, int]) -> Sample:
         sample = json.loads(line)
     except ValueError as error:
         raise ConfigError(f"{where} is not JSON ({error}); write one object a line") from None
-    if not isinstance(sample, dict) or sample.get("task_id") not in known:
-        given = sample.get("task_id") if isinstance(sample, dict) else sample
+    if not isinstance(sample, dict):
+        raise ConfigError(f"{where} is no JSON object; write one a line, as EvalPlus does")
+    given = sample.get("task_id")
+    if not isinstance(given, str) or given not in known:
         raise ConfigError(f"{where}: task_id={given!r} is not in this benchmark; its first is {next(iter(known))!r}")
-    if not any(isinstance(sample.get(key), str) for key in ("solution", "completion")):
+    answers = [key for key in ("solution", "completion") if key in sample]
+    if not answers:
         raise ConfigError(f"{where} has keys {sorted(sample)}; it needs 'completion' or 'solution', a string")
+    for key in answers:
+        if not isinstance(sample[key], str):
+            raise ConfigError(f"{where}: {key}={sample[key]!r} is no string; write the program, or what continues it")
     return sample
 
 
@@ -170,10 +178,20 @@ def read_lines(path: Path) -> list[Sample]:
     lines: list[Sample] = []
     for line in path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1]:
         try:
-            lines.append(json.loads(line))
+            found = json.loads(line)
         except ValueError:
             break
+        if not isinstance(found, dict):
+            break
+        lines.append(found)
     return lines
+
+
+def agreeing(lines: Sequence[Sample], wanted: Sequence[Sample]) -> list[Sample]:
+    """The first of `lines`, as long as each is about the same sample as its place in `wanted`."""
+    keys = ("task_id", "sample")
+    same = (all(line.get(key) == want[key] for key in keys) for line, want in zip(lines, wanted, strict=False))
+    return list(lines[: sum(takewhile(bool, same))])
 
 
 def write_lines(path: Path, lines: Iterable[Sample]) -> None:

@@ -2,48 +2,36 @@
 
 One sandbox run a program; in it a harness (`harness`) puts the questions to children that run the program. Tests are
 assert strings. What a test expects does not go where the program is: `assert f(2) == 4` is *split*, the program is
-asked for `f(2)`, answers with plain data, and 4 is compared with it here (`asserts`). So a program can only pass by
-giving the right answer: patching `==`, returning objects that equal everything, `sys.exit(0)`, `os._exit(0)`, exit
-handlers and printed results do not help.
+asked for `f(2)`, answers with plain data (`plain`), and 4 is compared with it here (`asserts`), as is all else that the
+assert does with the answer. So a program can only pass by giving the right answer: patching `==`, shadowing `abs`,
+returning objects that equal everything, `sys.exit(0)`, `os._exit(0)`, exit handlers, printed results and killing who
+asks do not help.
 
-What cannot be split runs beside the program, and its verdict says `trusted=False`: a program that is out to cheat can
-dig such a test's secret out of memory (`gc`, `ctypes`), jump over the test with a trace function, shadow the built-ins
-it calls, or return objects that equal everything. Exits, exit handlers, printing and patching `os` do not work there
-either.
+What cannot be split runs beside the program, in a sandbox run of its own, and its verdict says `trusted=False`: a
+program that is out to cheat can dig such a test's secret out of memory (`gc`, `ctypes`), read what it expects up the
+stack, jump over it with a trace function, shadow the built-ins it calls, or return objects that equal everything.
+Exits, exit handlers, printing and patching `os` or `exec` do not work there either.
 """
 
 import json
 import marshal
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from fractions import Fraction
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
 from diffucoder.errors import ConfigError
 from diffucoder.grading.asserts import Assert, parse
-from diffucoder.grading.harness import PATIENCE, Digest
-from diffucoder.grading.harness import plain as to_data
+from diffucoder.grading.harness import PATIENCE
+from diffucoder.grading.plain import from_data, readable, short
 from diffucoder.grading.sandbox import DEFAULT_LIMITS, Limits, Sandbox, Status
 
-__all__ = [
-    "Call",
-    "Opaque",
-    "Outcome",
-    "TestVerdict",
-    "Verdict",
-    "call",
-    "from_data",
-    "grade",
-    "grade_many",
-    "short",
-    "to_data",
-]
-
 _GRACE = 1.0  # seconds the harness gets beyond the questions' own, to start and to report
+_SLEEP = 60.0  # seconds on the clock that tests may take beyond their own, of a processor
 _LINE = 1024  # bytes a message may take in the harness's report
 
 
@@ -102,16 +90,6 @@ class Outcome:
     line: int | None = None
 
 
-class Opaque:
-    """Stands for a value that is no plain data; equals nothing but itself."""
-
-    def __init__(self, kind: str) -> None:
-        self.kind = kind
-
-    def __repr__(self) -> str:
-        return f"<{self.kind}>"
-
-
 def grade(
     program: str,
     tests: Sequence[str],
@@ -122,6 +100,9 @@ def grade(
 ) -> Verdict:
     """Put every test to a fresh process of the program; `limits.seconds` is for all of them together.
 
+    Those that cannot be split run in a job of their own, which has as many seconds again.
+    Seconds are those of a processor, so that a busy machine makes nothing a time-out; who sleeps gets five times as
+    many on the clock, but no more than a minute beyond them.
     Without `sandbox` one is started for this program. Raises ConfigError where there are no tests.
     """
     if isinstance(tests, str) or not tests:
@@ -129,12 +110,16 @@ def grade(
     if not program.strip():
         return Verdict(False, 0, len(tests), "no program", 0.0, "the program is empty")
     parsed = [parse(test) for test in tests]
-    questions = [
-        ("value", p.expression, (), 0.0) if p else ("run", test, (), 0.0) for test, p in zip(tests, parsed, strict=True)
-    ]
+    asked = {at: ("value", p.expression, (), 0.0) for at, p in enumerate(parsed) if p}
+    whole = {at: ("run", tests[at], (), 0.0) for at, p in enumerate(parsed) if not p}
+    outcomes: dict[int, Outcome] = {}
+    seconds = 0.0
     with _at_hand(sandbox, unsafe) as box:
-        outcomes, seconds = _ask(box, program, questions, limits, fresh=True)
-    return _verdict([_judge(*each) for each in zip(tests, parsed, outcomes, strict=True)], seconds)
+        for questions in filter(None, (asked, whole)):  # apart: what a whole test expects can be read where it runs
+            found, took = _ask(box, program, list(questions.values()), limits, fresh=True)
+            outcomes.update(zip(questions, found, strict=True))
+            seconds += took
+    return _verdict([_judge(tests[at], parsed[at], outcomes[at]) for at in range(len(tests))], seconds)
 
 
 def grade_many(
@@ -191,64 +176,49 @@ def _ask(
     sandbox: Sandbox, program: str, questions: list[Any], limits: Limits, *, fresh: bool = False, stop: bool = False
 ) -> tuple[list[Outcome], float]:
     """An outcome for every question, and the seconds in all."""
+    clock = PATIENCE * limits.seconds
+    if fresh:
+        clock = min(clock, limits.seconds + _SLEEP)
     roomier = replace(
         limits,
-        seconds=limits.seconds * (1 if fresh else PATIENCE) + _GRACE,
+        seconds=clock + _GRACE,
         processes=limits.processes + 1,
-        output=_LINE * len(questions) + limits.output,
+        output=(_LINE + limits.output) * len(questions) if fresh else _LINE * len(questions) + limits.output,
     )
-    job = marshal.dumps((limits.seconds, limits.output, fresh, stop, program, questions), 2)
+    job = marshal.dumps((limits.seconds, clock, limits.output, fresh, stop, program, questions), 2)
     result = sandbox.run(_harness(), roomier, stdin=job)
     missing: Status = "killed" if result.status == "ok" else result.status
-    lost = Outcome(missing, None, 0.0, result.detail or "the harness ended before it")
+    lost = Outcome(missing, None, 0.0, readable(result.detail) or "the harness ended before it")
     outcomes = [lost] * len(questions)
     told = 0
     for line in result.stdout.split("\n")[:-1]:  # a line cut short has no end
-        index, outcome = _outcome(line)
-        outcomes[index] = outcome
-        told = max(told, index + 1)
-    ended_early = stop and told < len(questions) and outcomes[told - 1].status != "ok"
+        index, outcome = _outcome(line) or (len(questions), lost)
+        if index < len(questions):
+            outcomes[index] = outcome
+            told = max(told, index + 1)
+    # that nothing was told is no end: somebody ended the harness
+    ended_early = stop and 0 < told < len(questions) and outcomes[told - 1].status != "ok"
     return outcomes[:told] if ended_early else outcomes, result.seconds
 
 
-def _outcome(line: str) -> tuple[int, Outcome]:
-    """Read what the harness told; its answer is the program's, and may be anything."""
-    head = line.split(", ", 3)
-    index, status, seconds = int(head[0][1:]), head[1].strip('"'), float(head[2])
+def _outcome(line: str) -> tuple[int, Outcome] | None:
+    """Read what the harness told, None if that is no line of its; its answer is the program's, and may be anything."""
+    told = _TOLD.fullmatch(line)
+    if told is None:
+        return None
+    index, status, seconds = int(told[1]), told[2], float(told[3])
     try:
-        answer = json.loads(head[3][:-1])
+        answer = json.loads(told[4])
         if status == "ok":
             return index, Outcome("ok", from_data(answer), seconds)
         where, detail = answer
-        detail = " ".join(str(detail).split())
-        return index, Outcome(_STATUS[status], None, seconds, detail, int(where) or None)
-    except (ValueError, TypeError, KeyError, RecursionError, OverflowError, ZeroDivisionError):
+        return index, Outcome(_STATUS[status], None, seconds, readable(str(detail)), int(where) or None)
+    except (ValueError, TypeError, LookupError, RecursionError, ArithmeticError):
         return index, Outcome("failed", None, seconds, "gave what is no data")
 
 
+_TOLD = re.compile(r'\[([0-9]{1,9}), "(ok|failed|timeout|killed)", ([0-9]{1,9}\.[0-9]{6}), (.*)\]', re.DOTALL)
 _STATUS: dict[str, Status] = {"failed": "failed", "timeout": "timeout", "killed": "killed"}
-
-
-def from_data(data: Any) -> Any:
-    """Plain data from what JSON holds of it (`to_data`). Raises ValueError, TypeError and the like for other JSON."""
-    if isinstance(data, list):
-        return [from_data(each) for each in data]
-    if not isinstance(data, dict):
-        return data
-    ((kind, content),) = data.items()
-    makers: dict[str, Callable[[], Any]] = {
-        "tuple": lambda: tuple(map(from_data, content)),
-        "set": lambda: set(map(from_data, content)),
-        "frozenset": lambda: frozenset(map(from_data, content)),
-        "dict": lambda: {from_data(key): from_data(value) for key, value in content},
-        "bytes": lambda: bytes.fromhex(content),
-        "complex": lambda: complex(*content),
-        "int": lambda: int(content, 16),
-        "ratio": lambda: Fraction(*(int(part, 16) for part in content)),
-        "digest": lambda: Digest(str(content)),
-        "object": lambda: Opaque(str(content)),
-    }
-    return makers[kind]()
 
 
 def _judge(test: str, parsed: Assert | None, outcome: Outcome) -> TestVerdict:
@@ -256,21 +226,12 @@ def _judge(test: str, parsed: Assert | None, outcome: Outcome) -> TestVerdict:
     if outcome.status != "ok":
         detail = outcome.detail
         if detail == "AssertionError":
-            detail += ": " + " ".join(test.split())[:300]
+            detail += ": " + readable(test)
         return TestVerdict(False, outcome.status, detail, outcome.line, trusted)
     if parsed is None or parsed.holds(outcome.value):
         return TestVerdict(True, "ok", "", None, trusted)
-    detail = f"AssertionError: {' '.join(test.split())[:300]}; it gave {short(outcome.value)}"
+    detail = f"AssertionError: {readable(test)}; it gave {short(outcome.value)}"
     return TestVerdict(False, "failed", detail, None, trusted)
-
-
-def short(value: Any) -> str:
-    """What a value looks like, in a hundred characters."""
-    try:
-        text = repr(value)
-    except (ValueError, RecursionError):  # an integer too long to print
-        return "something too large to show"
-    return text if len(text) <= 100 else text[:97] + "..."
 
 
 def _verdict(tests: list[TestVerdict], seconds: float) -> Verdict:

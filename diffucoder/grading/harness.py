@@ -10,7 +10,7 @@ the way), and then answers in the same namespace. Two kinds of question:
             the test ran to its end. Neither exit codes nor printed text nor exit handlers can pass for that.
 
 A question that outruns its time, or ends its child, is lost; the next ones are put to a new child. Answers go to
-stdout, which the children do not have, and they cannot trace this process (see `zygote`).
+stdout, which the children do not have, and they can neither trace this process nor open its memory or its pipes.
 """
 
 from __future__ import annotations
@@ -19,22 +19,25 @@ import hashlib
 import json
 import marshal
 import os
+import resource
 import select
 import signal
 import sys
 import time
-from collections.abc import KeysView, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, KeysView, Sequence
+from contextlib import contextmanager, suppress
 from types import CodeType
 from typing import Any, NoReturn, Union
 
 BLOCK = 1 << 16
 LARGE = 20_000_000
 GLANCE = 0.05  # seconds; most answers are there by then
-PATIENCE = 5
-TICKS = os.sysconf("SC_CLK_TCK")
+PATIENCE = 5  # times the seconds of a processor may pass on the clock
+PR_SET_DUMPABLE = 4
+TICK = 1 / os.sysconf("SC_CLK_TCK")  # seconds; how exactly a processor's are counted
 # An error's own, whatever its class makes of the names.
 ARGUMENTS, TRACE = vars(BaseException)["args"].__get__, vars(BaseException)["__traceback__"].__get__
+NAME = vars(type)["__name__"].__get__
 
 Code = Union[CodeType, bytes]  # compiled, or why not (JSON of [line, message])  # noqa: UP007  # for Python 3.9
 Question = tuple[str, Code, tuple[Any, ...], float]  # kind, code, arguments, seconds
@@ -43,27 +46,53 @@ Answer = tuple[str, float, bytes]  # status, seconds, JSON
 
 def main() -> None:
     """Read the job, write a line `[index, status, seconds, value or [line of the program, message]]` a question."""
-    seconds, room, fresh, stop, source, questions = marshal.loads(sys.stdin.buffer.read())
-    program = compiled(source, "<program>", "exec")
-    questions = [
-        (kind, compiled(text, "<test>", "eval" if kind == "value" else "exec"), arguments, limit)
-        for kind, text, arguments, limit in questions
-    ]
+    shut()
+    seconds, clock, room, fresh, stop, source, questions = marshal.loads(sys.stdin.buffer.read())
+    with bounded(seconds):  # this process compiles, and some sources take longer than anything
+        program = compiled(source, "<program>", "exec")
+        questions = [
+            (kind, compiled(text, "<test>", "eval" if kind == "value" else "exec"), arguments, limit)
+            for kind, text, arguments, limit in questions
+        ]
+    deadline = time.monotonic() + clock
     if fresh:
-        one_by_one(program, questions, time.monotonic() + seconds, room)
+        one_by_one(program, questions, seconds, deadline, room)
     else:
-        in_a_row(program, questions, seconds, room, stop)
+        in_a_row(program, questions, seconds, deadline, room, stop)
 
 
-def one_by_one(program: Code, questions: list[Question], deadline: float, room: int) -> None:
+def shut() -> None:
+    """Close this process's files in /proc to processes of the same user, and those of the children to each other."""
+    with suppress(ImportError, OSError, AttributeError):  # there is no prctl outside Linux
+        import ctypes  # late: where there is isolation it is loaded already
+
+        ctypes.CDLL(None).prctl(PR_SET_DUMPABLE, 0, 0, 0, 0)
+
+
+# In both of these `seconds` are a processor's, for all questions together: what waits on a busy machine is not slow.
+
+
+@contextmanager
+def bounded(seconds: float) -> Iterator[None]:
+    """In here this process may take as long as a program; more ends it."""
+    before, most = resource.getrlimit(resource.RLIMIT_CPU)
+    enough = int(seconds + time.process_time()) + 1
+    resource.setrlimit(resource.RLIMIT_CPU, (enough if most == resource.RLIM_INFINITY else min(enough, most), most))
+    yield
+    resource.setrlimit(resource.RLIMIT_CPU, (before, most))
+
+
+def one_by_one(program: Code, questions: list[Question], seconds: float, deadline: float, room: int) -> None:
     """A child a question. One that outran its share of the time gets a second try with what the others left."""
     waiting: Sequence[int] = range(len(questions))
     for again in (False, True):
         slow = []
         for position, index in enumerate(waiting):
-            share = (deadline - time.monotonic()) / (len(waiting) - position)
+            count = len(waiting) - position
+            share, until = seconds / count, time.monotonic() + (deadline - time.monotonic()) / count
             child = Child(program, [questions[index]], room)
-            answer = child.begin(share) or child.answer(share)
+            answer = child.begin(share, until) or child.answer(share - child.used(), until)
+            seconds -= child.used()
             child.close()
             if answer[0] == "timeout" and not again:
                 slow.append(index)
@@ -72,26 +101,22 @@ def one_by_one(program: Code, questions: list[Question], deadline: float, room: 
         waiting = slow
 
 
-def in_a_row(program: Code, questions: list[Question], seconds: float, room: int, stop: bool) -> None:
-    """As few children as there are losses. With `stop`, the first question without a value is the last one.
-
-    Seconds are a processor's: on a busy machine all of it may take PATIENCE times as long.
-    """
-    deadline = time.monotonic() + PATIENCE * seconds
-    index, spent = 0, 0.0
+def in_a_row(program: Code, questions: list[Question], seconds: float, deadline: float, room: int, stop: bool) -> None:
+    """As few children as there are losses. With `stop`, the first question without a value is the last one."""
+    index = 0
     while index < len(questions):
         child = Child(program, questions[index:], room)
-        broken = child.begin(deadline - time.monotonic())
-        used = 0.0
+        broken = child.begin(seconds, deadline)
+        used = child.used()
         while index < len(questions) and (broken or not child.lost):
-            answer = broken or child.answer(min(questions[index][3], seconds - spent - used), until=deadline)
+            answer = broken or child.answer(min(questions[index][3], seconds - used), deadline)
             tell(index, *answer)
             index += 1
             if stop and answer[0] != "ok":
                 index = len(questions)
             if answer[1] > GLANCE:
                 used = child.used()
-        spent += used
+        seconds -= used
         child.close()
 
 
@@ -104,8 +129,9 @@ class Child:
 
     def __init__(self, program: Code, questions: list[Question], room: int) -> None:
         self.program, self.room, self.earned = program, room, questions[0][0] == "run"
-        self.buffer, self.lost, self.process = b"", False, 0
+        self.buffer, self.lost, self.process, self.begun = bytearray(), False, 0, time.monotonic()
         self.code: int | None = None
+        self.spent = 0.0  # seconds of a processor, once it has ended
         if isinstance(program, bytes):  # it did not compile
             return
         self.secret = os.urandom(16).hex().encode()
@@ -119,35 +145,39 @@ class Child:
             reply(program, questions, writer, secret)
         os.close(writer)
 
-    def begin(self, seconds: float) -> Answer | None:
+    def begin(self, seconds: float, until: float) -> Answer | None:
         """None once the program itself has run; else the answer to every question."""
         if isinstance(self.program, bytes):
             return "failed", 0.0, self.program
-        began = time.monotonic()
-        line, why = self.line(began + seconds)
-        return None if line == b"ready" else self.failure(line, why, time.monotonic() - began)
+        line, why, spent = self.patiently(seconds, until)
+        return None if line == b"ready" else self.failure(line, why, spent)
 
-    def answer(self, seconds: float, until: float = 0.0) -> Answer:
-        """(status, seconds, JSON) of the next question; afterwards `lost` tells whether more can be asked.
-
-        With `until`, a child that got no processor for its seconds is given longer, up to PATIENCE times.
-        """
-        began = time.monotonic()
-        line, why = self.line(began + min(seconds, GLANCE))
-        end = min(until, began + PATIENCE * seconds) if until else began + seconds
-        before = self.used() if until else began
-        while not line and why[0] == "timeout":
-            now = time.monotonic()
-            left = min(end - now, seconds - ((self.used() if until else now) - before))
-            if left <= 0:
-                break
-            line, why = self.line(now + left)
-        spent = time.monotonic() - began
+    def answer(self, seconds: float, until: float) -> Answer:
+        """(status, seconds, JSON) of the next question; afterwards `lost` tells whether more can be asked."""
+        line, why, spent = self.patiently(seconds, until)
         if line[:1] == b"=" and not self.earned:
             return "ok", spent, line[1:]
         if self.earned and line == b"!" + self.secret:
             return "ok", spent, b"true"
         return self.failure(line, why, spent)
+
+    def patiently(self, seconds: float, until: float) -> tuple[bytes, tuple[str, str], float]:
+        """The next line, or why there is none, and the seconds that took: `seconds` of a processor at most.
+
+        A child that got no processor for its seconds is given longer, up to PATIENCE times, but not past `until`.
+        """
+        began = time.monotonic()
+        line, why = self.line(min(until, began + min(seconds, GLANCE)))
+        if not line and why[0] == "timeout":
+            end = min(until, began + PATIENCE * seconds)
+            allowed = self.used() + seconds
+            while not line and why[0] == "timeout":
+                now = time.monotonic()
+                left = min(end - now, allowed - self.used())
+                if left <= 0:
+                    break
+                line, why = self.line(now + max(left, TICK))
+        return line, why, time.monotonic() - began
 
     def failure(self, line: bytes, why: tuple[str, str], spent: float) -> Answer:
         if line[:1] == b"-":
@@ -156,16 +186,20 @@ class Child:
         return why[0], spent, message(why[1])
 
     def used(self) -> float:
-        """Seconds of a processor the child has had; what waits on a busy machine is not slow."""
+        """Seconds of a processor the child has had."""
+        if self.code is not None or not self.process:
+            return self.spent
         try:
             with open(f"/proc/{self.process}/stat") as file:
-                return sum(map(int, file.read().rpartition(")")[2].split()[11:13])) / TICKS
+                return sum(map(int, file.read().rpartition(")")[2].split()[11:13])) * TICK
         except (OSError, ValueError):  # no /proc here
-            return time.monotonic()
+            return time.monotonic() - self.begun
 
     def line(self, deadline: float) -> tuple[bytes, tuple[str, str]]:
         """The next line, or b"" and why there is none: (status, message)."""
-        while b"\n" not in self.buffer:
+        end, seen = -1, 0
+        while (end := self.buffer.find(b"\n", seen)) < 0:
+            seen = len(self.buffer)
             left = deadline - time.monotonic()
             if left <= 0:
                 return b"", ("timeout", "seconds: no time left")
@@ -173,29 +207,34 @@ class Child:
                 return b"", ("killed", f"output: gave more than {self.room} bytes")
             # what the program started may hold the pipe open longer than the child lives: so look at both
             if self.code is None:
-                pid, status = os.waitpid(self.process, os.WNOHANG)
-                self.code = os.waitstatus_to_exitcode(status) if pid else None
+                self.ended(*os.wait4(self.process, os.WNOHANG))
             ready = select.select([self.reader], [], [], 0 if self.code is not None else min(left, 0.02))[0]
             chunk = os.read(self.reader, BLOCK) if ready else b""
             if not chunk and (ready or self.code is not None):
                 return b"", self.ending()
             self.buffer += chunk
-        line, _, self.buffer = self.buffer.partition(b"\n")
+        line = bytes(self.buffer[:end])
+        del self.buffer[: end + 1]
         return line, ("failed", "wrote what it should not")
 
     def ending(self) -> tuple[str, str]:
         if self.code is None:
-            self.code = self.reap()
-        if self.code < 0:
-            return "killed", "signal: " + (signal.strsignal(-self.code) or str(-self.code))
+            self.reap()
+        code = self.code or 0
+        if code < 0:
+            return "killed", "signal: " + (signal.strsignal(-code) or str(-code))
         return "failed", "ended before its test did"
 
-    def reap(self) -> int:
+    def reap(self) -> None:
         """Kill the child, and what it started if that stayed in its group."""
         for kill in (os.killpg, os.kill):
             with suppress(ProcessLookupError):
                 kill(self.process, signal.SIGKILL)
-        return os.waitstatus_to_exitcode(os.waitpid(self.process, 0)[1])
+        self.ended(*os.wait4(self.process, 0))
+
+    def ended(self, process: int, status: int, usage: resource.struct_rusage) -> None:
+        if process:
+            self.code, self.spent = os.waitstatus_to_exitcode(status), usage.ru_utime + usage.ru_stime
 
     def close(self) -> None:
         if self.process:
@@ -245,14 +284,17 @@ def reply(program: CodeType, questions: list[Question], pipe: int, secret: list[
     os._exit(0)
 
 
-def attempt(program: CodeType, test: Code, pipe: int, secret: list[bytes], names: dict[str, Any]) -> None:
+def attempt(
+    program: CodeType, test: Code, pipe: int, secret: list[bytes], names: dict[str, Any], run: Any = exec
+) -> None:
+    # bound in the head, for programs may patch the built-ins
     if isinstance(test, bytes):  # it did not compile
         write(pipe, b"-" + test + b"\n")
         os._exit(0)
     write(pipe, b"ready\n")
     with Report(pipe, secret.pop()):
-        exec(program, names)
-        exec(test, names)
+        run(program, names)
+        run(test, names)
 
 
 def value(code: Code, arguments: tuple[Any, ...], names: dict[str, Any]) -> bytes:
@@ -323,14 +365,24 @@ def plain(thing: Any) -> Any:
     try:
         return {"ratio": [hex(part) for part in thing.as_integer_ratio()]}  # Fraction, Decimal
     except (AttributeError, TypeError, ValueError, OverflowError):
-        return {"object": type(thing).__name__}
+        return {"object": [type(thing).__name__, length(thing)]}
+
+
+def length(thing: Any) -> int | None:
+    try:
+        return len(thing)
+    except Exception:  # of a class of the program's, perhaps
+        return None
 
 
 def described(error: BaseException) -> bytes:
     """JSON [line of the program or 0, message]."""
     # No code of the program's may run while a Report's frame is open, so no str(error) and no error.args.
     arguments = ARGUMENTS(error)
-    simple = arguments and type(arguments[0]) in (str, int, float)
+    if issubclass(type(error), OSError) and len(arguments) > 1 and type(arguments[1]) is str:
+        arguments = arguments[1:]  # the first is a number
+    first = arguments[0] if arguments else None
+    simple = type(first) in (str, float) or (type(first) is int and abs(first) < 1 << 64)  # longer ones have no str
     line, trace = 0, TRACE(error)
     while trace is not None:
         if trace.tb_frame.f_code.co_filename == "<program>":
@@ -338,7 +390,7 @@ def described(error: BaseException) -> bytes:
         trace = trace.tb_next
     if type(error) is SyntaxError:
         line = error.lineno or 0
-    return message(type(error).__name__ + (": " + str(arguments[0]) if simple else ""), line)
+    return message(NAME(type(error)) + (": " + str(first) if simple else ""), line)
 
 
 def message(text: str, line: int = 0) -> bytes:

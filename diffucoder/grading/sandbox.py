@@ -3,11 +3,14 @@
 What holds a program (Linux, bubblewrap 0.8 or later):
 
 * Namespaces: bubblewrap's (user, pid, net, ipc, uts, mount) around a worker, and new ones (user, pid, mount, ipc) for
-  every program in it: no network, no other process to see or signal, no home. The system's Python is mounted
-  read-only; only tmpfs of bounded size can be written, one being the working folder, and both are new every time.
+  every program in it: no network, no other process to see or signal, no home. The system's Python and /proc are
+  mounted read-only; what can be written is new every time: two tmpfs of bounded size, one being the working folder,
+  and the folder of terminals.
 * An unprivileged user without capabilities, `no_new_privs`, no nested user namespaces, an empty environment.
-* A seccomp filter: no tracing, mounting, namespaces, keys, BPF, io_uring and the like, no sockets but local ones.
-* rlimits for memory, CPU, file size, processes and open files; a wall clock whose end kills the whole tree.
+* A seccomp filter: no tracing, mounting, namespaces, keys, BPF, io_uring and the like, no sockets but local ones, no
+  memory that outlives its mapping (SysV IPC, memfd), and no new session, which would be scheduled apart.
+* rlimits for memory, CPU, file size, processes and open files; a wall clock whose end kills the whole tree. Programs
+  run behind everything else, and are the first to be killed where the machine runs out of memory.
 * Output is counted while it is read: who prints more than the limit is killed, and costs no more memory than that.
 
 A worker is warm: a fork server (`zygote`, which runs inside) that starts a program in milliseconds. When the host hangs
@@ -16,9 +19,9 @@ is killed and replaced. Landlock is left out: the mounts already say what can be
 
 What is not covered:
 
-* Side channels: timing, caches, the machine's figures in /proc.
+* Side channels: timing, caches, the machine's figures in /proc, the times of the devices in /dev.
 * Memory is bounded per process, not in sum: at worst `processes × memory + 2 × files`, and what the kernel keeps for
-  pipes and inodes comes on top. CPU is bounded by niceness and time; with n processes a run may use n cores.
+  pipes, sockets and inodes comes on top. CPU is bounded by niceness and time; with n processes a run may use n cores.
 * All of /usr can be read, with whatever an administrator put there for everyone.
 * Before Linux 5.14 `processes` counts what uid 65534 runs on the whole machine, not in one sandbox.
 
@@ -133,16 +136,22 @@ class Sandbox:
         contents = _contents(program, files or {}, limits)
         fed = stdin.encode(errors="surrogatepass") if isinstance(stdin, str) else stdin
         with self._free:
-            worker = self._idle.pop() if self._idle else self._starter.submit(self._start).result()
-            try:
-                result = worker.run(contents, limits, fed)
-            except BaseException:
-                worker.close()
-                raise
-            if worker.sound:
-                self._idle.append(worker)
-            else:
-                worker.close()
+            if self._idle:
+                with suppress(SandboxError):  # it ended while it was idle; nothing of the program has run
+                    return self._run_in(self._idle.pop(), contents, limits, fed)
+            return self._run_in(self._starter.submit(self._start).result(), contents, limits, fed)
+
+    def _run_in(self, worker: "_Worker", contents: dict[str, bytes], limits: Limits, stdin: bytes) -> ExecutionResult:
+        """Run in this worker, which is idle or gone afterwards. Raises SandboxError where the program did not start."""
+        try:
+            result = worker.run(contents, limits, stdin)
+        except BaseException:
+            worker.close()
+            raise
+        if worker.sound:
+            self._idle.append(worker)
+        else:
+            worker.close()
         return result
 
     def run_many(self, programs: Iterable[str], limits: Limits = DEFAULT_LIMITS) -> Iterator[ExecutionResult]:

@@ -4,9 +4,9 @@ For: `sandbox`, which hands this file's source to the system's Python inside bub
 imports nothing but the standard library, of any version from 3.9 on.
 
     zygote       process 1 of bubblewrap's namespaces; a warm interpreter that forks for every job it is sent
-    supervisor   process 1 of the job's own namespaces (user, pid, mount, ipc): mounts a fresh /proc, /tmp and /dev/shm,
-                 drops all capabilities, takes a system call filter and the limits, forks; tells the host over `line`
-                 how the program ended, then ends, and all of its namespaces with it; also when the host hangs up
+    supervisor   process 1 of the job's own namespaces (user, pid, mount, ipc): mounts a fresh /proc, /tmp, /dev/shm and
+                 /dev/pts, drops all capabilities, takes a system call filter and the limits, forks; tells the host over
+                 `line` how the program ended, then ends, and all of its namespaces with it; also when the host hangs up
     program      has all of that from its supervisor; it is `__main__`
 
 A program cannot name the supervisor's parent, nor trace, read or kill the supervisor, which is process 1. What it
@@ -32,7 +32,7 @@ from contextlib import suppress
 from types import TracebackType
 
 CLONE_NEWNS, CLONE_NEWIPC, CLONE_NEWUSER, CLONE_NEWPID = 0x20000, 0x8000000, 0x10000000, 0x20000000
-MS_NOSUID, MS_NODEV, MS_NOEXEC = 2, 4, 8
+MS_RDONLY, MS_NOSUID, MS_NODEV, MS_NOEXEC, MS_REMOUNT, MS_BIND = 1, 2, 4, 8, 32, 4096
 PR_SET_DUMPABLE, PR_SET_SECCOMP, PR_SET_NO_NEW_PRIVS = 4, 22, 38
 SECCOMP_MODE_FILTER = 2
 EPERM, ENOSYS = 1, 38
@@ -79,6 +79,13 @@ DENIED = {
     "finit_module": (313, 273),
     "delete_module": (176, 106),
     "kexec_load": (246, 104),
+    # memory that no limit counts: tmpfs has bounds, and does for programs that share memory
+    "shmget": (29, 194),
+    "msgget": (68, 186),
+    "semget": (64, 190),
+    "memfd_create": (319, 279),
+    "memfd_secret": (447, 447),
+    "setsid": (112, 157),  # a new session would not give way to others
 }
 CLONE, CLONE3, SOCKET = (56, 220), (435, 435), (41, 198)
 AUDIT_ARCH = (0xC000003E, 0xC00000B7)
@@ -139,11 +146,13 @@ def supervise(
     limit(limits, isolated)
     if isolated:
         confine()
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # to process 1 of a namespace the default is to do nothing
     os.write(line, b"started ")
     begin = time.monotonic()
     program = os.fork()
     if program == 0:
         os.close(line)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         if isolated:
             libc.prctl(PR_SET_DUMPABLE, 1, 0, 0, 0)  # its own files in /proc are its own again
         return contents
@@ -159,10 +168,14 @@ def supervise(
 
 
 def give_way() -> None:
-    """Run behind everything else, but do not starve: Linux schedules a session as a group, and nice works inside it."""
+    """Run behind everything else, but do not starve: Linux schedules a session as a group, and nice works inside it.
+
+    Where memory runs out, die before anything else.
+    """
     os.nice(19)
-    with suppress(OSError), open("/proc/self/autogroup", "w") as file:
-        file.write("10")
+    for name, value in (("autogroup", "10"), ("oom_score_adj", "1000")):
+        with suppress(OSError), open(f"/proc/self/{name}", "w") as file:
+            file.write(value)
 
 
 def end(isolated: bool) -> dict[str, bytes]:
@@ -181,6 +194,8 @@ def enter(size: int) -> None:
     for path in (b"/tmp", b"/dev/shm"):
         check(libc.mount(b"tmpfs", path, b"tmpfs", MS_NOSUID | MS_NODEV, bounded), f"mount {path!r}")
     check(libc.mount(b"proc", b"/proc", b"proc", MS_NOSUID | MS_NODEV | MS_NOEXEC, None), "mount /proc")
+    terminals = b"newinstance,ptmxmode=0666,mode=620"
+    check(libc.mount(b"devpts", b"/dev/pts", b"devpts", MS_NOSUID | MS_NOEXEC, terminals), "mount /dev/pts")
     with open("/proc/sys/user/max_user_namespaces", "w") as file:
         file.write("0")
 
@@ -198,7 +213,9 @@ def limit(limits: dict[str, int], isolated: bool) -> None:
 
 
 def confine() -> None:
-    """No capability, no privilege to gain, no eyes on this process, few ways into the kernel."""
+    """No capability, no privilege to gain, no eyes on this process, no switch in /proc, few ways into the kernel."""
+    flags = MS_REMOUNT | MS_BIND | MS_RDONLY | MS_NOSUID | MS_NODEV | MS_NOEXEC
+    check(libc.mount(None, b"/proc", None, flags, None), "remount /proc")
     header = ctypes.create_string_buffer((0x20080522).to_bytes(4, sys.byteorder) + bytes(4), 8)
     check(libc.capset(header, ctypes.create_string_buffer(24)), "capset")
     check(libc.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0), "prctl")

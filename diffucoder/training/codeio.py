@@ -34,7 +34,6 @@ _QUESTIONS = 16  # inputs tried
 _TESTS = range(4, 9)  # fewer inputs with answers leave a program out; of more, the last are not used
 _SECONDS = 0.5  # of a processor for one answer: a rollout has 5 for all its tests
 _LIMITS = Limits(seconds=4.0)
-_AT_LEISURE = Limits(seconds=20.0)  # these are on the clock, and the machine may be busy
 _LONGEST = 2000  # characters of a test
 _DIGITS = 6  # decimals of floats in a container, which are compared exactly
 
@@ -135,7 +134,7 @@ def _tests(program: Program, sandbox: Sandbox) -> list[str]:
         raise ValueError("gives one answer to all inputs")
     tests = tests[: _TESTS.stop - 1]
     # as rewards are given: by itself, a new process for every test
-    if not grade(program.code, tests, _AT_LEISURE, sandbox=sandbox).passed:
+    if not grade(program.code, tests, sandbox=sandbox).passed:
         raise ValueError("fails its own tests")
     return tests
 

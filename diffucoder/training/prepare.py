@@ -25,6 +25,7 @@ from pydantic import Field
 
 from diffucoder.config import Settings
 from diffucoder.errors import ConfigError
+from diffucoder.grading.extract import parsed
 from diffucoder.grading.sandbox import Sandbox
 from diffucoder.training import codeio
 from diffucoder.training.exercises import (
@@ -84,6 +85,10 @@ def prepare(
     """Write the exercises of `source` that overlap no task of `benchmarks`, and beside them the report it returns."""
     if out.suffix != ".jsonl":
         raise ConfigError(f"OUT={str(out)!r} is no .jsonl file; name one, as in exercises.jsonl")
+    if any(
+        place and out.exists() and Path(place).exists() and out.samefile(place) for place in (source, settings.data)
+    ):
+        raise ConfigError(f"OUT={str(out)!r} is what is read; name another file")
     for name in ("difficulty", "spread"):
         if source != "acecode" and (value := getattr(settings, name)) is not None:
             raise ConfigError(f"{name}={value!r} is for acecode alone, and SOURCE is {source!r}; leave it out")
@@ -113,7 +118,8 @@ def prepare(
 
 def summary(report: Mapping[str, Any]) -> str:
     """The report in a few lines."""
-    lines = [f"{report['source']}: {report['exercises']:,} exercises of {report['rows']:,} rows"]
+    count, rows = (f"{report[what]:,} {what.rstrip('s')}{'s' * (report[what] != 1)}" for what in ("exercises", "rows"))
+    lines = [f"{report['source']}: {count} of {rows}"]
     lines += [f"  left out {count:6,}   {why}" for why, count in report["left_out"].items()]
     lines += [f"  overlaps {count:6,}   {name}" for name, count in report["overlaps"].items()]
     if report["dropped"]:
@@ -133,6 +139,8 @@ class _Sifted:
         for each in found:
             if isinstance(each, Skipped):
                 self.left_out[each.why] += 1
+            elif not all(map(_is_python, each[0].tests)):
+                self.left_out["has a test that is no Python"] += 1
             elif shared := overlaps.find(*each):
                 self.dropped.append({"id": each[0].id, "overlaps": shared})
             else:
@@ -143,6 +151,14 @@ class _Sifted:
     def reasons(self) -> str:
         counts = [f"{count:,} {why}" for why, count in self.left_out.most_common()]
         return ", ".join([*counts, *([f"{len(self.dropped):,} overlap a benchmark"] if self.dropped else [])])
+
+
+def _is_python(test: str) -> bool:
+    try:
+        parsed(test)
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return False
+    return True
 
 
 def _open(source: str, settings: PrepareSettings) -> tuple[list[Any], Callable[[Iterable[Any]], _Stream]]:

@@ -10,6 +10,7 @@ is right. Two readings of "right":
 Programs run in the sandbox. Not for: which tests a problem has (`exercises`).
 """
 
+import ast
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,6 +23,10 @@ from diffucoder.grading.sandbox import Limits, Sandbox
 Style = Literal["robust", "paper"]
 
 _RELEASED = re.compile(r"(?:(?!```).)*```python\n((?:(?!```).)*)```\n", re.DOTALL)
+_DEEDS = (
+    *(ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Assign, ast.AugAssign),
+    *(ast.For, ast.While, ast.If, ast.With, ast.Try, ast.TryStar, ast.Match),
+)
 _FIRST_BLOCK = re.compile(r"```python\n(.*?)```", re.DOTALL)
 
 
@@ -93,5 +98,6 @@ def _parses(program: str) -> bool:
 
 
 def _does_something(program: str) -> bool:
-    """Whether there is more than expressions: a word of prose is Python too."""
-    return any(type(node).__name__ != "Expr" for node in parsed(program).body)
+    """Whether something is defined, given a value or decided: much of prose is Python too, as in "Answer: yes"."""
+    body = parsed(program).body
+    return any(isinstance(node, _DEEDS) or (isinstance(node, ast.AnnAssign) and node.value) for node in body)

@@ -116,3 +116,30 @@ def test_what_cannot_be_is_refused_in_one_line(cli: Run, tmp_path: Path) -> None
     assert_refused(cli("evaluate", "tiny", "--samples", "a", "--model", "b"), "give one of the two")
     assert_refused(cli("evaluate", "tiny", "--steps", "many"), "steps='many' must be numbers")
     assert_refused(cli("evaluate", "tiny", "--packages", "nowhere"), "'nowhere' is no folder")
+
+
+@pytest.mark.parametrize(("option", "value"), [("--steps", 4), ("--raw", None), ("--batch", 2), ("--top-p", 0.5)])
+def test_what_is_for_a_model_is_refused_with_samples(cli: Run, option: str, value: object) -> None:
+    arguments = [option] if value is None else [option, value]
+    refused = cli("evaluate", "tiny", "--samples", "a", *arguments)
+    assert_refused(refused, f"--samples are graded as they are, and {option} is for a model; give one of the two")
+
+
+def test_a_run_folder_that_cannot_be_one_is_refused_in_one_line(cli: Run, tmp_path: Path) -> None:
+    samples = tmp_path / "samples.jsonl"
+    samples.write_text('{"task_id": "tiny/0", "solution": ""}\n')
+    arguments = ("evaluate", "tiny", "--samples", samples, "--run")
+    (tmp_path / "file").write_text("")
+    assert_refused(cli(*arguments, "file"), "run folder 'file' cannot be used (File exists); give another --run")
+    assert_refused(cli(*arguments, "/proc/nope"), "run folder '/proc/nope' cannot be used (", "give another --run")
+    for name, content in (("broken", "{"), ("list", "[]"), ("bytes", "\x80")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "settings.json").write_bytes(content.encode("latin-1"))
+        assert_refused(cli(*arguments, name), f"'{name}/settings.json' cannot be read", "give another --run")
+
+
+def test_a_limit_that_leaves_no_sample_is_named(cli: Run, tmp_path: Path) -> None:
+    samples = tmp_path / "samples.jsonl"
+    samples.write_text('{"task_id": "tiny/400", "solution": ""}\n')
+    refused = cli("evaluate", "tiny", "--samples", samples, "--limit", 3)
+    assert_refused(refused, "limit=3 leaves none of the tasks that 'tiny' has samples of; raise it or leave it out")

@@ -8,7 +8,7 @@ import pytest
 
 from diffucoder.errors import ConfigError
 from diffucoder.evaluation.benchmarks import Task
-from diffucoder.evaluation.evaluate import Evaluation, claim, grade_samples
+from diffucoder.evaluation.evaluate import Evaluation, claim, grade_samples, task_settings
 from diffucoder.evaluation.samples import Sample, read_samples
 from diffucoder.grading.sandbox import Sandbox
 
@@ -93,6 +93,23 @@ def test_what_is_graded_is_not_graded_again(
 
     assert graded() == graded()
     assert heard == [(3, "published solutions run"), (6, "samples graded"), (0, "samples graded")]
+
+
+def test_verdicts_of_other_tasks_are_not_taken_for_those_of_these(
+    tasks: list[Task], file: Path, sandbox: Sandbox, cache: Path, tmp_path: Path
+) -> None:
+    fewer = [replace(tasks[0], libraries=("nobody_made_this",)), *tasks[1:]]  # as before --packages was given
+    Evaluation("test", fewer, sandbox, cache).of_samples(file, tmp_path / "run", {})
+    told = Evaluation("test", tasks, sandbox, cache).of_samples(file, tmp_path / "run", {})
+    assert told == Evaluation("test", tasks, sandbox, cache).of_samples(file, None, {})
+    assert (told["tasks"], told["pass@1"]) == (3, pytest.approx(0.5))
+
+
+def test_packages_belong_to_what_decides_the_tasks(tmp_path: Path) -> None:
+    assert task_settings("tiny", 3, ()) == {"benchmark": "tiny", "limit": 3}
+    claim(tmp_path, task_settings("tiny", 3, ()))
+    with pytest.raises(ConfigError, match=r"belongs to packages=None, not \['site'\]"):
+        claim(tmp_path, task_settings("tiny", 3, [Path("site")]))
 
 
 def test_a_run_folder_belongs_to_its_settings(tmp_path: Path) -> None:

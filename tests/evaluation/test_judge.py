@@ -11,7 +11,8 @@ from diffucoder.evaluation.judge import Judged, check_asserts, importable, judge
 from diffucoder.grading.sandbox import Sandbox
 
 CHECK = (
-    "METADATA = {}\ndef check(candidate):\n    assert candidate(2) == 1\n    assert candidate(3) == 1.5\ncheck(half)\n"
+    "METADATA = {}\ndef check(candidate):\n    assert candidate(2) == 1\n    assert True, 'here'\n"
+    "    assert candidate(3) == 1.5\ncheck(half)\n"
 )
 CASES = """
 import unittest
@@ -40,6 +41,8 @@ def judged(task: Task, program: str, sandbox: Sandbox, cache: Path) -> Judged:
         ("import os\nos._exit(0)\n", False, False, "ended before"),
         ("half = type('', (), {'__call__': lambda *a: __import__('os')._exit(0)})()", False, False, "ended before"),
         ("", False, False, "NameError"),
+        ("import os\nos.kill(os.getppid(), 9)\n", False, False, "input 1: half(2,): "),
+        ("import os\nos.kill(-1, 9)\n", False, False, "input 1: half(2,): "),
     ],
 )  # fmt: skip
 def test_a_task_with_inputs_compares_results(
@@ -48,6 +51,20 @@ def test_a_task_with_inputs_compares_results(
     result = judged(half, program, sandbox, cache)
     assert (result.passed, result.base, result.plus, result.trusted) == (base and plus, base, plus, True)
     assert detail in result.detail
+
+
+def test_a_call_without_an_outcome_is_no_pass(
+    half: Task, sandbox: Sandbox, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    known = references([half], sandbox, cache, lambda things, count: things)["Test/0"]
+    monkeypatch.setattr("diffucoder.evaluation.judge.call", lambda *a, **k: [])
+    assert not judge(half, half.canonical, known, sandbox).passed
+
+
+def test_results_far_larger_than_the_published_ones_are_not_read(half: Task, sandbox: Sandbox, cache: Path) -> None:
+    result = judged(half, "def half(x):\n    return [[]] * 100_000\n", sandbox, cache)
+    assert (result.passed, result.status) == (False, "killed")
+    assert "output: gave more than" in result.detail
 
 
 def test_the_published_solution_runs_once(half: Task, sandbox: Sandbox, cache: Path) -> None:

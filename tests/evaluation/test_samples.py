@@ -33,10 +33,14 @@ def test_samples_are_read_in_the_order_of_the_tasks(tmp_path: Path, half: Task, 
     [
         ("", "holds none"),
         ("{", "line 1 is not JSON"),
-        ("[]", "task_id=.* is not in this benchmark"),
+        ("[]", "line 1 is no JSON object"),
+        ("[1, 2]", "line 1 is no JSON object"),
+        ('{"task_id": ["a"], "solution": ""}', r"task_id=\['a'\] is not in this benchmark"),
+        ('{"task_id": "Test/0", "solution": 5, "completion": "x"}', "line 1: solution=5 is no string"),
+        ('{"task_id": "Test/0", "completion": null}', "line 1: completion=None is no string"),
         ('{"task_id": "Other/0", "solution": ""}', "task_id='Other/0' is not in this benchmark; its first is 'Test/0'"),
         ('{"task_id": "Test/0", "code": ""}', "it needs 'completion' or 'solution'"),
-        ('{"task_id": "Test/0", "solution": 1}', "a string"),
+        ('{"task_id": "Test/0", "solution": 1}', "solution=1 is no string"),
     ],
 )
 def test_what_is_no_sample_is_refused_by_line(tmp_path: Path, half: Task, content: str, complaint: str) -> None:
@@ -68,6 +72,15 @@ def test_a_stop_after_any_line_changes_no_sample(tmp_path: Path, coder: DiffuCod
 
     generator.samples(tasks, stopped)
     assert timeless(stopped) == timeless(whole)
+
+
+def test_samples_of_other_tasks_are_not_taken_for_those_of_these(tmp_path: Path, coder: DiffuCoder) -> None:
+    tasks = load("tiny")[:3]
+    generator = Generator(coder, DecodingParams(new_tokens=8, steps=1), batch=1)
+    path = tmp_path / "samples.jsonl"
+    generator.samples(tasks[1:], path)
+    samples = generator.samples(tasks, path)
+    assert [sample["task_id"] for sample in samples] == [task.task_id for task in tasks]
 
 
 def test_a_prompt_that_does_not_fit_costs_only_its_own_task(tmp_path: Path, coder: DiffuCoder) -> None:

@@ -316,12 +316,12 @@ def test_a_job_finds_nothing_of_the_one_before() -> None:
 import ctypes, os
 libc = ctypes.CDLL(None)
 open("/tmp/left", "w").close(), open("/dev/shm/left", "w").close()
-print(libc.shmget(77, 4096, 0o1666))
+print(libc.mq_open(b"/left", os.O_CREAT | os.O_RDWR, 0o600, None))
 os.setpriority(os.PRIO_PROCESS, 0, 19)
 """
     look = """
 import ctypes, os
-print(os.listdir("/tmp"), os.listdir("/dev/shm"), ctypes.CDLL(None).shmget(77, 4096, 0o666))
+print(os.listdir("/tmp"), os.listdir("/dev/shm"), ctypes.CDLL(None).mq_open(b"/left", os.O_RDWR))
 """
     with Sandbox(1) as one:
         assert int(one.run(leave).stdout) >= 0
@@ -465,9 +465,9 @@ def test_the_whole_tree_dies_at_the_timeout() -> None:
     program = f"""
 import os, subprocess, sys, time
 if os.fork() == 0:
-    os.setsid()
+    os.setpgrp()
     if os.fork() == 0:
-        subprocess.Popen(["/usr/bin/python3", "-c", "import time; time.sleep(60)", {marker!r}], start_new_session=True)
+        subprocess.Popen(["/usr/bin/python3", "-c", "import time; time.sleep(60)", {marker!r}], preexec_fn=os.setpgrp)
         time.sleep(60)
 time.sleep(60)
 """
@@ -490,9 +490,9 @@ def wait_for(marker: str) -> dict[int, str]:
 def test_what_a_program_leaves_behind_dies_with_it() -> None:
     marker = f"marker-{uuid.uuid4()}"
     program = (
-        "import subprocess\n"
+        "import os, subprocess\n"
         f"sleeper = ['/usr/bin/python3', '-c', 'import time; time.sleep(60)', {marker!r}]\n"
-        "print(subprocess.Popen(sleeper, start_new_session=True).poll())"
+        "print(subprocess.Popen(sleeper, preexec_fn=os.setpgrp).poll())"
     )
     begin = time.monotonic()
     assert printed(program) == "None"
@@ -517,15 +517,30 @@ def test_a_hundred_runs_give_one_result() -> None:
     assert len({(result.status, result.stdout) for result in results}) == 1
 
 
-def test_a_worker_that_is_killed_is_replaced() -> None:
+def test_a_worker_that_is_killed_while_idle_is_replaced() -> None:
     with Sandbox(1) as one:
         one.run("pass")
         worker = one._idle[0]
         os.killpg(worker.process.pid, 9)
         worker.process.wait()
-        with pytest.raises(SandboxError):
-            one.run("pass")
-        assert one.run("print(1)").stdout == "1\n"
+        assert one.run("print(input())", stdin="again").stdout == "again\n"
+        assert one._idle[0] is not worker
+
+
+def test_a_worker_that_never_ran_is_not_tried_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[int] = []
+
+    def start(self: Sandbox) -> Any:
+        started.append(1)
+        worker = sandbox._Worker((), unsafe=False)
+        os.killpg(worker.process.pid, 9)
+        worker.process.wait()
+        return worker
+
+    monkeypatch.setattr(Sandbox, "_start", start)
+    with Sandbox(1) as one, pytest.raises(SandboxError):
+        one.run("pass")
+    assert len(started) == 1
 
 
 def test_a_forked_process_has_workers_of_its_own() -> None:

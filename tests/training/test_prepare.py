@@ -20,7 +20,7 @@ from diffucoder.grading.sandbox import Sandbox, isolation
 from diffucoder.training import codeio
 from diffucoder.training.exercises import Exercise, read_exercises
 from diffucoder.training.overlap import HeldOut, Overlaps
-from diffucoder.training.prepare import PrepareSettings, prepare, select, stub_of, with_test
+from diffucoder.training.prepare import PrepareSettings, prepare, select, stub_of, summary, with_test
 from diffucoder.training.sources import Skipped
 
 
@@ -236,8 +236,33 @@ def test_the_command_line_keeps_a_benchmarks_tasks_out(
     assert not ended.value.code
     assert [each.id for each in read_exercises([str(out)])] == ["clean"]
     said = capsys.readouterr().out
-    assert "1 exercises of 3 rows\n  overlaps      2   tiny\n  dropped: leak, tests\n" in said
+    assert "1 exercise of 3 rows\n  overlaps      2   tiny\n  dropped: leak, tests\n" in said
     assert report_of(out)["settings"]["stubs"] is False
+
+
+def test_a_source_is_not_written_over(tmp_path: Path) -> None:
+    source = write(tmp_path / "mine.jsonl", [{"id": "1", "prompt": "Add.", "tests": ["assert add(1) == 2"]}])
+    (tmp_path / "same.jsonl").symlink_to(source)
+    before = Path(source).read_bytes()
+    for out in (Path(source), tmp_path / "same.jsonl"):
+        with pytest.raises(ConfigError, match=r"OUT='.*' is what is read; name another file"):
+            prepare(source, out, PrepareSettings(), {})
+    data = write(tmp_path / "ace.jsonl", [ace(0, "Q.", (0.0, 1.0))])
+    with pytest.raises(ConfigError, match="is what is read"):
+        prepare("acecode", Path(data), PrepareSettings(data=data), {})
+    assert Path(source).read_bytes() == before
+
+
+def test_an_exercise_with_a_test_that_is_no_python_is_left_out_and_counted(tmp_path: Path) -> None:
+    rows = [
+        {"id": "good", "prompt": "Add one.", "tests": ["assert add(1) == 2"]},
+        {"id": "torn", "prompt": "Add two.", "tests": ["assert add(1) == 3", "nonsense("]},
+    ]
+    source, out = write(tmp_path / "mine.jsonl", rows), tmp_path / "out.jsonl"
+    report = prepare(source, out, PrepareSettings(), {})
+    assert [each.id for each in read_exercises([str(out)])] == ["good"]
+    assert report["left_out"] == {"has a test that is no Python": 1}
+    assert summary(report).startswith(f"{source}: 1 exercise of 2 rows\n")
 
 
 def test_a_seed_shuffles_always_the_same_way(tmp_path: Path) -> None:

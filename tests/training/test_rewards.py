@@ -41,6 +41,15 @@ def sandbox() -> Iterator[Sandbox]:
         (PROGRAM, 0.0, 1.0),
         ("I cannot say", 0.0, 0.0),
         ("Sorry", 0.0, 0.0),
+        ("Answer: yes", 0.0, 0.0),
+        ("pass", 0.0, 0.0),
+        ("import this", 0.0, 0.0),
+        ("raise concerns", 0.0, 0.0),
+        ("global warming", 0.0, 0.0),
+        ("```python\nimport this\n```\n", 1.0, 0.0),
+        ("import math\nadd = math.fsum", 0.0, 1.0),
+        ("add: object = max", 0.0, 1.0),
+        ("for each in range(3):\n    print(each)", 0.0, 1.0),
         ("", 0.0, 0.0),
     ],
 )
@@ -95,4 +104,11 @@ def test_a_test_that_runs_out_of_time_costs_the_others_as_released_alone(sandbox
 @pytest.mark.parametrize("style", ["robust", "paper"])
 def test_programs_that_exit_fake_or_patch_earn_nothing_for_tests(program: str, style: Style, sandbox: Sandbox) -> None:
     given = reward(f"```python\n{program}\n```\n", TESTS, sandbox, style=style)
+    assert (given.pass_rate, given.solved) == (0.0, False)
+
+
+def test_a_number_that_equals_everything_earns_nothing_for_tests_that_do_more_than_compare(sandbox: Sandbox) -> None:
+    liar = "class L(float):\n    __eq__ = lambda s, o: True\n    __ne__ = lambda s, o: False\n    __hash__ = None\n"
+    tests = ["assert not f(2) != 4", "assert (f(2) == 4) == True"]
+    given = reward(f"```python\n{liar}def f(x): return L()\n```\n", tests, sandbox)
     assert (given.pass_rate, given.solved) == (0.0, False)
