@@ -462,6 +462,15 @@ def test_each_completion_has_a_mask_ratio_of_its_own_or_all_have_one(stage: Any)
 
 
 @pytest.mark.usefixtures("_scripted")
+def test_completions_of_a_problem_may_share_their_masks(stage: Any) -> None:
+    for shared in (False, True):
+        made = stage(group_masks=shared)
+        masked = made.prepare(0, [range(8)])[0].views[1].masked[:, -12:]  # (8, 12): the completions
+        assert bool((masked[:4] == masked[0]).all()) is shared
+        assert not torch.equal(masked[0], masked[4])
+
+
+@pytest.mark.usefixtures("_scripted")
 def test_objective_settings_reach_the_objective(stage: Any) -> None:
     plain = stage().prepare(0, [range(8)])[0]
     one_out = stage(advantage="leave_one_out").prepare(0, [range(8)])[0]
