@@ -2,7 +2,7 @@
 
     python benchmarks/decoding.py                           # every way, 2,000 problems of the test split: an hour
     python benchmarks/decoding.py --split dev --count 200   # to decide by
-    python benchmarks/decoding.py --ways reference,exact,fast
+    python benchmarks/decoding.py --ways "reference; threshold 0.9"
 
 Tokens per second are of single requests, timed one after the other on an otherwise quiet machine; only tokens before
 the terminator count. pass@1 is of the same ways in batches, answers run in the sandbox; differences to `exact` are
@@ -61,14 +61,14 @@ WAYS = {
 
 
 def main(
-    ways: Annotated[str, typer.Option(help="names of WAYS, separated by commas; all if left out")] = "",
+    ways: Annotated[str, typer.Option(help="names of WAYS, separated by semicolons; all if left out")] = "",
     split: Annotated[str, typer.Option(help="test for figures to report, dev for decisions")] = "test",
     count: Annotated[int, typer.Option(help="problems behind pass@1")] = 2000,
     timed: Annotated[int, typer.Option(help="requests that are timed")] = 40,
     run: Annotated[Path, typer.Option(help="folder for the answers")] = Path("runs/decoding"),
 ) -> None:
     """Time and grade every way, and write the table."""
-    names = [name.strip() for name in ways.split(",")] if ways else list(WAYS)
+    names = [name.strip() for name in ways.split(";")] if ways else list(WAYS)
     if unknown := [name for name in names if name not in WAYS]:
         raise typer.BadParameter(f"way {unknown[0]!r} is not one of: {'; '.join(WAYS)}")
     coder = DiffuCoder.load()

@@ -53,7 +53,7 @@ def main(
     truth = torch.cat([coupled.mean((0, 1))[None], decoupled.mean((0, 1))[None]]).mean(0)  # (N,) v of each token
     parts = [
         "# The variance of a token's score over masks",
-        f"`python benchmarks/grpo_variance.py`, {time.strftime('%Y-%m-%d')}, {(time.monotonic() - began) / 60:.0f} "
+        f"`python benchmarks/grpo_variance.py --count {count}`, {time.strftime('%Y-%m-%d')}, {(time.monotonic() - began) / 60:.0f} "
         f"minutes: {count} fixed completions of {int(scored.sum())} tokens, written by the model at temperature "
         f"{temperature:g}; {draws} draws of masks, mask ratios uniform in [0.2, 0.8], one a completion; "
         f"{model or 'the shipped model'} in float32. Python {platform.python_version()}, "
