@@ -81,7 +81,7 @@ def main(
         print(json.dumps({"way": name, **{k: v for k, v in rows[name].items() if k != "solved"}}))
     ceiling = matmul_rate(coder.model.dtype, coder.model.device)
     path = RESULTS / ("decoding.md" if split == "test" and not ways else f"decoding_{split}.md")
-    path.write_text(report(coder, rows, split, count, timed, ceiling), encoding="utf-8")
+    path.write_text(report(coder, rows, split, count, timed, ceiling, path.with_suffix(".svg").name), encoding="utf-8")
     draw(path.with_suffix(".svg"), rows)
     print(f"written to {path}")
 
@@ -155,7 +155,7 @@ def solved(coder: DiffuCoder, drawn: Sequence[Problem], params: DecodingParams, 
 
 
 def report(
-    coder: DiffuCoder, rows: dict[str, dict[str, Any]], split: str, count: int, timed: int, ceiling: float
+    coder: DiffuCoder, rows: dict[str, dict[str, Any]], split: str, count: int, timed: int, ceiling: float, plot: str
 ) -> str:
     base = rows["exact"]
     lines = []
@@ -191,7 +191,7 @@ def report(
             f"| --- | --- |{' --: |' * 9}",
             *lines,
             "",
-            "![quality against speed](decoding.svg)",
+            f"![quality against speed]({plot})",
             "",
         ]
     )

@@ -54,7 +54,8 @@ def main(
     parts = [
         "# The variance of a token's score over masks",
         f"`python benchmarks/grpo_variance.py --count {count}`, {time.strftime('%Y-%m-%d')}, "
-        f"{(time.monotonic() - began) / 60:.0f} minutes: {count} fixed completions of {int(scored.sum())} tokens, written by the model at temperature "
+        f"{(time.monotonic() - began) / 60:.0f} minutes: {count} fixed completions of {int(scored.sum())} tokens, "
+        "written by the model at temperature "
         f"{temperature:g}; {draws} draws of masks, mask ratios uniform in [0.2, 0.8], one a completion; "
         f"{model or 'the shipped model'} in float32. Python {platform.python_version()}, "
         f"torch {torch.__version__}. Means over tokens, 95 % intervals over {BLOCKS} blocks of draws.",
