@@ -90,6 +90,7 @@ _KINDS = {kind.__name__: kind for kind in (bool, int, float, complex, str, bytes
 # In arguments these names stand for what they always are; other names could be the program's, and so an answer.
 _INERT = {*_KINDS, "bytearray", "range", "math", "string", "datetime", "date", "timedelta", "collections", "deque"}
 _INERT |= {"Counter", "OrderedDict", "decimal", "Decimal", "fractions", "Fraction", "np", "numpy"}
+_CODE = {"eval", "exec"}  # an argument of these is no literal
 # Methods of plain data tell how an answer compares with their arguments; a lying answer has them too.
 _OF_DATA = {name for kind in (str, tuple, frozenset, float, dict) for name in dir(kind)}
 
@@ -243,9 +244,12 @@ def _is_function(node: ast.expr) -> bool:
     """`f`, `module.f` or `Class().f`, but nothing that compares what is before the dot with its arguments."""
     match node:
         case ast.Name(name):
-            return name not in ("eval", "exec")
-        case ast.Attribute(ast.Call(made, [], []), name) | ast.Attribute(made, name):
-            return name not in _OF_DATA and _is_path(made)
+            return name not in _CODE
+        case ast.Attribute(ast.Call(made, [], []), name):
+            # what a class makes is no answer yet; what a function gives is, and would meet the arguments
+            return _is_path(made) and ast.unparse(made).split(".")[-1][0].isupper() and name not in _OF_DATA
+        case ast.Attribute(made, name):
+            return _is_path(made) and name not in _OF_DATA | _CODE
     return False
 
 

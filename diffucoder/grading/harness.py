@@ -92,8 +92,8 @@ def one_by_one(program: Code, questions: list[Question], seconds: float, deadlin
             share, until = seconds / count, time.monotonic() + (deadline - time.monotonic()) / count
             child = Child(program, [questions[index]], room)
             answer = child.begin(share, until) or child.answer(share - child.used(), until)
-            seconds -= child.used()
             child.close()
+            seconds -= child.spent
             if answer[0] == "timeout" and not again:
                 slow.append(index)
             else:
@@ -116,8 +116,8 @@ def in_a_row(program: Code, questions: list[Question], seconds: float, deadline:
                 index = len(questions)
             if answer[1] > GLANCE:
                 used = child.used()
-        seconds -= used
         child.close()
+        seconds -= child.spent
 
 
 def tell(index: int, status: str, seconds: float, answer: bytes) -> None:
