@@ -80,12 +80,8 @@ def completions(coder: DiffuCoder, count: int, new_tokens: int, temperature: flo
     prompts = [prompt_ids(tokenizer, problem.prompt, 128) for problem in drawn]
     params = DecodingParams(steps=new_tokens // 2, temperature=temperature, new_tokens=new_tokens)
     found = coder.decode(coder.canvas_of_ids(prompts, new_tokens), params)
-    made = []
-    for problem, prompt, result in zip(drawn, prompts, found, strict=True):
-        answer = result.trace.tokens[result.trace.prompt_length :]
-        length = min(len(result.tokens) + 1, new_tokens)
-        made.append(Completion(Exercise("", problem.prompt, problem.tests), prompt, answer, length, result.text, [], 0))
-    return collate(made, pad_id=tokenizer.pad_id)
+    asked = [Exercise("", problem.prompt, problem.tests) for problem in drawn]
+    return collate(list(map(Completion.of, asked, prompts, found)), pad_id=tokenizer.pad_id)
 
 
 def views_of(batch: Batch, draw: int, estimator: Estimator):  # type: ignore[no-untyped-def]  # as score_views

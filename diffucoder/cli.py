@@ -6,7 +6,6 @@ Heavy imports happen inside the commands, so that `--help` answers at once. Samp
 
 import inspect
 import json
-import os
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
@@ -278,7 +277,9 @@ def _train(
     except ModuleNotFoundError as error:
         raise ConfigError(f'training needs {error.name}; install it: pip install "diffucoder[train]"') from None
     folder = function(settings)
-    if int(os.environ.get("RANK", "0")) == 0:  # every process of a distributed run comes here
+    from diffucoder.training.processes import first_process
+
+    if first_process():  # every process of a distributed run comes here
         then = f"convert {folder} START" if stage == "pretrain" else f"generate --model {folder} ..."
         print(f"model in {folder}; try: diffucoder {then}")
 

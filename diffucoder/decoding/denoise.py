@@ -133,26 +133,24 @@ class Made:
 def _choose(rows: Rows, found: Found) -> Tensor:
     """The open positions that each row commits now: (R, T) bool."""
     reference = rows.column(lambda state: state.params.preset == "reference")[:, None]  # (R, 1)
-    random = rows.column(lambda state: state.params.policy == "random")[:, None]  # (R, 1)
-    due = torch.tensor([state.due(ahead) for state, ahead in zip(rows.states, rows.ahead, strict=True)])  # (R,)
-    left = rows.masked.sum(-1)  # (R,)
-    priority = _priority(rows, found.confidence)
-    owed = due - (rows.column(lambda state: state.total) - left)
-    committed = commit(priority, found.open, owed.clamp(min=1)) | _sure(rows, found)
+    priority, left = _priority(rows.states, found.confidence, rows.uniform[1]), rows.masked.sum(-1)  # (R, T), (R,)
+    owed = [s.owed(ahead, n) for s, ahead, n in zip(rows.states, rows.ahead, left.tolist(), strict=True)]
+    committed = commit(priority, found.open, torch.tensor(owed)) | _sure(rows, found)
     if reference.any():
-        share = due.where(reference[:, 0], 0)
+        random = rows.column(lambda state: state.params.policy == "random")[:, None]  # (R, 1)
+        share = rows.column(lambda s: float(s.schedule[s.age]) if s.params.preset == "reference" else 0.0)  # (R,)
         released = commit_released(priority, found.open, (share * left).floor().long())
         released = commit_randomly(rows.uniform[1], found.open, share).where(random, released)
         committed = released.where(reference, committed)
     return committed
 
 
-def _priority(rows: Rows, confidence: Tensor) -> Tensor:
+def _priority(states: Sequence[DecodeState], confidence: Tensor, uniform: Tensor) -> Tensor:
     """(R, T) which position goes first: the surest, perturbed by noise, or noise alone."""
-    random = rows.column(lambda state: state.params.policy == "random")[:, None]  # (R, 1)
-    heat = rows.column(lambda state: state.params.policy_temperature)[:, None]  # (R, 1)
-    noisy = confidence / heat.where(heat > 0, 1) + gumbel(rows.uniform[1])
-    return rows.uniform[1].where(random, noisy.where(heat > 0, confidence))
+    random = torch.tensor([[state.params.policy == "random"] for state in states])  # (R, 1)
+    heat = torch.tensor([[state.params.policy_temperature] for state in states])  # (R, 1)
+    noisy = confidence / heat.where(heat > 0, 1) + gumbel(uniform)
+    return uniform.where(random, noisy.where(heat > 0, confidence))
 
 
 def _sure(rows: Rows, found: Found) -> Tensor:
@@ -251,7 +249,7 @@ def _step(state: DecodeState, taken: list[int], rows: Rows, found: Found, made: 
     new = committed.any(0)[own]  # (T,)
     confidence = (found.confidence[taken] * committed).sum(0)[own]
     log_prob = (found.log_prob[taken] * committed).sum(0)[own]
-    if state.params.branches > 1 and state.worth is not None:  # what the branch had guessed
+    if state.worth is not None:  # what the branch had guessed
         guessed = rows.tokens[last, own] != state.tokens
         new = new | guessed
         confidence, log_prob = (w.where(guessed, v) for w, v in zip(state.worth, (confidence, log_prob), strict=True))
@@ -280,20 +278,11 @@ def _guesses(state: DecodeState, row: int, rows: Rows, found: Found) -> list[Ten
         return [state.tokens.scatter(0, at[None], proposed[at, None]) for at in ranked[:most]]
     guesses, guess, left = list[Tensor](), state.tokens, int((state.tokens == state.canvas.mask_id).sum())
     for ahead in range(params.drafts):
-        number = max(1, int(state.due(ahead)) - (state.total - left))
-        priority = _foreseen(confidence, state, ahead)
-        chosen = commit(priority[None], remaining[None], torch.tensor([number]))[0]
+        priority = _priority([state], confidence[None], state.uniform(ahead)[1:])  # as far as it is known by now
+        chosen = commit(priority, remaining[None], torch.tensor([state.owed(ahead, left)]))[0]
         left -= (made := int(chosen.sum()))
         if not made or not left:
             break
         guess, remaining = proposed.where(chosen, guess), remaining & ~chosen
         guesses.append(guess)
     return guesses
-
-
-def _foreseen(confidence: Tensor, state: DecodeState, ahead: int) -> Tensor:
-    """(T,) the priority of a step to come, as far as it is known."""
-    if state.params.policy == "random":
-        return state.uniform(ahead)[1]
-    heat = state.params.policy_temperature
-    return confidence / heat + gumbel(state.uniform(ahead)[1]) if heat else confidence

@@ -77,10 +77,9 @@ class DecodeState:
         if (block := self.block_of(self.tokens)) != self.block:
             self.block, self.entered = block, self.age
 
-    def due(self, ahead: int) -> float:
-        """What the step `ahead` has to reach: tokens committed in all or, for `reference`, the share it commits."""
-        step = min(self.age + ahead, len(self.schedule) - 1)
-        return float(self.schedule[step] if self.params.preset == "reference" else self.schedule[: step + 1].sum())
+    def owed(self, ahead: int, left: int) -> int:
+        """What the step `ahead` has to commit with `left` masks before it, so that the schedule holds; at least one."""
+        return max(1, int(self.schedule[: self.age + ahead + 1].sum()) - (self.total - left))
 
     def block_of(self, tokens: Tensor) -> int:
         """The number of the block at work in `tokens` (T,): the first one with a mask; that of the end without."""

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from diffucoder.decoding.generate import DiffuCoder
+from diffucoder.decoding.generate import DiffuCoder, Generation
 from diffucoder.decoding.params import DecodingParams
 from diffucoder.decoding.trace import commit_order, global_ar_ness, local_ar_ness
 from diffucoder.diffusion import keyed_generator
@@ -42,6 +42,14 @@ class Completion:
     text: str
     steps: list[int]  # the step that committed each of `tokens`; -1: none did
     forward_passes: int
+
+    @classmethod
+    def of(cls, exercise: Exercise, prompt: list[int], result: Generation) -> "Completion":
+        """What decoding made of the exercise's prompt."""
+        trace = result.trace
+        tokens = trace.tokens[trace.prompt_length :]
+        length = min(len(result.tokens) + 1, len(tokens))
+        return cls(exercise, prompt, tokens, length, result.text, trace.steps, result.forward_passes)
 
     @property
     def ar_ness(self) -> tuple[float, float]:
@@ -122,16 +130,7 @@ class Rollouts:
             return
         canvas = replace(self.coder.canvas_of_ids(prompts, params.new_tokens), sample=torch.tensor(numbers))
         for exercise, prompt, result in zip(exercises, prompts, self.coder.decode(canvas, params), strict=True):
-            trace = result.trace
-            yield Completion(
-                exercise=exercise,
-                prompt=prompt,
-                tokens=trace.tokens[trace.prompt_length :],
-                length=min(len(result.tokens) + 1, params.new_tokens),
-                text=result.text,
-                steps=trace.steps,
-                forward_passes=result.forward_passes,
-            )
+            yield Completion.of(exercise, prompt, result)
 
     def _continue(
         self, exercises: Sequence[Exercise], prompts: Sequence[list[int]], params: DecodingParams, number: int

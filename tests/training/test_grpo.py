@@ -412,7 +412,7 @@ def test_what_counts_of_a_completion_ends_with_its_terminator(stage: Any) -> Non
         completion = Completion(made.exercises[0], prompt, answer, length, "", [0] * 6, 1)
         assert collate([completion], pad_id=0).scored.sum() == length
         result = made.rollouts.coder._answer(_trace(prompt + answer, width), 0.0)
-        assert min(len(result.tokens) + 1, 6) == length
+        assert Completion.of(made.exercises[0], prompt, result).length == length
 
 
 def _trace(tokens: list[int], prompt_length: int) -> Any:
