@@ -277,11 +277,12 @@ def _train(
     except ModuleNotFoundError as error:
         raise ConfigError(f'training needs {error.name}; install it: pip install "diffucoder[train]"') from None
     folder = function(settings)
-    from diffucoder.training.processes import first_process
+    from diffucoder.training.processes import first_process, leave
 
     if first_process():  # every process of a distributed run comes here
         then = f"convert {folder} START" if stage == "pretrain" else f"generate --model {folder} ..."
         print(f"model in {folder}; try: diffucoder {then}")
+    leave()
 
 
 _add_training_stages()

@@ -134,6 +134,7 @@ WORKER = """
 import json, os, signal, sys, torch
 from pathlib import Path
 from diffucoder.training import grpo
+from diffucoder.training.processes import leave
 from diffucoder.training.settings import GrpoSettings
 torch.set_num_threads(1)
 fields = json.loads(Path(sys.argv[1]).read_text())
@@ -148,6 +149,7 @@ dying.seen = 0
 grpo.GrpoStage.loss = dying
 grpo.Rollouts._reward = lambda self, completion: made_up(completion)
 grpo.grpo(GrpoSettings(**fields))
+leave()
 """
 
 

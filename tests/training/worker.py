@@ -19,6 +19,7 @@ from diffucoder.diffusion import keyed_generator
 from diffucoder.models.denoiser import Denoiser
 from diffucoder.tokenizer import Tokenizer
 from diffucoder.training.masked import HELD_OUT, MaskedMicro, MaskedStage, Objective, Row
+from diffucoder.training.processes import leave
 from diffucoder.training.run import train_and_export
 from diffucoder.training.settings import TrainSettings
 from diffucoder.training.trainer import Terms
@@ -101,3 +102,4 @@ def run(fields: dict[str, Any]) -> Path:  # Any: whatever the settings are
 if __name__ == "__main__":
     torch.set_num_threads(1)
     run(json.loads(Path(sys.argv[1]).read_text()))
+    leave()
