@@ -69,7 +69,7 @@ def bench(
     spent = operations(model, canvas.tokens, rows)
     return BenchResult(
         parameters=sum(p.numel() for p in model.parameters()),
-        dtype=str(model.dtype).removeprefix("torch."),
+        dtype=str(model.compute_dtype).removeprefix("torch."),
         device=str(model.device),
         threads=torch.get_num_threads(),
         batch=batch,
@@ -77,7 +77,7 @@ def bench(
         forward_ms=1e3 * seconds,
         forward_flops=spent,
         flops_per_second=spent / seconds,
-        matmul_flops_per_second=matmul_rate(model.dtype, model.device),
+        matmul_flops_per_second=matmul_rate(model.compute_dtype, model.device),
         tokens_per_second=batch * new_tokens / decoding,
         tokens_per_forward=new_tokens / passes,
     )
@@ -98,7 +98,8 @@ def operations(model: Denoiser, tokens: Tensor, rows: Tensor) -> float:
 def matmul_rate(dtype: torch.dtype, device: torch.device, size: int = 1024) -> float:
     """Operations a second of a square matmul: the ceiling of everything else."""
     left, right = (torch.ones(size, size, dtype=dtype, device=device) for _ in range(2))
-    return 2.0 * size**3 / _median_seconds(lambda: left @ right, device, 10)
+    multiply = torch._int_mm if dtype == torch.int8 else torch.mm
+    return 2.0 * size**3 / _median_seconds(lambda: multiply(left, right), device, 10)
 
 
 def _median_seconds(work: Callable[[], object], device: torch.device, repeats: int) -> float:

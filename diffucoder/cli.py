@@ -39,7 +39,7 @@ app = typer.Typer(
 Model = Annotated[
     str | None, typer.Option(help="folder, hub id, or name from `diffucoder models`; the shipped one if left out")
 ]
-DType = Annotated[str | None, typer.Option(help="float32 or bfloat16; what is fast here if left out")]
+DType = Annotated[str | None, typer.Option(help="float32, bfloat16, int8 (on a CPU); what is fast here if left out")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, mps; the best there is if left out")]
 Json = Annotated[bool, typer.Option("--json", help="print one JSON object per result instead of text")]
 Watch = Annotated[bool, typer.Option("--watch", help="show the canvas filling in, coloured by step")]
@@ -461,16 +461,17 @@ def _read_text(text: str | None, file: Path | None) -> str:
 def _load(model: str | None, dtype: str | None, device: str | None) -> "DiffuCoder":
     from diffucoder.decoding.generate import DiffuCoder
 
-    return DiffuCoder.load(model, dtype=_dtype(dtype), device=device)
+    return DiffuCoder.load(model, dtype=_dtype(dtype, int8=True), device=device)
 
 
-def _dtype(name: str | None) -> "torch.dtype | None":
+def _dtype(name: str | None, *, int8: bool = False) -> "torch.dtype | None":
     import torch
 
-    dtypes = {None: None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-    if name not in dtypes:
-        raise ConfigError(f"dtype={name!r} is not known; use float32, bfloat16 or float16")
-    return dtypes[name]
+    known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    known |= {"int8": torch.int8} if int8 else {}
+    if name is not None and name not in known:
+        raise ConfigError(f"dtype={name!r} is not known; use one of {', '.join(known)}")
+    return known[name] if name else None
 
 
 def _decode(coder: "DiffuCoder", canvas: "Canvas", params: DecodingParams, *, watched: bool) -> "list[Generation]":

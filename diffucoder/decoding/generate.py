@@ -77,10 +77,14 @@ class DiffuCoder:
         dtype: torch.dtype | None = None,
         device: str | torch.device | None = None,
     ) -> "DiffuCoder":
-        """Load a folder, a Hub id, a known name, or (None) the shipped model. Raises CheckpointError."""
+        """Load a folder, a Hub id, a known name, or (None) the shipped model. Raises CheckpointError.
+
+        `dtype` is that of the weights; torch.int8 has weights of bfloat16 and projects by a copy of them in int8.
+        """
         tokenizer = load_tokenizer(source)  # first: it is quick, and fails for the same reasons
-        model = load_denoiser(source, dtype=dtype, device=device)
-        model.use_lean()
+        int8 = dtype == torch.int8
+        model = load_denoiser(source, dtype=torch.bfloat16 if int8 else dtype, device=device)
+        model.use_lean(int8=int8)
         return cls(model, tokenizer, name="tiny" if source is None else str(source))
 
     def generate(self, prompt: Prompt, params: DecodingParams | None = None, *, chat: bool = True) -> Generation:

@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from diffucoder.errors import CheckpointError
-from diffucoder.models.lean import CanvasCache, LeanBody, Project
+from diffucoder.models.lean import CanvasCache, LeanBody
+from diffucoder.models.quantize import Project
 
 SUPPORTED_TYPES = ("qwen2", "qwen3", "llama")  # plain softmax attention, logits = lm_head(hidden), nothing in between
 CHUNK_ELEMENTS = 2**25  # logits alive at once under `reduce`: 64 MiB in bf16, 220 rows of Qwen's vocabulary
@@ -44,6 +45,7 @@ class Denoiser(nn.Module):
         self._no_split_modules = model._no_split_modules  # what accelerate shards by: the layers
         self.chunk_elements = CHUNK_ELEMENTS
         self._lean: LeanBody | None = None
+        self._int8 = False  # what the lean body is made of
         self.proposable: int = self.vocab_size  # how many leading ids decoding may propose; fewer where some are spare
 
     @classmethod
@@ -108,12 +110,23 @@ class Denoiser(nn.Module):
         """The dtype of the weights, and of the logits outside autocast."""
         return self.model.get_input_embeddings().weight.dtype  # type: ignore[no-any-return]  # model is Any
 
-    def use_lean(self) -> None:
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """The dtype that decoding multiplies weights in: theirs, or int8."""
+        return torch.int8 if self._int8 else self.dtype
+
+    def use_lean(self, *, int8: bool = False) -> None:
         """Decode by the lean body from now on, where the architecture has one; training goes by transformers' layers.
 
         The model's projections become views of joined weights. Call it again after putting other modules in place.
+        With `int8` decoding multiplies a copy of them in eight bits: CheckpointError where there is no CPU or no lean
+        body to do so.
         """
-        self._lean = LeanBody.of(self.model)
+        self._int8 = int8
+        self._lean = LeanBody.of(self.model, int8=int8)
+        if int8 and (self._lean is None or self.device.type != "cpu"):
+            what = f"a {self.config.model_type!r} model on {self.device.type}"
+            raise CheckpointError(f"{what} cannot be decoded in int8, plain layers on a CPU can; use bfloat16")
 
     @contextmanager
     def lean_snapshot(self, dtype: torch.dtype) -> Iterator[None]:
@@ -139,7 +152,7 @@ class Denoiser(nn.Module):
         lean, self._lean = self._lean, None
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # torch leaves it untyped
         if lean is not None:
-            self.use_lean()
+            self.use_lean(int8=self._int8)
         return self
 
     def forward(

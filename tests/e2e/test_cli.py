@@ -176,7 +176,7 @@ def test_bench_prints_figures_for_people_and_for_programs(cli: Run) -> None:
         (["--num-samples", 0], ["num_samples=0"]),
         (["--seed", -1], ["seed=-1"]),
         (["--stop", ""], ["stop.0=''"]),
-        (["--dtype", "int3"], ["dtype='int3' is not known; use float32, bfloat16 or float16"]),
+        (["--dtype", "int3"], ["dtype='int3' is not known; use one of float32, bfloat16, float16, int8"]),
         (["--device", "abacus"], ["device='abacus' is not on this machine; use 'cpu'"]),
         (["--device", "meta"], ["device='meta' is not on this machine"]),
         (["--model", "nobody"], ["model 'nobody' is no folder", "cpgrpo"]),
