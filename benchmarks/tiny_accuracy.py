@@ -102,7 +102,7 @@ def _ar_ness(result: Generation) -> dict[str, float | None]:
 
 
 def _causal(model: str | None) -> Answer:
-    """Greedy decoding of a parent by transformers, cut at its first end of text."""
+    """Left to right by transformers, cut at its first end of text; drawn at `temperature`, greedy at 0."""
     parent = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
     tokenizer = load_tokenizer(model)
 
@@ -110,11 +110,13 @@ def _causal(model: str | None) -> Answer:
         ids = [tokenizer.encode(prompt, special=False) for prompt in prompts]
         width = max(map(len, ids))
         tokens = torch.tensor([[tokenizer.pad_id] * (width - len(row)) + row for row in ids])  # (B, P), left-padded
+        torch.manual_seed(params.seed)
+        sampled = {"do_sample": True, "temperature": params.temperature, "top_k": 0} if params.temperature else {}
         written = parent.generate(
             input_ids=tokens,
             attention_mask=(tokens != tokenizer.pad_id).long(),
             max_new_tokens=params.new_tokens,
-            do_sample=False,
+            **{"do_sample": False, **sampled},
             eos_token_id=sorted(tokenizer.terminator_ids),
             pad_token_id=tokenizer.pad_id,
         )[:, width:].tolist()

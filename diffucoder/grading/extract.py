@@ -7,6 +7,7 @@ the format that training rewards is another matter, and does not belong here.
 import ast
 import re
 import textwrap
+import threading
 import warnings
 
 _TERMINATORS = re.compile(r"<\|(?:im_end|endoftext|dlm_pad)\|>")
@@ -53,9 +54,12 @@ def completed(prompt: str, completion: str, entry_point: str) -> str:
     return prompt + text
 
 
+_silence = threading.Lock()  # the filters of warnings are the process's: two threads would put back each other's
+
+
 def parsed(program: str) -> ast.Module:
     """`ast.parse` without its warnings: a "\\d" in somebody's program is not ours to complain of."""
-    with warnings.catch_warnings():
+    with _silence, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return ast.parse(program)
 

@@ -3,6 +3,8 @@
 import ast
 import gzip
 import json
+import warnings
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -190,3 +192,14 @@ def last(name: str, program: str) -> str:
     """The last function of that name, which is the one in force."""
     functions = [node for node in parsed(program).body if isinstance(node, ast.FunctionDef) and node.name == name]
     return ast.dump(functions[-1])
+
+
+def test_programs_parsed_in_threads_leave_the_filters_of_warnings_as_they_were(
+    recwarn: pytest.WarningsRecorder,
+) -> None:
+    before = list(warnings.filters)
+    program = 'pattern = "\\d"\n' * 200
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(parsed, [program] * 200))
+    assert warnings.filters == before
+    assert not recwarn.list
