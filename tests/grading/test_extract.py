@@ -3,6 +3,7 @@
 import ast
 import gzip
 import json
+import sys
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -197,9 +198,11 @@ def last(name: str, program: str) -> str:
 def test_programs_parsed_in_threads_leave_the_filters_of_warnings_as_they_were(
     recwarn: pytest.WarningsRecorder,
 ) -> None:
-    before = list(warnings.filters)
+    before, interval = list(warnings.filters), sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)  # threads take turns as often as they can
     program = 'pattern = "\\d"\n' * 200
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(parsed, [program] * 200))
+    sys.setswitchinterval(interval)
     assert warnings.filters == before
     assert not recwarn.list
