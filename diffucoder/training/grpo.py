@@ -242,6 +242,7 @@ class GrpoStage:
         totals[rows] = torch.tensor([given.total for given in graded.rewards])
         totals = summed(totals, self.denoiser.device)  # groups may span processes
         gains = advantages(totals, settings.group, baseline=settings.advantage, scale=settings.scale_rewards)
+        gains = gains.where(gains > 0, settings.negative_weight * gains)
         self._write_samples(outer, graded, gains[rows].tolist())
         began, made = time.perf_counter(), []
         for inner in range(settings.iterations):

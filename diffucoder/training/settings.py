@@ -150,6 +150,9 @@ class GrpoSettings(TrainSettings):
         default="mean", description="baseline of a reward: its group's mean, or that of the others in it"
     )
     scale_rewards: bool = Field(default=False, description="divide advantages by their group's standard deviation")
+    negative_weight: float = Field(
+        default=1.0, ge=0, le=1, description="what completions worse than their group count; 0: only the better teach"
+    )
     epsilon_low: float = Field(default=0.5, gt=0, lt=1, description="ratios are clipped below 1 minus this")
     epsilon_high: float = Field(default=0.5, gt=0, description="ratios are clipped above 1 plus this")
     ratio: Literal["token", "sequence"] = Field(default="token", description="of each token, or a completion's mean")

@@ -46,8 +46,10 @@ PASSES = {"coupled": 3, "decoupled": 3, "full_mask": 1, "d1": 1}  # of a score
 # Measured on the start model: what it takes to write and grade a completion, in forward passes over its whole canvas,
 # and the share of completions that are learnt from (a group of equal rewards teaches nothing and is left out)
 DECODING, SCORED = 8.0, 0.4
-# How held-out problems are decoded: for every arm what is sure at once; for start and coupled also by number of steps
-SURE, STEPS, STEPS_COUNT = "sure", "64,32,16", 1000
+# How held-out problems are decoded. Every arm as in training, drawn and greedily; start and coupled also greedily by
+# number of steps
+WAYS = {"drawn": f"temperature={RECIPE['temperature']}", "greedy": ""}
+STEPS, STEPS_COUNT = "64,32,16", 1000
 RESULTS = ROOT / "benchmarks" / "results" / "grpo"
 STUDENT = {1: 12.71, 2: 4.30, 3: 3.18, 4: 2.78}  # 97.5 % quantiles, by degrees of freedom
 _lock, _once = threading.Lock(), threading.Lock()
@@ -163,9 +165,10 @@ def steps_of(arm: str) -> int:
 
 
 def solved(folder: Path, name: str, model: str | None, count: int, jobs: int, *, by_steps: bool) -> dict[str, Any]:
-    """What a model solves of the test split; with `by_steps` also of some of it at each number of steps."""
+    """What a model solves of the test split each way; with `by_steps` also of some of it at each number of steps."""
     causal = name.startswith(("causal", "parent"))
-    told = {SURE: _solved(folder, name, model, count, jobs, "64", "" if causal else "threshold=0.9")["64"]}
+    steps = str(RECIPE["new_tokens"] if causal else RECIPE["decoding_steps"])
+    told = {way: _solved(folder, name, model, count, jobs, steps, more)[steps] for way, more in WAYS.items()}
     return told | (_solved(folder, name, model, min(count, STEPS_COUNT), jobs, STEPS, "") if by_steps else {})
 
 
@@ -207,18 +210,20 @@ def write_report() -> Path:
     runs = {arm: [_read(path.stem) for path in sorted(RESULTS.glob(f"{arm}-*.json"))] for arm in ARMS}
     runs = {arm: found for arm, found in runs.items() if found}
     draw(ROOT / "docs" / "grpo", runs)
-    count = len(before["solved"][SURE]["solved"])
+    count = len(before["solved"]["drawn"]["solved"])
     parts = [
         "# Coupled-GRPO at the size of a laptop",
-        f"`python recipes/tiny/grpo.py`, {time.strftime('%Y-%m-%d')}; settings in recipes/tiny/grpo.toml. pass@1 is "
-        f"greedy, of {count} problems of the test split (chains of three blocks, canvas of 64), run in the sandbox. "
-        "Differences are between the same problems, and the same seeds; ± is half of a 95 % interval over both: "
-        "Student's for seeds, the normal one for problems.",
+        f"`python recipes/tiny/grpo.py`, {time.strftime('%Y-%m-%d')}; settings in recipes/tiny/grpo.toml. pass@1 is of "
+        f"{count} problems of the test split (chains of three blocks, canvas of {RECIPE['new_tokens']}), run in the "
+        "sandbox. Differences are between the same problems, and the same seeds; ± is half of a 95 % interval over "
+        "both: Student's for seeds, the normal one for problems.",
         "## Learning",
         learning_table(before, runs),
-        "Decoded with whatever is more probable than 0.9 in a step, and at least one token. Every arm is given about "
-        "the time of the coupled one; so arms with one pass a score take more steps. The autoregressive one has as "
-        "many completions. Learnt from is the share of completions whose group did not all earn the same.",
+        f"*Drawn* is decoded as in training, in {RECIPE['decoding_steps']} steps at temperature {RECIPE['temperature']}"
+        ": what reinforcement learning raises. *Greedy* is the same at temperature 0. Every arm is given about the "
+        "time of the coupled one; so arms with one pass a score take more steps. The autoregressive one, which takes a step "
+        "for each token, has as many completions. Learnt from is the share of completions whose group did not all earn "
+        "the same.",
         "![held-out pass@1 of each run](grpo/learning.svg)",
         "![reward of each run](grpo/reward.svg)",
         "## Fewer steps, and the order of decoding",
@@ -235,28 +240,39 @@ def write_report() -> Path:
 
 def learning_table(before: Result, runs: dict[str, list[Result]]) -> str:
     """What each arm gains over its start, and against the coupled one with the same seeds."""
-    rows = [["start", "", "", "", f"{before['solved'][SURE]['share']:.1%}", "", ""]]
-    coupled = {each["seed"]: _verdicts(each) for each in runs.get("coupled", ())}
+    parts = [_start_row("start", before)]
+    coupled = {each["seed"]: each for each in runs.get("coupled", ())}
     for arm, found in runs.items():
-        old = _verdicts(before)
+        old = before
         if arm == "causal":
-            parent = _read("parent")
-            old = _verdicts(parent)
-            rows.append(["parent", "", "", "", f"{parent['solved'][SURE]['share']:.1%}", "", ""])
-        shares = ", ".join(f"{each['solved'][SURE]['share']:.1%}" for each in found)
+            old = _read("parent")
+            parts.append(_start_row("parent", old))
         taken = [each["minutes"] for each in found if each["minutes"]]
         scored = mean(line["scored_share"] for each in found for line in each["curve"] if "scored_share" in line)
-        change = _interval(difference([(old, _verdicts(each)) for each in found]))
-        paired = [(coupled[each["seed"]], _verdicts(each)) for each in found if each["seed"] in coupled]
-        against = _interval(difference(paired)) if paired and arm not in ("coupled", "causal") else ""
-        told = [f"{mean(taken):.0f}" if taken else "–", f"{scored:.0%}", shares, change, against]
-        rows.append([f"{arm}: {ARMS[arm]}", str(steps_of(arm)), *told])
-    head = ["arm", "steps", "minutes a run", "learnt from", "pass@1 of each seed"]
-    return _table([*head, "against its start", "against coupled"], rows)
+        cells = [f"{arm}: {ARMS[arm]}", str(steps_of(arm)), f"{mean(taken):.0f}" if taken else "–", f"{scored:.0%}"]
+        for way in WAYS:
+            cells.append(", ".join(f"{each['solved'][way]['share']:.1%}" for each in found))
+            cells.append(_interval(difference([(_verdicts(old, way), _verdicts(each, way)) for each in found])))
+            paired = [
+                (_verdicts(coupled[each["seed"]], way), _verdicts(each, way))
+                for each in found
+                if each["seed"] in coupled
+            ]
+            cells.append(_interval(difference(paired)) if paired and arm not in ("coupled", "causal") else "")
+        parts.append(cells)
+    head = ["arm", "steps", "minutes a run", "learnt from"]
+    for way in WAYS:
+        head += [f"{way}: pass@1 of each seed", "against its start", "against coupled"]
+    return _table(head, parts)
 
 
-def _verdicts(result: Result) -> list[int]:
-    solved: list[int] = result["solved"][SURE]["solved"]
+def _start_row(name: str, result: Result) -> list[str]:
+    shares = [[f"{result['solved'][way]['share']:.1%}", "", ""] for way in WAYS]
+    return [name, "", "", "", *(cell for cells in shares for cell in cells)]
+
+
+def _verdicts(result: Result, way: str) -> list[int]:
+    solved: list[int] = result["solved"][way]["solved"]
     return solved
 
 

@@ -479,6 +479,8 @@ def test_objective_settings_reach_the_objective(stage: Any) -> None:
     torch.testing.assert_close(one_out.advantage, plain.advantage * 4 / 3)
     scaled = stage(scale_rewards=True).prepare(0, [range(8)])[0]
     torch.testing.assert_close(scaled.advantage.view(2, 4).std(1), torch.ones(2), atol=0.05, rtol=0)
+    milder = stage(negative_weight=0.25).prepare(0, [range(8)])[0]
+    torch.testing.assert_close(milder.advantage, plain.advantage.where(plain.advantage > 0, plain.advantage / 4))
     by_completion = stage(reduction="sequence").prepare(0, [range(8)])[0]
     torch.testing.assert_close(by_completion.weight.sum(1), torch.ones(8))
     assert by_completion.count == 8
