@@ -12,6 +12,7 @@ Dream cannot say (Qwen3's q/k norms, scaled RoPE, unshifted rows) keeps its own 
 import functools
 import json
 import os
+import shutil
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -323,6 +324,7 @@ def _write_weights(folder: Path, state: dict[str, Tensor]) -> None:
     for file, names in shards.filename_to_tensors.items():
         # never write into a file: it may be the one these very tensors are mapped from
         save_file({name: state[name] for name in names}, folder / f"{file}.new", metadata={"format": "pt"})
+        shutil.copymode(folder / "config.json", folder / f"{file}.new")  # safetensors keeps files from everyone else
     for file in shards.filename_to_tensors:
         os.replace(folder / f"{file}.new", folder / file)
     for stale in folder.glob("model*.safetensors"):

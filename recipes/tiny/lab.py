@@ -6,7 +6,7 @@
 
 Every stage is a `diffucoder` command, printed as it is run, so that any of them can be run by hand. All of it can be
 stopped at any moment: called again, it goes on. Budgets stand in budgets.toml, the stages' settings in the files beside
-it; the reports go to docs/lab.md and docs/lab_ablations.md for the budget `lab`, else into the run folder.
+it; the reports go to docs/lab.md, docs/lab_ablations.md and docs/lab_tiny.md; those of `quick` into the run folder.
 """
 
 import json
@@ -226,10 +226,13 @@ def report_arms(lab: Lab) -> Path:
 
 def _places(lab: Lab, report: str, figure: str) -> tuple[Path, Path]:
     """Where a report and its figure go."""
-    if lab.name != "lab":
+    if lab.name == "quick":
         return lab.folder / report, lab.folder / figure
     (ROOT / "docs" / "lab").mkdir(exist_ok=True)
-    return ROOT / "docs" / report, ROOT / "docs" / "lab" / figure
+    names = [Path(name) for name in (report, figure)]
+    if lab.name != "lab":
+        names = [name.with_stem(f"{name.stem}_{lab.name}") for name in names]
+    return ROOT / "docs" / names[0], ROOT / "docs" / "lab" / names[1]
 
 
 def _told(lab: Lab, options: str, commands: Sequence[str]) -> str:

@@ -116,6 +116,11 @@ def test_unshifted_is_remembered(causal_lm: MakeLM, tmp_path: Path) -> None:
     assert torch.equal(scores(load(tmp_path)), scores(denoiser))
 
 
+def test_whoever_may_read_the_config_may_read_the_weights(saved: Path) -> None:
+    modes = {path.name: path.stat().st_mode for path in saved.iterdir()}
+    assert modes["model.safetensors"] == modes["config.json"]
+
+
 def test_what_is_saved_is_what_the_release_reads(saved: Path) -> None:
     config = json.loads((saved / "config.json").read_text())
     assert set(config) == RELEASED_CONFIG
