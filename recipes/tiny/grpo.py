@@ -45,7 +45,7 @@ ARMS = {
 PASSES = {"coupled": 3, "decoupled": 3, "full_mask": 1, "d1": 1}  # of a score
 # Measured on the start model: what it takes to write and grade a completion, in forward passes over its whole canvas,
 # and the share of completions that are learnt from (a group of equal rewards teaches nothing and is left out)
-DECODING, SCORED = 8.0, 0.4
+DECODING, SCORED = 20.0, 0.5
 # How held-out problems are decoded. Every arm as in training, drawn and greedily; start and coupled also greedily by
 # number of steps
 WAYS = {"drawn": f"temperature={RECIPE['temperature']}", "greedy": ""}
@@ -221,9 +221,9 @@ def write_report() -> Path:
         learning_table(before, runs),
         f"*Drawn* is decoded as in training, in {RECIPE['decoding_steps']} steps at temperature {RECIPE['temperature']}"
         ": what reinforcement learning raises. *Greedy* is the same at temperature 0. Every arm is given about the "
-        "time of the coupled one; so arms with one pass a score take more steps. The autoregressive one, which takes a step "
-        "for each token, has as many completions. Learnt from is the share of completions whose group did not all earn "
-        "the same.",
+        "time of the coupled one; so arms with one pass a score take more steps. The autoregressive one, which takes a "
+        "step for each token, has as many completions. Learnt from is the share of completions whose group did not all "
+        "earn the same.",
         "![held-out pass@1 of each run](grpo/learning.svg)",
         "![reward of each run](grpo/reward.svg)",
         "## Fewer steps, and the order of decoding",
