@@ -21,7 +21,6 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from statistics import median
 from typing import Annotated, Any
 
 import torch
@@ -30,7 +29,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
 
 from diffucoder import DecodingParams, Denoiser
-from diffucoder.bench import operations
+from diffucoder.bench import matmul_rate, median_seconds, operations
 from diffucoder.decoding.canvas import Canvas
 from diffucoder.decoding.denoise import denoise
 from diffucoder.decoding.sampling import Rules, propose
@@ -112,7 +111,7 @@ def main(
     passes, ceilings = [], {}
     for kind in kinds:
         model = built(shape, place, kind)
-        ceilings[kind] = matmul(kind, place)
+        ceilings[kind] = ceiling(kind, place)
         for batch in map(int, batches.split(",")):
             for width in map(int, widths.split(",")):
                 passes += measured(model, kind, batch, width, canvas, repeats)
@@ -124,9 +123,9 @@ def main(
     print(f"written to {path}")
 
 
-def built(shape: str, device: torch.device, dtype: str) -> Denoiser:
-    """A denoiser of random weights."""
-    sizes = dict(SHAPES[shape])
+def built(shape: str, device: torch.device, dtype: str, **changes: Any) -> Denoiser:
+    """A denoiser of random weights; `changes` of the shape's sizes."""
+    sizes = SHAPES[shape] | changes
     config = sizes.pop("kind")(max_position_embeddings=4096, bos_token_id=None, eos_token_id=None, **sizes)
     weights = torch.bfloat16 if dtype == "int8" else getattr(torch, dtype)
     with torch.device(device):
@@ -219,12 +218,10 @@ def llama_cpp(python: Path, shape: str) -> dict[str, float]:
 
 def peak_of_decoding(shape: str, device: torch.device) -> dict[str, Any]:
     """Bytes above the weights while 512 positions behind a prompt of 1,024 are decoded, a few steps of it."""
-    sizes = {**SHAPES[shape], "vocab_size": 152064}
-    layers = sizes["num_hidden_layers"]
+    layers = SHAPES[shape]["num_hidden_layers"]
     if device.type == "cpu":
-        sizes["num_hidden_layers"] = min(2, layers)  # what a pass keeps at once is no more with more layers
-    SHAPES["measured"] = sizes
-    model = built("measured", device, "bfloat16")
+        layers = min(2, layers)  # what a pass keeps at once is no more with more layers
+    model = built(shape, device, "bfloat16", vocab_size=152064, num_hidden_layers=layers)
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     canvas = Canvas.from_prompts(
         torch.randint(0, 1000, (1, 1024), device=device), new_tokens=512, mask_id=model.mask_id
@@ -232,7 +229,7 @@ def peak_of_decoding(shape: str, device: torch.device) -> dict[str, Any]:
     before = peak(device)
     for _ in denoise(model, canvas, DecodingParams(steps=4)):
         pass
-    return {"shape": shape, "layers": sizes["num_hidden_layers"], "weights": weights, "above": peak(device) - before}
+    return {"shape": shape, "layers": layers, "weights": weights, "above": peak(device) - before}
 
 
 def peak(device: torch.device) -> int:
@@ -242,31 +239,16 @@ def peak(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def matmul(dtype: str, device: torch.device) -> float:
-    """Operations a second of the best of a few large products."""
-    best = 0.0
-    for size in (1024, 2048) if device.type == "cpu" else (4096, 8192):
-        left, right = (torch.ones(size, size, dtype=getattr(torch, dtype), device=device) for _ in range(2))
-        multiply = torch._int_mm if dtype == "int8" else torch.mm
-        work = [lambda a=left, b=right, m=multiply: m(a, b)]  # type: ignore[misc]  # bound now, not later
-        best = max(best, 2.0 * size**3 / median_seconds(work[0], device, 5))
-    return best
+def ceiling(dtype: str, device: torch.device) -> float:
+    """Operations a second of the best of two large products."""
+    sizes = (1024, 2048) if device.type == "cpu" else (4096, 8192)
+    return max(matmul_rate(getattr(torch, dtype), device, size) for size in sizes)
 
 
 def bandwidth(device: torch.device) -> float:
     """Bytes a second that a sum over a large tensor reads."""
     numbers = torch.ones(2**27 if device.type == "cpu" else 2**31, dtype=torch.int8, device=device).view(torch.float32)
     return numbers.numel() * 4 / median_seconds(numbers.sum, device, 5)
-
-
-def median_seconds(work: Callable[[], object], device: torch.device, repeats: int) -> float:
-    work()
-    times = []
-    for _ in range(repeats):
-        began = clock(device)
-        work()
-        times.append(clock(device) - began)
-    return median(times)
 
 
 def clock(device: torch.device) -> float:

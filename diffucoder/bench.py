@@ -62,7 +62,7 @@ def bench(
     def forward() -> None:
         model(canvas.tokens, rows=rows, reduce=lambda logits, _: logits.argmax(-1))
 
-    seconds = _median_seconds(forward, model.device, repeats)
+    seconds = median_seconds(forward, model.device, repeats)
     began = time.perf_counter()
     passes = sum(1 for _ in denoise(model, canvas, DecodingParams()))
     decoding = time.perf_counter() - began
@@ -99,10 +99,10 @@ def matmul_rate(dtype: torch.dtype, device: torch.device, size: int = 1024) -> f
     """Operations a second of a square matmul: the ceiling of everything else."""
     left, right = (torch.ones(size, size, dtype=dtype, device=device) for _ in range(2))
     multiply = torch._int_mm if dtype == torch.int8 else torch.mm
-    return 2.0 * size**3 / _median_seconds(lambda: multiply(left, right), device, 10)
+    return 2.0 * size**3 / median_seconds(lambda: multiply(left, right), device, 10)
 
 
-def _median_seconds(work: Callable[[], object], device: torch.device, repeats: int) -> float:
+def median_seconds(work: Callable[[], object], device: torch.device, repeats: int) -> float:
     """Median of `repeats` timings, after two to warm up."""
     seconds = []
     for _ in range(repeats + 2):

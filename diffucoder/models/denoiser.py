@@ -122,11 +122,11 @@ class Denoiser(nn.Module):
         With `int8` decoding multiplies a copy of them in eight bits: CheckpointError where there is no CPU or no lean
         body to do so.
         """
-        self._int8 = int8
-        self._lean = LeanBody.of(self.model, int8=int8)
-        if int8 and (self._lean is None or self.device.type != "cpu"):
+        lean = LeanBody.of(self.model, int8=int8)
+        if int8 and (lean is None or self.device.type != "cpu"):
             what = f"a {self.config.model_type!r} model on {self.device.type}"
             raise CheckpointError(f"{what} cannot be decoded in int8, plain layers on a CPU can; use bfloat16")
+        self._lean, self._int8 = lean, int8
 
     @contextmanager
     def lean_snapshot(self, dtype: torch.dtype) -> Iterator[None]:
