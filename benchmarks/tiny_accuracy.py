@@ -45,6 +45,7 @@ def main(
     changes: Annotated[list[str] | None, typer.Option("--set", help="name=value of decoding; repeatable")] = None,
     seed: Annotated[int, typer.Option(help="of the problems drawn")] = 1,
     hard: Annotated[bool, typer.Option("--hard", help="chains of three blocks only")] = False,
+    lower: Annotated[bool, typer.Option("--lower", help="requests in lower case, as no tuning example is")] = False,
     batch: Annotated[int, typer.Option(help="requests decoded together")] = 32,
     base: Annotated[bool, typer.Option("--base", help="ask in a comment, as a model that knows no chat")] = False,
     causal: Annotated[bool, typer.Option("--causal", help="an autoregressive model: left to right, always")] = False,
@@ -52,13 +53,14 @@ def main(
     run: Annotated[Path, typer.Option(help="folder for the answers")] = Path("runs/tiny-accuracy"),
 ) -> None:
     drawn = list(problems(split, count, seed=seed, hard=hard))  # type: ignore[arg-type]  # `problems` checks it
-    prompts = [f"# {p.prompt}\n" if base else p.prompt for p in drawn]  # as recipes/tiny/data.py writes documents
+    prompts = [p.prompt.lower() if lower else p.prompt for p in drawn]
+    prompts = [f"# {prompt}\n" if base else prompt for prompt in prompts]  # as recipes/tiny/data.py writes documents
     answer = _causal(model) if causal else _denoising(DiffuCoder.load(model), chat=not base)
     rows, told = [], {}
     for budget in (int(part) for part in steps.split(",")):
         params = load_settings(DecodingParams, overrides=[*(changes or ()), f"steps={budget}"])
         params = params.replace(new_tokens=new_tokens)
-        asked = f"{split}{'-hard' if hard else ''}-{seed}-{'base' if base else 'chat'}"
+        asked = f"{split}{'-hard' * hard}{'-lower' * lower}-{seed}-{'base' if base else 'chat'}"
         name = "-".join([key_of(model), asked, str(new_tokens), str(budget), *(changes or ())]) + ".jsonl"
         answers = written(answer, prompts, params, run / name, batch)
         programs = [program_from(answer["text"]) for answer in answers]
@@ -73,7 +75,7 @@ def main(
         print(rows[-1])
     if figures is not None:
         figures.write_text(json.dumps(told) + "\n", encoding="utf-8")
-    elif split == "test" and model is None and not changes and not hard:
+    elif split == "test" and model is None and not changes and not hard and not lower:
         coder = DiffuCoder.load()
         RESULTS.parent.mkdir(exist_ok=True)
         RESULTS.write_text(_report(rows, coder, count, seed, params), encoding="utf-8")

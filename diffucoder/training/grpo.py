@@ -139,7 +139,7 @@ class Batch:
     tokens: Tensor  # (B, T) int64
     valid: Tensor | None  # (B, T) bool, where some row is padded
     completion: Tensor  # (B, T) bool
-    scored: Tensor  # (B, T) bool: up to and including the first terminator
+    scored: Tensor  # (B, T) bool: up to and including the first terminator, or the pads behind it too
     attention: Tensor | None = None  # (T, T) bool, where it is not full
 
 
@@ -270,7 +270,9 @@ class GrpoStage:
 
     def _micro(self, step: int, share: range, graded: Graded, gains: Tensor) -> GrpoMicro:
         settings, gains = self.settings, gains[share.start : share.stop]
-        batch = collate(graded.completions, pad_id=self.rollouts.coder.tokenizer.pad_id)
+        batch = collate(
+            graded.completions, pad_id=self.rollouts.coder.tokenizer.pad_id, score_padding=settings.score_padding
+        )
         if settings.estimator == "causal":
             views = [View(torch.zeros_like(batch.completion), batch.completion.float())]
             length = batch.tokens.shape[1]
@@ -357,8 +359,11 @@ class GrpoStage:
             samples.write(self.settings.run, list(samples.lines(step + 1, graded, gains, tokenizer)))
 
 
-def collate(completions: Sequence[Completion], *, pad_id: int) -> Batch:
-    """Prompts and completions as tensors, prompts left-padded to the longest."""
+def collate(completions: Sequence[Completion], *, pad_id: int, score_padding: bool = False) -> Batch:
+    """Prompts and completions as tensors, prompts left-padded to the longest.
+
+    What is scored ends with the first terminator, or with `score_padding` at the canvas's end.
+    """
     new = len(completions[0].tokens)
     longest = max(len(each.prompt) for each in completions)
     rows = [[pad_id] * (longest - len(c.prompt)) + c.prompt + c.tokens for c in completions]
@@ -371,7 +376,7 @@ def collate(completions: Sequence[Completion], *, pad_id: int) -> Batch:
         tokens=torch.tensor(rows),
         valid=None if valid.all() else valid,
         completion=completion,
-        scored=completion & (position < longest + lengths),
+        scored=completion if score_padding else completion & (position < longest + lengths),
     )
 
 

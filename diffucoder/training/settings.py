@@ -146,6 +146,10 @@ class GrpoSettings(TrainSettings):
     prompt_mask: Share = Field(default=0.15, description="d1: share of prompt tokens hidden")
     score_temperature: float = Field(default=1.0, gt=0, description="of the distribution that scores completions")
 
+    score_padding: bool = Field(
+        default=False, description="score the pads behind an answer too, which say where it ends; paper: false"
+    )
+
     advantage: Literal["mean", "leave_one_out"] = Field(
         default="mean", description="baseline of a reward: its group's mean, or that of the others in it"
     )
@@ -199,6 +203,8 @@ class GrpoSettings(TrainSettings):
                 raise ValueError(f"{name}={value} is no multiple of iterations={self.iterations}; {reason}")
         if self.decoding_cache != "none" and self.block is None:
             raise ValueError(f"decoding_cache={self.decoding_cache!r} is kept for a block; give block, 32 for example")
+        if self.score_padding and self.estimator == "causal":
+            raise ValueError("score_padding=true needs masks; estimator='causal' writes no pads, leave it out")
         if not 0 < self.mask_ratio[0] <= self.mask_ratio[1]:
             raise ValueError(f"mask_ratio={self.mask_ratio} is no range inside (0, 1); the paper uses [0.2, 0.8]")
         return self

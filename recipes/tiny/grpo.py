@@ -8,8 +8,9 @@
 Every run is a `diffucoder train grpo` command, printed as it is run. `--jobs 2` has two runs side by side, one thread
 each. All of it can be stopped at any moment: called again, it goes on. What a finished run gave goes to
 benchmarks/results/grpo/, and a run that is there already is not run again: delete its file to do so. Problems are
-chains of three blocks: training on the train split, curves on the dev split, the figures reported on 2,000 problems of
-the test split, which nothing else reads. The report goes to docs/grpo.md.
+chains of three blocks, asked in lower case: all that the model was tuned on begins with a capital, and of the same
+problems it solves a third fewer so. Training on the train split, curves on the dev split, the figures reported on 2,000
+problems of the test split, which nothing else reads. The report goes to docs/grpo.md.
 """
 
 import json
@@ -22,6 +23,7 @@ import time
 import tomllib
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from statistics import mean, stdev
@@ -43,12 +45,17 @@ ARMS = {
     "causal": "ordinary GRPO of the autoregressive parent",
 }
 PASSES = {"coupled": 3, "decoupled": 3, "full_mask": 1, "d1": 1}  # of a score
-# Measured on the start model: what it takes to write and grade a completion, in forward passes over its whole canvas,
-# and the share of completions that are learnt from (a group of equal rewards teaches nothing and is left out)
-DECODING, SCORED = 20.0, 0.5
-# How held-out problems are decoded. Every arm as in training, drawn and greedily; start and coupled also greedily by
-# number of steps
-WAYS = {"drawn": f"temperature={RECIPE['temperature']}", "greedy": ""}
+# Measured on the start model: what it takes to write and grade a completion, in forward passes of learning over its
+# canvas, and the share of completions that are learnt from (a group of equal rewards teaches nothing and is left out)
+DECODING, SCORED = 6.8, 0.35
+# How 2,000 held-out problems are asked and decoded: by the rule of training in lower case, drawn and greedily; greedily
+# as instruction tuning asks, which nothing here trains; and for start and coupled by fixed numbers of steps
+RULE = ("--set", f"threshold={RECIPE['threshold']}")
+WAYS = {
+    "drawn": ("--lower", *RULE, "--set", f"temperature={RECIPE['temperature']}"),
+    "greedy": ("--lower", *RULE),
+    "capitals": RULE,
+}
 STEPS, STEPS_COUNT = "64,32,16", 1000
 RESULTS = ROOT / "benchmarks" / "results" / "grpo"
 STUDENT = {1: 12.71, 2: 4.30, 3: 3.18, 4: 2.78}  # 97.5 % quantiles, by degrees of freedom
@@ -101,8 +108,9 @@ def make_data(folder: Path) -> None:
         path, base = folder / f"{split}.jsonl", folder / f"{split}_base.jsonl"
         if not base.exists():
             drawn = list(problems(split, number, seed=5, hard=True))  # type: ignore[arg-type]  # a literal
-            write_exercises(path, [Exercise(f"{split}/{at}", p.prompt, p.tests) for at, p in enumerate(drawn)])
-            asked = [Exercise(f"{split}/{at}", f"# {p.prompt}\n", p.tests) for at, p in enumerate(drawn)]
+            chat = [Exercise(f"{split}/{at}", p.prompt.lower(), p.tests) for at, p in enumerate(drawn)]
+            write_exercises(path, chat)
+            asked = [replace(each, prompt=f"# {each.prompt}\n") for each in chat]
             write_exercises(base, asked)  # as the parent knows requests
 
 
@@ -118,6 +126,7 @@ def run(folder: Path, arm: str, seed: int, model: str | None, count: int, jobs: 
             "data": str(folder / f"train{kind}.jsonl"),
             "held_out": str(folder / f"dev{kind}.jsonl"),
             "chat": "false" if kind else "true",
+            **({"score_padding": "false"} if arm == "causal" else {}),  # it writes none
             "estimator": arm,
             "seed": seed,
             "steps": steps_of(arm),
@@ -166,17 +175,18 @@ def steps_of(arm: str) -> int:
 
 def solved(folder: Path, name: str, model: str | None, count: int, jobs: int, *, by_steps: bool) -> dict[str, Any]:
     """What a model solves of the test split each way; with `by_steps` also of some of it at each number of steps."""
-    causal = name.startswith(("causal", "parent"))
-    steps = str(RECIPE["new_tokens"] if causal else RECIPE["decoding_steps"])
-    told = {way: _solved(folder, name, model, count, jobs, steps, more)[steps] for way, more in WAYS.items()}
-    return told | (_solved(folder, name, model, min(count, STEPS_COUNT), jobs, STEPS, "") if by_steps else {})
+    most = str(RECIPE["new_tokens"])
+    told = {way: _solved(folder, name, model, count, jobs, most, way, how)[most] for way, how in WAYS.items()}
+    few = partial(_solved, folder, name, model, min(count, STEPS_COUNT), jobs, STEPS, "steps", ("--lower",))
+    return told | (few() if by_steps else {})
 
 
-def _solved(folder: Path, name: str, model: str | None, count: int, jobs: int, steps: str, more: str) -> dict[str, Any]:
-    path = folder / f"{name}.{steps.replace(',', '-')}{more and '.' + more}.json"
-    command = [str(ROOT / "benchmarks" / "tiny_accuracy.py"), "--hard", "--count", str(count), "--steps", steps]
+def _solved(
+    folder: Path, name: str, model: str | None, count: int, jobs: int, steps: str, way: str, how: Sequence[str]
+) -> dict[str, Any]:
+    path = folder / f"{name}.{way}.json"
+    command = [str(ROOT / "benchmarks" / "tiny_accuracy.py"), "--hard", "--count", str(count), "--steps", steps, *how]
     command += ["--causal", "--base"] if name.startswith(("causal", "parent")) else []
-    command += ["--set", more] if more else []
     command += ["--figures", str(path), "--run", str(folder / "answers"), *(["--model", model] if model else [])]
     if not path.exists():
         execute(folder, f"{name} solves", command, jobs)
@@ -219,8 +229,9 @@ def write_report() -> Path:
         "both: Student's for seeds, the normal one for problems.",
         "## Learning",
         learning_table(before, runs),
-        f"*Drawn* is decoded as in training, in {RECIPE['decoding_steps']} steps at temperature {RECIPE['temperature']}"
-        ": what reinforcement learning raises. *Greedy* is the same at temperature 0. Every arm is given about the "
+        f"*Drawn* is asked and decoded as in training: in lower case, by threshold={RECIPE['threshold']} at "
+        f"temperature {RECIPE['temperature']}. *Greedy* is the same at temperature 0; *capitals* is greedy, the same "
+        "problems asked as instruction tuning asks, which no arm trains. Every arm is given about the "
         "time of the coupled one; so arms with one pass a score take more steps. The autoregressive one, which takes a "
         "step for each token, has as many completions. Learnt from is the share of completions whose group did not all "
         "earn the same.",

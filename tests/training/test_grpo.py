@@ -417,6 +417,18 @@ def test_what_counts_of_a_completion_ends_with_its_terminator(stage: Any) -> Non
         assert Completion.of(made.exercises[0], prompt, result).length == length
 
 
+@pytest.mark.usefixtures("_scripted")
+def test_the_pads_behind_an_answer_are_scored_where_that_is_asked_for(stage: Any) -> None:
+    made = stage(new_tokens=6, score_padding=True)
+    graded = made.rollouts.of_step(made.exercises, 0, list(range(8)))
+    ended = [replace(completion, length=3) for completion in graded.completions]
+    pad_id = made.rollouts.coder.tokenizer.pad_id
+    assert collate(ended, pad_id=pad_id).scored.sum() == 8 * 3
+    micro = made._micro(0, range(8), replace(graded, completions=ended), torch.tensor([1.0, -1] * 4))
+    assert micro.count == 8 * 6
+    assert made._score_now(micro)[micro.batch.completion].ne(0).all()
+
+
 def _trace(tokens: list[int], prompt_length: int) -> Any:
     from diffucoder.decoding.params import DecodingParams
     from diffucoder.decoding.trace import Trace
@@ -611,6 +623,7 @@ def test_tests_that_a_program_could_tamper_with_are_left_out_and_counted(capsys:
         ({"save_every": 3}, "save_every=3 is no multiple of iterations=2"),
         ({"mask_ratio": (0.0, 0.5)}, r"mask_ratio=\(0.0, 0.5\) is no range inside"),
         ({"decoding_cache": "dual"}, "decoding_cache='dual' is kept for a block"),
+        ({"score_padding": True, "estimator": "causal"}, "score_padding=true needs masks"),
         ({"prompt_tokens": 4000}, r"prompt_tokens \+ new_tokens=4012 exceeds the model's context"),
     ],
 )
