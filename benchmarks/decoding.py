@@ -37,6 +37,7 @@ WAYS = {
     "steps 32": "steps=32",
     "steps 16": "steps=16",
     "steps 8": "steps=8",
+    "threshold 0.99": "threshold=0.99",
     "threshold 0.98": "threshold=0.98",
     "threshold 0.95": "threshold=0.95",
     "threshold 0.9": "threshold=0.9",

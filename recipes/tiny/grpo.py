@@ -59,7 +59,7 @@ WAYS = {
 STEPS, STEPS_COUNT = "64,32,16", 1000
 RESULTS = ROOT / "benchmarks" / "results" / "grpo"
 STUDENT = {1: 12.71, 2: 4.30, 3: 3.18, 4: 2.78}  # 97.5 % quantiles, by degrees of freedom
-_lock, _once = threading.Lock(), threading.Lock()
+_lock = threading.Lock()
 
 
 def main(
@@ -84,7 +84,8 @@ def main(
         folder.mkdir(parents=True, exist_ok=True)
         make_data(folder)
         models = {arm: parent if arm == "causal" else model for arm in ARMS}
-        tasks = [partial(start, folder, arm, models[arm], count, jobs) for arm in ("coupled", *names)]
+        starts = {"parent" if arm == "causal" else "start": models[arm] for arm in ("coupled", *names)}
+        tasks = [partial(start, folder, name, model, count, jobs) for name, model in starts.items()]
         tasks += [
             partial(run, folder, arm, int(seed), models[arm], count, jobs) for seed in seeds.split(",") for arm in names
         ]
@@ -145,12 +146,10 @@ def run(folder: Path, arm: str, seed: int, model: str | None, count: int, jobs: 
     write_result(name, {"minutes": minutes(folder).get(name), "jobs": jobs, "curve": curve, "solved": told})
 
 
-def start(folder: Path, arm: str, model: str | None, count: int, jobs: int) -> None:
-    """What the model of an arm solves before; all but `causal` have the same."""
-    name = "parent" if arm == "causal" else "start"
-    with _once:
-        if not (RESULTS / f"{name}.json").exists():
-            write_result(name, {"solved": solved(folder, name, model, count, jobs, by_steps=arm != "causal")})
+def start(folder: Path, name: str, model: str | None, count: int, jobs: int) -> None:
+    """What a model solves before: the `parent` of the arm `causal`, or the `start` of all others."""
+    if not (RESULTS / f"{name}.json").exists():
+        write_result(name, {"solved": solved(folder, name, model, count, jobs, by_steps=name == "start")})
 
 
 def write_result(name: str, told: dict[str, Any]) -> None:
