@@ -176,8 +176,9 @@ def solved(folder: Path, name: str, model: str | None, count: int, jobs: int, *,
     """What a model solves of the test split each way; with `by_steps` also of some of it at each number of steps."""
     most = str(RECIPE["new_tokens"])
     told = {way: _solved(folder, name, model, count, jobs, most, way, how)[most] for way, how in WAYS.items()}
-    few = partial(_solved, folder, name, model, min(count, STEPS_COUNT), jobs, STEPS, "steps", ("--lower",))
-    return told | (few() if by_steps else {})
+    if by_steps:
+        told |= _solved(folder, name, model, min(count, STEPS_COUNT), jobs, STEPS, "steps", ("--lower",))
+    return told
 
 
 def _solved(
