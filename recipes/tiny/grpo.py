@@ -175,7 +175,8 @@ def steps_of(arm: str) -> int:
 def solved(folder: Path, name: str, model: str | None, count: int, jobs: int, *, by_steps: bool) -> dict[str, Any]:
     """What a model solves of the test split each way; with `by_steps` also of some of it at each number of steps."""
     most = str(RECIPE["new_tokens"])
-    told = {way: _solved(folder, name, model, count, jobs, most, way, how)[most] for way, how in WAYS.items()}
+    ways = WAYS if by_steps else {way: how for way, how in WAYS.items() if way != "capitals"}
+    told = {way: _solved(folder, name, model, count, jobs, most, way, how)[most] for way, how in ways.items()}
     if by_steps:
         told |= _solved(folder, name, model, min(count, STEPS_COUNT), jobs, STEPS, "steps", ("--lower",))
     return told

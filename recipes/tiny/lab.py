@@ -3,6 +3,7 @@
     python recipes/tiny/lab.py lab                  # parent -> adaptation -> mid-training -> instruction tuning
     python recipes/tiny/lab.py lab --ablations      # adaptation against its alternatives, from the same parent
     python recipes/tiny/lab.py tiny --processes 2   # the shipped model
+    python recipes/tiny/lab.py tiny --parent-only   # the first 15 minutes of it: its parent, for grpo.py's arm causal
 
 Every stage is a `diffucoder` command, printed as it is run, so that any of them can be run by hand. All of it can be
 stopped at any moment: called again, it goes on. Budgets stand in budgets.toml, the stages' settings in the files beside
@@ -113,12 +114,16 @@ def main(
     folder: Annotated[Path | None, typer.Option(help="run folder; runs/tiny-BUDGET if left out")] = None,
     processes: Annotated[int, typer.Option(help="training processes; more than one need as many cores")] = 1,
     ablations: Annotated[bool, typer.Option("--ablations", help="adaptation's alternatives too")] = False,
+    parent_only: Annotated[bool, typer.Option("--parent-only", help="stop behind the parent, without a report")] = False,
 ) -> None:
     """Run the laboratory, or go on with it, and write its report."""
     folder = folder or ROOT / "runs" / ("tiny" if budget == "tiny" else f"tiny-{budget}")
     folder.mkdir(parents=True, exist_ok=True)
     lab = Lab(budget, folder, processes)
     lab.make_data()
+    if parent_only:
+        print(f"parent in {train_parent(lab)}")
+        return
     if ablations:
         compare(lab)
     else:
@@ -126,10 +131,15 @@ def main(
     print(f"report in {report_arms(lab) if ablations else report_chain(lab)}")
 
 
+def train_parent(lab: Lab) -> Path:
+    """The autoregressive model that all else begins with."""
+    tokenizer = lab.data / "tokenizer"
+    return lab.train("parent", "pretrain", "parent", "corpus.jsonl", "held_out_clean.jsonl", tokenizer=tokenizer)
+
+
 def adaptation(lab: Lab) -> tuple[Path, Path, Path]:
     """The parent, the denoiser it becomes, and that after stage 1."""
-    tokenizer = lab.data / "tokenizer"
-    parent = lab.train("parent", "pretrain", "parent", "corpus.jsonl", "held_out_clean.jsonl", tokenizer=tokenizer)
+    parent = train_parent(lab)
     start = lab.convert(parent, "start")
     return parent, start, lab.train("adapt", "adapt", "adapt", "corpus.jsonl", "held_out_clean.jsonl", model=start)
 
