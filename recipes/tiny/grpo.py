@@ -48,8 +48,8 @@ PASSES = {"coupled": 3, "decoupled": 3, "full_mask": 1, "d1": 1}  # of a score
 # Measured on the start model: what it takes to write and grade a completion, in forward passes of learning over its
 # canvas, and the share of completions that are learnt from (a group of equal rewards teaches nothing and is left out)
 DECODING, SCORED = 6.8, 0.35
-# How 2,000 held-out problems are asked and decoded: by the rule of training in lower case, drawn and greedily; greedily
-# as instruction tuning asks, which nothing here trains; and for start and coupled by fixed numbers of steps
+# How 2,000 held-out problems are asked and decoded: by the rule of training in lower case, drawn; and for start and
+# coupled also greedily, greedily as instruction tuning asks, which nothing here trains, and by fixed numbers of steps
 RULE = ("--set", f"threshold={RECIPE['threshold']}")
 WAYS = {
     "drawn": ("--lower", *RULE, "--set", f"temperature={RECIPE['temperature']}"),
@@ -175,7 +175,7 @@ def steps_of(arm: str) -> int:
 def solved(folder: Path, name: str, model: str | None, count: int, jobs: int, *, by_steps: bool) -> dict[str, Any]:
     """What a model solves of the test split each way; with `by_steps` also of some of it at each number of steps."""
     most = str(RECIPE["new_tokens"])
-    ways = WAYS if by_steps else {way: how for way, how in WAYS.items() if way != "capitals"}
+    ways = WAYS if by_steps else {"drawn": WAYS["drawn"]}  # the others are for what is compared before and after
     told = {way: _solved(folder, name, model, count, jobs, most, way, how)[most] for way, how in ways.items()}
     if by_steps:
         told |= _solved(folder, name, model, min(count, STEPS_COUNT), jobs, STEPS, "steps", ("--lower",))
@@ -230,12 +230,13 @@ def write_report() -> Path:
         "both: Student's for seeds, the normal one for problems.",
         "## Learning",
         learning_table(before, runs),
-        f"*Drawn* is asked and decoded as in training: in lower case, by threshold={RECIPE['threshold']} at "
-        f"temperature {RECIPE['temperature']}. *Greedy* is the same at temperature 0; *capitals* is greedy, the same "
-        "problems asked as instruction tuning asks, which no arm trains. Every arm is given about the "
-        "time of the coupled one; so arms with one pass a score take more steps. The autoregressive one, which takes a "
-        "step for each token, has as many completions. Learnt from is the share of completions whose group did not all "
-        "earn the same.",
+        f"Asked and decoded as in training: in lower case, by threshold={RECIPE['threshold']} at temperature "
+        f"{RECIPE['temperature']}. Every arm is given about the time of the coupled one; so arms with one pass a score "
+        "take more steps. The autoregressive one, which takes a step for each token, has as many completions. Learnt "
+        "from is the share of completions whose group did not all earn the same.",
+        ways_table(before, runs["coupled"]) if "coupled" in runs else "Not run yet.",
+        "*Greedy* is at temperature 0; *capitals* is greedy too, the same problems asked as instruction tuning asks, "
+        "which no arm trains.",
         "![held-out pass@1 of each run](grpo/learning.svg)",
         "![reward of each run](grpo/reward.svg)",
         "## Fewer steps, and the order of decoding",
@@ -252,35 +253,42 @@ def write_report() -> Path:
 
 def learning_table(before: Result, runs: dict[str, list[Result]]) -> str:
     """What each arm gains over its start, and against the coupled one with the same seeds."""
-    parts = [_start_row("start", before)]
+    rows = [_start_row("start", before)]
     coupled = {each["seed"]: each for each in runs.get("coupled", ())}
     for arm, found in runs.items():
         old = before
         if arm == "causal":
             old = _read("parent")
-            parts.append(_start_row("parent", old))
+            rows.append(_start_row("parent", old))
         taken = [each["minutes"] for each in found if each["minutes"]]
         scored = mean(line["scored_share"] for each in found for line in each["curve"] if "scored_share" in line)
         cells = [f"{arm}: {ARMS[arm]}", str(steps_of(arm)), f"{mean(taken):.0f}" if taken else "–", f"{scored:.0%}"]
-        for way in WAYS:
-            cells.append(", ".join(f"{each['solved'][way]['share']:.1%}" for each in found))
-            cells.append(_interval(difference([(_verdicts(old, way), _verdicts(each, way)) for each in found])))
-            paired = [
-                (_verdicts(coupled[each["seed"]], way), _verdicts(each, way))
-                for each in found
-                if each["seed"] in coupled
-            ]
-            cells.append(_interval(difference(paired)) if paired and arm not in ("coupled", "causal") else "")
-        parts.append(cells)
-    head = ["arm", "steps", "minutes a run", "learnt from"]
-    for way in WAYS:
-        head += [f"{way}: pass@1 of each seed", "against its start", "against coupled"]
-    return _table(head, parts)
+        cells += _gains(old, found, "drawn")
+        paired = [
+            (_verdicts(coupled[each["seed"]], "drawn"), _verdicts(each, "drawn"))
+            for each in found
+            if each["seed"] in coupled
+        ]
+        cells.append(_interval(difference(paired)) if paired and arm not in ("coupled", "causal") else "")
+        rows.append(cells)
+    head = ["arm", "steps", "minutes a run", "learnt from", "pass@1 of each seed", "against its start"]
+    return _table([*head, "against coupled"], rows)
+
+
+def ways_table(before: Result, found: list[Result]) -> str:
+    """The coupled arm before and after, however it is asked and decoded."""
+    rows = [[way, f"{before['solved'][way]['share']:.1%}", *_gains(before, found, way)] for way in WAYS]
+    return _table(["way", "start", "coupled: pass@1 of each seed", "gain"], rows)
+
+
+def _gains(old: Result, found: list[Result], way: str) -> list[str]:
+    """What each seed solves one way, and the gain over before."""
+    shares = ", ".join(f"{each['solved'][way]['share']:.1%}" for each in found)
+    return [shares, _interval(difference([(_verdicts(old, way), _verdicts(each, way)) for each in found]))]
 
 
 def _start_row(name: str, result: Result) -> list[str]:
-    shares = [[f"{result['solved'][way]['share']:.1%}", "", ""] for way in WAYS]
-    return [name, "", "", "", *(cell for cells in shares for cell in cells)]
+    return [name, "", "", "", f"{result['solved']['drawn']['share']:.1%}", "", ""]
 
 
 def _verdicts(result: Result, way: str) -> list[int]:

@@ -114,7 +114,9 @@ def main(
     folder: Annotated[Path | None, typer.Option(help="run folder; runs/tiny-BUDGET if left out")] = None,
     processes: Annotated[int, typer.Option(help="training processes; more than one need as many cores")] = 1,
     ablations: Annotated[bool, typer.Option("--ablations", help="adaptation's alternatives too")] = False,
-    parent_only: Annotated[bool, typer.Option("--parent-only", help="stop behind the parent, without a report")] = False,
+    parent_only: Annotated[
+        bool, typer.Option("--parent-only", help="stop behind the parent, without a report")
+    ] = False,
 ) -> None:
     """Run the laboratory, or go on with it, and write its report."""
     folder = folder or ROOT / "runs" / ("tiny" if budget == "tiny" else f"tiny-{budget}")
