@@ -48,8 +48,8 @@ PASSES = {"coupled": 3, "decoupled": 3, "full_mask": 1, "d1": 1}  # of a score
 # Measured on the start model: what it takes to write and grade a completion, in forward passes of learning over its
 # canvas, and the share of completions that are learnt from (a group of equal rewards teaches nothing and is left out)
 DECODING, SCORED = 6.8, 0.35
-# How 2,000 held-out problems are asked and decoded: by the rule of training in lower case, drawn; and for start and
-# coupled also greedily, greedily as instruction tuning asks, which nothing here trains, and by fixed numbers of steps
+# How 2,000 held-out problems are asked and decoded: by the rule of training in lower case, drawn; the start and the
+# first coupled seed also greedily, and greedily as instruction tuning asks, which nothing here trains
 RULE = ("--set", f"threshold={RECIPE['threshold']}")
 WAYS = {
     "drawn": ("--lower", *RULE, "--set", f"temperature={RECIPE['temperature']}"),
@@ -137,7 +137,7 @@ def run(folder: Path, arm: str, seed: int, model: str | None, count: int, jobs: 
         changes = [part for key, value in settings.items() for part in ("--set", f"{key}={value}")]
         command = ["-m", "diffucoder.cli", "train", "grpo", str(HERE / "grpo.toml"), "--resume", *changes]
         execute(folder, name, command, jobs)
-    told = solved(folder, name, str(folder / name / "model"), count, jobs, by_steps=arm == "coupled")
+    told = solved(folder, name, str(folder / name / "model"), count, jobs)
     lines = [json.loads(line) for line in (folder / name / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     kept = ("step", "reward", "solved", "held_out_pass@1", "zero_variance", "scored_share", "local_ar_ness")
     kept += ("global_ar_ness", "tokens_per_forward", "tokens_per_second")
@@ -149,7 +149,7 @@ def run(folder: Path, arm: str, seed: int, model: str | None, count: int, jobs: 
 def start(folder: Path, name: str, model: str | None, count: int, jobs: int) -> None:
     """What a model solves before: the `parent` of the arm `causal`, or the `start` of all others."""
     if not (RESULTS / f"{name}.json").exists():
-        write_result(name, {"solved": solved(folder, name, model, count, jobs, by_steps=name == "start")})
+        write_result(name, {"solved": solved(folder, name, model, count, jobs)})
 
 
 def write_result(name: str, told: dict[str, Any]) -> None:
@@ -172,12 +172,12 @@ def steps_of(arm: str) -> int:
     return round(RECIPE["steps"] * cost["coupled"] / cost[arm] / inner) * inner
 
 
-def solved(folder: Path, name: str, model: str | None, count: int, jobs: int, *, by_steps: bool) -> dict[str, Any]:
-    """What a model solves of the test split each way; with `by_steps` also of some of it at each number of steps."""
+def solved(folder: Path, name: str, model: str | None, count: int, jobs: int) -> dict[str, Any]:
+    """What a model solves of the test split drawn; start and coupled also by steps, and once of each every other way."""
     most = str(RECIPE["new_tokens"])
-    ways = WAYS if by_steps else {"drawn": WAYS["drawn"]}  # the others are for what is compared before and after
+    ways = WAYS if name in ("start", "coupled-0") else {"drawn": WAYS["drawn"]}
     told = {way: _solved(folder, name, model, count, jobs, most, way, how)[most] for way, how in ways.items()}
-    if by_steps:
+    if name.startswith(("start", "coupled")):
         told |= _solved(folder, name, model, min(count, STEPS_COUNT), jobs, STEPS, "steps", ("--lower",))
     return told
 
@@ -276,8 +276,9 @@ def learning_table(before: Result, runs: dict[str, list[Result]]) -> str:
 
 
 def ways_table(before: Result, found: list[Result]) -> str:
-    """The coupled arm before and after, however it is asked and decoded."""
-    rows = [[way, f"{before['solved'][way]['share']:.1%}", *_gains(before, found, way)] for way in WAYS]
+    """The coupled arm before and after, however it is asked and decoded; the first seed alone but where it is drawn."""
+    having = {way: [each for each in found if way in each["solved"]] for way in WAYS}
+    rows = [[way, f"{before['solved'][way]['share']:.1%}", *_gains(before, having[way], way)] for way in WAYS]
     return _table(["way", "start", "coupled: pass@1 of each seed", "gain"], rows)
 
 
