@@ -173,7 +173,7 @@ def steps_of(arm: str) -> int:
 
 
 def solved(folder: Path, name: str, model: str | None, count: int, jobs: int) -> dict[str, Any]:
-    """What a model solves of the test split drawn; start and coupled also by steps, and once of each every other way."""
+    """What a model solves of the test split drawn; start and coupled also by steps, and the first in each other way."""
     most = str(RECIPE["new_tokens"])
     ways = WAYS if name in ("start", "coupled-0") else {"drawn": WAYS["drawn"]}
     told = {way: _solved(folder, name, model, count, jobs, most, way, how)[most] for way, how in ways.items()}
