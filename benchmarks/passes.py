@@ -143,7 +143,7 @@ def measured(model: Denoiser, dtype: str, batch: int, width: int, canvas: int, r
     scored = torch.arange(width - min(SCORED, max(1, width // 2)), width, device=device)
     rows = torch.cartesian_prod(torch.arange(batch, device=device), scored)  # (M, 2)
     tokens[:, scored] = model.mask_id
-    rules = Rules.of([DecodingParams()] * len(rows), torch.full((len(rows), 1), model.mask_id))
+    rules = Rules.of([DecodingParams()] * len(rows), torch.full((len(rows), 1), model.mask_id)).to(device)
     uniform = torch.zeros(len(rows), device=device)
     spent = [0.0]
 

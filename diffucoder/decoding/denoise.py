@@ -247,8 +247,10 @@ def _step(state: DecodeState, taken: list[int], rows: Rows, found: Found, made: 
     last, own = taken[-1], rows.own(taken[-1])
     committed = made.committed[taken]  # (n, T')
     new = committed.any(0)[own]  # (T,)
-    confidence = (found.confidence[taken] * committed).sum(0)[own]
-    log_prob = (found.log_prob[taken] * committed).sum(0)[own]
+    # not by products: what is looked at and has become impossible is minus infinity
+    confidence, log_prob = (
+        each[taken].masked_fill(~committed, 0).sum(0)[own] for each in (found.confidence, found.log_prob)
+    )
     if state.worth is not None:  # what the branch had guessed
         guessed = rows.tokens[last, own] != state.tokens
         new = new | guessed

@@ -12,6 +12,7 @@ as well: shifted models score a position from its left neighbour.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -22,7 +23,7 @@ from diffucoder.decoding.canvas import leftmost
 from diffucoder.decoding.sampling import Rules, propose
 from diffucoder.decoding.state import DecodeState, Slot
 from diffucoder.models.denoiser import Denoiser
-from diffucoder.models.lean import CanvasCache
+from diffucoder.models.lean import CanvasCache, compiled
 
 
 @dataclass(frozen=True, eq=False)
@@ -158,55 +159,65 @@ def _pass(
     """
     states = [rows.states[row] for row in group]
     shown, asked, tokens = shown[group], asked[group], rows.tokens[group]  # (r, T)
-    sample = _sampler(model, states, asked, rows.uniform[0, group][asked], tokens.masked_fill(rows.masked[group], -1))
-    device = model.device
+    wanted = asked.nonzero()  # (M, 2)
+    count = len(wanted)
+    if model.compiled and count:
+        wanted = torch.cat([wanted, wanted[:1].expand(-count % _ROWS, -1)])
+    known = tokens.masked_fill(rows.masked[group], -1)[tuple(wanted.T)]  # (M,)
+    sample = _sampler(model, states, wanted[:, 0], rows.uniform[0, group][tuple(wanted.T)], known)
+    released = states[0].params.preset == "reference"
     if not states[0].cached and bool((shown == rows.valid[group]).all()):
-        (tokens, shown), which = _different(tokens, shown)
-        valid = None if shown.all() else shown.to(device)
-        where = asked.nonzero()  # (M, 2)
-        where[:, 0] = which[where[:, 0]]
-        released = {"released": True} if states[0].params.preset == "reference" else {}
-        return model(  # type: ignore[no-any-return]  # it is a module
-            tokens.to(device), valid=valid, rows=where.to(device), reduce=sample, **released
-        )
-    place, width = _places(shown)
-    row, at = shown.nonzero()[:, 0], place[shown]
-    fed, positions = torch.zeros(2, len(group), width, dtype=torch.long)
-    present = torch.zeros(fed.shape, dtype=torch.bool)
-    fed[row, at], present[row, at] = tokens[shown], True
-    positions[row, at] = (torch.arange(tokens.shape[1]) - rows.padding[group][:, None])[shown]
-    cache = _kept(model, states) if states[0].cached else None
-    if cache is not None:
+        (fed, present), which = _different(tokens, shown)
+        where = torch.stack([which[wanted[:, 0]], wanted[:, 1]], -1)  # (M, 2)
+        positions, kept = None, None
+    else:
+        place, width = _places(shown)
+        row, at = shown.nonzero()[:, 0], place[shown]
+        fed, positions = torch.zeros(2, len(group), width, dtype=torch.long)
+        present = torch.zeros(fed.shape, dtype=torch.bool)
+        fed[row, at], present[row, at] = tokens[shown], True
+        positions[row, at] = (torch.arange(tokens.shape[1]) - rows.padding[group][:, None])[shown]
+        kept = _kept(model, states) if states[0].cached else None
+        where = torch.stack([wanted[:, 0], place[tuple(wanted.T)]], -1)  # (M, 2)
+    if kept is not None:
         for number, (index, state) in enumerate(zip(group, states, strict=True)):
-            kept = None if state.stale() else state.slot
-            made = (state.block, state.age) if kept is None else (kept.block, kept.age)
-            slots[index] = Slot(cache, number, *made)
-    where = torch.stack([asked.nonzero()[:, 0], place[asked]], -1)  # (M, 2)
-    return model(  # type: ignore[no-any-return]  # as above
-        fed.to(device),
-        valid=present.to(device),
-        positions=positions.to(device),
-        cache=cache,
-        rows=where.to(device),
-        reduce=sample,
-    )
+            before = None if state.stale() else state.slot
+            made = (state.block, state.age) if before is None else (before.block, before.age)
+            slots[index] = Slot(kept, number, *made)
+    if model.compiled and not released:
+        left = -fed.shape[1] % _WIDTH
+        below = 0 if kept else (1 << (len(fed) - 1).bit_length()) - len(fed)  # a cache has its own number of rows
+        fed, present = (pad(each, (left, 0, 0, below)) for each in (fed, present))
+        positions = None if positions is None else pad(positions, (left, 0, 0, below))
+        where = where + torch.tensor([0, left])
+    found = model(fed, valid=present, positions=positions, cache=kept, rows=where, reduce=sample, released=released)
+    return tuple(column[:count] for column in found)
+
+
+_ROWS, _WIDTH = 32, 32  # a compiled step is fed multiples of these, and powers of two of canvases
 
 
 def _sampler(
-    model: Denoiser, states: Sequence[DecodeState], asked: Tensor, uniform: Tensor, known: Tensor
+    model: Denoiser, states: Sequence[DecodeState], whose: Tensor, uniform: Tensor, known: Tensor
 ) -> Callable[[Tensor, slice], tuple[Tensor, ...]]:
-    """`propose` for the M positions `asked` (r, T) of rows, given what is `known` (r, T) of them, -1 where masked."""
+    """`propose` for M positions of the states `whose` (M,), given what is `known` (M,) of them, -1 where masked."""
     barred = pad_sequence([state.barred for state in states], batch_first=True, padding_value=-1)  # (r, K)
     barred = barred.where(barred >= 0, barred[:, :1])  # fewer ids than others: the mask again
-    rules = Rules.of([state.params for state in states], barred)[asked.nonzero()[:, 0]]
-    standing = known[asked]  # (M,)
-    given = standing if (standing >= 0).any() else None
+    device = model.device
+    rules, uniform = Rules.of([state.params for state in states], barred)[whose].to(device), uniform.to(device)
+    given = known.to(device) if (known >= 0).any() else None
+    decide = _compiled_propose(device) if model.compiled and rules.needs.released is False else propose
 
     def sample(logits: Tensor, chunk: slice) -> tuple[Tensor, ...]:
         there = None if given is None else given[chunk]
-        return propose(logits, rules[chunk], uniform[chunk], proposable=model.proposable, given=there)
+        return decide(logits, rules[chunk], uniform[chunk], proposable=model.proposable, given=there)
 
     return sample
+
+
+@cache
+def _compiled_propose(device: torch.device) -> Callable[..., tuple[Tensor, ...]]:
+    return compiled(propose, device)
 
 
 def _different(tokens: Tensor, shown: Tensor) -> tuple[tuple[Tensor, Tensor], Tensor]:

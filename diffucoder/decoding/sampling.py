@@ -12,7 +12,8 @@ Randomness is an argument: one uniform number a row, turned into a token by the 
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,9 +24,42 @@ MARGIN, ENTROPY = POLICIES.index("margin"), POLICIES.index("entropy")
 COLDEST = 1e-6  # a lower temperature is the same argmax in fp32, but would overflow
 
 
+class Needs(NamedTuple):
+    """Which rows need a step: all (True), none (False) or some (None).
+
+    Known on the host, so that nobody waits for the device to ask, and a compiled sampler has no branches.
+    """
+
+    released: bool | None
+    tempered: bool | None
+    nucleus: bool | None
+    best_few: bool | None
+    margin: bool | None
+    entropy: bool | None
+    most: int  # the largest top_k
+
+    @classmethod
+    def of(cls, params: Sequence[DecodingParams]) -> "Needs":
+        """What rows sampled by `params` need."""
+
+        def rows(need: Callable[[DecodingParams], bool]) -> bool | None:
+            found = {need(p) for p in params}
+            return found.pop() if len(found) == 1 else None
+
+        return cls(
+            released=rows(lambda p: p.preset == "reference"),
+            tempered=rows(lambda p: p.temperature > 0),
+            nucleus=rows(lambda p: p.top_p is not None and p.top_p < 1),
+            best_few=rows(lambda p: p.top_k is not None),
+            margin=rows(lambda p: p.policy == "margin"),
+            entropy=rows(lambda p: p.policy == "entropy"),
+            most=max(p.top_k or 0 for p in params),
+        )
+
+
 @dataclass(frozen=True)
 class Rules:
-    """How each of M rows is sampled. On the CPU: asking whether any row needs a step must not wait for the device."""
+    """How each of M rows is sampled."""
 
     reference: Tensor  # (M,) bool: the released arithmetic, in the logits' own dtype, instead of fp32
     policy: Tensor  # (M,) index into POLICIES
@@ -33,10 +67,11 @@ class Rules:
     top_p: Tensor  # (M,) fp32, 1 = all
     top_k: Tensor  # (M,) int64, 0 = all
     barred: Tensor  # (M, K) ids never proposed
+    needs: Needs
 
     @classmethod
     def of(cls, params: Sequence[DecodingParams], barred: Tensor) -> "Rules":
-        """One row for each of `params`; `barred` (M, K) ids."""
+        """One row for each of `params`, at least one; `barred` (M, K) ids."""
         return cls(
             reference=torch.tensor([p.preset == "reference" for p in params]),
             policy=torch.tensor([POLICIES.index(p.policy) for p in params]),
@@ -44,10 +79,19 @@ class Rules:
             top_p=torch.tensor([1.0 if p.top_p is None else p.top_p for p in params]),
             top_k=torch.tensor([p.top_k or 0 for p in params]),
             barred=barred,
+            needs=Needs.of(params),
         )
 
     def __getitem__(self, rows: Tensor | slice) -> "Rules":
-        return Rules(*(getattr(self, field.name)[rows] for field in fields(self)))
+        """Some of the rows; what some needed may then be needed by none or all."""
+        return self._each(lambda column: column[rows])
+
+    def to(self, device: torch.device) -> "Rules":
+        """The same on the device of the logits."""
+        return self._each(lambda column: column.to(device, non_blocking=True))
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> "Rules":
+        return Rules(*(change(getattr(self, f.name)) for f in fields(self) if f.name != "needs"), needs=self.needs)
 
 
 def propose(
@@ -59,51 +103,54 @@ def propose(
     the reference, which knows of none. The log-probability is under the distribution the token was chosen from.
     Where `given` (M,) is not -1 that token takes the place of the proposal: how sure the model is of it.
     """
-    if rules.reference.any() and not rules.reference.all():  # two arithmetics: each kind by itself
-        kinds = [rows.nonzero()[:, 0] for rows in (rules.reference, ~rules.reference)]
-        parts = [
-            propose(
-                logits[rows],
-                rules[rows],
-                uniform[rows],
-                proposable=proposable,
-                given=None if given is None else given[rows],
-            )
-            for rows in kinds
-        ]
-        home = torch.cat(kinds).argsort().to(logits.device)
-        tokens, confidence, log_prob = (torch.cat(pair)[home] for pair in zip(*parts, strict=True))
-        return tokens, confidence, log_prob
-    released = bool(rules.reference.any())
+    released = rules.needs.released
+    if released is None:  # two arithmetics: each kind by itself
+        return _by_kind(logits, rules, uniform, proposable, given)
     logits = logits.to(logits.dtype if released else torch.float32, copy=True)  # (M, V), ours to change
     lowest = torch.finfo(logits.dtype).min
-    logits.scatter_(1, rules.barred.to(logits.device), lowest)
+    logits.scatter_(1, rules.barred, lowest)
     if proposable is not None and not released:
         logits[:, proposable:] = lowest
     probabilities = _filtered(logits, rules).softmax(-1)  # (M, V)
     tokens = _choose(probabilities, rules, uniform)
     if given is not None:
-        given = given.to(tokens.device)
         tokens = given.where(given >= 0, tokens)
     chosen = probabilities.gather(1, tokens[:, None])[:, 0]  # (M,)
     return tokens, _confidence(probabilities, chosen, rules).float(), chosen.float().log()
 
 
+def _by_kind(
+    logits: Tensor, rules: Rules, uniform: Tensor, proposable: int | None, given: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`propose` for rows of which some go by the released arithmetic."""
+    parts, kinds = [], []
+    for released in (True, False):
+        rows = (rules.reference == released).nonzero()[:, 0]
+        own = replace(rules[rows], needs=rules.needs._replace(released=released))
+        there = None if given is None else given[rows]
+        parts.append(propose(logits[rows], own, uniform[rows], proposable=proposable, given=there))
+        kinds.append(rows)
+    home = torch.cat(kinds).argsort()
+    tokens, confidence, log_prob = (torch.cat(pair)[home] for pair in zip(*parts, strict=True))
+    return tokens, confidence, log_prob
+
+
 def _filtered(logits: Tensor, rules: Rules) -> Tensor:
     """Temper and filter `logits` (M, V) by each row's rules."""
+    needs = rules.needs
 
-    def temper(rows: Tensor, some: Tensor) -> Tensor:
-        return some.float().div_(_column(rules.temperature[rows].clamp(min=COLDEST), some)).to(some.dtype)
+    def temper(rows: Tensor | slice, some: Tensor) -> Tensor:
+        return (some.float() / rules.temperature[rows, None].clamp(min=COLDEST)).to(some.dtype)
 
-    def top_p(rows: Tensor, some: Tensor) -> Tensor:
-        return keep_top_p(some, _column(rules.top_p[rows], some))
+    def top_p(rows: Tensor | slice, some: Tensor) -> Tensor:
+        return keep_top_p(some, rules.top_p[rows, None])
 
-    def top_k(rows: Tensor, some: Tensor) -> Tensor:
-        return keep_top_k(some, _column(rules.top_k[rows], some))
+    def top_k(rows: Tensor | slice, some: Tensor) -> Tensor:
+        return keep_top_k(some, rules.top_k[rows, None], needs.most)
 
-    logits = _where(rules.temperature > 0, logits, temper)
-    logits = _where(rules.top_p < 1, logits, top_p)
-    return _where(rules.top_k > 0, logits, top_k)
+    logits = _where(needs.tempered, rules.temperature > 0, logits, temper)
+    logits = _where(needs.nucleus, rules.top_p < 1, logits, top_p)
+    return _where(needs.best_few, rules.top_k > 0, logits, top_k)
 
 
 def keep_top_p(logits: Tensor, p: Tensor) -> Tensor:
@@ -114,57 +161,54 @@ def keep_top_p(logits: Tensor, p: Tensor) -> Tensor:
     return logits.masked_fill(dropped.scatter(1, ids, dropped), torch.finfo(logits.dtype).min)
 
 
-def keep_top_k(logits: Tensor, k: Tensor) -> Tensor:
-    """Drop from `logits` (M, V) what lies below the `k`-th value (M, 1); ties with it stay."""
-    k = k.clamp(max=logits.shape[1])
-    least = logits.topk(int(k.max()), -1).values.gather(1, k - 1)  # (M, 1)
+def keep_top_k(logits: Tensor, k: Tensor, most: int) -> Tensor:
+    """Drop from `logits` (M, V) what lies below the `k`-th value (M, 1), `most` being the largest; ties stay."""
+    most = min(most, logits.shape[1])
+    least = logits.topk(most, -1).values.gather(1, k.clamp(max=most) - 1)  # (M, 1)
     return logits.masked_fill(logits < least, torch.finfo(logits.dtype).min)
 
 
 def _choose(probabilities: Tensor, rules: Rules, uniform: Tensor) -> Tensor:
     """(M,) the likeliest token, or one drawn by inverse CDF where there is a temperature."""
-    tokens = probabilities.argmax(-1)
-    drawn = rules.temperature > 0  # (M,)
-    if not drawn.any():
-        return tokens
-    some = _rows(probabilities, drawn)
-    cdf = some.float().cumsum(-1)
-    target = _column(uniform[drawn], some) * cdf[:, -1:]  # below the total, since uniform <= 1 - 2**-24
-    draws = torch.searchsorted(cdf, target, right=True).clamp_(max=cdf.shape[1] - 1)  # (m, 1)
-    # a parallel cumsum may round upwards over an impossible token: never let that one through
-    impossible = some.gather(1, draws) == 0
-    tokens[drawn] = torch.where(impossible[:, 0], tokens[drawn], draws[:, 0])
-    return tokens
+
+    def draw(rows: Tensor | slice, likeliest: Tensor) -> Tensor:
+        some = probabilities[rows]
+        cdf = some.float().cumsum(-1)
+        target = uniform[rows, None] * cdf[:, -1:]  # below the total, since uniform <= 1 - 2**-24
+        draws = torch.searchsorted(cdf, target, right=True).clamp_(max=cdf.shape[1] - 1)  # (m, 1)
+        # a parallel cumsum may round upwards over an impossible token: never let that one through
+        impossible = some.gather(1, draws) == 0
+        return torch.where(impossible[:, 0], likeliest, draws[:, 0])
+
+    return _where(rules.needs.tempered, rules.temperature > 0, probabilities.argmax(-1), draw)
 
 
 def _confidence(probabilities: Tensor, chosen: Tensor, rules: Rules) -> Tensor:
     """(M,) how sure each row is, by its policy; larger is surer. `chosen` (M,) is the probability of its token."""
-    confidence = chosen.clone()
-    margin, entropy = rules.policy == MARGIN, rules.policy == ENTROPY
-    if margin.any():
-        best = _rows(probabilities, margin).topk(2, -1).values  # (m, 2)
-        confidence[margin] = best[:, 0] - best[:, 1]
-    if entropy.any():
-        some = _rows(probabilities, entropy)
-        confidence[entropy] = (some + 1e-10).log_().mul_(some).sum(-1)  # negative entropy, as released
-    return confidence
+
+    def margin(rows: Tensor | slice, _: Tensor) -> Tensor:
+        best = probabilities[rows].topk(2, -1).values  # (m, 2)
+        return best[:, 0] - best[:, 1]
+
+    def negative_entropy(rows: Tensor | slice, _: Tensor) -> Tensor:
+        some = probabilities[rows]
+        return (some + 1e-10).log_().mul_(some).sum(-1)  # as released
+
+    confidence = _where(rules.needs.margin, rules.policy == MARGIN, chosen.clone(), margin)
+    return _where(rules.needs.entropy, rules.policy == ENTROPY, confidence, negative_entropy)
 
 
-def _where(rows: Tensor, logits: Tensor, change: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-    """`logits` (M, V) with `change(rows, logits[rows])` in those `rows` (M,) bool; in place where they are some."""
-    if not rows.any():
-        return logits
-    if rows.all():
-        return change(rows, logits)
-    logits[rows] = change(rows, logits[rows])
-    return logits
+def _where(
+    needed: bool | None, rows: Tensor, values: Tensor, change: Callable[[Tensor | slice, Tensor], Tensor]
+) -> Tensor:
+    """`values` (M, ...) with `change(rows, values[rows])` in those `rows` (M,) bool, of which it is known whether any.
 
-
-def _rows(matrix: Tensor, rows: Tensor) -> Tensor:
-    """`matrix[rows]`, without a copy where that is all of it."""
-    return matrix if rows.all() else matrix[rows]
-
-
-def _column(values: Tensor, like: Tensor) -> Tensor:
-    """(M,) on the CPU → (M, 1) on the device of `like`."""
-    return values.to(like.device)[:, None]
+    In place where they are some; without a copy where they are all.
+    """
+    if needed is False:
+        return values
+    if needed:
+        return change(slice(None), values)
+    if rows.any():
+        values[rows] = change(rows, values[rows])
+    return values

@@ -12,7 +12,7 @@ Two ideas a newcomer needs:
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -46,6 +46,7 @@ class Denoiser(nn.Module):
         self.chunk_elements = CHUNK_ELEMENTS
         self._lean: LeanBody | None = None
         self._int8 = False  # what the lean body is made of
+        self.compiled = False  # decoding keeps to a few shapes, which are compiled
         self.proposable: int = self.vocab_size  # how many leading ids decoding may propose; fewer where some are spare
 
     @classmethod
@@ -115,18 +116,23 @@ class Denoiser(nn.Module):
         """The dtype that decoding multiplies weights in: theirs, or int8."""
         return torch.int8 if self._int8 else self.dtype
 
-    def use_lean(self, *, int8: bool = False) -> None:
+    def use_lean(self, *, int8: bool = False, compiled: bool = False) -> None:
         """Decode by the lean body from now on, where the architecture has one; training goes by transformers' layers.
 
         The model's projections become views of joined weights. Call it again after putting other modules in place.
         With `int8` decoding multiplies a copy of them in eight bits: CheckpointError where there is no CPU or no lean
-        body to do so.
+        body to do so. `compiled` has torch compile layers and sampler, for which decoding pads what it feeds to a few
+        shapes: CheckpointError where there is no lean body.
         """
         lean = LeanBody.of(self.model, int8=int8)
         if int8 and (lean is None or self.device.type != "cpu"):
             what = f"a {self.config.model_type!r} model on {self.device.type}"
             raise CheckpointError(f"{what} cannot be decoded in int8, plain layers on a CPU can; use bfloat16")
-        self._lean, self._int8 = lean, int8
+        if compiled:
+            if lean is None:
+                raise CheckpointError(f"a {self.config.model_type!r} model has no lean body to compile; leave it out")
+            lean.compile()
+        self._lean, self._int8, self.compiled = lean, int8, compiled
 
     @contextmanager
     def lean_snapshot(self, dtype: torch.dtype) -> Iterator[None]:
@@ -152,7 +158,7 @@ class Denoiser(nn.Module):
         lean, self._lean = self._lean, None
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # torch leaves it untyped
         if lean is not None:
-            self.use_lean(int8=self._int8)
+            self.use_lean(int8=self._int8, compiled=self.compiled)
         return self
 
     def forward(
@@ -182,6 +188,10 @@ class Denoiser(nn.Module):
         (M, V). With `reduce`, its results instead, one row for each logit row, (B, T, ...) or (M, ...): it is called
         on chunks of at most `chunk_elements` logits, so the whole never exists, in training either.
         """
+        # Asked here, where the tensors may still be on the host: nothing below waits for the device
+        longest = tokens.shape[1] if positions is None else int(positions.max()) + 1
+        if valid is not None and bool(valid.all()):
+            valid = None
         # Where the model is, wherever they come from: no copy where they are there already
         tokens = tokens.to(self.device)
         given = (valid, attention, positions, rows)
@@ -203,8 +213,10 @@ class Denoiser(nn.Module):
             ).last_hidden_state  # (B, T, H)
         else:
             head = lean.head
-            with torch.autocast(self.device.type, enabled=False):  # it is of one dtype
-                hidden = lean(tokens, positions=positions, mask=mask, cache=cache, slots=slots)  # (B, T, H)
+            with _without_autocast(self.device):  # it is of one dtype
+                hidden = lean(
+                    tokens, positions=positions, longest=longest, mask=mask, cache=cache, slots=slots
+                )  # (B, T, H)
         hidden = self._aligned(hidden, valid, rows)  # (B, T, H) or (M, H)
         if reduce is None:
             return head(hidden)  # type: ignore[no-any-return]  # the model is Any
@@ -244,6 +256,11 @@ class Denoiser(nn.Module):
         return tuple(torch.cat(column) for column in zip(*parts, strict=True))
 
 
+def _without_autocast(device: torch.device) -> AbstractContextManager[object]:
+    available = torch.amp.is_autocast_available(device.type)
+    return torch.autocast(device.type, enabled=False) if available else nullcontext()
+
+
 def set_causal(model: Any, causal: bool) -> None:
     """Make a transformers model attend left to right only, or both ways, in place."""
     # transformers reads both: the config when it builds masks, the module when there is no mask to build
@@ -257,7 +274,7 @@ def _mask(tokens: Tensor, valid: Tensor | None, attention: Tensor | None) -> tup
     """Attention mask (B or 1, 1, T, T) bool, True = visible, and position ids (B, T); None where nothing narrows."""
     mask = None if attention is None else attention[None] if attention.ndim == 2 else attention  # (B or 1, T, T)
     positions = None
-    if valid is not None and not bool(valid.all()):
+    if valid is not None:
         # Dream: positions count real tokens, padding sits at 1; a key is seen where both key and query are real
         positions = (valid.long().cumsum(-1) - 1).masked_fill(~valid, 1)  # (B, T)
         both = valid[:, None, :] & valid[:, :, None]  # (B, T, T)

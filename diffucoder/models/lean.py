@@ -88,6 +88,7 @@ class LeanBody:
         self.head = _joined(head, dtype=dtype, int8=int8) if dtype or int8 else head
         self._rotary = body.rotary_emb
         self._table: tuple[Tensor, Tensor] | None = None  # cosines and sines of the positions met so far
+        self._run = self._layers
 
     @classmethod
     def of(cls, model: Any, *, dtype: torch.dtype | None = None, int8: bool = False) -> "LeanBody | None":
@@ -105,6 +106,10 @@ class LeanBody:
         fixed = body.rotary_emb.rope_type not in ("dynamic", "longrope")  # those depend on the length met
         return cls(model, dtype, int8) if plain and fixed and config.hidden_act == "silu" else None
 
+    def compile(self) -> None:
+        """Have torch compile the layers, anew for each shape they are fed: half a minute, and captured on CUDA."""
+        self._run = compiled(self._layers, self._norm.device)
+
     def new_cache(self, lengths: Tensor) -> CanvasCache:
         """An empty cache for canvases of `lengths` (B,): the first pass must feed every position."""
         shape = (len(lengths), int(lengths.max()) + 1, self.key_heads, self.head_dim)
@@ -116,18 +121,35 @@ class LeanBody:
         tokens: Tensor,
         *,
         positions: Tensor | None = None,
+        longest: int | None = None,
         mask: Tensor | None = None,
         cache: CanvasCache | None = None,
         slots: Tensor | None = None,
     ) -> Tensor:
         """Hidden states (B, W, H) of `tokens` (B, W) at `positions` (B, W), those of 0 to W - 1 where left out.
 
-        `mask` (B or 1, 1, W or 1, K) bool, True = visible, over the K keys: those of the W fed or, with a `cache`, all
-        that it holds, of which `slots` (B, W) are written before they are read.
+        `longest` is above every position. `mask` (B or 1, 1, W or 1, K) bool, True = visible, over the K keys: those of
+        the W fed or, with a `cache`, all that it holds, of which `slots` (B, W) are written before they are read.
         """
+        width = tokens.shape[1]
+        cos, sin = self._turns(max(longest or 0, width))  # (L, D)
+        if positions is None:
+            cos, sin = cos[None, :width, None], sin[None, :width, None]  # (1, W, 1, D)
+        else:
+            cos, sin = cos[positions][:, :, None], sin[positions][:, :, None]  # (B, W, 1, D)
+        return self._run(tokens, cos, sin, mask, cache, slots)
+
+    def _layers(
+        self,
+        tokens: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        mask: Tensor | None,
+        cache: CanvasCache | None,
+        slots: Tensor | None,
+    ) -> Tensor:
         hidden = F.embedding(tokens, self._embed)  # (B, W, H)
         batch, width = tokens.shape
-        cos, sin = self._turns(width, positions)  # (B or 1, W, 1, D)
         turned = self.heads + self.key_heads
         for at, layer in enumerate(self.layers):
             qkv = layer.qkv(self._normed(hidden, layer.before)).view(batch, width, -1, self.head_dim)
@@ -158,18 +180,25 @@ class LeanBody:
     def _normed(self, hidden: Tensor, weight: Tensor) -> Tensor:
         return F.rms_norm(hidden, (hidden.shape[-1],), weight, self.eps)
 
-    def _turns(self, width: int, positions: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Cosines and sines of each position, (B or 1, W, 1, D)."""
-        longest = width if positions is None else int(positions.max()) + 1
+    def _turns(self, longest: int) -> tuple[Tensor, Tensor]:
+        """Cosines and sines of every position below `longest`, and maybe of more: (L, D) each."""
         if self._table is None or len(self._table[0]) < longest:
-            size = 1 << (longest - 1).bit_length()
-            places = torch.arange(size, device=self._norm.device)[None]
+            places = torch.arange(1 << (longest - 1).bit_length(), device=self._norm.device)[None]
             cos, sin = self._rotary(self._norm, places)
-            self._table = cos[0], sin[0]  # (size, D) each
-        cos, sin = self._table
-        if positions is None:
-            return cos[None, :width, None], sin[None, :width, None]
-        return cos[positions][:, :, None], sin[positions][:, :, None]
+            self._table = cos[0], sin[0]
+        return self._table
+
+
+def compiled(work: Callable[..., Any], device: torch.device) -> Callable[..., Any]:  # Any: tensors, as torch types them
+    """`work`, compiled for each shape that it meets; on CUDA its kernels are captured and replayed as one graph."""
+    mode = "reduce-overhead" if device.type == "cuda" else None
+    made = torch.compile(work, dynamic=False, mode=mode)
+
+    def run(*given: Any, **more: Any) -> Any:
+        with torch._dynamo.config.patch(recompile_limit=256):  # by default it gives up after eight shapes
+            return made(*given, **more)
+
+    return run
 
 
 def _projections(module: Any) -> list[nn.Module]:

@@ -24,6 +24,7 @@ class Scripted:
         self.score, self.proposable, self.dtype, self.chunk = score, proposable, dtype, chunk
         self.device = torch.device("cpu")
         self.mask_id = MASK
+        self.compiled = False
         self.fed: list[tuple[int, ...]] = []
 
     def __call__(

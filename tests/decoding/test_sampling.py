@@ -61,7 +61,7 @@ def test_evenly_spread_numbers_give_each_token_its_share(temperature: float) -> 
         logits.expand(count, -1), rules([params])[torch.zeros(count).long()], uniform
     )
     logits[:, MASK] = -torch.inf
-    kept = keep_top_k(logits / temperature, torch.tensor([[6]])).softmax(-1)[0]  # (V,)
+    kept = keep_top_k(logits / temperature, torch.tensor([[6]]), 6).softmax(-1)[0]  # (V,)
     assert (torch.bincount(tokens, minlength=VOCABULARY) - count * kept).abs().max() < 1.01
     torch.testing.assert_close(confidence, kept[tokens])
     torch.testing.assert_close(log_prob, kept[tokens].log())
@@ -105,7 +105,7 @@ def test_top_p_keeps_the_token_that_crosses_the_threshold() -> None:
 
 
 def test_top_k_keeps_ties() -> None:
-    kept = keep_top_k(torch.tensor([[1.0, 3.0, 2.0, 2.0], [1.0, 3.0, 2.0, 2.0]]), torch.tensor([[2], [1]]))
+    kept = keep_top_k(torch.tensor([[1.0, 3.0, 2.0, 2.0], [1.0, 3.0, 2.0, 2.0]]), torch.tensor([[2], [1]]), 2)
     assert (kept > 0).tolist() == [[False, True, True, True], [False, True, False, False]]
 
 
