@@ -37,6 +37,7 @@ from diffucoder.decoding.policies import (
     within_factor,
 )
 from diffucoder.decoding.state import DecodeState, Until
+from diffucoder.decoding.tuning import tuned
 from diffucoder.errors import PromptError
 from diffucoder.models.denoiser import Denoiser
 
@@ -86,6 +87,7 @@ def denoise(model: Denoiser, canvas: Canvas, params: DecodingParams, *, until: U
         raise PromptError(
             f"the canvas marks holes with {canvas.mask_id}, the model with {model.mask_id}; use the model's"
         )
+    params = tuned(params, model, canvas)
     canvas = canvas.repeat(params.num_samples)
     states = [DecodeState(canvas, params, row=row, until=until) for row in range(len(canvas.tokens))]
     tokens = canvas.tokens

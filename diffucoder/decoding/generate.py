@@ -18,6 +18,7 @@ from diffucoder.decoding.canvas import Canvas
 from diffucoder.decoding.denoise import Step, denoise
 from diffucoder.decoding.params import DecodingParams
 from diffucoder.decoding.trace import Trace, record
+from diffucoder.decoding.tuning import tuned
 from diffucoder.errors import ConfigError, PromptError
 from diffucoder.models.checkpoint import load_denoiser, load_tokenizer
 from diffucoder.models.denoiser import Denoiser
@@ -182,6 +183,7 @@ class DiffuCoder:
         self, canvas: Canvas, params: DecodingParams, *, through: Callable[[Iterator[Step]], Iterable[Step]] = iter
     ) -> list[Generation]:
         """Decode a canvas of prompts and answers to the end. `through` sees every step pass by, and passes it on."""
+        params = tuned(params, self.model, canvas)
         began = time.perf_counter()
         traces = record(through(self._steps(canvas, params)), canvas, params=params, model=self.name)
         seconds = time.perf_counter() - began
@@ -216,6 +218,7 @@ class DiffuCoder:
             parts = [part if isinstance(part, list) else [self.model.mask_id] * (part or length) for part in known]
             rows.append([token for part in parts for token in part])
         canvas = self.canvas_of_ids(rows, 0, forbidden=tuple(i for i in special if i != self.model.mask_id))
+        params = tuned(params, self.model, canvas)
         began = time.perf_counter()
         steps = list(self._steps(canvas, params))
         seconds = time.perf_counter() - began

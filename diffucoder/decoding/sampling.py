@@ -13,7 +13,7 @@ Randomness is an argument: one uniform number a row, turned into a token by the 
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -91,7 +91,8 @@ class Rules:
         return self._each(lambda column: column.to(device, non_blocking=True))
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> "Rules":
-        return Rules(*(change(getattr(self, f.name)) for f in fields(self) if f.name != "needs"), needs=self.needs)
+        changed: dict[str, Any] = {f.name: change(getattr(self, f.name)) for f in fields(self) if f.name != "needs"}
+        return replace(self, **changed)
 
 
 def propose(

@@ -32,7 +32,11 @@ class DecodeState:
     """One request. It belongs to whoever calls `advance`, which alone changes it."""
 
     def __init__(self, canvas: Canvas, params: DecodingParams, *, row: int = 0, until: Until | None = None) -> None:
-        """Take up one `row` of a canvas. Its random numbers depend on `params.seed` and its sample index alone."""
+        """Take up one `row` of a canvas. Its random numbers depend on `params.seed` and its sample index alone.
+
+        The preset `fast` must have been turned into settings before (`tuning.tuned`).
+        """
+        assert params.preset != "fast", "what fast stands for depends on model and canvas: call tuned first"
         self.canvas = canvas
         self.params = params
         self.until = until

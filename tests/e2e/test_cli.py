@@ -171,7 +171,7 @@ def test_bench_prints_figures_for_people_and_for_programs(cli: Run) -> None:
         (["--top-p", 2], ["top_p=2", "less than or equal to 1"]),
         (["--top-k", 0], ["top_k=0"]),
         (["--policy", "best"], ["policy='best'", "'random', 'max_prob', 'margin' or 'entropy'"]),
-        (["--preset", "fastest"], ["preset='fastest'", "'exact' or 'reference'"]),
+        (["--preset", "fastest"], ["preset='fastest'", "'exact', 'reference' or 'fast'"]),
         (["--new-tokens", 0], ["new_tokens=0"]),
         (["--num-samples", 0], ["num_samples=0"]),
         (["--seed", -1], ["seed=-1"]),

@@ -1,0 +1,151 @@
+"""Preset `fast`: what it stands for, for a model on this machine and a canvas.
+
+For: turning `preset="fast"` into settings of `exact`. Not for: what the settings do (`params`, `passes`).
+
+Two questions, and two ways to answer them. What costs no quality has been measured once, on the shipped model
+(benchmarks/results/decoding.md): a bound on the entropy that a step may commit, and a prompt whose keys and values
+stay as the first pass found them. What is quickest depends on the machine: narrow passes pay where arithmetic is
+scarce, drafts where the width of a pass is free. So each way's pass is timed here, once for a size of canvas, and
+weighed with the passes that it takes. The times are kept in `passes.json` in the user's cache, which may be deleted.
+"""
+
+import json
+import os
+import platform
+import time
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import TypeAdapter
+
+from diffucoder.decoding.canvas import Canvas
+from diffucoder.decoding.params import DecodingParams
+from diffucoder.errors import CheckpointError
+from diffucoder.models.denoiser import Denoiser
+
+ENTROPY_BOUND, THRESHOLD = 0.01, 0.99  # the second where the order does not go by entropy
+
+
+@dataclass(frozen=True)
+class Way:
+    """One way to arrange passes."""
+
+    name: str
+    passes: float  # it takes, relative to plain ones, under ENTROPY_BOUND on the shipped model
+    rows: int  # canvases looked at for each request
+    keeps_prompt: bool
+    drafts: int = 0
+
+
+WAYS = (
+    Way("whole", 1.0, 1, False),
+    Way("prompt kept", 1.02, 1, True),
+    Way("whole, drafts", 0.75, 4, False, drafts=3),
+    Way("prompt kept, drafts", 0.77, 4, True, drafts=3),
+)
+_RULES = {"threshold", "factor", "entropy_bound", "adaptive", "steps"}
+_ARRANGED = {"block", "horizon", "cache", "refresh_every", "vicinity", "cache_delay"}
+_AHEAD = {"drafts", "branches", "revoke", "adaptive"}
+_LEAST = 32  # canvases are timed in multiples of this
+_KNOWN = TypeAdapter(dict[str, dict[str, float]])
+_SLOW = 0.25  # seconds: a pass that takes longer is timed once
+
+
+def tuned(params: DecodingParams, model: Denoiser, canvas: Canvas) -> DecodingParams:
+    """The settings that the preset `fast` stands for; those of any other preset as they are.
+
+    Whatever `params` say beyond the preset stays: a rule of their own, or an arrangement of passes.
+    """
+    if params.preset != "fast":
+        return params
+    fields = DecodingParams.model_fields
+    own = {name for name in fields if getattr(params, name) != fields[name].default}
+    changes: dict[str, Any] = {"preset": "exact"}  # Any: each field has its own type
+    if not own & _RULES:
+        changes |= {"entropy_bound": ENTROPY_BOUND} if params.policy == "entropy" else {"threshold": THRESHOLD}
+    if not own & (_ARRANGED | _AHEAD):
+        changes |= arrangement(quickest(model, canvas, params.num_samples), canvas)
+    return params.replace(**changes)
+
+
+def arrangement(way: Way, canvas: Canvas) -> dict[str, Any]:
+    """The settings of a way on a canvas."""
+    settings: dict[str, Any] = {"drafts": way.drafts}
+    if way.keeps_prompt:  # one block that holds all of the masks
+        settings |= {"cache": "prefix", "block": int(_spread(canvas).max())}
+    return settings
+
+
+def quickest(model: Denoiser, canvas: Canvas, num_samples: int = 1) -> Way:
+    """The way that takes least time, by passes and by what a pass takes on this machine."""
+    width, answer = (_rounded(int(each.max())) for each in (canvas.valid.sum(-1), _spread(canvas)))
+    requests = 1 << (len(canvas.tokens) * num_samples - 1).bit_length()
+    times = _times(model, requests, width, min(answer, width))
+    return min((way for way in WAYS if way.name in times), key=lambda way: way.passes * times[way.name])
+
+
+def _spread(canvas: Canvas) -> torch.Tensor:
+    """(B,) positions from each row's first mask to its end."""
+    return (canvas.masked.cumsum(-1) > 0).sum(-1)
+
+
+def _rounded(width: int) -> int:
+    return -(-width // _LEAST) * _LEAST
+
+
+def _times(model: Denoiser, requests: int, width: int, answer: int) -> Mapping[str, float]:
+    """Seconds of one pass each way, for so many canvases of `width` with `answer` positions to decode."""
+    key = json.dumps([*_identity(model), requests, width, answer])
+    path = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "diffucoder" / "passes.json"
+    known: dict[str, dict[str, float]] = {}
+    with suppress(OSError, ValueError):  # pydantic's errors are ValueErrors
+        known = _KNOWN.validate_json(path.read_bytes())
+    if key not in known:
+        known[key] = measure(model, requests, width, answer)
+        with suppress(OSError):  # a cache: without it the next process measures again
+            path.parent.mkdir(parents=True, exist_ok=True)
+            beside = path.with_suffix(f".{os.getpid()}")
+            beside.write_text(json.dumps(known, indent=1) + "\n", encoding="utf-8")
+            beside.replace(path)
+    return known[key]
+
+
+def _identity(model: Denoiser) -> list[Any]:
+    """What the time of a pass depends on, besides its size."""
+    device, config = model.device, model.config
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
+    sizes = [config.num_hidden_layers, config.hidden_size, config.intermediate_size, model.vocab_size]
+    return [name, torch.get_num_threads(), torch.__version__, str(model.compute_dtype), model.compiled, *sizes]
+
+
+@torch.no_grad()
+def measure(model: Denoiser, requests: int, width: int, answer: int) -> dict[str, float]:
+    """Seconds of one pass each way that the model can go; what stands in the canvas does not matter to the time."""
+    times = {}
+    for way in WAYS:
+        rows = requests * way.rows
+        fed = answer if way.keeps_prompt else width
+        tokens = torch.full((rows, fed), model.mask_id, device=model.device)
+        where = torch.cartesian_prod(torch.arange(rows), torch.arange(fed - answer, fed))  # (M, 2)
+        more: dict[str, Any] = {"rows": where.to(model.device), "reduce": lambda logits, _: logits.argmax(-1)}
+        if way.keeps_prompt:
+            try:
+                more["cache"] = model.new_cache(torch.full((rows,), width))
+            except CheckpointError:  # no lean body, no cache
+                continue
+            more["positions"] = torch.arange(width - answer, width).expand(rows, -1)
+        taken: list[float] = []
+        while len(taken) < 4:
+            began = time.perf_counter()
+            model(tokens, **more)
+            if model.device.type == "cuda":
+                torch.cuda.synchronize(model.device)
+            taken.append(time.perf_counter() - began)
+            if taken[-1] > _SLOW:
+                break
+        times[way.name] = min(taken)
+    return times
