@@ -77,15 +77,17 @@ class DiffuCoder:
         *,
         dtype: torch.dtype | None = None,
         device: str | torch.device | None = None,
+        compiled: bool = False,
     ) -> "DiffuCoder":
         """Load a folder, a Hub id, a known name, or (None) the shipped model. Raises CheckpointError.
 
         `dtype` is that of the weights; torch.int8 has weights of bfloat16 and projects by a copy of them in int8.
+        `compiled` pays on a GPU, where many passes follow: the first of each shape takes half a minute.
         """
         tokenizer = load_tokenizer(source)  # first: it is quick, and fails for the same reasons
         int8 = dtype == torch.int8
         model = load_denoiser(source, dtype=torch.bfloat16 if int8 else dtype, device=device)
-        model.use_lean(int8=int8)
+        model.use_lean(int8=int8, compiled=compiled)
         return cls(model, tokenizer, name="tiny" if source is None else str(source))
 
     def generate(self, prompt: Prompt, params: DecodingParams | None = None, *, chat: bool = True) -> Generation:
