@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from diffucoder.decoding.canvas import Canvas
-from diffucoder.decoding.denoise import Step, denoise
+from diffucoder.decoding.denoise import Step, Until, denoise
 from diffucoder.decoding.params import DecodingParams
 from diffucoder.decoding.trace import Trace, record
 from diffucoder.decoding.tuning import tuned
@@ -59,6 +59,17 @@ class Generation:
     def tokens_per_second(self) -> float:
         """TPS: tokens before the terminator; neither prompt nor padding counts."""
         return len(self.tokens) / max(1e-9, self.seconds)
+
+
+@dataclass(frozen=True, eq=False)
+class Request:
+    """What is to be decoded for a text, by whoever loops over `advance`, and what its rows come to."""
+
+    canvas: Canvas  # (B, T) a row for each sample, or for each length that an open hole is tried at
+    params: DecodingParams  # of any preset but fast; one sample, since samples are rows here
+    until: Until | None
+    finish: Callable[[Sequence[Trace], Sequence[float], float], list[Generation]]
+    """From each row's trace and mean log-probability, and the seconds that all took, to what was asked for."""
 
 
 class DiffuCoder:
@@ -113,20 +124,33 @@ class DiffuCoder:
         self, prefix: str, suffix: str, *, length: int | None = None, params: DecodingParams | None = None
     ) -> Generation:
         """Write what belongs between `prefix` and `suffix`: `length` tokens, or as many as suit best."""
+        return self._run(self.infill_request(prefix, suffix, params or DecodingParams(), length=length))[0]
+
+    def fill(self, text: str, params: DecodingParams | None = None) -> Generation:
+        """Fill every `<|hole|>` or `<|hole:12|>` of `text` jointly; the result's `text` is the whole, filled."""
+        return self._run(self.fill_request(text, params or DecodingParams()))[0]
+
+    def request(self, prompt: Prompt, params: DecodingParams, *, chat: bool = True) -> Request:
+        """What `generate_batch` decodes for one prompt, a row a sample. Raises PromptError."""
+        canvas = self.canvas([prompt], params, chat=chat)
+        return self._request(canvas, params, lambda traces, _, seconds: [self._answer(t, seconds) for t in traces])
+
+    def infill_request(self, prefix: str, suffix: str, params: DecodingParams, *, length: int | None = None) -> Request:
+        """What `infill` decodes. Raises PromptError."""
         if not prefix:
             raise PromptError("prefix is empty, and the first token needs one to its left; start it with a newline")
         if length is not None and length < 1:
             raise PromptError(f"length={length} is no hole; give at least 1 token, or leave it out")
-        return self._fill([prefix, Hole(length), suffix], params or DecodingParams(), whole=False)
+        return self._holes([prefix, Hole(length), suffix], params, whole=False)
 
-    def fill(self, text: str, params: DecodingParams | None = None) -> Generation:
-        """Fill every `<|hole|>` or `<|hole:12|>` of `text` jointly; the result's `text` is the whole, filled."""
+    def fill_request(self, text: str, params: DecodingParams) -> Request:
+        """What `fill` decodes. Raises PromptError."""
         pieces = split_holes(text)
         if not any(isinstance(piece, Hole) for piece in pieces):
             raise PromptError("the text has no hole to fill; mark one with <|hole|>, or <|hole:12|> for 12 tokens")
         if isinstance(pieces[0], Hole):
             raise PromptError("the text begins with a hole, and the first token needs one to its left; put text before")
-        return self._fill(pieces, params or DecodingParams(), whole=True)
+        return self._holes(pieces, params, whole=True)
 
     def canvas(self, prompts: Sequence[Prompt], params: DecodingParams, *, chat: bool = True) -> Canvas:
         """The canvas of `prompts`: left-padded, with `params.new_tokens` masks behind each. Raises PromptError."""
@@ -174,12 +198,15 @@ class DiffuCoder:
             forbidden=forbidden,
         )
 
-    def _steps(self, canvas: Canvas, params: DecodingParams) -> Iterator[Step]:
+    def _until(self, params: DecodingParams) -> Until | None:
         def stopped(settled: Tensor) -> bool:
             text = self.tokenizer.decode(settled.tolist())
             return any(stop in text for stop in params.stop)
 
-        return denoise(self.model, canvas, params, until=stopped if params.stop else None)
+        return stopped if params.stop else None
+
+    def _steps(self, canvas: Canvas, params: DecodingParams) -> Iterator[Step]:
+        return denoise(self.model, canvas, params, until=self._until(params))
 
     def decode(
         self, canvas: Canvas, params: DecodingParams, *, through: Callable[[Iterator[Step]], Iterable[Step]] = iter
@@ -207,7 +234,7 @@ class DiffuCoder:
             trace=trace,
         )
 
-    def _fill(self, pieces: Sequence[str | Hole], params: DecodingParams, *, whole: bool) -> Generation:
+    def _holes(self, pieces: Sequence[str | Hole], params: DecodingParams, *, whole: bool) -> Request:
         """Try the lengths that holes leave open, and keep the row whose tokens were likeliest on average."""
         if params.stop:
             raise ConfigError(
@@ -220,16 +247,35 @@ class DiffuCoder:
             parts = [part if isinstance(part, list) else [self.model.mask_id] * (part or length) for part in known]
             rows.append([token for part in parts for token in part])
         canvas = self.canvas_of_ids(rows, 0, forbidden=tuple(i for i in special if i != self.model.mask_id))
+
+        def finish(traces: Sequence[Trace], likelihood: Sequence[float], seconds: float) -> list[Generation]:
+            samples = params.num_samples
+            best = [max(range(at, len(traces), samples), key=lambda row: likelihood[row]) for at in range(samples)]
+            best.sort(key=lambda row: -likelihood[row])  # as ever the first of equals
+            return [
+                self._filled(pieces, known, lengths[row // samples], traces[row], seconds, whole=whole) for row in best
+            ]
+
+        return self._request(canvas, params, finish)
+
+    def _request(
+        self,
+        canvas: Canvas,
+        params: DecodingParams,
+        finish: Callable[[Sequence[Trace], Sequence[float], float], list[Generation]],
+    ) -> Request:
         params = tuned(params, self.model, canvas)
+        return Request(canvas.repeat(params.num_samples), params.replace(num_samples=1), self._until(params), finish)
+
+    def _run(self, request: Request) -> list[Generation]:
+        """Decode a request by itself."""
         began = time.perf_counter()
-        steps = list(self._steps(canvas, params))
+        steps = list(denoise(self.model, request.canvas, request.params, until=request.until))
         seconds = time.perf_counter() - began
         total = torch.stack([step.log_prob.sum(-1) for step in steps]).sum(0)  # (B,)
         count = torch.stack([step.committed.sum(-1) for step in steps]).sum(0)  # (B,)
-        best = int((total / count).argmax())
-        trace = record(steps, canvas, params=params, model=self.name)[best]
-        length = lengths[best // params.num_samples]
-        return self._filled(pieces, known, length, trace, seconds, whole=whole)
+        traces = record(steps, request.canvas, params=request.params, model=self.name)
+        return request.finish(traces, (total / count).tolist(), seconds)
 
     def _filled(
         self,
