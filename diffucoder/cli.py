@@ -4,7 +4,6 @@ Heavy imports happen inside the commands, so that `--help` answers at once. Samp
 `DecodingParams`, those of `prepare` from `PrepareSettings`: names, defaults and help are written there, once.
 """
 
-import inspect
 import json
 import sys
 from collections.abc import Callable, Mapping
@@ -12,13 +11,14 @@ from dataclasses import asdict
 from functools import partial
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from diffucoder.config import Settings, load_settings
+from diffucoder.config import load_settings
 from diffucoder.decoding.params import DecodingParams
 from diffucoder.errors import ConfigError, DiffuCoderError, PromptError
+from diffucoder.options import with_options
 from diffucoder.training.prepare import PrepareSettings
 from diffucoder.training.settings import STAGES, TrainSettings
 
@@ -71,37 +71,8 @@ def main() -> None:
         sys.exit(130)
 
 
-def _with_options(
-    command: Callable[..., None], *, of: type[Settings] = DecodingParams, without: tuple[str, ...] = ()
-) -> Callable[..., None]:
-    """Give `command(*, params, **own)` one option for each field of `of`, gathered into `params`.
-
-    `without` names the fields that mean nothing to the command, which then refuses them.
-    """
-    own = [p for p in inspect.signature(command).parameters.values() if p.name != "params"]
-    fields = {name: field for name, field in of.model_fields.items() if name not in without}
-    made = []
-    for name, field in fields.items():
-        kind: Any = list[str] if name == "stop" else field.annotation  # Any: annotations are not all plain types
-        if any(get_origin(part) is Literal for part in (kind, *get_args(kind))):
-            kind = str | None  # pydantic knows the choices and names them when one is wrong
-        annotation = Annotated[kind, typer.Option(help=field.description, show_default=field.default not in (None, ()))]
-        default = [] if name == "stop" else field.default
-        made.append(inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation))
-
-    def wrapped(**options: Any) -> None:  # Any: whatever typer parsed
-        chosen = {name: options.pop(name) for name in fields}
-        command(params=of(**chosen), **options)
-
-    wrapped.__name__, wrapped.__doc__ = command.__name__, command.__doc__
-    signature = inspect.Signature([*own, *made])
-    wrapped.__signature__ = signature  # type: ignore[attr-defined]  # PEP 362: what typer reads
-    wrapped.__annotations__ = {p.name: p.annotation for p in (*own, *made)}
-    return wrapped
-
-
 @app.command()
-@_with_options
+@with_options
 def generate(
     prompt: Text = None,
     *,
@@ -129,7 +100,7 @@ def generate(
 
 
 @app.command()
-@partial(_with_options, without=("new_tokens", "stop"))  # holes say how long they are, and where they end
+@partial(with_options, without=("new_tokens", "stop"))  # holes say how long they are, and where they end
 def infill(
     path: Annotated[str, typer.Argument(help="a file with holes, <|hole|> or <|hole:12|>; - for standard input")],
     *,
@@ -156,7 +127,7 @@ def infill(
 
 
 @app.command()
-@partial(_with_options, without=("num_samples",))  # a conversation goes one way
+@partial(with_options, without=("num_samples",))  # a conversation goes one way
 def chat(
     *, model: Model = None, watch: Watch = False, dtype: DType = None, device: Device = None, params: DecodingParams
 ) -> None:
@@ -182,6 +153,40 @@ def chat(
         result = _decode(coder, canvas, params, watched=watch)[0]
         _print(result, coder, as_json=False)
         messages.append({"role": "assistant", "content": result.text})
+
+
+@app.command()
+def serve(
+    *,
+    model: Model = None,
+    host: Annotated[str, typer.Option(help="address to listen on; 0.0.0.0 is everybody's")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0: any that is free")] = 8000,
+    changes: Annotated[
+        list[str] | None, typer.Option("--set", help="name=value of decoding, where requests say nothing; repeatable")
+    ] = None,
+    limits: Annotated[
+        list[str] | None, typer.Option("--limit", help="name=value: max_batch, max_waiting, deadline, ...; repeatable")
+    ] = None,
+    api_key_file: Annotated[
+        Path | None, typer.Option(help="file of the key that clients must send; else $DIFFUCODER_API_KEY, else none")
+    ] = None,
+    cors: Annotated[list[str] | None, typer.Option(help="origin whose pages may ask; repeatable")] = None,
+    dtype: DType = None,
+    device: Device = None,
+) -> None:
+    """Serve a model: OpenAI's completions and chat, infilling, holes and edits."""
+    try:
+        from diffucoder.serving.run import key_from, run
+        from diffucoder.serving.settings import EngineSettings, ServerSettings
+    except ModuleNotFoundError as error:
+        raise ConfigError(f'serving needs {error.name}; install it: pip install "diffucoder[serve]"') from None
+    settings = ServerSettings(
+        api_key=key_from(api_key_file),
+        cors=tuple(cors or ()),
+        decoding=load_settings(DecodingParams, overrides=changes or ()),
+        engine=load_settings(EngineSettings, overrides=limits or ()),
+    )
+    run(_load(model, dtype, device), settings, host=host, port=port)
 
 
 @app.command()
@@ -289,7 +294,7 @@ _add_training_stages()
 
 
 @app.command()
-@partial(_with_options, of=PrepareSettings)
+@partial(with_options, of=PrepareSettings)
 def prepare(
     source: Annotated[str, typer.Argument(help="acecode, mbpp, reasoning-gym, or JSONL of prompts with tests")],
     out: Annotated[Path, typer.Argument(help="the .jsonl file to write; OUT.report.json says what was left out")],
@@ -314,7 +319,7 @@ def prepare(
 
 
 @app.command()
-@partial(_with_options, without=("steps", "temperature"))  # which may be several here
+@partial(with_options, without=("steps", "temperature"))  # which may be several here
 def evaluate(
     benchmark: Annotated[
         str, typer.Argument(help="tiny, humaneval, humaneval+, mbpp, mbpp+, humaneval-infilling, ...")

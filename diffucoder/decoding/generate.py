@@ -68,8 +68,8 @@ class Request:
     canvas: Canvas  # (B, T) a row for each sample, or for each length that an open hole is tried at
     params: DecodingParams  # of any preset but fast; one sample, since samples are rows here
     until: Until | None
-    finish: Callable[[Sequence[Trace], Sequence[float], float], list[Generation]]
-    """From each row's trace and mean log-probability, and the seconds that all took, to what was asked for."""
+    finish: Callable[[Sequence[Trace], float], list[Generation]]
+    """From each row's trace, and the seconds that all took, to what was asked for."""
 
 
 class DiffuCoder:
@@ -133,7 +133,7 @@ class DiffuCoder:
     def request(self, prompt: Prompt, params: DecodingParams, *, chat: bool = True) -> Request:
         """What `generate_batch` decodes for one prompt, a row a sample. Raises PromptError."""
         canvas = self.canvas([prompt], params, chat=chat)
-        return self._request(canvas, params, lambda traces, _, seconds: [self._answer(t, seconds) for t in traces])
+        return self._request(canvas, params, lambda traces, seconds: [self._answer(t, seconds) for t in traces])
 
     def infill_request(self, prefix: str, suffix: str, params: DecodingParams, *, length: int | None = None) -> Request:
         """What `infill` decodes. Raises PromptError."""
@@ -248,8 +248,8 @@ class DiffuCoder:
             rows.append([token for part in parts for token in part])
         canvas = self.canvas_of_ids(rows, 0, forbidden=tuple(i for i in special if i != self.model.mask_id))
 
-        def finish(traces: Sequence[Trace], likelihood: Sequence[float], seconds: float) -> list[Generation]:
-            samples = params.num_samples
+        def finish(traces: Sequence[Trace], seconds: float) -> list[Generation]:
+            samples, likelihood = params.num_samples, [trace.mean_log_prob for trace in traces]
             best = [max(range(at, len(traces), samples), key=lambda row: likelihood[row]) for at in range(samples)]
             best.sort(key=lambda row: -likelihood[row])  # as ever the first of equals
             return [
@@ -262,7 +262,7 @@ class DiffuCoder:
         self,
         canvas: Canvas,
         params: DecodingParams,
-        finish: Callable[[Sequence[Trace], Sequence[float], float], list[Generation]],
+        finish: Callable[[Sequence[Trace], float], list[Generation]],
     ) -> Request:
         params = tuned(params, self.model, canvas)
         return Request(canvas.repeat(params.num_samples), params.replace(num_samples=1), self._until(params), finish)
@@ -272,10 +272,7 @@ class DiffuCoder:
         began = time.perf_counter()
         steps = list(denoise(self.model, request.canvas, request.params, until=request.until))
         seconds = time.perf_counter() - began
-        total = torch.stack([step.log_prob.sum(-1) for step in steps]).sum(0)  # (B,)
-        count = torch.stack([step.committed.sum(-1) for step in steps]).sum(0)  # (B,)
-        traces = record(steps, request.canvas, params=request.params, model=self.name)
-        return request.finish(traces, (total / count).tolist(), seconds)
+        return request.finish(record(steps, request.canvas, params=request.params, model=self.name), seconds)
 
     def _filled(
         self,

@@ -2,10 +2,10 @@
 
 For: writing down generations so that their order can be studied later, elsewhere. Not for: sweeps and reports.
 
-The format, version 1: JSON lines, each a sample that stands by itself (files may be cut and concatenated), with
+The format, version 2: JSON lines, each a sample that stands by itself (files may be cut and concatenated), with
 
     format          "diffucoder-trace"
-    version         1
+    version         2
     model           name of the model, as the user gave it
     params          the DecodingParams
     tokens          the finished row, without padding
@@ -13,6 +13,7 @@ The format, version 1: JSON lines, each a sample that stands by itself (files ma
     steps           for each token from there on, the step that committed it; -1 = none did (text between holes, and
                     what was filled behind a terminator)
     confidence      for the same tokens, the score behind the commitment, 4 significant digits; 0 where none
+    log_probs       for the same tokens, the log-probability each had when it was committed, 4 decimals; 0 where none
     forward_passes  spent until the last commitment of the row
 """
 
@@ -31,7 +32,7 @@ from diffucoder.decoding.denoise import Step
 from diffucoder.decoding.params import DecodingParams
 from diffucoder.errors import ConfigError
 
-FORMAT, VERSION = "diffucoder-trace", 1
+FORMAT, VERSION = "diffucoder-trace", 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +43,7 @@ class Trace:
     prompt_length: int
     steps: list[int]
     confidence: list[float]
+    log_probs: list[float]
     forward_passes: int
     params: dict[str, Any] = field(default_factory=dict)  # Any: JSON
     model: str = ""
@@ -50,6 +52,12 @@ class Trace:
     def order(self) -> list[int]:
         """Positions in `tokens` in the order of their commitment; several of one step from left to right."""
         return [self.prompt_length + at for at in commit_order(self.steps)]
+
+    @property
+    def mean_log_prob(self) -> float:
+        """How likely the committed tokens were on average; 0 where none was committed."""
+        committed = [value for value, step in zip(self.log_probs, self.steps, strict=True) if step >= 0]
+        return sum(committed) / max(len(committed), 1)
 
 
 def commit_order(steps: Sequence[int]) -> list[int]:
@@ -62,7 +70,7 @@ def record(steps: Iterable[Step], canvas: Canvas, *, params: DecodingParams, mod
     canvas = canvas.repeat(params.num_samples)
     tokens = canvas.tokens.cpu()
     committed_by = torch.full_like(tokens, -1)  # (B, T)
-    confidence = torch.zeros(tokens.shape)  # (B, T)
+    confidence, log_probs = torch.zeros(2, *tokens.shape)  # (B, T) each
     passes = torch.zeros(len(tokens), dtype=torch.long)  # (B,)
     for step in steps:
         tokens, committed = step.canvas.cpu(), step.committed.cpu()
@@ -70,6 +78,7 @@ def record(steps: Iterable[Step], canvas: Canvas, *, params: DecodingParams, mod
         if step.revoked is not None:
             committed_by[step.revoked.cpu()] = -1
         confidence = step.confidence.cpu().where(committed, confidence)
+        log_probs = step.log_prob.cpu().where(committed, log_probs)
         passes[committed.any(-1)] = step.forward_passes
     starts, padding = leftmost(canvas.masked.cpu()).tolist(), (~canvas.valid).sum(-1).tolist()
     return [
@@ -78,6 +87,7 @@ def record(steps: Iterable[Step], canvas: Canvas, *, params: DecodingParams, mod
             prompt_length=start - padding[row],
             steps=committed_by[row, start:].tolist(),
             confidence=[float(f"{score:.4g}") for score in confidence[row, start:].tolist()],
+            log_probs=[round(value, 4) for value in log_probs[row, start:].tolist()],
             forward_passes=int(passes[row]),
             params=params.model_dump(mode="json"),
             model=model,

@@ -22,26 +22,15 @@ from itertools import count
 from typing import NamedTuple, Self
 
 import torch
-from pydantic import Field
 
-from diffucoder.config import Settings
 from diffucoder.decoding.canvas import Canvas
 from diffucoder.decoding.denoise import DecodeState, Step, advance
 from diffucoder.decoding.generate import DiffuCoder, Generation, Request
 from diffucoder.decoding.trace import Trace, record
 from diffucoder.errors import DiffuCoderError
+from diffucoder.serving.settings import EngineSettings
 
 log = logging.getLogger(__name__)
-
-
-class EngineSettings(Settings):
-    """How much an engine takes on."""
-
-    max_batch: int = Field(default=16, ge=1, description="rows in one forward pass")
-    max_waiting: int = Field(default=64, ge=0, description="requests that may wait for a place; more are refused")
-    max_rows: int = Field(default=64, ge=1, description="rows of one request: samples, times lengths tried")
-    deadline: float = Field(default=300.0, gt=0, description="seconds until a request is given up")
-    turn: int = Field(default=64, ge=1, description="steps until a row gives way to those who wait")
 
 
 class BusyError(DiffuCoderError):
@@ -114,12 +103,11 @@ class Job:
         """Wait to the end: what was asked for. Raises LateError or FailedError; being cancelled cancels the request."""
         async for _ in self.events():
             pass
-        traces, likelihood = [], []
-        for row in self.rows:
-            traces.append(self._trace(row))
-            tokens = sum(int(step.committed.sum()) for step in row.steps)
-            likelihood.append(sum(float(step.log_prob.sum()) for step in row.steps) / max(tokens, 1))
-        return self.request.finish(traces, likelihood, self._seconds)
+        return self.results_now()
+
+    def results_now(self) -> list[Generation]:
+        """What was asked for, once `events` has come to its end."""
+        return self.request.finish([self._trace(row) for row in self.rows], self._seconds)
 
     def cancel(self) -> None:
         """Give the request up: before the next step its rows are gone. Does nothing to a finished one."""

@@ -80,6 +80,9 @@ def test_a_trace_holds_what_happened() -> None:
         committed = torch.stack([step.committed[row] for step in steps]).any(-1)
         assert trace.forward_passes == int(committed.nonzero().max()) + 1
         assert all((step >= 0) == (score > 0) for step, score in zip(trace.steps, trace.confidence, strict=True))
+        logs = [math.log(score) if score else 0 for score in trace.confidence]  # of max_prob it is the probability
+        assert trace.log_probs == pytest.approx(logs, abs=1e-3)
+        assert trace.mean_log_prob == pytest.approx(sum(logs) / sum(step >= 0 for step in trace.steps), abs=1e-3)
     assert traces[0].params["policy"] == "max_prob"
     assert traces[0].model == "scripted"
 
@@ -93,8 +96,16 @@ def test_what_was_filled_behind_a_terminator_has_no_step() -> None:
 
 def test_traces_are_written_and_read(tmp_path: Path) -> None:
     traces = [
-        Trace(tokens=[1, 2, 3], prompt_length=1, steps=[1, 0], confidence=[0.5, 0.25], forward_passes=2, model="é"),
-        Trace(tokens=[1], prompt_length=1, steps=[], confidence=[], forward_passes=0, params={"seed": 3}),
+        Trace(
+            tokens=[1, 2, 3],
+            prompt_length=1,
+            steps=[1, 0],
+            confidence=[0.5, 0.25],
+            log_probs=[-0.5, -1.0],
+            forward_passes=2,
+            model="é",
+        ),
+        Trace(tokens=[1], prompt_length=1, steps=[], confidence=[], log_probs=[], forward_passes=0, params={"seed": 3}),
     ]
     write_traces(tmp_path / "traces.jsonl", traces)
     assert read_traces(tmp_path / "traces.jsonl") == traces
@@ -105,14 +116,14 @@ def test_traces_are_written_and_read(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"version": 2}, "version 2"),
+        ({"version": 1}, "version 1"),
         ({"format": "other"}, "'other'"),
         ({"colour": "red"}, "fields"),
     ],
 )
 def test_other_formats_and_versions_are_refused(tmp_path: Path, change: dict[str, object], said: str) -> None:
     path = tmp_path / "traces.jsonl"
-    write_traces(path, [Trace(tokens=[1], prompt_length=1, steps=[], confidence=[], forward_passes=0)])
+    write_traces(path, [Trace(tokens=[1], prompt_length=1, steps=[], confidence=[], log_probs=[], forward_passes=0)])
     path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
     with pytest.raises(ConfigError, match=f":1 .*{said}"):
         read_traces(path)

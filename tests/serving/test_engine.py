@@ -19,11 +19,11 @@ from diffucoder.serving.engine import (
     BusyError,
     ClosingError,
     Engine,
-    EngineSettings,
     FailedError,
     Job,
     LateError,
 )
+from diffucoder.serving.settings import EngineSettings
 
 MASK, POISON = 9, 7
 
@@ -49,7 +49,7 @@ def request(new_tokens: int, first: int = 1, rows: int = 1) -> Request:
     canvas = Canvas.from_prompts(torch.full((rows, 1), first), new_tokens=new_tokens, mask_id=MASK)
     # distinct rows of a batch, or they would be fed once
     canvas.tokens[:, 0] = first
-    finish: Any = lambda traces, likelihood, seconds: [trace.tokens for trace in traces]  # noqa: E731
+    finish: Any = lambda traces, seconds: [trace.tokens for trace in traces]  # noqa: E731
     return Request(canvas, DecodingParams(), None, finish)
 
 
@@ -115,7 +115,9 @@ def test_an_answer_is_the_same_alone_and_among_strangers() -> None:
         alone = coder._run(each)
         assert [result.text for result in found] == [result.text for result in alone]
         assert [result.tokens for result in found] == [result.tokens for result in alone]
-        assert [result.trace for result in found] == [result.trace for result in alone]
+        assert [result.trace.steps for result in found] == [result.trace.steps for result in alone]
+        for one, other in zip(found, alone, strict=True):
+            assert one.trace.log_probs == pytest.approx(other.trace.log_probs, abs=1e-3)
 
 
 def test_events_are_the_steps_of_each_row(engine: Callable[..., Engine]) -> None:

@@ -436,7 +436,13 @@ def _trace(tokens: list[int], prompt_length: int) -> Any:
     params = DecodingParams().model_dump(mode="json")
     steps = [0] * (len(tokens) - prompt_length)
     return Trace(
-        tokens=tokens, prompt_length=prompt_length, steps=steps, confidence=[], forward_passes=1, params=params
+        tokens=tokens,
+        prompt_length=prompt_length,
+        steps=steps,
+        confidence=[],
+        log_probs=[],
+        forward_passes=1,
+        params=params,
     )
 
 

@@ -1,0 +1,100 @@
+"""Parts of answers: usage, log-probabilities, what a step did, edits as holes, text that fits.
+
+For: pure functions from requests and Generations to what is sent. Not for: routes (`app`), requests (`protocol`).
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+from diffucoder.decoding import generate
+from diffucoder.decoding.canvas import leftmost
+from diffucoder.decoding.generate import DiffuCoder, Generation
+from diffucoder.errors import PromptError
+from diffucoder.serving.engine import Event
+from diffucoder.serving.protocol import EditRequest, InfillRequest
+
+Json = dict[str, Any]  # what is sent as JSON
+
+
+def usage(request: generate.Request, results: Sequence[Generation]) -> Json:
+    """Tokens of what was given, once, and of the answers before their ends."""
+    given = int((request.canvas.valid[0] & ~request.canvas.masked[0]).sum())
+    written = sum(len(result.tokens) for result in results)
+    passes = sum(result.forward_passes for result in results)
+    counts = {"prompt_tokens": given, "completion_tokens": written, "total_tokens": given + written}
+    return {**counts, "forward_passes": passes}
+
+
+def denoise(coder: DiffuCoder, request: generate.Request, event: Event) -> Json:
+    """What one step did to a row: positions count from its first hole."""
+    step, row = event.step, event.row
+    start = int(leftmost(request.canvas.masked[row, request.canvas.valid[row]][None]))
+    tokens, committed = step.canvas[0, start:], step.committed[0, start:]
+    places = committed.nonzero()[:, 0].tolist()
+    return {
+        "row": row,
+        "step": step.index,
+        "passes": step.forward_passes,
+        "committed": [
+            {
+                "position": at,
+                "token": int(tokens[at]),
+                "text": piece(coder, int(tokens[at])),
+                "log_prob": round(float(step.log_prob[0, start + at]), 4),
+            }
+            for at in places
+        ],
+        "revoked": [] if step.revoked is None else step.revoked[0, start:].nonzero()[:, 0].tolist(),
+    }
+
+
+def piece(coder: DiffuCoder, token: int) -> str:
+    return coder.tokenizer.decode([token], skip_special=False)
+
+
+def token_logprobs(coder: DiffuCoder, result: Generation) -> list[Json]:
+    """Each token of an answer with its log-probability when it was committed."""
+    told = zip((piece(coder, token) for token in result.tokens), result.trace.log_probs, strict=False)
+    return [{"token": text, "logprob": log, "bytes": list(text.encode()), "top_logprobs": []} for text, log in told]
+
+
+def completion_logprobs(coder: DiffuCoder, result: Generation, most: int) -> Json:
+    told = token_logprobs(coder, result)
+    offsets, at = [], 0
+    for each in told:
+        offsets.append(at)
+        at += len(each["token"])
+    best = [{each["token"]: each["logprob"]} for each in told] if most else None
+    return {
+        "tokens": [each["token"] for each in told],
+        "token_logprobs": [each["logprob"] for each in told],
+        "top_logprobs": best,
+        "text_offset": offsets,
+    }
+
+
+def with_holes(coder: DiffuCoder, asked: EditRequest) -> str:
+    """The text with holes in the place of its spans."""
+    if "<|hole" in asked.text:
+        raise PromptError("the text has a hole already; use /v1/fill, or spans without holes")
+    parts, at = [], 0
+    for span in asked.spans:
+        parts += [asked.text[at : span.start], f"<|hole:{span.tokens}|>" if span.tokens else "<|hole|>"]
+        at = span.end
+    return "".join([*parts, asked.text[at:]])
+
+
+def fitting(coder: DiffuCoder, asked: InfillRequest) -> tuple[str, str]:
+    """Prefix and suffix as long as the canvas allows, the text next to the cursor first, then text from elsewhere."""
+    prefix, suffix = asked.input_prefix + asked.prompt, asked.input_suffix
+    room = coder.model.max_length - max(asked.n_predict or 0, max(generate.HOLE_LENGTHS)) - 2
+    behind = coder.tokenizer.encode(suffix)[: room // 4]
+    before = coder.tokenizer.encode(prefix)
+    if len(before) + len(behind) > room:
+        before = before[len(before) + len(behind) - room :]
+    elsewhere = "".join(each.text for each in asked.input_extra)
+    extra = coder.tokenizer.encode(elsewhere)[-max(room - len(before) - len(behind), 0) :] if elsewhere else []
+    if len(extra) + len(before) + len(behind) > room:
+        extra = []
+    prefix = coder.tokenizer.decode([*extra, *before], skip_special=False)
+    return prefix or "\n", coder.tokenizer.decode(behind, skip_special=False)

@@ -1,0 +1,362 @@
+"""A real server process and the real `openai` client, on the shipped model."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import pytest
+import torch
+
+from diffucoder import DiffuCoder
+
+REVERSE = "Write a function that takes a string and removes the vowels."
+CHAT: Any = [{"role": "user", "content": REVERSE}]
+
+
+@contextmanager
+def serving(*options: str, **environment: str) -> Iterator[tuple[str, "subprocess.Popen[str]"]]:
+    """A server's address and process; it is ended if it has not ended itself."""
+    command = [sys.executable, "-m", "diffucoder.cli", "serve", "--port", "0", *options]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=env)
+    try:
+        assert process.stderr is not None
+        said = ""
+        for line in process.stderr:
+            said += line
+            if found := re.search(r"listening on (http://\S+),", line):
+                yield found[1], process
+                break
+        else:
+            raise AssertionError(f"the server did not start: {said}")
+    finally:
+        process.kill()
+        process.wait()
+        if process.stderr is not None:
+            process.stderr.close()
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[str]:
+    with serving("--dtype", "float32") as (url, _):
+        yield url
+
+
+@pytest.fixture(scope="module")
+def client(server: str) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=f"{server}/v1", api_key="none", max_retries=0, timeout=60) as made:
+        yield made
+
+
+# --- the openai client -----------------------------------------------------------------------------------------------
+
+
+def test_the_model_is_listed(client: openai.OpenAI) -> None:
+    assert [model.id for model in client.models.list()] == ["tiny"]
+
+
+def test_chat_answers_with_code(client: openai.OpenAI) -> None:
+    answer = client.chat.completions.create(model="tiny", messages=CHAT)
+    text = answer.choices[0].message.content
+    assert text is not None
+    assert text.startswith("def solve(text):")
+    assert answer.choices[0].finish_reason == "stop"
+    assert answer.usage is not None
+    assert answer.usage.completion_tokens > 10
+    assert answer.usage.total_tokens == answer.usage.prompt_tokens + answer.usage.completion_tokens
+
+
+def test_completions_continue_text_as_it_is(client: openai.OpenAI) -> None:
+    prompt = "def double(n):\n    return"
+    answer = client.completions.create(model="tiny", prompt=prompt, max_tokens=8, echo=True, logprobs=1)
+    assert answer.choices[0].text.startswith(prompt)
+    told = answer.choices[0].logprobs
+    assert told is not None
+    assert told.tokens is not None
+    assert told.token_logprobs is not None
+    assert "".join(told.tokens) == answer.choices[0].text.removeprefix(prompt)
+    assert all(value <= 0 for value in told.token_logprobs)
+
+
+def test_a_suffix_is_infilling(client: openai.OpenAI) -> None:
+    prefix, suffix = "def double(n):\n    return n", "2\n"
+    coder = DiffuCoder.load(dtype=torch.float32)
+    for length in (2, None):
+        answer = client.completions.create(model="tiny", prompt=prefix, suffix=suffix, max_tokens=length)
+        assert answer.choices[0].text == coder.infill(prefix, suffix, length=length).text
+
+
+@pytest.mark.parametrize(
+    "more", [{}, {"temperature": 0.7, "seed": 3}, {"n": 2, "temperature": 1.0}, {"stop": ["return"]}]
+)
+def test_a_stream_says_what_the_whole_answer_says(client: openai.OpenAI, more: dict[str, Any]) -> None:
+    whole = client.chat.completions.create(model="tiny", messages=CHAT, **more)
+    stream = client.chat.completions.create(
+        model="tiny", messages=CHAT, stream=True, stream_options={"include_usage": True}, **more
+    )
+    texts, reasons, usage = ["" for _ in whole.choices], {}, None
+    for chunk in stream:
+        usage = chunk.usage or usage
+        for choice in chunk.choices:
+            texts[choice.index] += choice.delta.content or ""
+            reasons[choice.index] = choice.finish_reason or reasons.get(choice.index)
+    assert texts == [choice.message.content for choice in whole.choices]
+    assert reasons == {choice.index: choice.finish_reason for choice in whole.choices}
+    assert usage is not None
+    assert whole.usage is not None
+    assert usage.completion_tokens == whole.usage.completion_tokens
+
+
+def test_streamed_text_grows_before_the_end(client: openai.OpenAI) -> None:
+    stream = client.chat.completions.create(
+        model="tiny", messages=CHAT, stream=True, extra_body={"decoding": {"block": 4}}
+    )
+    pieces = [chunk.choices[0].delta.content for chunk in stream if chunk.choices]
+    assert sum(bool(piece) for piece in pieces) > 2
+
+
+def test_watchers_are_told_of_every_commitment(server: str) -> None:
+    asked = {"messages": CHAT, "stream": True, "stream_options": {"denoise": True}, "decoding": {"threshold": 0.9}}
+    told, text = {}, ""
+    with httpx.stream("POST", f"{server}/v1/chat/completions", json=asked, timeout=60) as answer:
+        for line in answer.iter_lines():
+            if not line.startswith("data: {"):
+                continue
+            chunk = json.loads(line.removeprefix("data: "))
+            text += "".join(choice["delta"].get("content", "") for choice in chunk["choices"])
+            for each in chunk.get("denoise", {}).get("committed", ()):
+                told[each["position"]] = each["text"]
+    assert text
+    assert "".join(told[at] for at in sorted(told)).startswith(text)
+
+
+def test_samples_differ_and_a_seed_fixes_them(client: openai.OpenAI) -> None:
+    def texts(seed: int) -> list[str | None]:
+        answer = client.chat.completions.create(model="tiny", messages=CHAT, n=4, temperature=1.5, seed=seed)
+        return [choice.message.content for choice in answer.choices]
+
+    first = texts(1)
+    assert len(set(first)) > 1
+    assert texts(1) == first
+    assert texts(2) != first
+
+
+def test_a_stop_string_ends_the_answer_before_itself(client: openai.OpenAI) -> None:
+    answer = client.chat.completions.create(model="tiny", messages=CHAT, stop=["return", "unheard"])
+    assert answer.choices[0].message.content == "def solve(text):\n    "
+    assert answer.choices[0].finish_reason == "stop"
+
+
+def test_the_same_seed_gives_the_same_text_among_strangers(client: openai.OpenAI) -> None:
+    def ask(seed: int) -> str | None:
+        more = {"threshold": 0.9} if seed % 2 else {}
+        answer = client.chat.completions.create(
+            model="tiny", messages=CHAT, temperature=0.9, seed=seed, max_tokens=24 + seed, extra_body={"decoding": more}
+        )
+        return answer.choices[0].message.content
+
+    alone = ask(7)
+    with ThreadPoolExecutor(17) as pool:
+        together = list(pool.map(ask, [*range(16), 7]))
+    assert together[-1] == together[7] == alone
+
+
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        ({"model": "gpt-4"}, "the model 'gpt-4' is not here; this server has 'tiny'"),
+        ({"temperature": 7}, "temperature: Input should be less than or equal to 2"),
+        ({"presence_penalty": 0.5}, "presence_penalty"),
+        ({"max_tokens": 10**9}, "exceed the model's context of"),
+        ({"n": -1}, "n: Input should be greater than or equal to 1"),
+        ({"extra_body": {"mirostat": 2}}, "mirostat is not supported here"),
+        ({"extra_body": {"decoding": {"treshold": 0.9}}}, "did you mean 'threshold'?"),
+        ({"extra_body": {"decoding": {"seed": 1}}}, "decoding.seed is the request's own seed"),
+        ({"extra_body": {"decoding": {"threshold": 0.9, "factor": 1}}}, "two rules"),
+        ({"messages": []}, "messages"),
+        ({"messages": [{"role": "user", "content": "<|mask|>"}]}, "holds the mask"),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_is_said(client: openai.OpenAI, asked: dict[str, Any], said: str) -> None:
+    with pytest.raises(openai.APIStatusError) as error:
+        client.chat.completions.create(**{"model": "tiny", "messages": CHAT, **asked})
+    assert error.value.status_code == (404 if "gpt-4" in said else 400)
+    assert said in error.value.message
+
+
+# --- other doors -----------------------------------------------------------------------------------------------------
+
+
+def test_two_holes_are_filled(server: str) -> None:
+    text = "def total(nums):\n    nums = [n for n in nums if <|hole:5|>]\n    return sum(<|hole|>)\n"
+    answer = httpx.post(f"{server}/v1/fill", json={"text": text}, timeout=60).json()
+    holes = answer["choices"][0]["holes"]
+    assert len(holes) == 2
+    assert answer["choices"][0]["text"] == text.replace("<|hole:5|>", holes[0]).replace("<|hole|>", holes[1])
+
+
+def test_an_edit_keeps_what_is_frozen_and_shows_the_difference(server: str) -> None:
+    text = "def double(n):\n    return n + 1\n"
+    span = {"start": text.index("n + 1"), "end": len(text) - 1, "tokens": 3}
+    choice = httpx.post(f"{server}/v1/edit", json={"text": text, "spans": [span]}, timeout=60).json()["choices"][0]
+    assert choice["text"].startswith("def double(n):\n    return ")
+    assert choice["text"].endswith("\n")
+    assert choice["diff"] == "" or "-    return n + 1" in choice["diff"]
+
+
+def test_llama_cpps_infill(server: str) -> None:
+    asked = {
+        "input_prefix": "def double(n):\n",
+        "input_suffix": "\n",
+        "prompt": "    return",
+        "input_extra": [{"text": "def triple(n):\n    return n * 3\n", "filename": "a.py"}],
+        "n_predict": 4,
+        "top_k": 40,
+        "top_p": 0.9,
+        "cache_prompt": True,
+        "t_max_predict_ms": 500,
+        "samplers": ["top_k", "top_p", "infill"],
+        "stream": False,
+    }
+    answer = httpx.post(f"{server}/infill", json=asked, timeout=60)
+    assert answer.status_code == 200, answer.text
+    assert answer.json()["content"]
+    assert answer.json()["tokens_predicted"] == 4
+    assert httpx.post(f"{server}/infill", json={**asked, "n_predict": 0}).json()["content"] == ""
+
+
+def test_tokens_and_pieces(server: str) -> None:
+    asked = {"content": "def f(x):\n    return x", "with_pieces": True}
+    tokens = httpx.post(f"{server}/tokenize", json=asked).json()["tokens"]
+    assert "".join(token["piece"] for token in tokens) == asked["content"]
+
+
+def test_state_and_figures(server: str, client: openai.OpenAI) -> None:
+    client.chat.completions.create(model="tiny", messages=CHAT, max_tokens=8)
+    assert httpx.get(f"{server}/health").json() == {"status": "ok"}
+    assert httpx.get(f"{server}/ready").status_code == 200
+    told = httpx.get(f"{server}/metrics").text
+    figures = dict(line.rsplit(" ", 1) for line in told.splitlines() if not line.startswith("#"))
+    assert float(figures["diffucoder_finished_total"]) >= 1
+    assert float(figures["diffucoder_request_seconds_count"]) >= 1
+    assert float(figures["diffucoder_committed_total"]) >= 8
+
+
+@pytest.mark.parametrize(
+    ("content", "status"),
+    [
+        (b"\xff\xfe{}", 400),
+        (b"{", 400),
+        (b"[" * 100_000, 400),
+        (b'{"prompt": "\\ud800"}', 400),
+        (b'{"prompt": "x", "temperature": NaN}', 400),
+        (b'{"prompt": "x", "seed": 1e400}', 400),
+        (b'{"prompt": "' + b"x" * 2**20 + b'"}', 413),
+        (b'{"prompt": "' + b"x " * 2**18 + b'"}', 400),
+        (b'{"prompt": "x", "n": 64, "max_tokens": 100000000}', 400),
+        (b"null", 400),
+        (b"", 400),
+    ],
+    ids=lambda content: repr(content[:24]) if isinstance(content, bytes) else "",
+)
+def test_bad_bodies_are_refused(server: str, content: bytes, status: int) -> None:
+    headers = {"content-type": "application/json"}
+    answer = httpx.post(f"{server}/v1/completions", content=content, headers=headers, timeout=60)
+    assert answer.status_code == status, answer.text
+    assert answer.json()["error"]["message"]
+
+
+def test_a_body_without_a_length_is_cut_off_too(server: str) -> None:
+    chunks = (b"x" * 2**16 for _ in range(40))
+    answer = httpx.post(f"{server}/v1/completions", content=chunks, timeout=60)
+    assert answer.status_code == 413
+
+
+def test_unknown_paths_and_methods(server: str) -> None:
+    assert httpx.get(f"{server}/v1/embeddings").json()["error"]["message"] == "GET /v1/embeddings: Not Found"
+    assert httpx.get(f"{server}/v1/completions").status_code == 405
+
+
+# --- the process -----------------------------------------------------------------------------------------------------
+
+
+def figure(url: str, name: str) -> float:
+    told = httpx.get(f"{url}/metrics").text
+    return next(float(line.split()[1]) for line in told.splitlines() if line.startswith(f"diffucoder_{name} "))
+
+
+def wait(condition: Any, seconds: float = 20) -> None:
+    began = time.monotonic()
+    while not condition():
+        assert time.monotonic() - began < seconds
+        time.sleep(0.05)
+
+
+LONG = {"prompt": "def f(x):\n", "max_tokens": 200}
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_who_hangs_up_is_forgotten(server: str, stream: bool) -> None:
+    before = figure(server, "cancelled_total")
+    if stream:
+        with httpx.stream("POST", f"{server}/v1/completions", json={**LONG, "stream": True}, timeout=60):
+            pass  # the answer has begun
+    else:
+        with pytest.raises(httpx.ReadTimeout):
+            httpx.post(f"{server}/v1/completions", json=LONG, timeout=0.3)
+    wait(lambda: figure(server, "cancelled_total") == before + 1)
+    wait(lambda: figure(server, "running") == 0)
+
+
+def test_a_key_is_asked_for(tmp_path: Path) -> None:
+    (tmp_path / "key").write_text("secret-of-ours\n")
+    with serving("--api-key-file", str(tmp_path / "key")) as (url, _):
+        for key in ("none", "secret"):
+            with pytest.raises(openai.AuthenticationError, match="API key is missing or wrong"):
+                openai.OpenAI(base_url=f"{url}/v1", api_key=key, max_retries=0).models.list()
+        assert openai.OpenAI(base_url=f"{url}/v1", api_key="secret-of-ours").models.list().data[0].id == "tiny"
+        assert httpx.get(f"{url}/health").status_code == 200
+
+
+def test_a_full_server_says_when_to_come_again() -> None:
+    limits = ("--limit", "max_batch=1", "--limit", "max_waiting=1")
+    with serving(*limits) as (url, _), ThreadPoolExecutor(6) as pool:
+        asked = [
+            pool.submit(httpx.post, f"{url}/v1/completions", json={**LONG, "max_tokens": 60}, timeout=60)
+            for _ in range(6)
+        ]
+        answers = [each.result() for each in asked]
+    assert {answer.status_code for answer in answers} == {200, 429}
+    refused = next(answer for answer in answers if answer.status_code == 429)
+    assert int(refused.headers["retry-after"]) >= 1
+    assert "try again in" in refused.json()["error"]["message"]
+
+
+def test_a_terminated_server_answers_what_it_accepted() -> None:
+    with serving() as (url, process), ThreadPoolExecutor(3) as pool:
+        asked = [pool.submit(httpx.post, f"{url}/v1/completions", json=LONG, timeout=60) for _ in range(3)]
+        wait(lambda: figure(url, "running") == 3)
+        process.send_signal(signal.SIGTERM)
+        answers = [each.result() for each in asked]
+        assert [answer.status_code for answer in answers] == [200] * 3
+        assert process.wait(20) in (0, -signal.SIGTERM)
+
+
+def test_an_address_that_is_taken_is_one_line(server: str) -> None:
+    command = [sys.executable, "-m", "diffucoder.cli", "serve", "--port", server.rsplit(":", 1)[1]]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    assert "choose another --port" in done.stderr
