@@ -18,7 +18,6 @@ import math
 import os
 import subprocess
 import sys
-import threading
 import time
 import tomllib
 from collections.abc import Callable, Sequence
@@ -59,7 +58,6 @@ WAYS = {
 STEPS, STEPS_COUNT = "64,32,16", 400
 RESULTS = ROOT / "benchmarks" / "results" / "grpo"
 STUDENT = {1: 12.71, 2: 4.30, 3: 3.18, 4: 2.78}  # 97.5 % quantiles, by degrees of freedom
-_lock = threading.Lock()
 
 
 def main(
@@ -136,14 +134,14 @@ def run(folder: Path, arm: str, seed: int, model: str | None, count: int, jobs: 
         }
         changes = [part for key, value in settings.items() for part in ("--set", f"{key}={value}")]
         command = ["-m", "diffucoder.cli", "train", "grpo", str(HERE / "grpo.toml"), "--resume", *changes]
-        execute(folder, name, command, jobs)
+        execute(command, jobs)
     told = solved(folder, name, str(folder / name / "model"), count, jobs)
     lines = [json.loads(line) for line in (folder / name / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     kept = ("step", "reward", "solved", "held_out_pass@1", "zero_variance", "scored_share", "local_ar_ness")
-    kept += ("global_ar_ness", "tokens_per_forward", "tokens_per_second")
+    kept += ("global_ar_ness", "tokens_per_forward", "tokens", "tokens_per_second")
     seconds = [key for key in lines[-1] if key.endswith("_seconds")]
     curve = [{key: line[key] for key in (*kept, *seconds) if key in line} for line in lines]
-    write_result(name, {"minutes": minutes(folder).get(name), "jobs": jobs, "curve": curve, "solved": told})
+    write_result(name, {"jobs": jobs, "curve": curve, "solved": told})
 
 
 def start(folder: Path, name: str, model: str | None, count: int, jobs: int) -> None:
@@ -190,22 +188,16 @@ def _solved(
     command += ["--causal", "--base"] if name.startswith(("causal", "parent")) else []
     command += ["--figures", str(path), "--run", str(folder / "answers"), *(["--model", model] if model else [])]
     if not path.exists():
-        execute(folder, f"{name} solves", command, jobs)
+        execute(command, jobs)
     told: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     return told
 
 
-def execute(folder: Path, what: str, command: list[str], jobs: int) -> None:
-    """Run a command of ours, with one thread where others run beside it; its minutes count, stopped or not."""
+def execute(command: list[str], jobs: int) -> None:
+    """Run a command of ours, with one thread where others run beside it."""
     environment = {**os.environ, **({"OMP_NUM_THREADS": "1"} if jobs > 1 else {})}
     print("$", sys.executable, *command, flush=True)
-    began = time.monotonic()
-    try:
-        done = subprocess.run([sys.executable, *command], env=environment)
-    finally:
-        with _lock, (folder / "minutes.jsonl").open("a", encoding="utf-8") as file:
-            taken = round((time.monotonic() - began) / 60, 2)
-            file.write(json.dumps({"what": what, "minutes": taken, "jobs": jobs}) + "\n")
+    done = subprocess.run([sys.executable, *command], env=environment)
     if done.returncode:  # it has said why
         raise SystemExit(done.returncode)
 
@@ -260,9 +252,8 @@ def learning_table(before: Result, runs: dict[str, list[Result]]) -> str:
         if arm == "causal":
             old = _read("parent")
             rows.append(_start_row("parent", old))
-        taken = [each["minutes"] for each in found if each["minutes"]]
         scored = mean(line["scored_share"] for each in found for line in each["curve"] if "scored_share" in line)
-        cells = [f"{arm}: {ARMS[arm]}", str(steps_of(arm)), f"{mean(taken):.0f}" if taken else "–", f"{scored:.0%}"]
+        cells = [f"{arm}: {ARMS[arm]}", str(steps_of(arm)), f"{mean(map(seconds, found)) / 60:.0f}", f"{scored:.0%}"]
         cells += _gains(old, found, "drawn")
         paired = [
             (_verdicts(coupled[each["seed"]], "drawn"), _verdicts(each, "drawn"))
@@ -327,7 +318,7 @@ def time_table(runs: dict[str, list[Result]]) -> str:
         lines = [line for each in found for line in each["curve"]]
         part = {name: mean([line[f"{name}_seconds"] for line in lines]) for name in ("decoding", "waiting", "scoring")}
         grading = mean([line["grading_seconds"] for line in lines])
-        whole = 60 * mean([(each["minutes"] or math.nan) / (steps_of(arm) / inner) for each in found])
+        whole = mean(map(seconds, found)) / (steps_of(arm) / inner)
         part["updates and evaluation"] = whole - sum(part.values())
         shares = [f"{seconds:.1f} ({seconds / whole:.0%})" for seconds in part.values()]
         rates = [f"{batch / part['decoding']:.1f}", f"{batch / max(grading, 1e-9):.0f}", f"{inner / whole:.2f}"]
@@ -374,15 +365,9 @@ def draw(target: Path, runs: dict[str, list[Result]]) -> None:
         pyplot.close(figure)
 
 
-def minutes(folder: Path) -> dict[str, float]:
-    """What each run took; of one that was stopped and went on, all of it."""
-    taken: dict[str, float] = {}
-    path = folder / "minutes.jsonl"
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
-        told = json.loads(line)
-        if not told["what"].endswith(" solves"):
-            taken[told["what"]] = taken.get(told["what"], 0.0) + told["minutes"]
-    return taken
+def seconds(result: Result) -> float:
+    """What a run's steps took, those that were done again after a stop left out."""
+    return sum(line["tokens"] / line["tokens_per_second"] for line in result["curve"])
 
 
 def _read(name: str) -> Result:

@@ -680,10 +680,6 @@ def test_a_laboratory_that_is_stopped_begins_nothing_more(laboratory: Fields) ->
     assert len(begun) < 6
 
 
-def test_minutes_of_a_stopped_part_count(laboratory: Fields, tmp_path: Path) -> None:
-    with pytest.raises(SystemExit):
-        laboratory["execute"](tmp_path, "coupled-0", ["-c", "import sys; sys.exit(3)"], 1)
-    laboratory["execute"](tmp_path, "coupled-0", ["-c", "pass"], 1)
-    told = [json.loads(line) for line in (tmp_path / "minutes.jsonl").read_text().splitlines()]
-    assert [line["what"] for line in told] == ["coupled-0"] * 2
-    assert set(laboratory["minutes"](tmp_path)) == {"coupled-0"}
+def test_the_seconds_of_a_run_are_those_of_its_steps(laboratory: Fields) -> None:
+    curve = [{"tokens": 300, "tokens_per_second": 100.0}, {"tokens": 50, "tokens_per_second": 25.0}]
+    assert laboratory["seconds"]({"curve": curve}) == 5.0
