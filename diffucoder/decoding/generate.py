@@ -8,7 +8,7 @@ average is kept. Several such holes in one text grow together: a row gives all o
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -66,10 +66,14 @@ class Request:
     """What is to be decoded for a text, by whoever loops over `advance`, and what its rows come to."""
 
     canvas: Canvas  # (B, T) a row for each sample, or for each length that an open hole is tried at
-    params: DecodingParams  # of any preset but fast; one sample, since samples are rows here
+    params: DecodingParams  # one sample, since samples are rows here
     until: Until | None
     finish: Callable[[Sequence[Trace], float], list[Generation]]
     """From each row's trace, and the seconds that all took, to what was asked for."""
+
+    def tuned(self, model: Denoiser) -> "Request":
+        """The same with the settings that the preset `fast` stands for; it may time passes of `model` to know them."""
+        return replace(self, params=tuned(self.params, model, self.canvas))
 
 
 class DiffuCoder:
@@ -264,11 +268,11 @@ class DiffuCoder:
         params: DecodingParams,
         finish: Callable[[Sequence[Trace], float], list[Generation]],
     ) -> Request:
-        params = tuned(params, self.model, canvas)
         return Request(canvas.repeat(params.num_samples), params.replace(num_samples=1), self._until(params), finish)
 
     def _run(self, request: Request) -> list[Generation]:
         """Decode a request by itself."""
+        request = request.tuned(self.model)
         began = time.perf_counter()
         steps = list(denoise(self.model, request.canvas, request.params, until=request.until))
         seconds = time.perf_counter() - began

@@ -74,20 +74,26 @@ class Job:
 
     def __init__(self, engine: "Engine", request: Request, deadline: float) -> None:
         """Made by `Engine.submit`."""
-        canvas = request.canvas
-        rows = range(len(canvas.tokens))
         self.request = request
-        self.rows = [_Row(self, n, DecodeState(canvas, request.params, row=n, until=request.until)) for n in rows]
-        self.todo = deque(self.rows)  # those without a place
+        self.rows: list[_Row] = []  # made by `begin`
+        self.todo = deque[_Row]()  # those without a place
         self.places = 0  # rows that have one
         self.line = 0  # who has the smaller number is before others
-        self.left = len(self.rows)  # rows that are not finished
+        self.left = len(request.canvas.tokens)  # rows that are not finished
         self.began, self.deadline = time.monotonic(), time.monotonic() + deadline
         self.cancelled = False
         self._engine = engine
         self._loop = asyncio.get_running_loop()
         self._events: asyncio.Queue[Event | DiffuCoderError | None] = asyncio.Queue()
         self._seconds = 0.0
+
+    def begin(self) -> None:
+        """Make the rows, on the thread that owns the model: what the preset `fast` stands for may have to be timed."""
+        request = self.request = self.request.tuned(self._engine.coder.model)
+        numbers = range(len(request.canvas.tokens))
+        states = [DecodeState(request.canvas, request.params, row=n, until=request.until) for n in numbers]
+        self.rows = [_Row(self, number, state) for number, state in enumerate(states)]
+        self.todo.extend(self.rows)
 
     async def events(self) -> AsyncIterator[Event]:
         """Every step of every row; raises LateError or FailedError. Leaving it early cancels the request."""
@@ -224,24 +230,33 @@ class Engine:
     # --- the thread ---
 
     def _work(self) -> None:
-        while rows := self._next():
-            began = time.monotonic()
-            self._advance(rows)
+        while True:
+            self._begin()
+            if rows := self._next():
+                self._advance(rows)
+            elif self._closing and not self._jobs:
+                return
             del rows  # while it waits for more, it holds on to none
-            with self._changed:
-                self._figures.busy_seconds += time.monotonic() - began
+
+    def _begin(self) -> None:
+        """Wait for work, and make the rows of requests that have none yet, outside of the lock."""
+        with self._changed:
+            while not self._jobs and not self._closing:
+                self._changed.wait()
+            new = [job for job in self._jobs if not job.rows]
+        for job in new:
+            try:
+                job.begin()
+            except Exception:
+                log.exception("a request could not begin")
+                self._fail([job], "it could not be begun; the server's log has the reason")
 
     def _next(self) -> list[_Row]:
-        """The rows of the next pass, once there are any; none when it is time to stop."""
+        """The rows of the next pass; none when it is time to stop."""
         with self._changed:
-            while True:
-                self._drop()
-                self._place()
-                if self._places:
-                    return self._places[: self.most]
-                if self._closing and not self._jobs:
-                    return []
-                self._changed.wait()
+            self._drop()
+            self._place()
+            return self._places[: self.most]
 
     def _drop(self) -> None:
         """End what nobody waits for any more."""
@@ -287,7 +302,7 @@ class Engine:
 
     def _advance(self, rows: list[_Row]) -> None:
         """One pass for `rows`; where it breaks, for each of them alone."""
-        before = [row.state.forward_passes for row in rows]
+        before, began = [row.state.forward_passes for row in rows], time.monotonic()
         try:
             steps = advance(self.coder.model, [row.state for row in rows])
         except (torch.OutOfMemoryError, MemoryError) as error:
@@ -299,30 +314,31 @@ class Engine:
                         self._leave(row)
                         row.job.todo.appendleft(row)
             else:
-                self._fail(rows, "there is not enough memory for it; ask for fewer tokens")
+                self._fail([rows[0].job], "there is not enough memory for it; ask for fewer tokens")
         except Exception:
             if len(rows) == 1:
                 log.exception("a request failed")
-                self._fail(rows, "decoding it broke; the server's log has the reason")
+                self._fail([rows[0].job], "decoding it broke; the server's log has the reason")
             else:
                 for row, passes in zip(rows, before, strict=True):
                     if row.state.forward_passes == passes:
                         self._advance([row])
                     else:  # it got on, and its step is lost
-                        self._fail([row], "decoding broke in its company; try again")
+                        self._fail([row.job], "decoding broke in its company; try again")
         else:
-            self._deliver(zip(rows, steps, strict=True))
+            self._deliver(zip(rows, steps, strict=True), time.monotonic() - began)
 
-    def _fail(self, rows: Iterable[_Row], why: str) -> None:
+    def _fail(self, jobs: Iterable[Job], why: str) -> None:
         with self._changed:
-            for row in rows:
-                if row.job in self._jobs:
+            for job in jobs:
+                if job in self._jobs:
                     self._figures.failed += 1
-                    self._end(row.job, FailedError(f"this request failed: {why}"))
+                    self._end(job, FailedError(f"this request failed: {why}"))
 
-    def _deliver(self, made: Iterable[tuple[_Row, Step]]) -> None:
+    def _deliver(self, made: Iterable[tuple[_Row, Step]], seconds: float) -> None:
         with self._changed:
             self._figures.passes += 1
+            self._figures.busy_seconds += seconds
             for row, step in made:
                 self._figures.rows += 1
                 self._figures.committed += int(step.committed.sum())

@@ -5,6 +5,7 @@ import gc
 import threading
 import time
 from collections.abc import Awaitable, Callable, Iterator
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 
 from diffucoder import Canvas, DecodingParams, DiffuCoder
+from diffucoder.decoding import tuning
 from diffucoder.decoding.generate import Generation, Request
 from diffucoder.problems import problems
 from diffucoder.serving.engine import (
@@ -129,6 +131,30 @@ def test_events_are_the_steps_of_each_row(engine: Callable[..., Engine]) -> None
         assert last == {0: [[1, 3, 3, 3]], 1: [[1, 3, 3, 3]]}
 
     run(work())
+
+
+def test_what_fast_stands_for_is_settled_on_the_thread_that_owns_the_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    measured, real = list[str](), tuning.measure
+
+    def noted(*given: Any) -> dict[str, float]:
+        measured.append(threading.current_thread().name)
+        return real(*given)
+
+    monkeypatch.setattr(tuning, "measure", noted)
+
+    async def work() -> None:
+        coder = DiffuCoder.load()
+        with Engine(coder) as busy:
+            prompt = "Given a number, double the number."
+            result = (await busy.submit(coder.request(prompt, DecodingParams(preset="fast"))).results())[0]
+        assert result.trace.params["preset"] == "exact"
+        assert result.trace.params["entropy_bound"] == tuning.ENTROPY_BOUND
+
+    run(work())
+    assert measured == ["diffucoder-engine"]
 
 
 # --- company ---------------------------------------------------------------------------------------------------------
@@ -311,6 +337,20 @@ def test_a_row_that_no_memory_holds_fails_alone(engine: Callable[..., Engine]) -
         assert found[0] == [[1, 3, 3, 3]]
         assert isinstance(found[1], FailedError)
         assert "not enough memory" in str(found[1])
+
+    run(work())
+
+
+def test_a_request_that_cannot_begin_fails_alone(engine: Callable[..., Engine]) -> None:
+    async def work() -> None:
+        busy = engine(Slow())
+        broken = request(3)
+        broken = Request(
+            broken.canvas, DecodingParams(preset="fast"), None, broken.finish
+        )  # which Slow cannot be timed for
+        found = await asyncio.gather(outcome(busy.submit(broken)), outcome(busy.submit(request(3))))
+        assert isinstance(found[0], FailedError)
+        assert found[1] == [[1, 3, 3, 3]]
 
     run(work())
 
