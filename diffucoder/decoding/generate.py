@@ -186,11 +186,7 @@ class DiffuCoder:
     def canvas_of_ids(self, rows: Sequence[list[int]], new_tokens: int, *, forbidden: tuple[int, ...] = ()) -> Canvas:
         """As `canvas`, of prompts that are tokens already."""
         longest = max(len(row) for row in rows)
-        if longest + new_tokens > self.model.max_length:
-            raise PromptError(
-                f"prompt of {longest} tokens and {new_tokens} new ones exceed the model's context of "
-                f"{self.model.max_length}; shorten the prompt or ask for fewer new tokens"
-            )
+        self._check_length(longest + new_tokens, f"prompt of {longest} tokens and {new_tokens} new ones")
         pad, device = self.tokenizer.pad_id, self.model.device
         return Canvas.from_prompts(
             torch.tensor([[pad] * (longest - len(row)) + row for row in rows], device=device),  # (B, P)
@@ -201,6 +197,13 @@ class DiffuCoder:
             terminators=tuple(sorted(self.tokenizer.terminator_ids - set(forbidden))),
             forbidden=forbidden,
         )
+
+    def _check_length(self, tokens: int, what: str) -> None:
+        if tokens > self.model.max_length:
+            raise PromptError(
+                f"{what} exceed the model's context of {self.model.max_length}; shorten the prompt or ask for fewer "
+                "new tokens"
+            )
 
     def _until(self, params: DecodingParams) -> Until | None:
         def stopped(settled: Tensor) -> bool:
@@ -246,6 +249,8 @@ class DiffuCoder:
             )
         known = [self._encode(piece) if isinstance(piece, str) else piece.length for piece in pieces]
         lengths = HOLE_LENGTHS if None in known else (0,)
+        given = sum(len(part) if isinstance(part, list) else part or 0 for part in known)
+        self._check_length(given + max(lengths) * known.count(None), "text and holes")  # before lists of that length
         rows, special = [], tuple(sorted(self.tokenizer.special_ids))
         for length in lengths:
             parts = [part if isinstance(part, list) else [self.model.mask_id] * (part or length) for part in known]

@@ -21,7 +21,7 @@ from typing import Any
 from fastapi import Depends, FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.middleware.cors import CORSMiddleware
-from fastapi.responses import JSONResponse, StreamingResponse
+from fastapi.responses import JSONResponse, PlainTextResponse, StreamingResponse
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from starlette.exceptions import HTTPException
@@ -83,7 +83,7 @@ def api_error(error: DiffuCoderError) -> ApiError:
     if isinstance(error, ClosingError):
         return ApiError(503, str(error), kind="server_error", Retry_After="5")
     if isinstance(error, LateError):
-        return ApiError(504, str(error), kind="timeout_error")
+        return ApiError(408, str(error), kind="timeout_error")
     if isinstance(error, FailedError):
         return ApiError(500, str(error), kind="server_error")
     return ApiError(400, str(error), kind="invalid_request_error")
@@ -166,13 +166,18 @@ _ERRORS: dict[int | str, Json] = {
         400: "what is wrong with the request, and what to do",
         401: "no or a wrong API key",
         404: "no such model or path",
+        408: "the deadline passed; ask for less",
         413: "the request is too large",
         422: "never: it is 400",
         429: "too many requests wait; Retry-After says when to come again",
         500: "decoding this request broke",
         503: "the server is shutting down",
-        504: "the deadline passed",
     }.items()
+}
+
+
+_STREAMS: dict[int | str, Json] = _ERRORS | {
+    200: {"description": "the answer; with stream its pieces", "content": {"text/event-stream": {"schema": {}}}}
 }
 
 
@@ -183,7 +188,7 @@ def _add_openai(app: FastAPI, server: Server, dependencies: Sequence[Any]) -> No
         about |= {"max_model_len": server.coder.model.max_length, "infill": True}
         return {"object": "list", "data": [about]}
 
-    @app.post("/v1/completions", dependencies=dependencies, responses=_ERRORS, response_model=None)
+    @app.post("/v1/completions", dependencies=dependencies, responses=_STREAMS, response_model=None)
     async def completions(asked: CompletionRequest, http: Request) -> Json | Response:
         server.check_model(asked.model)
         params = asked.params(server.settings.decoding)
@@ -202,7 +207,7 @@ def _add_openai(app: FastAPI, server: Server, dependencies: Sequence[Any]) -> No
 
         return _answer(server, "cmpl", "text_completion", request, results, choice)
 
-    @app.post("/v1/chat/completions", dependencies=dependencies, responses=_ERRORS, response_model=None)
+    @app.post("/v1/chat/completions", dependencies=dependencies, responses=_STREAMS, response_model=None)
     async def chat(asked: ChatRequest, http: Request) -> Json | Response:
         server.check_model(asked.model)
         messages = [message.plain() for message in asked.messages]
@@ -297,7 +302,7 @@ def _add_state(app: FastAPI, server: Server) -> None:
             return ApiError(503, "the server is shutting down", kind="server_error").response
         return {"status": "ok", "model": server.coder.name}
 
-    @app.get("/metrics")
+    @app.get("/metrics", response_class=PlainTextResponse)
     async def metrics() -> Response:
         """For Prometheus."""
         return Response(generate_latest(server.registry), media_type=CONTENT_TYPE_LATEST)
@@ -411,6 +416,10 @@ def _add_errors(app: FastAPI) -> None:
         else:
             message = f"{where}: {found['msg'].removeprefix('Value error, ')}"
         return ApiError(400, message, kind="invalid_request_error", param=where).response
+
+    @app.exception_handler(Exception)
+    async def unexpected(_: Request, __: Exception) -> Response:
+        return ApiError(500, "the server made a mistake; its log has the reason", kind="server_error").response
 
     @app.exception_handler(HTTPException)
     async def http(request: Request, error: HTTPException) -> Response:

@@ -289,6 +289,18 @@ def test_unknown_paths_and_methods(server: str) -> None:
     assert httpx.get(f"{server}/v1/completions").status_code == 405
 
 
+def test_no_request_that_can_be_described_breaks_the_server() -> None:
+    small = ("max_rows=2", "deadline=60", "max_waiting=4")
+    options = [part for limit in small for part in ("--limit", limit)]
+    checks = "not_a_server_error,status_code_conformance,content_type_conformance,response_schema_conformance"
+    with serving("--set", "new_tokens=8", "--set", "preset=fast", *options) as (url, _):
+        command = [str(Path(sys.executable).with_name("st")), "run", f"{url}/openapi.json", "--checks", checks]
+        command += ["--phases", "coverage,fuzzing", "--max-examples", "10", "--seed", "1", "--request-timeout", "20"]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stdout
+        assert httpx.get(f"{url}/ready").status_code == 200
+
+
 # --- the process -----------------------------------------------------------------------------------------------------
 
 
