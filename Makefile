@@ -10,7 +10,7 @@ PEER    := .venv-peer
 SHARED  ?= ../shared
 REPLAY  ?= $(SHARED)/replay/1.5b
 
-.PHONY: run test check tiny tiny-lab tiny-ablations tiny-grpo tiny-eval bench bench-training bench-sandbox replay gguf-peer sandbox clean help
+.PHONY: run test check tiny tiny-lab tiny-ablations tiny-grpo tiny-eval bench bench-training bench-sandbox replay gguf-peer sandbox browser clean help
 
 help:            ## this list
 	@grep -hE '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 16
@@ -18,7 +18,7 @@ help:            ## this list
 run: $(STAMP) sandbox  ## generate code from the shipped model; PROMPT="..." asks for something else
 	$(VENV)/bin/diffucoder generate "$(PROMPT)"
 
-test: $(DEV) sandbox  ## the whole test suite, offline
+test: $(DEV) sandbox browser  ## the whole test suite, offline
 	$(PYTHON) -m pytest
 
 check: $(DEV)    ## ruff, mypy --strict on the package, the floors
@@ -81,6 +81,11 @@ sandbox:         ## bubblewrap, which isolates generated programs: installed whe
 	@command -v bwrap >/dev/null || [ "$$(uname)" != Linux ] || \
 	  { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && apt-get -qq update && apt-get -qq install -y bubblewrap >/dev/null; } || \
 	  echo "bubblewrap is missing, grading will refuse to run programs; install it: sudo apt-get install bubblewrap"
+
+browser:         ## Chromium, in which the server's page is tested: installed where apt and root are at hand
+	@command -v chromium >/dev/null || [ "$$(uname)" != Linux ] || \
+	  { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && apt-get -qq update && apt-get -qq install -y chromium >/dev/null; } || \
+	  echo "chromium is missing, the page's tests are skipped; install it: sudo apt-get install chromium"
 
 clean:           ## remove the environment and caches, never runs/
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache build *.egg-info

@@ -96,10 +96,14 @@ def record(steps: Iterable[Step], canvas: Canvas, *, params: DecodingParams, mod
     ]
 
 
+def as_json(trace: Trace) -> dict[str, Any]:
+    """A trace as a line of the format holds it."""
+    return {"format": FORMAT, "version": VERSION, **asdict(trace)}
+
+
 def write_traces(path: str | Path, traces: Iterable[Trace]) -> None:
     """Write one line a trace, in place of what was there. Raises ConfigError for a path that cannot be written."""
-    contents = ({"format": FORMAT, "version": VERSION, **asdict(trace)} for trace in traces)
-    lines = [json.dumps(content, separators=(",", ":")) + "\n" for content in contents]
+    lines = [json.dumps(as_json(trace), separators=(",", ":")) + "\n" for trace in traces]
     try:
         Path(path).write_text("".join(lines), encoding="utf-8")
     except OSError as error:

@@ -39,9 +39,13 @@ class CanvasCache:
     Slot i of a row is position i of its canvas. The last slot takes what padding of the window writes; nobody sees it.
     """
 
-    def __init__(self, lengths: Tensor, keys: list[Tensor], values: list[Tensor]) -> None:
-        """`lengths` (B,) of the canvases; keys and values (B, S, heads, D) of each layer, S above every length."""
+    def __init__(self, lengths: Tensor, keys: list[Tensor], values: list[Tensor], *, even: bool = False) -> None:
+        """`lengths` (B,) of the canvases; keys and values (B, S, heads, D) of each layer, S one above the longest.
+
+        With `even` all canvases have one length, so that every slot but the last is seen.
+        """
         self.lengths, self.keys, self.values = lengths, keys, values
+        self.even = even  # known on the host: who has to ask the device waits for it
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -61,10 +65,13 @@ class CanvasCache:
                 layers.append(made)
             return layers
 
-        return cls(lengths, copied(lambda cache: cache.keys), copied(lambda cache: cache.values))
+        even = len(set(lengths.tolist())) == 1
+        return cls(lengths, copied(lambda cache: cache.keys), copied(lambda cache: cache.values), even=even)
 
-    def visible(self) -> Tensor:
-        """(B, 1, 1, S) bool: the slots that hold positions of a canvas."""
+    def visible(self) -> Tensor | None:
+        """(B, 1, 1, S) bool: the slots that hold positions of a canvas; None where all but the last do."""
+        if self.even:
+            return None
         slots = torch.arange(self.keys[0].shape[1], device=self.lengths.device)
         return (slots < self.lengths[:, None])[:, None, None]
 
@@ -114,7 +121,8 @@ class LeanBody:
         """An empty cache for canvases of `lengths` (B,): the first pass must feed every position."""
         shape = (len(lengths), int(lengths.max()) + 1, self.key_heads, self.head_dim)
         keys, values = ([self._norm.new_zeros(shape) for _ in self.layers] for _ in range(2))
-        return CanvasCache(lengths.to(self._norm.device), keys, values)
+        even = bool((lengths == lengths[0]).all())
+        return CanvasCache(lengths.to(self._norm.device), keys, values, even=even)
 
     def __call__(
         self,
@@ -151,6 +159,10 @@ class LeanBody:
         hidden = F.embedding(tokens, self._embed)  # (B, W, H)
         batch, width = tokens.shape
         turned = self.heads + self.key_heads
+        if cache is not None:
+            assert slots is not None, "a cache is written at slots"
+            size = cache.keys[0].shape[1]
+            flat = (slots + size * torch.arange(batch, device=slots.device)[:, None]).flatten()  # (B * W,)
         for at, layer in enumerate(self.layers):
             qkv = layer.qkv(self._normed(hidden, layer.before)).view(batch, width, -1, self.head_dim)
             qk, value = qkv[:, :, :turned], qkv[:, :, turned:]
@@ -161,10 +173,10 @@ class LeanBody:
             qk = torch.addcmul(qk * cos, torch.cat((-second, first), -1), sin)
             query, key = qk[:, :, : self.heads], qk[:, :, self.heads :]
             if cache is not None:
-                assert slots is not None, "a cache is written at slots"
-                rows = torch.arange(batch, device=tokens.device)[:, None]
-                cache.keys[at][rows, slots], cache.values[at][rows, slots] = key, value
-                key, value = cache.keys[at], cache.values[at]
+                for kept, new in ((cache.keys[at], key), (cache.values[at], value)):
+                    kept.flatten(0, 1).index_copy_(0, flat, new.flatten(0, 1))
+                seen_to = size - 1 if cache.even else size
+                key, value = cache.keys[at][:, :seen_to], cache.values[at][:, :seen_to]
             seen = F.scaled_dot_product_attention(
                 query.transpose(1, 2),
                 key.transpose(1, 2),

@@ -9,8 +9,9 @@ from typing import Any
 from diffucoder.decoding import generate
 from diffucoder.decoding.canvas import leftmost
 from diffucoder.decoding.generate import DiffuCoder, Generation
+from diffucoder.decoding.trace import as_json
 from diffucoder.errors import PromptError
-from diffucoder.serving.engine import Event
+from diffucoder.serving.engine import Event, Job
 from diffucoder.serving.protocol import EditRequest, InfillRequest
 
 Json = dict[str, Any]  # what is sent as JSON
@@ -46,6 +47,21 @@ def denoise(coder: DiffuCoder, request: generate.Request, event: Event) -> Json:
         ],
         "revoked": [] if step.revoked is None else step.revoked[0, start:].nonzero()[:, 0].tolist(),
     }
+
+
+def shown_canvas(coder: DiffuCoder, request: generate.Request, row: int) -> Json:
+    """A row as it is before the first step, from its first hole on: the text of each token, null where masked."""
+    valid = request.canvas.valid[row]
+    tokens, masked = request.canvas.tokens[row, valid], request.canvas.masked[row, valid]
+    start = int(leftmost(masked[None]))
+    pairs = zip(tokens[start:].tolist(), masked[start:].tolist(), strict=True)
+    return {"row": row, "canvas": [None if hidden else piece(coder, token) for token, hidden in pairs]}
+
+
+def traced(job: Job, result: Generation) -> Json:
+    """Which row of a request a result is, and its trace as it is written to files."""
+    row = next(at for at, trace in enumerate(job.traces) if trace is result.trace)
+    return {"row": row, "trace": as_json(result.trace)}
 
 
 def piece(coder: DiffuCoder, token: int) -> str:

@@ -11,21 +11,19 @@ Every error is OpenAI's: `{"error": {"message", "type", "param", "code"}}`, with
 import asyncio
 import difflib
 import json
-import secrets
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Any
 
 from fastapi import Depends, FastAPI, Request, Response
-from fastapi.exceptions import RequestValidationError
 from fastapi.middleware.cors import CORSMiddleware
-from fastapi.responses import JSONResponse, PlainTextResponse, StreamingResponse
+from fastapi.responses import FileResponse, PlainTextResponse, StreamingResponse
+from fastapi.staticfiles import StaticFiles
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
-from starlette.exceptions import HTTPException
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from diffucoder.decoding import generate
 from diffucoder.decoding.generate import DiffuCoder, Generation
@@ -37,17 +35,16 @@ from diffucoder.serving.answers import (
     denoise,
     fitting,
     piece,
+    shown_canvas,
     token_logprobs,
+    traced,
     usage,
     with_holes,
 )
+from diffucoder.serving.edge import ApiError, BodyLimit, add_errors, api_error, authorised
 from diffucoder.serving.engine import (
-    BusyError,
-    ClosingError,
     Engine,
-    FailedError,
     Job,
-    LateError,
 )
 from diffucoder.serving.protocol import (
     ChatRequest,
@@ -56,37 +53,11 @@ from diffucoder.serving.protocol import (
     FillRequest,
     InfillRequest,
     Sampling,
+    StreamOptions,
     TokenizeRequest,
 )
 from diffucoder.serving.settings import ServerSettings
 from diffucoder.serving.streaming import Settling
-
-
-class ApiError(Exception):
-    """An answer that is an error, in OpenAI's form."""
-
-    def __init__(self, status: int, message: str, *, kind: str, param: str | None = None, **headers: str) -> None:
-        super().__init__(message)
-        self.status, self.headers = status, {name.replace("_", "-"): value for name, value in headers.items()}
-        self.body = {"error": {"message": message, "type": kind, "param": param, "code": None}}
-
-    @property
-    def response(self) -> JSONResponse:
-        """What is sent."""
-        return JSONResponse(self.body, self.status, self.headers)
-
-
-def api_error(error: DiffuCoderError) -> ApiError:
-    """How an error of ours is said to clients."""
-    if isinstance(error, BusyError):
-        return ApiError(429, str(error), kind="rate_limit_error", Retry_After=f"{error.retry_after:.0f}")
-    if isinstance(error, ClosingError):
-        return ApiError(503, str(error), kind="server_error", Retry_After="5")
-    if isinstance(error, LateError):
-        return ApiError(408, str(error), kind="timeout_error")
-    if isinstance(error, FailedError):
-        return ApiError(500, str(error), kind="server_error")
-    return ApiError(400, str(error), kind="invalid_request_error")
 
 
 class Server:
@@ -150,11 +121,12 @@ def create_app(coder: DiffuCoder, settings: ServerSettings | None = None) -> Fas
     app.add_middleware(BodyLimit, most=settings.max_body)
     if settings.cors:
         app.add_middleware(CORSMiddleware, allow_origins=settings.cors, allow_methods=["*"], allow_headers=["*"])
-    _add_errors(app)
-    protected = [Depends(_authorised(settings.api_key))] if settings.api_key else []
+    add_errors(app)
+    protected = [Depends(authorised(settings.api_key))] if settings.api_key else []
     _add_openai(app, server, protected)
     _add_own(app, server, protected)
     _add_state(app, server)
+    _add_page(app)
     return app
 
 
@@ -198,7 +170,7 @@ def _add_openai(app: FastAPI, server: Server, dependencies: Sequence[Any]) -> No
             params = params.replace(stop=())
             request = server.coder.infill_request(asked.prompt, asked.suffix, params, length=asked.max_tokens)
         if asked.stream:
-            return _streamed(server, asked, request, "cmpl", lambda text: {"text": text, "logprobs": None}, {})
+            return _streamed(server, asked, request, "cmpl")
         results = await server.results(server.submit(request), http)
 
         def choice(result: Generation) -> Json:
@@ -213,8 +185,7 @@ def _add_openai(app: FastAPI, server: Server, dependencies: Sequence[Any]) -> No
         messages = [message.plain() for message in asked.messages]
         request = server.coder.request(messages, asked.params(server.settings.decoding))
         if asked.stream:
-            first = {"role": "assistant", "content": ""}
-            return _streamed(server, asked, request, "chatcmpl", lambda text: {"delta": {"content": text}}, first)
+            return _streamed(server, asked, request, "chatcmpl")
         results = await server.results(server.submit(request), http)
 
         def choice(result: Generation) -> Json:
@@ -226,17 +197,19 @@ def _add_openai(app: FastAPI, server: Server, dependencies: Sequence[Any]) -> No
 
 
 def _add_own(app: FastAPI, server: Server, dependencies: Sequence[Any]) -> None:  # Any: FastAPI's Depends
-    @app.post("/v1/fill", dependencies=dependencies, responses=_ERRORS, response_model=None)
+    @app.post("/v1/fill", dependencies=dependencies, responses=_STREAMS, response_model=None)
     async def fill(asked: FillRequest, http: Request) -> Json | Response:
-        """Fill every hole of a text, all of them jointly."""
+        """Fill every hole of a text, all of them jointly; a stream has its text in the last chunk."""
         server.check_model(asked.model)
         request = server.coder.fill_request(asked.text, asked.params(server.settings.decoding))
+
+        def choice(result: Generation) -> Json:
+            return {"text": result.text, "holes": result.pieces}
+
         if asked.stream:
-            raise ConfigError("filled text settles in any order; ask for it as a whole, or watch /v1/completions")
+            return _streamed(server, asked, request, "fill", choice)
         results = await server.results(server.submit(request), http)
-        return _answer(
-            server, "fill", "fill", request, results, lambda result: {"text": result.text, "holes": result.pieces}
-        )
+        return _answer(server, "fill", "fill", request, results, choice)
 
     @app.post("/v1/edit", dependencies=dependencies, responses=_ERRORS)
     async def edit(asked: EditRequest, http: Request) -> Json:
@@ -308,6 +281,19 @@ def _add_state(app: FastAPI, server: Server) -> None:
         return Response(generate_latest(server.registry), media_type=CONTENT_TYPE_LATEST)
 
 
+def _add_page(app: FastAPI) -> None:
+    folder = Path(__file__).parent / "page"
+    # nothing from elsewhere, by the browser's own rule too
+    safe = {"Content-Security-Policy": "default-src 'self'; img-src data:; base-uri 'none'; frame-ancestors 'none'"}
+
+    @app.get("/", include_in_schema=False)
+    async def page() -> FileResponse:
+        """The page that shows decoding."""
+        return FileResponse(folder / "index.html", headers=safe)
+
+    app.mount("/page", StaticFiles(directory=folder))
+
+
 # --- answers ---------------------------------------------------------------------------------------------------------
 
 
@@ -332,48 +318,65 @@ def _answer(
     }
 
 
+_KINDS = {"cmpl": "text_completion", "chatcmpl": "chat.completion.chunk", "fill": "fill"}
+
+
 def _streamed(
     server: Server,
     asked: Sampling,
     request: generate.Request,
     prefix: str,
-    choice: Callable[[str], Json],
-    first: Json,
+    whole: Callable[[Generation], Json] | None = None,
 ) -> Response:
-    """Text as it settles from the left, and what else was asked for, as server-sent events."""
-    options = asked.stream_options
-    job = server.submit(request)  # its errors are answers, not events
-    kind = "text_completion" if prefix == "cmpl" else "chat.completion.chunk"
-    about = {
-        "id": f"{prefix}-{uuid.uuid4().hex}",
-        "object": kind,
-        "created": int(time.time()),
-        "model": server.coder.name,
-    }
-    # where lengths are tried nothing is known before all are done
-    whole = len(request.canvas.tokens) != asked.n
-    settling = [] if whole else [Settling(server.coder.tokenizer, request, row) for row in range(asked.n)]
+    """Text as it settles from the left, and what else was asked for, as server-sent events.
 
-    def chunk(index: int, text: str, reason: str | None = None) -> str:
-        return _event({**about, "choices": [{"index": index, "finish_reason": reason, **choice(text)}]})
+    With `whole` nothing is told of a text but that, in its last chunk.
+    """
+    options = asked.stream_options or StreamOptions()
+    job = server.submit(request)  # its errors are answers, not events
+    created = int(time.time())
+    about = {"id": f"{prefix}-{uuid.uuid4().hex}", "object": _KINDS[prefix], "created": created}
+    about["model"] = server.coder.name
+    # where lengths are tried nothing is known before all are done
+    known = whole is None and len(request.canvas.tokens) == asked.n
+    settling = [Settling(server.coder.tokenizer, request, row) for row in range(asked.n if known else 0)]
+
+    def chunk(index: int, content: Json, reason: str | None = None) -> str:
+        return _event({**about, "choices": [{"index": index, "finish_reason": reason, **content}]})
+
+    def text(fresh: str) -> Json:
+        return {"delta": {"content": fresh}} if prefix == "chatcmpl" else {"text": fresh, "logprobs": None}
+
+    async def steps() -> AsyncIterator[str]:
+        if options.denoise:
+            for row in range(len(request.canvas.tokens)):
+                yield _event({**about, "choices": [], "denoise": shown_canvas(server.coder, request, row)})
+        with server.latency.time():
+            async for event in job.events():
+                if options.denoise:
+                    yield _event({**about, "choices": [], "denoise": denoise(server.coder, request, event)})
+                if settling and (fresh := settling[event.row].add(event.step)):
+                    yield chunk(event.row, text(fresh))
+
+    def ends() -> Iterator[str]:
+        results = job.results_now()
+        for index, result in enumerate(results):
+            sent = settling[index].sent if settling else ""
+            content = text(result.text[len(sent) :]) if whole is None else whole(result)
+            more = traced(job, result) if options.denoise else {}
+            yield chunk(index, {**content, **more}, result.finish_reason)
+        if options.include_usage:
+            yield _event({**about, "choices": [], "usage": usage(request, results)})
 
     async def events() -> AsyncIterator[str]:
         try:
-            if first:
+            if prefix == "chatcmpl":
                 for index in range(asked.n):
-                    yield _event({**about, "choices": [{"index": index, "finish_reason": None, "delta": first}]})
-            with server.latency.time():
-                async for event in job.events():
-                    if options is not None and options.denoise:
-                        yield _event({**about, "choices": [], "denoise": denoise(server.coder, request, event)})
-                    if settling and (text := settling[event.row].add(event.step)):
-                        yield chunk(event.row, text)
-            results = job.results_now()
-            for index, result in enumerate(results):
-                sent = settling[index].sent if settling else ""
-                yield chunk(index, result.text[len(sent) :], result.finish_reason)
-            if options is not None and options.include_usage:
-                yield _event({**about, "choices": [], "usage": usage(request, results)})
+                    yield chunk(index, {"delta": {"role": "assistant", "content": ""}})
+            async for each in steps():
+                yield each
+            for each in ends():
+                yield each
         except DiffuCoderError as error:  # too late for a status
             yield _event(api_error(error).body)
         yield "data: [DONE]\n\n"
@@ -383,85 +386,6 @@ def _streamed(
 
 def _event(content: Json) -> str:
     return f"data: {json.dumps(content)}\n\n"
-
-
-# --- around the routes -----------------------------------------------------------------------------------------------
-
-
-def _authorised(key: str) -> Callable[[Request], None]:
-    async def check(http: Request) -> None:
-        scheme, _, given = http.headers.get("authorization", "").partition(" ")
-        if scheme.lower() != "bearer" or not secrets.compare_digest(given.strip().encode(), key.encode()):
-            message = "the API key is missing or wrong; send it as 'Authorization: Bearer KEY'"
-            raise ApiError(401, message, kind="authentication_error", WWW_Authenticate="Bearer")
-
-    return check  # type: ignore[return-value]  # FastAPI awaits it
-
-
-def _add_errors(app: FastAPI) -> None:
-    @app.exception_handler(ApiError)
-    async def own(_: Request, error: ApiError) -> Response:
-        return error.response
-
-    @app.exception_handler(DiffuCoderError)
-    async def ours(_: Request, error: DiffuCoderError) -> Response:
-        return api_error(error).response
-
-    @app.exception_handler(RequestValidationError)
-    async def invalid(_: Request, error: RequestValidationError) -> Response:
-        found = error.errors()[0]
-        where = ".".join(str(part) for part in found["loc"][1:]) or "the request"
-        if found["type"] == "extra_forbidden":
-            message = f"{where} is not supported here; leave it out"
-        else:
-            message = f"{where}: {found['msg'].removeprefix('Value error, ')}"
-        return ApiError(400, message, kind="invalid_request_error", param=where).response
-
-    @app.exception_handler(Exception)
-    async def unexpected(_: Request, __: Exception) -> Response:
-        return ApiError(500, "the server made a mistake; its log has the reason", kind="server_error").response
-
-    @app.exception_handler(HTTPException)
-    async def http(request: Request, error: HTTPException) -> Response:
-        message = f"{request.method} {request.url.path}: {error.detail}"
-        status = error.status_code
-        found = ApiError(status, message, kind="invalid_request_error")
-        found.headers |= dict(error.headers or {})
-        return found.response
-
-
-class BodyLimit:
-    """Reads bodies, and refuses those that are too large, said or sent, before they are read to the end."""
-
-    def __init__(self, app: ASGIApp, most: int) -> None:
-        self.app, self.most = app, most
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """As ASGI has it."""
-        if scope["type"] != "http":
-            await self.app(scope, receive, send)
-            return
-        refusal = ApiError(413, f"the request is over {self.most:,} bytes; send less", kind="invalid_request_error")
-        said = dict(scope["headers"]).get(b"content-length", b"0")
-        if said.isdigit() and int(said) > self.most:
-            await refusal.response(scope, receive, send)
-            return
-        body, more = b"", True
-        while more and len(body) <= self.most:
-            message = await receive()
-            if message["type"] == "http.disconnect":
-                return
-            body += message.get("body", b"")
-            more = message.get("more_body", False)
-        if len(body) > self.most:
-            await refusal.response(scope, receive, send)
-            return
-        whole: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
-
-        async def replayed() -> Message:
-            return whole.pop() if whole else await receive()
-
-        await self.app(scope, replayed, send)
 
 
 class _Figures:

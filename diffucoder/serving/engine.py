@@ -76,6 +76,7 @@ class Job:
         """Made by `Engine.submit`."""
         self.request = request
         self.rows: list[_Row] = []  # made by `begin`
+        self.traces: list[Trace] = []  # of the rows, once they are finished
         self.todo = deque[_Row]()  # those without a place
         self.places = 0  # rows that have one
         self.line = 0  # who has the smaller number is before others
@@ -113,7 +114,8 @@ class Job:
 
     def results_now(self) -> list[Generation]:
         """What was asked for, once `events` has come to its end."""
-        return self.request.finish([self._trace(row) for row in self.rows], self._seconds)
+        self.traces = [self._trace(row) for row in self.rows]
+        return self.request.finish(self.traces, self._seconds)
 
     def cancel(self) -> None:
         """Give the request up: before the next step its rows are gone. Does nothing to a finished one."""

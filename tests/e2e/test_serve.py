@@ -1,15 +1,12 @@
 """A real server process and the real `openai` client, on the shipped model."""
 
 import json
-import os
-import re
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,34 +14,12 @@ import httpx
 import openai
 import pytest
 import torch
+from serving import serving
 
 from diffucoder import DiffuCoder
 
 REVERSE = "Write a function that takes a string and removes the vowels."
 CHAT: Any = [{"role": "user", "content": REVERSE}]
-
-
-@contextmanager
-def serving(*options: str, **environment: str) -> Iterator[tuple[str, "subprocess.Popen[str]"]]:
-    """A server's address and process; it is ended if it has not ended itself."""
-    command = [sys.executable, "-m", "diffucoder.cli", "serve", "--port", "0", *options]
-    env = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=env)
-    try:
-        assert process.stderr is not None
-        said = ""
-        for line in process.stderr:
-            said += line
-            if found := re.search(r"listening on (http://\S+),", line):
-                yield found[1], process
-                break
-        else:
-            raise AssertionError(f"the server did not start: {said}")
-    finally:
-        process.kill()
-        process.wait()
-        if process.stderr is not None:
-            process.stderr.close()
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,250 @@
+// The page: asks the server that sent it, shows every commitment as it comes, and replays what came.
+// A run is { rows: [{ canvas, steps }], row, passes, seconds, answer }; all that is shown is computed from it.
+
+const $ = (selector, within = document) => within.querySelector(selector);
+const HOLE = /<\|hole(:\d+)?\|>/;
+const [EARLY, LATE] = [215, 28]; // hues of the first step and the last
+let stop = null; // ends what is running
+
+// --- a run, from the server's events ---
+
+async function* events(path, body, signal) {
+  const headers = { "content-type": "application/json" };
+  if ($("#key").value) headers.authorization = `Bearer ${$("#key").value}`;
+  const response = await fetch(path, { method: "POST", headers, body: JSON.stringify(body), signal });
+  if (!response.ok) {
+    if (response.status === 401) $("#key-label").hidden = false;
+    throw new Error((await response.json()).error.message);
+  }
+  const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
+  let rest = "";
+  for (;;) {
+    const { done, value } = await reader.read();
+    if (done) return;
+    const lines = (rest + value).split("\n");
+    rest = lines.pop();
+    for (const line of lines) {
+      if (!line.startsWith("data: {")) continue;
+      const told = JSON.parse(line.slice(6));
+      if (told.error) throw new Error(told.error.message);
+      yield told;
+    }
+  }
+}
+
+function asked(text, settings) {
+  const decoding = { policy: settings.policy };
+  if (settings.steps > 0) decoding.steps = settings.steps;
+  if (settings.threshold < 1) decoding.threshold = settings.threshold;
+  const common = { temperature: settings.temperature, seed: settings.seed, decoding, stream: true, stream_options: { denoise: true } };
+  if (HOLE.test(text)) return ["v1/fill", { ...common, text }];
+  if ($("#raw").checked) return ["v1/completions", { ...common, prompt: text, max_tokens: settings.tokens }];
+  return ["v1/chat/completions", { ...common, messages: [{ role: "user", content: text }], max_tokens: settings.tokens }];
+}
+
+function take(run, told) {
+  const made = told.denoise;
+  if (made?.canvas) run.rows[made.row] = { canvas: made.canvas, steps: [] };
+  else if (made) {
+    run.rows[made.row].steps.push(made);
+    run.passes = Math.max(run.passes, made.passes);
+  }
+  for (const choice of told.choices) {
+    if (!choice.finish_reason) continue;
+    run.answer = choice;
+    run.row = choice.row ?? 0;
+  }
+}
+
+// --- what is shown of it ---
+
+function standing(row, upTo) {
+  const cells = row.canvas.map((text) => (text === null ? null : { text, known: true }));
+  row.steps.slice(0, upTo).forEach((step, index) => {
+    for (const at of step.revoked) cells[at] = null;
+    for (const { position, text, log_prob } of step.committed) cells[position] = { text, step: index, sure: Math.exp(log_prob) };
+  });
+  return cells;
+}
+
+function spans(row, upTo, colour) {
+  const cells = standing(row, upTo);
+  const made = [];
+  let ended = false;
+  let settled = true;
+  for (const cell of cells) {
+    const span = document.createElement("span");
+    if (cell === null) {
+      settled = false;
+      span.className = "mask";
+      span.textContent = "▢";
+    } else if (!cell.known && (ended || cell.text.startsWith("<|"))) {
+      ended ||= settled;
+      span.className = "end";
+      span.textContent = ended ? "" : "·";
+    } else {
+      span.className = cell.known ? "known" : "token";
+      if (!cell.known) {
+        const share = colour === "order" ? cell.step / Math.max(row.steps.length - 1, 1) : 1 - cell.sure;
+        span.style.setProperty("--hue", Math.round(EARLY + (LATE - EARLY) * share));
+        span.title = `step ${cell.step + 1}, probability ${cell.sure.toFixed(3)}`;
+        if (cell.step === upTo - 1) span.classList.add("new");
+      }
+      span.textContent = cell.text;
+    }
+    made.push(span);
+  }
+  return made;
+}
+
+function figures(run) {
+  const row = run.rows[run.row];
+  const cells = standing(row, row.steps.length);
+  const tokens = cells.filter((cell) => cell && !cell.known);
+  const end = tokens.findIndex((cell) => cell.text.startsWith("<|"));
+  const count = end < 0 ? tokens.length : end;
+  const passes = Math.max(...row.steps.map((step) => step.passes), 1);
+  return `${count} tokens in ${passes} passes: ${(count / passes).toFixed(2)} a pass, ${(count / run.seconds).toFixed(0)} a second`;
+}
+
+// --- a panel: settings, canvas, replay ---
+
+class Panel {
+  constructor(name) {
+    this.root = $("#panel").content.cloneNode(true).firstElementChild;
+    $("h2", this.root).textContent = name;
+    for (const field of this.root.querySelectorAll(".settings input[type=range]")) {
+      const say = () => ($("output", field.parentElement).textContent = this.said(field));
+      field.addEventListener("input", say);
+      say();
+    }
+    this.field("step").addEventListener("input", () => this.show(Number(this.field("step").value)));
+    this.field("play").addEventListener("click", () => this.play());
+    this.field("copy").addEventListener("click", () => this.copy());
+    this.field("save").addEventListener("click", () => this.save());
+  }
+
+  field(name) {
+    return $(`[name=${name}]`, this.root);
+  }
+
+  said(field) {
+    if (field.name === "steps" && field.value === "0") return "one a token";
+    if (field.name === "threshold" && field.value === "1") return "only what is due";
+    return field.name === "threshold" ? `p ≥ ${field.value}` : field.value;
+  }
+
+  get settings() {
+    const numbers = ["temperature", "tokens", "steps", "threshold", "seed"].map((name) => [name, Number(this.field(name).value)]);
+    return { ...Object.fromEntries(numbers), policy: this.field("policy").value };
+  }
+
+  async write(text, signal) {
+    const began = performance.now();
+    const run = (this.run = { rows: [], row: 0, passes: 0, seconds: 0, answer: null });
+    this.enable(false);
+    const [path, body] = asked(text, this.settings);
+    for await (const told of events(path, body, signal)) {
+      take(run, told);
+      if (run.rows[run.row]) this.show(run.rows[run.row].steps.length);
+    }
+    run.seconds = (performance.now() - began) / 1000;
+    this.show(run.rows[run.row].steps.length);
+    $(".figures", this.root).textContent = figures(run);
+    this.enable(true);
+  }
+
+  show(upTo) {
+    const row = this.run.rows[this.run.row];
+    $(".canvas", this.root).replaceChildren(...spans(row, upTo, $("#colour").value));
+    const slider = this.field("step");
+    slider.max = row.steps.length;
+    slider.value = upTo;
+    $(".replay output", this.root).textContent = `${upTo} of ${row.steps.length}`;
+  }
+
+  again() {
+    if (this.run?.rows[this.run.row]) this.show(Number(this.field("step").value));
+  }
+
+  async play() {
+    const { steps } = this.run.rows[this.run.row];
+    for (let at = 0; at <= steps.length; at++) {
+      this.show(at);
+      await new Promise((done) => setTimeout(done, Math.min(120, 3000 / steps.length)));
+    }
+  }
+
+  async copy() {
+    const { answer } = this.run;
+    await navigator.clipboard.writeText(answer.text ?? $(".canvas", this.root).textContent.trimEnd() + "\n");
+    say("copied");
+  }
+
+  save() {
+    const link = document.createElement("a");
+    link.href = URL.createObjectURL(new Blob([`${JSON.stringify(this.run.answer.trace)}\n`], { type: "application/jsonl" }));
+    link.download = "trace.jsonl";
+    link.click();
+    URL.revokeObjectURL(link.href);
+  }
+
+  enable(on) {
+    for (const name of ["step", "play", "copy", "save"]) this.field(name).disabled = !on;
+  }
+}
+
+// --- the form ---
+
+const panels = [new Panel("")];
+$("#panels").append(panels[0].root);
+
+function say(text, wrong = false) {
+  $("#status").textContent = text;
+  $("#status").classList.toggle("error", wrong);
+}
+
+async function write() {
+  if (stop || !$("#text").value.trim()) return;
+  stop = new AbortController();
+  $("#go").disabled = true;
+  $("#halt").disabled = false;
+  say("writing …");
+  const ended = await Promise.allSettled(panels.map((panel) => panel.write($("#text").value, stop.signal)));
+  const wrong = ended.find((each) => each.status === "rejected");
+  if (!wrong) say("done; the step slider replays it");
+  else say(wrong.reason.name === "AbortError" ? "stopped" : wrong.reason.message, wrong.reason.name !== "AbortError");
+  stop = null;
+  $("#go").disabled = false;
+  $("#halt").disabled = true;
+}
+
+$("#ask").addEventListener("submit", (event) => {
+  event.preventDefault();
+  write();
+});
+$("#halt").addEventListener("click", () => stop?.abort());
+$("#colour").addEventListener("change", () => panels.forEach((panel) => panel.again()));
+$("#hole").addEventListener("click", () => {
+  const field = $("#text");
+  field.setRangeText("<|hole:4|>", field.selectionStart, field.selectionEnd, "end");
+  field.focus();
+});
+$("#compare").addEventListener("change", () => {
+  if ($("#compare").checked) {
+    panels.push(new Panel("B"));
+    panels[1].field("threshold").value = 0.9;
+    panels[1].field("threshold").dispatchEvent(new Event("input"));
+    $("#panels").append(panels[1].root);
+  } else panels.pop().root.remove();
+  $("h2", panels[0].root).textContent = $("#compare").checked ? "A" : "";
+});
+document.addEventListener("keydown", (event) => {
+  if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) write();
+  if (event.key === "Escape") stop?.abort();
+});
+
+fetch("ready")
+  .then((response) => response.json())
+  .then((state) => ($("#model").textContent = state.model ? `Model: ${state.model}.` : ""))
+  .catch(() => say("the server does not answer", true));

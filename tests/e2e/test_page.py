@@ -1,0 +1,151 @@
+"""The page in a real browser: writing, holes, replay, comparison, keyboard, a narrow screen; nothing from elsewhere.
+
+`DIFFUCODER_SCREENSHOTS=docs pytest tests/e2e/test_page.py` also writes the pictures that the docs show.
+"""
+
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from serving import serving
+
+playwright = pytest.importorskip("playwright.sync_api", reason="the dev extra brings playwright")
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here; `make browser` installs it")
+QUIET = "--no-sandbox --disable-gpu --no-first-run --disable-background-networking --disable-component-update"
+
+
+@pytest.fixture(scope="module")
+def url() -> Iterator[str]:
+    with serving() as (address, _):
+        yield address
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    with playwright.sync_playwright() as run:
+        made = run.chromium.launch(executable_path=CHROMIUM, args=QUIET.split())
+        yield made
+        made.close()
+
+
+@pytest.fixture
+def page(browser: Any, url: str) -> Iterator[Any]:
+    """The page, freshly loaded; at the end nothing was wrong and nothing came from elsewhere."""
+    context = browser.new_context(viewport={"width": 1200, "height": 900}, reduced_motion="reduce")
+    made = context.new_page()
+    wrong, asked = list[str](), list[str]()
+    made.on("console", lambda message: wrong.append(message.text) if message.type in ("error", "warning") else None)
+    made.on("pageerror", lambda error: wrong.append(str(error)))
+    made.on("request", lambda request: asked.append(request.url))
+    made.set_default_timeout(60_000)
+    made.goto(url)
+    yield made
+    context.close()
+    assert not wrong
+    assert not [each for each in asked if not each.startswith((url, "data:", "blob:"))]
+
+
+def write(page: Any) -> None:
+    page.click("#go")
+    page.wait_for_selector("#status:has-text('done')")
+
+
+def shot(page: Any, name: str) -> None:
+    if folder := os.environ.get("DIFFUCODER_SCREENSHOTS"):
+        page.screenshot(path=Path(folder) / f"page_{name}.png")
+
+
+def test_a_request_is_written_and_replayed(page: Any) -> None:
+    write(page)
+    canvas = page.locator(".canvas")
+    whole = canvas.inner_text()
+    assert whole.startswith("def filter_numbers(nums):")
+    assert "▢" not in whole.split("return")[0]
+    assert "tokens in" in page.locator(".figures").inner_text()
+    shot(page, "written")
+    slider = page.locator("[name=step]")
+    last = int(slider.get_attribute("max"))
+    slider.focus()
+    page.keyboard.press("Home")
+    assert set(canvas.inner_text()) <= {"▢", "\n"}
+    page.keyboard.press("ArrowRight")
+    assert page.locator(".replay output").inner_text() == f"1 of {last}"
+    assert page.locator(".canvas .token, .canvas .end").count() == 1
+    page.keyboard.press("End")
+    assert canvas.inner_text() == whole
+
+
+def test_two_holes_are_filled(page: Any) -> None:
+    page.fill("#text", "def total(nums):\n    nums = [n for n in nums if <|hole:5|>]\n    return sum(<|hole:1|>)\n")
+    write(page)
+    assert page.locator(".canvas .token").count() == 6
+    assert "▢" not in page.locator(".canvas").inner_text()
+    shot(page, "holes")
+
+
+def test_two_settings_side_by_side(page: Any) -> None:
+    page.check("#compare")
+    write(page)
+    assert page.locator(".panel").count() == 2
+    passes = [text.split(" passes")[0].split()[-1] for text in page.locator(".figures").all_inner_texts()]
+    assert int(passes[0]) > int(passes[1])
+    shot(page, "compared")
+    page.uncheck("#compare")
+    assert page.locator(".panel").count() == 1
+
+
+def test_the_keyboard_does_it_all(page: Any) -> None:
+    page.focus("#text")
+    page.keyboard.press("ControlOrMeta+a")
+    page.keyboard.type("Given a number, double the number.")
+    page.keyboard.press("Control+Enter")
+    page.wait_for_selector("#status:has-text('done')")
+    assert "return" in page.locator(".canvas").inner_text()
+    page.select_option("#colour", "sure")
+    page.fill("#text", "Write a function that takes a string and removes the vowels.")
+    page.locator("[name=tokens]").fill("256")
+    page.keyboard.press("Control+Enter")
+    page.wait_for_selector(".canvas .token, .canvas .end")
+    page.keyboard.press("Escape")
+    page.wait_for_selector("#status:has-text('stopped')")
+
+
+def test_a_trace_can_be_kept(page: Any, tmp_path: Path) -> None:
+    from diffucoder.decoding.trace import read_traces
+
+    write(page)
+    with page.expect_download() as download:
+        page.click("[name=save]")
+    download.value.save_as(tmp_path / "trace.jsonl")
+    trace = read_traces(tmp_path / "trace.jsonl")[0]
+    assert trace.model == "tiny"
+    assert len(trace.steps) == 64
+
+
+def test_what_is_wrong_is_said(browser: Any, url: str) -> None:
+    page = browser.new_page()
+    page.goto(url)
+    page.fill("#text", "<|hole|> first")
+    page.click("#go")
+    page.wait_for_selector("#status.error:has-text('begins with a hole')")
+    page.close()
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_a_narrow_screen_holds_all(browser: Any, url: str, scheme: str) -> None:
+    page = browser.new_page(viewport={"width": 390, "height": 844}, color_scheme=scheme)
+    page.set_default_timeout(60_000)
+    page.goto(url)
+    page.check("#compare")
+    write(page)
+    assert page.evaluate("document.documentElement.scrollWidth") <= 390
+    for button in page.locator("button:visible").all():
+        box = button.bounding_box()
+        assert box["x"] >= 0
+        assert box["x"] + box["width"] <= 390
+    shot(page, f"narrow_{scheme}")
+    page.close()
