@@ -42,10 +42,7 @@ from diffucoder.serving.answers import (
     with_holes,
 )
 from diffucoder.serving.edge import ApiError, BodyLimit, add_errors, api_error, authorised
-from diffucoder.serving.engine import (
-    Engine,
-    Job,
-)
+from diffucoder.serving.engine import Engine, Job
 from diffucoder.serving.protocol import (
     ChatRequest,
     CompletionRequest,

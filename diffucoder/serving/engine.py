@@ -17,13 +17,12 @@ import threading
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import count
 from typing import NamedTuple, Self
 
 import torch
 
-from diffucoder.decoding.canvas import Canvas
 from diffucoder.decoding.denoise import DecodeState, Step, advance
 from diffucoder.decoding.generate import DiffuCoder, Generation, Request
 from diffucoder.decoding.trace import Trace, record
@@ -122,15 +121,13 @@ class Job:
         self._engine._cancel(self)
 
     def _trace(self, row: _Row) -> Trace:
-        tokens = self.request.canvas.tokens[row.number][self.request.canvas.valid[row.number]][None]
-        ids = (self.request.canvas.mask_id, self.request.canvas.pad_id, self.request.canvas.terminators)
-        canvas = Canvas(
+        canvas, number = self.request.canvas, row.number
+        tokens = canvas.tokens[number][canvas.valid[number]][None]  # (1, own length), as its steps are
+        canvas = replace(
+            canvas,
             tokens=tokens,
             valid=torch.ones_like(tokens, dtype=torch.bool),
-            sample=self.request.canvas.sample[row.number : row.number + 1],
-            mask_id=ids[0],
-            pad_id=ids[1],
-            terminators=ids[2],
+            sample=canvas.sample[number : number + 1],
         )
         return record(row.steps, canvas, params=self.request.params, model=self._engine.coder.name)[0]
 
@@ -186,7 +183,8 @@ class Engine:
             if self._closing:
                 raise ClosingError("the server is shutting down; try another, or again in a moment")
             waiting = sum(not job.places for job in self._jobs)
-            if waiting >= self.settings.max_waiting and len(self._places) >= self.most:
+            free = max(0, self.most - len(self._places))  # what came during a pass has no place yet
+            if waiting >= self.settings.max_waiting + free:
                 self._figures.refused += 1
                 raise BusyError(waiting, self._wait(waiting))
             job.line = next(self._line)

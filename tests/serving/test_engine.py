@@ -221,6 +221,18 @@ def test_a_full_queue_refuses_and_says_when_to_come_again(engine: Callable[..., 
     run(work())
 
 
+def test_a_rush_on_an_idle_engine_is_bounded_too(engine: Callable[..., Engine]) -> None:
+    async def work() -> None:
+        small = engine(Slow(0.01), max_batch=1, max_waiting=2)
+        jobs = [small.submit(request(200)) for _ in range(3)]  # one for the free place, two to wait
+        with pytest.raises(BusyError):
+            small.submit(request(200))
+        for job in jobs:
+            job.cancel()
+
+    run(work())
+
+
 # --- going away ------------------------------------------------------------------------------------------------------
 
 
