@@ -134,11 +134,11 @@ class Made:
 
 def _choose(rows: Rows, found: Found) -> Tensor:
     """The open positions that each row commits now: (R, T) bool."""
-    reference = rows.column(lambda state: state.params.preset == "reference")[:, None]  # (R, 1)
     priority, left = _priority(rows.states, found.confidence, rows.uniform[1]), rows.masked.sum(-1)  # (R, T), (R,)
     owed = [s.owed(ahead, n) for s, ahead, n in zip(rows.states, rows.ahead, left.tolist(), strict=True)]
     committed = commit(priority, found.open, torch.tensor(owed)) | _sure(rows, found)
-    if reference.any():
+    if any(state.params.preset == "reference" for state in rows.states):
+        reference = rows.column(lambda state: state.params.preset == "reference")[:, None]  # (R, 1)
         random = rows.column(lambda state: state.params.policy == "random")[:, None]  # (R, 1)
         share = rows.column(lambda s: float(s.schedule[s.age]) if s.params.preset == "reference" else 0.0)  # (R,)
         released = commit_released(priority, found.open, (share * left).floor().long())
@@ -149,6 +149,8 @@ def _choose(rows: Rows, found: Found) -> Tensor:
 
 def _priority(states: Sequence[DecodeState], confidence: Tensor, uniform: Tensor) -> Tensor:
     """(R, T) which position goes first: the surest, perturbed by noise, or noise alone."""
+    if all(state.params.policy != "random" and not state.params.policy_temperature for state in states):
+        return confidence
     random = torch.tensor([[state.params.policy == "random"] for state in states])  # (R, 1)
     heat = torch.tensor([[state.params.policy_temperature] for state in states])  # (R, 1)
     noisy = confidence / heat.where(heat > 0, 1) + gumbel(uniform)
@@ -159,8 +161,8 @@ def _sure(rows: Rows, found: Found) -> Tensor:
     """The positions that each row's rule commits, whatever its schedule says: (R, T) bool."""
     sure, params = torch.zeros_like(found.open), [state.params for state in rows.states]
     probability = found.log_prob.exp()  # (R, T)
-    least = torch.tensor([_least(state) for state in rows.states])  # (R,)
-    if (least <= 1).any():
+    if any(p.threshold is not None or p.adaptive for p in params):
+        least = torch.tensor([_least(state) for state in rows.states])  # (R,)
         by_margin = torch.tensor([[p.policy == "margin" and not p.adaptive] for p in params])  # (R, 1)
         sure |= surer_than(found.confidence.where(by_margin, probability), found.open, least)
     if any(p.factor is not None for p in params):

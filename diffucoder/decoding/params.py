@@ -74,8 +74,9 @@ class DecodingParams(Settings):
     branches: int = Field(default=1, ge=1)
     """canvases looked at in one pass, with another token each, of which the surest goes on (LoPA); 1 = none but one"""
 
-    cache: Literal["none", "prefix", "dual"] = "none"
-    """what is not computed anew in each pass: keys and values left of the block, or of all outside it (Fast-dLLM)"""
+    cache: Literal["none", "prefix", "dual", "delayed"] = "none"
+    """what passes do not compute anew: keys and values left of the block, of all outside it (Fast-dLLM), or of every
+    token from the second pass on after the one that committed it (dKV-Cache)"""
 
     refresh_every: int | None = Field(default=None, ge=1)
     """steps until a cache is computed anew; None = when a block begins"""
@@ -114,11 +115,16 @@ class DecodingParams(Settings):
             raise ValueError(
                 f"entropy_bound goes by the policy 'entropy', not {self.policy!r}; use threshold or factor"
             )
-        other = "branches" if self.branches > 1 else "revoke" if self.revoke else "adaptive" if self.adaptive else ""
+        others = {"branches": self.branches > 1, "revoke": self.revoke > 0, "adaptive": self.adaptive}
+        others["a delayed cache"] = self.cache == "delayed"  # what it keeps depends on the passes that led there
+        other = next((name for name, there in others.items() if there), "")
         if self.drafts and other:
             raise ValueError(f"drafts={self.drafts} cannot foresee steps under {other}; drop one of them")
-        if self.cache != "none" and self.block is None:
+        if self.cache in ("prefix", "dual") and self.block is None:
             raise ValueError(f"cache={self.cache!r} is kept for a block; give block, 32 for example")
+        if self.cache == "delayed" and (self.vicinity or self.cache_delay):
+            name = "vicinity" if self.vicinity else "cache_delay"
+            raise ValueError(f"{name} is measured from the block of a cache, and 'delayed' has none; drop one of them")
         if self.cache != "none" and self.horizon is not None:
             raise ValueError(f"horizon={self.horizon} and cache={self.cache!r} both narrow the pass; choose one")
         return self

@@ -6,8 +6,9 @@ Not for: what is committed (`policies`, `denoise`).
 A pass sees a whole canvas unless it is narrowed. A *horizon* leaves far masks out altogether: they carry little but the
 length, which the canvas's last position tells as well (suffix pruning: DPad, Streaming-dLLM). A *cache* leaves out what
 stands outside the block at work, and keeps its keys and values as they were when the block began (Fast-dLLM, arXiv
-2505.22618): `prefix` what stands to the left, `dual` what stands to the right too. The position before a block is fed
-as well: shifted models score a position from its left neighbour.
+2505.22618): `prefix` what stands to the left, `dual` what stands to the right too. Or it keeps every token's, once they
+have been computed from it (`delayed`: dKV-Cache, arXiv 2505.15781). The position before a block, or a mask, is fed as
+well: shifted models score a position from its left neighbour.
 """
 
 from collections.abc import Callable, Sequence
@@ -108,6 +109,9 @@ def _shown(rows: Rows) -> Tensor:
         if state.params.horizon is not None:
             near = (place < first[row] + state.params.horizon) | (place == len(place) - 1)
             shown[row] &= near | ~rows.masked[row]
+        elif state.params.cache == "delayed" and not state.stale():
+            own = rows.own(row)
+            shown[row, own] = state.unkept(rows.tokens[row, own])
         elif state.cached and not state.stale():
             shown[row] &= _between(rows, row, state.window())
     return shown
@@ -183,7 +187,7 @@ def _pass(
         for number, (index, state) in enumerate(zip(group, states, strict=True)):
             before = None if state.stale() else state.slot
             made = (state.block, state.age) if before is None else (before.block, before.age)
-            slots[index] = Slot(kept, number, *made)
+            slots[index] = Slot(kept, number, *made, rows.tokens[index, rows.own(index)])
     if model.compiled and not released:
         left = -fed.shape[1] % _WIDTH
         below = 0 if kept else (1 << (len(fed) - 1).bit_length()) - len(fed)  # a cache has its own number of rows
@@ -201,10 +205,14 @@ def _sampler(
     model: Denoiser, states: Sequence[DecodeState], whose: Tensor, uniform: Tensor, known: Tensor
 ) -> Callable[[Tensor, slice], tuple[Tensor, ...]]:
     """`propose` for M positions of the states `whose` (M,), given what is `known` (M,) of them, -1 where masked."""
-    barred = pad_sequence([state.barred for state in states], batch_first=True, padding_value=-1)  # (r, K)
-    barred = barred.where(barred >= 0, barred[:, :1])  # fewer ids than others: the mask again
-    device = model.device
-    rules, uniform = Rules.of([state.params for state in states], barred)[whose].to(device), uniform.to(device)
+    device, first = model.device, states[0]
+    if all(state.params is first.params and torch.equal(state.barred, first.barred) for state in states):
+        rules = Rules.of([first.params], first.barred[None]).expand(len(whose))  # one request, or its samples
+    else:
+        barred = pad_sequence([state.barred for state in states], batch_first=True, padding_value=-1)  # (r, K)
+        barred = barred.where(barred >= 0, barred[:, :1])  # fewer ids than others: the mask again
+        rules = Rules.of([state.params for state in states], barred)[whose]
+    rules, uniform = rules.to(device), uniform.to(device)
     given = known.to(device) if (known >= 0).any() else None
     decide = _compiled_propose(device) if model.compiled and rules.needs.released is False else propose
 

@@ -86,6 +86,10 @@ class Rules:
         """Some of the rows; what some needed may then be needed by none or all."""
         return self._each(lambda column: column[rows])
 
+    def expand(self, rows: int) -> "Rules":
+        """The one row that there is, for so many."""
+        return self._each(lambda column: column.expand(rows, *column.shape[1:]))
+
     def to(self, device: torch.device) -> "Rules":
         """The same on the device of the logits."""
         return self._each(lambda column: column.to(device, non_blocking=True))

@@ -3,12 +3,13 @@
 For: what `advance` keeps between its steps. Not for: the steps (`denoise`), or what the model is shown (`passes`).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from diffucoder.decoding.canvas import Canvas, leftmost
 from diffucoder.decoding.params import DecodingParams
@@ -26,6 +27,7 @@ class Slot(NamedTuple):
     row: int
     block: int  # the block at work when all of them were computed
     age: int  # steps the request had taken then
+    tokens: Tensor  # (T,) what they are the keys and values of by now
 
 
 class DecodeState:
@@ -104,9 +106,40 @@ class DecodeState:
         age, every = self.age + steps, self.params.refresh_every
         if every is not None and age - self.slot.age >= every:
             return True
+        if self.params.cache == "delayed":
+            return False
         if block is not None and block != self.block:
             return True  # another block begins: whoever looks ahead stops there
         return self.block != self.slot.block and age - self.entered >= self.params.cache_delay
+
+    def begin_from(self, slots: Iterable[Slot]) -> None:
+        """Take over the keys and values of the longest beginning that this request shares with another's.
+
+        For a request with a delayed cache that has not begun. They are as they were in the other's company, so the
+        result may differ from that of computing them anew.
+        """
+        assert self.params.cache == "delayed", "only a delayed cache knows of each position what it holds"
+        least = min(len(self.tokens), self.first_hole)  # masks are never kept
+
+        def shared(slot: Slot) -> int:
+            size = min(least, len(slot.tokens))
+            return int(leftmost((slot.tokens[:size] != self.tokens[:size])[None]))
+
+        best = max(slots, key=shared, default=None)
+        if best is None or not (count := shared(best)):
+            return
+        tokens = self.tokens.new_full(self.tokens.shape, -1)
+        tokens[:count] = self.tokens[:count]
+        self.slot = Slot(best.cache.prefix(best.row, count, len(self.tokens)), 0, 0, 0, tokens)
+
+    def unkept(self, tokens: Tensor) -> Tensor:
+        """What a pass over the canvas `tokens` (T,) feeds with a delayed cache: (T,) bool.
+
+        Every mask and the position to its left, and what was committed since its keys and values were computed.
+        """
+        assert self.slot is not None
+        masked = tokens == self.canvas.mask_id
+        return masked | pad(masked[1:], (0, 1)) | (tokens != self.slot.tokens)
 
     def window(self) -> tuple[int, int]:
         """The positions that a pass over the kept keys and values feeds: from, to."""

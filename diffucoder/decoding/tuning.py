@@ -3,8 +3,8 @@
 For: turning `preset="fast"` into settings of `exact`. Not for: what the settings do (`params`, `passes`).
 
 Two questions, and two ways to answer them. What costs no quality has been measured once, on the shipped model
-(docs/log.md): a bound on the entropy that a step may commit, and a prompt whose keys and values
-stay as the first pass found them. What is quickest depends on the machine: narrow passes pay where arithmetic is
+(docs/log.md): a bound on the entropy that a step may commit, and tokens whose keys and values stay as
+the pass after their commitment found them. What is quickest depends on the machine: narrow passes pay where arithmetic is
 scarce, drafts where the width of a pass is free. So each way's pass is timed here, once for a size of canvas, and
 weighed with the passes that it takes. The times are kept in `passes.json` in the user's cache, which may be deleted.
 """
@@ -35,17 +35,16 @@ class Way:
     """One way to arrange passes."""
 
     name: str
-    passes: float  # it takes, relative to plain ones: 64 dev problems, ENTROPY_BOUND, the shipped model
-    rows: int  # canvases looked at for each request
-    keeps_prompt: bool
-    drafts: int = 0
+    settings: dict[str, Any]  # Any: each field of DecodingParams has its own type
+    passes: float = 1.0  # it takes, relative to plain ones: dev problems, ENTROPY_BOUND, the shipped model
+    rows: int = 1  # canvases looked at for each request
+    fed: float | None = None  # the share of the positions from the first mask on that a pass is fed; None: the canvas
 
 
 WAYS = (
-    Way("whole", 1.0, 1, False),
-    Way("prompt kept", 1.03, 1, True),
-    Way("whole, drafts", 0.91, 4, False, drafts=3),
-    Way("prompt kept, drafts", 0.92, 4, True, drafts=3),
+    Way("whole", {}),
+    Way("delayed", {"cache": "delayed"}, passes=1.04, fed=0.6),
+    Way("drafts", {"drafts": 3}, passes=0.91, rows=4),
 )
 _RULES = {"threshold", "factor", "entropy_bound", "adaptive", "steps"}
 _ARRANGED = {"block", "horizon", "cache", "refresh_every", "vicinity", "cache_delay"}
@@ -68,29 +67,17 @@ def tuned(params: DecodingParams, model: Denoiser, canvas: Canvas) -> DecodingPa
     if not own & _RULES:
         changes |= {"entropy_bound": ENTROPY_BOUND} if params.policy == "entropy" else {"threshold": THRESHOLD}
     if not own & (_ARRANGED | _AHEAD):
-        changes |= arrangement(quickest(model, canvas, params.num_samples), canvas)
+        changes |= quickest(model, canvas, params.num_samples).settings
     return params.replace(**changes)
-
-
-def arrangement(way: Way, canvas: Canvas) -> dict[str, Any]:
-    """The settings of a way on a canvas."""
-    settings: dict[str, Any] = {"drafts": way.drafts}
-    if way.keeps_prompt:  # one block that holds all of the masks
-        settings |= {"cache": "prefix", "block": int(_spread(canvas).max())}
-    return settings
 
 
 def quickest(model: Denoiser, canvas: Canvas, num_samples: int = 1) -> Way:
     """The way that takes least time, by passes and by what a pass takes on this machine."""
-    width, answer = (_rounded(int(each.max())) for each in (canvas.valid.sum(-1), _spread(canvas)))
+    spread = (canvas.masked.cumsum(-1) > 0).sum(-1)  # (B,) positions from the first mask on
+    width, answer = (_rounded(int(each.max())) for each in (canvas.valid.sum(-1), spread))
     requests = 1 << (len(canvas.tokens) * num_samples - 1).bit_length()
     times = _times(model, requests, width, min(answer, width))
     return min((way for way in WAYS if way.name in times), key=lambda way: way.passes * times[way.name])
-
-
-def _spread(canvas: Canvas) -> torch.Tensor:
-    """(B,) positions from each row's first mask to its end."""
-    return (canvas.masked.cumsum(-1) > 0).sum(-1)
 
 
 def _rounded(width: int) -> int:
@@ -99,7 +86,7 @@ def _rounded(width: int) -> int:
 
 def _times(model: Denoiser, requests: int, width: int, answer: int) -> Mapping[str, float]:
     """Seconds of one pass each way, for so many canvases of `width` with `answer` positions to decode."""
-    key = json.dumps([*_identity(model), requests, width, answer])
+    key = json.dumps([*_identity(model), requests, width, answer, *(way.name for way in WAYS)])
     path = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "diffucoder" / "passes.json"
     known: dict[str, dict[str, float]] = {}
     with suppress(OSError, ValueError):  # pydantic's errors are ValueErrors
@@ -128,16 +115,16 @@ def measure(model: Denoiser, requests: int, width: int, answer: int) -> dict[str
     times = {}
     for way in WAYS:
         rows = requests * way.rows
-        fed = answer if way.keeps_prompt else width
+        fed = width if way.fed is None else max(1, round(way.fed * answer))
         tokens = torch.full((rows, fed), model.mask_id, device=model.device)
-        where = torch.cartesian_prod(torch.arange(rows), torch.arange(fed - answer, fed))  # (M, 2)
+        where = torch.cartesian_prod(torch.arange(rows), torch.arange(max(0, fed - answer), fed))  # (M, 2)
         more: dict[str, Any] = {"rows": where.to(model.device), "reduce": lambda logits, _: logits.argmax(-1)}
-        if way.keeps_prompt:
+        if way.fed is not None:
             try:
                 more["cache"] = model.new_cache(torch.full((rows,), width))
             except CheckpointError:  # no lean body, no cache
                 continue
-            more["positions"] = torch.arange(width - answer, width).expand(rows, -1)
+            more["positions"] = torch.arange(width - fed, width).expand(rows, -1)
         taken: list[float] = []
         while len(taken) < 4:
             began = time.perf_counter()

@@ -68,6 +68,17 @@ class CanvasCache:
         even = len(set(lengths.tolist())) == 1
         return cls(lengths, copied(lambda cache: cache.keys), copied(lambda cache: cache.values), even=even)
 
+    def prefix(self, row: int, count: int, length: int) -> "CanvasCache":
+        """A cache for one canvas of `length` whose first `count` positions are copies of a row's."""
+
+        def copied(layers: list[Tensor]) -> list[Tensor]:
+            made = [layer.new_zeros(1, length + 1, *layer.shape[2:]) for layer in layers]
+            for new, layer in zip(made, layers, strict=True):
+                new[0, :count] = layer[row, :count]
+            return made
+
+        return CanvasCache(self.lengths.new_tensor([length]), copied(self.keys), copied(self.values), even=True)
+
     def visible(self) -> Tensor | None:
         """(B, 1, 1, S) bool: the slots that hold positions of a canvas; None where all but the last do."""
         if self.even:

@@ -6,7 +6,8 @@ deadlines, cancelling, fair turns, draining. Not for: texts and protocols (`app`
 A request is one or several rows (samples, or lengths that a hole is tried at). Rows take turns in at most `max_batch`
 places: the next place goes to the request that has fewest of them, of equals to the first in the line, and who has had
 a place for `turn` steps while others wait gives it up and stands at the line's end. A row's result is that of decoding
-it alone, up to the rounding of matrix products, because a `DecodeState` owns all that decides it.
+it alone, up to the rounding of matrix products, because a `DecodeState` owns all that decides it: unless `reuse` has it
+begin with keys and values of an earlier request.
 
 Everything that is shared is changed under one lock. Events go to the asker's event loop, which is never waited for.
 """
@@ -25,6 +26,7 @@ import torch
 
 from diffucoder.decoding.denoise import DecodeState, Step, advance
 from diffucoder.decoding.generate import DiffuCoder, Generation, Request
+from diffucoder.decoding.state import Slot
 from diffucoder.decoding.trace import Trace, record
 from diffucoder.errors import DiffuCoderError
 from diffucoder.serving.settings import EngineSettings
@@ -92,6 +94,9 @@ class Job:
         request = self.request = self.request.tuned(self._engine.coder.model)
         numbers = range(len(request.canvas.tokens))
         states = [DecodeState(request.canvas, request.params, row=n, until=request.until) for n in numbers]
+        for state in states:
+            if request.params.cache == "delayed":
+                state.begin_from(self._engine.kept)
         self.rows = [_Row(self, number, state) for number, state in enumerate(states)]
         self.todo.extend(self.rows)
 
@@ -164,6 +169,7 @@ class Engine:
         """Start the thread that owns `coder`'s model from now on."""
         self.coder, self.settings = coder, settings or EngineSettings()
         self.most = self.settings.max_batch  # rows of a pass; halved where memory does not hold them
+        self.kept = deque[Slot](maxlen=self.settings.reuse)  # of finished rows; the thread's
         self._figures = Figures()
         self._jobs: list[Job] = []  # accepted and unfinished, the oldest first
         self._places: list[_Row] = []
@@ -328,6 +334,12 @@ class Engine:
         else:
             self._deliver(zip(rows, steps, strict=True), time.monotonic() - began)
 
+    def _keep(self, state: DecodeState) -> None:
+        """Keep a finished row's keys and values, alone: not those of the rows that shared its passes."""
+        if self.kept.maxlen and state.slot is not None and state.params.cache == "delayed":
+            cache, row, *_, tokens = state.slot
+            self.kept.append(Slot(cache.prefix(row, len(tokens), len(tokens)), 0, 0, 0, tokens))
+
     def _fail(self, jobs: Iterable[Job], why: str) -> None:
         with self._changed:
             for job in jobs:
@@ -350,6 +362,7 @@ class Engine:
                 job._tell(Event(row.number, step))
                 if row.state.finish_reason is not None:
                     self._leave(row)
+                    self._keep(row.state)
                     job.left -= 1
                     if not job.left:
                         self._figures.finished += 1

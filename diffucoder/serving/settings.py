@@ -14,6 +14,11 @@ class EngineSettings(Settings):
     max_rows: int = Field(default=64, ge=1, description="rows of one request: samples, times lengths tried")
     deadline: float = Field(default=300.0, gt=0, description="seconds until a request is given up")
     turn: int = Field(default=64, ge=1, description="steps until a row gives way to those who wait")
+    reuse: int = Field(
+        default=0,
+        ge=0,
+        description="answers whose keys and values are kept for requests that begin alike, with cache=delayed",
+    )
 
 
 class ServerSettings(Settings):

@@ -15,6 +15,7 @@ WAYS: list[dict[str, Any]] = [
     {"policy": "margin", "threshold": 0.05},
     {"temperature": 0.7, "top_p": 0.9, "top_k": 5, "seed": 3},
     {"block": 4, "cache": "dual", "policy": "max_prob"},
+    {"cache": "delayed", "entropy_bound": 2.5},
     {"horizon": 5, "drafts": 2},
 ]
 

@@ -1,5 +1,6 @@
 """Denoising: rows independent of company, every mask committed once, exact ends."""
 
+from itertools import product
 from typing import Any
 
 import pytest
@@ -36,6 +37,8 @@ MIX = [
     DecodingParams(block=4, cache="dual", refresh_every=3),
     DecodingParams(block=3, cache="prefix", entropy_bound=2.5, vicinity=1, cache_delay=1),
     DecodingParams(block=5, cache="dual", drafts=2, temperature=0.6, seed=4),
+    DecodingParams(cache="delayed", entropy_bound=2.5),
+    DecodingParams(cache="delayed", temperature=0.4, refresh_every=5, seed=6),
     DecodingParams(horizon=3, factor=1.5, policy="margin"),
     DecodingParams(branches=3, threshold=0.3, policy="max_prob"),
     DecodingParams(adaptive=True, revoke=0.6, policy="max_prob", steps=4),
@@ -460,8 +463,15 @@ def test_a_horizon_leaves_far_masks_out_but_for_the_last() -> None:
     assert [width for _, width in model.fed] == [6, 7, 8, 9, 10, 10, 10, 10]
 
 
-@pytest.mark.parametrize("cache", ["prefix", "dual"])
-@pytest.mark.parametrize("more", [{}, {"vicinity": 2}, {"cache_delay": 3}, {"threshold": 0.1}], ids=str)
+@pytest.mark.parametrize(
+    ("cache", "more"),
+    [
+        *product(["prefix", "dual"], [{}, {"vicinity": 2}, {"cache_delay": 3}, {"threshold": 0.1}]),
+        ("delayed", {}),
+        ("delayed", {"threshold": 0.1}),
+    ],
+    ids=str,
+)
 def test_a_cache_computed_anew_at_every_step_is_no_cache(tiny: Denoiser, cache: str, more: dict[str, Any]) -> None:
     prompts = [[5, 6, 7, 8, 9, 10, 11], [12, 13], [14]]
     start = canvas(*prompts, new_tokens=11, mask_id=tiny.mask_id, pad_id=1)
@@ -496,12 +506,16 @@ class Watched:
         ({"cache": "dual", "refresh_every": 2}, [12, 5, 12, 5, 12, 5, 12, 5]),
         ({"cache": "dual", "vicinity": 2}, [12, 9, 9, 9, 12, 7, 7, 7]),
         ({"cache": "dual", "cache_delay": 2}, [12, 5, 5, 5, 9, 9, 12, 5]),  # the block before stays with it for two
+        # masks, the positions before them, and what was committed one step ago
+        ({"cache": "delayed", "block": 1}, [12, 8, 7, 6, 5, 4, 3, 2]),
+        ({"cache": "delayed", "block": 1, "refresh_every": 4}, [12, 8, 7, 6, 12, 4, 3, 2]),
+        ({"cache": "delayed", "block": 2, "steps": 4}, [12, 8, 6, 4]),
     ],
     ids=str,
 )
-def test_a_cached_pass_feeds_the_block_alone(tiny: Denoiser, more: dict[str, Any], widths: list[int]) -> None:
+def test_a_cached_pass_feeds_only_what_is_not_kept(tiny: Denoiser, more: dict[str, Any], widths: list[int]) -> None:
     model: Any = Watched(tiny)
-    list(denoise(model, canvas([5, 6, 7, 8], new_tokens=8, mask_id=tiny.mask_id), DecodingParams(block=4, **more)))
+    list(denoise(model, canvas([5, 6, 7, 8], new_tokens=8, mask_id=tiny.mask_id), DecodingParams(**{"block": 4, **more})))
     assert [width for _, width in model.fed] == widths
 
 

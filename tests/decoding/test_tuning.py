@@ -38,9 +38,8 @@ def test_other_presets_are_what_they_say(tiny: Denoiser) -> None:
     ("quick", "settings"),
     [
         ("whole", {}),
-        ("prompt kept", {"cache": "prefix", "block": 8}),
-        ("whole, drafts", {"drafts": 3}),
-        ("prompt kept, drafts", {"cache": "prefix", "block": 8, "drafts": 3}),
+        ("delayed", {"cache": "delayed"}),
+        ("drafts", {"drafts": 3}),
     ],
 )
 def test_fast_is_exact_with_what_is_quickest_here(
@@ -52,8 +51,8 @@ def test_fast_is_exact_with_what_is_quickest_here(
 
 
 def test_what_is_asked_for_stays(tiny: Denoiser, times: dict[str, float]) -> None:
-    times["prompt kept"] = 0.1
-    kept = {"cache": "prefix", "block": 8}
+    times["delayed"] = 0.1
+    kept: Any = {"cache": "delayed"}
 
     def settings(**own: Any) -> DecodingParams:
         return tuned(FAST.replace(**own), tiny, start(tiny, 3))
@@ -89,7 +88,7 @@ def test_passes_are_timed_once_for_a_size_of_canvas(
 def test_a_broken_file_of_times_is_measured_anew(tiny: Denoiser, tmp_path: Path, times: Any, file: str) -> None:
     (tmp_path / "diffucoder").mkdir()
     (tmp_path / "diffucoder" / "passes.json").write_text(file)
-    times["whole, drafts"] = 0.1
+    times["drafts"] = 0.1
     assert tuned(FAST, tiny, start(tiny, 3)).drafts == 3
 
 
@@ -98,8 +97,8 @@ def test_where_no_file_can_be_written_it_is_measured_each_time(
 ) -> None:
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    times["prompt kept"] = 0.1
-    assert tuned(FAST, tiny, start(tiny, 3)).cache == "prefix"
+    times["delayed"] = 0.1
+    assert tuned(FAST, tiny, start(tiny, 3)).cache == "delayed"
 
 
 def test_a_model_of_other_layers_is_decoded_whole(
@@ -111,7 +110,7 @@ def test_a_model_of_other_layers_is_decoded_whole(
 
 
 def test_fast_decodes_as_what_it_stands_for(tiny: Denoiser, times: dict[str, float]) -> None:
-    times["prompt kept"] = 0.1
+    times["delayed"] = 0.1
     problem = start(tiny, 3, 5)
     *_, fast = denoise(tiny, problem, FAST)
     *_, plain = denoise(tiny, problem, tuned(FAST, tiny, problem))
@@ -121,11 +120,11 @@ def test_fast_decodes_as_what_it_stands_for(tiny: Denoiser, times: dict[str, flo
 
 
 def test_an_answer_says_what_fast_was(times: dict[str, float]) -> None:
-    times["prompt kept"] = 0.1
+    times["delayed"] = 0.1
     coder = DiffuCoder.load()
     answer = coder.generate("Write a function that takes a string and removes the vowels.", FAST)
     assert answer.trace.params | {"preset": "exact", "entropy_bound": ENTROPY_BOUND} == answer.trace.params
-    assert answer.trace.params["cache"] == "prefix"
+    assert answer.trace.params["cache"] == "delayed"
     assert answer.forward_passes < 16
     filled = coder.fill("def double(n):\n    return <|hole:3|>\n", FAST)
-    assert filled.trace.params["block"] == len(filled.trace.tokens) - filled.trace.prompt_length
+    assert filled.trace.params["cache"] == "delayed"

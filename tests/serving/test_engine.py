@@ -122,6 +122,37 @@ def test_an_answer_is_the_same_alone_and_among_strangers() -> None:
             assert one.trace.log_probs == pytest.approx(other.trace.log_probs, abs=1e-3)
 
 
+def test_requests_that_begin_alike_share_keys_and_values_where_that_is_asked_for() -> None:
+    coder = DiffuCoder.load(dtype=torch.float32)
+    delayed = DecodingParams(cache="delayed", entropy_bound=0.05, new_tokens=24)
+    prefix = "def double(n):\n    return n * 2\n\n\ndef halve(n):\n    return n // 2\n\n\n"
+    asked = [coder.request(prefix + end, delayed, chat=False) for end in ("def triple(n):\n", "def square(n):\n")]
+    fed = list[int]()
+    forward = coder.model.forward
+
+    def watched(tokens: Tensor, **more: Any) -> Any:
+        fed.append(tokens.shape[1])
+        return forward(tokens, **more)
+
+    coder.model.forward = watched  # type: ignore[method-assign]
+
+    async def one_by_one(reuse: int) -> list[list[int]]:
+        found = []
+        with Engine(coder, EngineSettings(reuse=reuse)) as engine:
+            for each in (asked[0], asked[1], asked[1]):
+                fed.clear()
+                await engine.submit(each).results()
+                found.append(list(fed))
+        return found
+
+    alone, shared = run(one_by_one(0)), run(one_by_one(2))
+    whole = [len(each.canvas.tokens[0]) for each in asked]
+    begin = int((asked[0].canvas.tokens[0][:50] != asked[1].canvas.tokens[0][:50]).nonzero()[0])  # where they part
+    assert [first for first, *_ in alone] == [whole[0], whole[1], whole[1]]
+    # what follows the common beginning; then, of the same prompt again, the masks and the position before them
+    assert [first for first, *_ in shared] == [whole[0], whole[1] - begin, 24 + 1]
+
+
 def test_events_are_the_steps_of_each_row(engine: Callable[..., Engine]) -> None:
     async def work() -> None:
         job = engine(Slow()).submit(request(3, rows=2))
