@@ -6,8 +6,9 @@
     python benchmarks/passes.py --peer-python .venv-peer/bin/python    # llama.cpp too; `make gguf-peer` makes it
 
 Weights are random and made on the device: nothing is downloaded. A *whole* pass is over a canvas of so many positions;
-a *window* is a pass over so many of a canvas of `--canvas`, whose other keys and values are kept. Half of what is fed,
-at most 32 positions a row, is scored and sampled greedily. The bar is what a token takes when the same weights decode
+a *window* is a pass over so many of a canvas of `--canvas`, whose other keys and values are kept; a *step* is what
+`denoise` does with a whole pass, all in all. Half of what is fed, at most 32 positions a row, is scored and sampled
+greedily. The bar is what a token takes when the same weights decode
 left to right: by transformers, with its cache and the dtype of the weights, and by llama.cpp. The break-even is how
 many tokens a pass must commit to be as fast. Table and figures go to benchmarks/results/passes_SHAPE_DEVICE.md.
 """
@@ -79,12 +80,12 @@ print(json.dumps([llama_cpp.__version__, os.path.basename(path), 1e3 * min(times
 class Pass:
     """One row of the table."""
 
-    kind: str  # whole or window
+    kind: str  # whole, window or step
     batch: int
     width: int
     dtype: str
     seconds: float
-    sampler: float  # seconds of it
+    sampler: float  # seconds of it; of a step also those of Python
     operations: float
     bytes: float  # of weights, read once
 
@@ -121,6 +122,8 @@ def main(
         for batch in map(int, batches.split(",")):
             for width in map(int, widths.split(",")):
                 passes += measured(model, kind, batch, width, canvas, repeats)
+                if place.type == "cpu":
+                    passes.append(step(model, passes[-1], repeats))
                 print(passes[-1], flush=True)
         del model
         gc.collect()
@@ -192,6 +195,43 @@ def measured(model: Denoiser, dtype: str, batch: int, width: int, canvas: int, r
             )
         )
     return found
+
+
+def step(model: Denoiser, like: Pass, repeats: int) -> Pass:
+    """The steps of `denoise` over canvases of which as much is masked as `like` scores: the median."""
+    masked = min(SCORED, max(1, like.width // 2))
+    prompt = torch.randint(0, model.mask_id, (like.batch, like.width - masked))
+    start = Canvas.from_prompts(prompt, new_tokens=masked, mask_id=model.mask_id)
+    forward, inside = model.forward, 0.0  # seconds in the body
+
+    def timed(tokens: Tensor, *, reduce: Any, **more: Any) -> Any:  # Any: as the Denoiser's
+        nonlocal inside
+
+        def sampled(logits: Tensor, chunk: slice) -> Any:
+            nonlocal inside
+            began = time.perf_counter()
+            found = reduce(logits, chunk)
+            inside -= time.perf_counter() - began
+            return found
+
+        began = time.perf_counter()
+        found = forward(tokens, reduce=sampled, **more)
+        inside += time.perf_counter() - began
+        return found
+
+    taken: list[tuple[float, float]] = []
+    model.forward = timed  # type: ignore[method-assign]  # while it is timed
+    try:
+        while len(taken) < repeats:
+            steps, inside = denoise(model, start, DecodingParams()), 0.0
+            for _ in range(min(3, masked)):  # before fewer are scored
+                inside, began = 0.0, time.perf_counter()
+                next(steps)
+                taken.append((time.perf_counter() - began, inside))
+    finally:
+        del model.forward
+    whole, body = sorted(taken)[len(taken) // 2]
+    return replace(like, kind="step", seconds=whole, sampler=whole - body)
 
 
 def autoregressive(shape: str, device: torch.device) -> float:
@@ -292,6 +332,7 @@ def report(
         ]
         lines.append(f"| {' | '.join(cells)} |")
     head = ["pass", "dtype", "batch", "width", "ms", "passes/s", "sampler", "GFLOP/s (of matmul)", "GB/s (of reading)"]
+    head[5] += ", with a step's Python" if device.type == "cpu" else ""
     head += [f"break-even with {name.split(' ')[0]}" for name in bars]
     device_name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "CPU"
     tops = ", ".join(f"{rate / 1e9:.0f} GFLOP/s in {dtype}" for dtype, rate in ceilings.items())
