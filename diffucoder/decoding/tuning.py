@@ -36,14 +36,14 @@ class Way:
 
     name: str
     settings: dict[str, Any]  # Any: each field of DecodingParams has its own type
-    passes: float = 1.0  # it takes, relative to plain ones: dev problems, ENTROPY_BOUND, the shipped model
+    passes: float = 1.0  # it takes, relative to plain ones: dev problems, ENTROPY_BOUND, the shipped model (docs/log.md)
     rows: int = 1  # canvases looked at for each request
     fed: float | None = None  # the share of the positions from the first mask on that a pass is fed; None: the canvas
 
 
 WAYS = (
     Way("whole", {}),
-    Way("delayed", {"cache": "delayed"}, passes=1.04, fed=0.6),
+    Way("delayed", {"cache": "delayed"}, passes=1.05, fed=0.57),
     Way("drafts", {"drafts": 3}, passes=0.91, rows=4),
 )
 _RULES = {"threshold", "factor", "entropy_bound", "adaptive", "steps"}
