@@ -140,7 +140,7 @@ def built(shape: str, device: torch.device, dtype: str, **changes: Any) -> Denoi
     with torch.device(device):
         parent = AutoModelForCausalLM.from_config(config, dtype=weights, attn_implementation="sdpa").eval()
     model = Denoiser.from_causal_lm(parent, mask_id=sizes["vocab_size"] - 1)
-    model.use_lean(int8=dtype == "int8")
+    model.use_lean(int8=dtype == "int8", packed=True)
     return model
 
 

@@ -102,7 +102,7 @@ class DiffuCoder:
         tokenizer = load_tokenizer(source)  # first: it is quick, and fails for the same reasons
         int8 = dtype == torch.int8
         model = load_denoiser(source, dtype=torch.bfloat16 if int8 else dtype, device=device)
-        model.use_lean(int8=int8, compiled=compiled)
+        model.use_lean(int8=int8, packed=True, compiled=compiled)
         return cls(model, tokenizer, name="tiny" if source is None else str(source))
 
     def generate(self, prompt: Prompt, params: DecodingParams | None = None, *, chat: bool = True) -> Generation:

@@ -3,10 +3,10 @@
 For: turning `preset="fast"` into settings of `exact`. Not for: what the settings do (`params`, `passes`).
 
 Two questions, and two ways to answer them. What costs no quality has been measured once, on the shipped model
-(docs/log.md): a bound on the entropy that a step may commit, and tokens whose keys and values stay as
-the pass after their commitment found them. What is quickest depends on the machine: narrow passes pay where arithmetic is
-scarce, drafts where the width of a pass is free. So each way's pass is timed here, once for a size of canvas, and
-weighed with the passes that it takes. The times are kept in `passes.json` in the user's cache, which may be deleted.
+(docs/log.md): a bound on the entropy that a step may commit, and tokens whose keys and values stay as the pass after
+their commitment found them. What is quickest depends on the machine: narrow passes pay where arithmetic is scarce,
+drafts where the width of a pass is free. So each way's pass is timed here, once for a size of canvas, and weighed with
+the passes that it takes. The times are kept in `passes.json` in the user's cache, which may be deleted.
 """
 
 import json
@@ -36,7 +36,9 @@ class Way:
 
     name: str
     settings: dict[str, Any]  # Any: each field of DecodingParams has its own type
-    passes: float = 1.0  # it takes, relative to plain ones: dev problems, ENTROPY_BOUND, the shipped model (docs/log.md)
+    passes: float = (
+        1.0  # it takes, relative to plain ones: dev problems, ENTROPY_BOUND, the shipped model (docs/log.md)
+    )
     rows: int = 1  # canvases looked at for each request
     fed: float | None = None  # the share of the positions from the first mask on that a pass is fed; None: the canvas
 

@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 
 from diffucoder.errors import CheckpointError
 from diffucoder.models.lean import CanvasCache, LeanBody
-from diffucoder.models.quantize import Project
+from diffucoder.models.projections import Project, int8_projection, packable, packed_projection
 
 SUPPORTED_TYPES = ("qwen2", "qwen3", "llama")  # plain softmax attention, logits = lm_head(hidden), nothing in between
 CHUNK_ELEMENTS = 2**25  # logits alive at once under `reduce`: 64 MiB in bf16, 220 rows of Qwen's vocabulary
@@ -45,7 +45,7 @@ class Denoiser(nn.Module):
         self._no_split_modules = model._no_split_modules  # what accelerate shards by: the layers
         self.chunk_elements = CHUNK_ELEMENTS
         self._lean: LeanBody | None = None
-        self._int8 = False  # what the lean body is made of
+        self._int8 = self._packed = False  # what the lean body is made of
         self.compiled = False  # decoding keeps to a few shapes, which are compiled
         self.proposable: int = self.vocab_size  # how many leading ids decoding may propose; fewer where some are spare
 
@@ -116,15 +116,17 @@ class Denoiser(nn.Module):
         """The dtype that decoding multiplies weights in: theirs, or int8."""
         return torch.int8 if self._int8 else self.dtype
 
-    def use_lean(self, *, int8: bool = False, compiled: bool = False) -> None:
+    def use_lean(self, *, int8: bool = False, packed: bool = False, compiled: bool = False) -> None:
         """Decode by the lean body from now on, where the architecture has one; training goes by transformers' layers.
 
         The model's projections become views of joined weights. Call it again after putting other modules in place.
-        With `int8` decoding multiplies a copy of them in eight bits: CheckpointError where there is no CPU or no lean
-        body to do so. `compiled` has torch compile layers and sampler, for which decoding pads what it feeds to a few
-        shapes: CheckpointError where there is no lean body.
+        `packed` goes by a copy of them laid out for this CPU, where that is possible and small (`packable`): for
+        weights that nothing changes any more. With `int8` it multiplies a copy of them in eight bits: CheckpointError
+        where there is no CPU or no lean body to do so. `compiled` has torch compile layers and sampler, for which
+        decoding pads what it feeds to a few shapes: CheckpointError where there is no lean body.
         """
-        lean = LeanBody.of(self.model, int8=int8)
+        fit = packed and not compiled and packable(self.model)
+        lean = LeanBody.of(self.model, copy=int8_projection if int8 else packed_projection if fit else None)
         if int8 and (lean is None or self.device.type != "cpu"):
             what = f"a {self.config.model_type!r} model on {self.device.type}"
             raise CheckpointError(f"{what} cannot be decoded in int8, plain layers on a CPU can; use bfloat16")
@@ -132,7 +134,7 @@ class Denoiser(nn.Module):
             if lean is None:
                 raise CheckpointError(f"a {self.config.model_type!r} model has no lean body to compile; leave it out")
             lean.compile()
-        self._lean, self._int8, self.compiled = lean, int8, compiled
+        self._lean, self._int8, self._packed, self.compiled = lean, int8, packed, compiled
 
     @contextmanager
     def lean_snapshot(self, dtype: torch.dtype) -> Iterator[None]:
@@ -158,7 +160,7 @@ class Denoiser(nn.Module):
         lean, self._lean = self._lean, None
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # torch leaves it untyped
         if lean is not None:
-            self.use_lean(int8=self._int8, compiled=self.compiled)
+            self.use_lean(int8=self._int8, packed=self._packed, compiled=self.compiled)
         return self
 
     def forward(

@@ -16,7 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from diffucoder.models.quantize import Project, int8_projection
+from diffucoder.models.projections import Project
+
+Copy = Callable[[Tensor, Tensor | None], Project]  # weight (out, in) and bias (out,) as a projection of its own
 
 
 @dataclass(frozen=True)
@@ -94,26 +96,28 @@ class CanvasCache:
 class LeanBody:
     """The layers and the last norm of a transformers model, as one function of tokens and positions."""
 
-    def __init__(self, model: Any, dtype: torch.dtype | None, int8: bool) -> None:  # Any: a transformers causal LM
+    def __init__(
+        self, model: Any, dtype: torch.dtype | None, copy: Copy | None
+    ) -> None:  # Any: a transformers causal LM
         """Read `model`'s weights; use `LeanBody.of`."""
         config, body = model.config, model.base_model
         self.heads, self.key_heads = config.num_attention_heads, config.num_key_value_heads
         self.head_dim: int = body.layers[0].self_attn.head_dim
         self.eps: float = config.rms_norm_eps
-        self.layers = [_layer(layer, dtype, int8) for layer in body.layers]
+        self.layers = [_layer(layer, dtype, copy) for layer in body.layers]
         self._embed, self._norm = (each.weight.detach().to(dtype) for each in (body.embed_tokens, body.norm))
         head = model.get_output_embeddings()
-        self.head = _joined(head, dtype=dtype, int8=int8) if dtype or int8 else head
+        self.head = _joined(head, dtype=dtype, copy=copy) if dtype or copy else head
         self._rotary = body.rotary_emb
         self._table: tuple[Tensor, Tensor] | None = None  # cosines and sines of the positions met so far
         self._run = self._layers
 
     @classmethod
-    def of(cls, model: Any, *, dtype: torch.dtype | None = None, int8: bool = False) -> "LeanBody | None":
+    def of(cls, model: Any, *, dtype: torch.dtype | None = None, copy: Copy | None = None) -> "LeanBody | None":
         """The lean body of `model`, or None where its layers are not the plain ones that this reads.
 
         The model's projections become views of the joined weights; with a `dtype` this is a copy, and they stay. So do
-        they with `int8`: the copy's projections are then `quantize`'s, and all else is of the `dtype`.
+        they with a `copy`, `projections`: what is then done to the model's own projections does not show.
         """
         config, body = model.config, model.base_model
         plain = all(
@@ -122,7 +126,7 @@ class LeanBody:
             for module in (*_projections(layer.self_attn), *_projections(layer.mlp))
         )
         fixed = body.rotary_emb.rope_type not in ("dynamic", "longrope")  # those depend on the length met
-        return cls(model, dtype, int8) if plain and fixed and config.hidden_act == "silu" else None
+        return cls(model, dtype, copy) if plain and fixed and config.hidden_act == "silu" else None
 
     def compile(self) -> None:
         """Have torch compile the layers, anew for each shape they are fed: half a minute, and captured on CUDA."""
@@ -229,17 +233,17 @@ def _projections(module: Any) -> list[nn.Module]:
     return [child for name, child in module.named_children() if name.endswith("_proj")]
 
 
-def _layer(layer: Any, dtype: torch.dtype | None, int8: bool) -> Layer:  # Any: a decoder layer of transformers
+def _layer(layer: Any, dtype: torch.dtype | None, copy: Copy | None) -> Layer:  # Any: a decoder layer of transformers
     attention, mlp = layer.self_attn, layer.mlp
     names = ("input_layernorm", "post_attention_layernorm")
     before, between = (getattr(layer, name).weight.detach().to(dtype) for name in names)
     norms = [getattr(attention, name, None) for name in ("q_norm", "k_norm")]
     query_norm, key_norm = (None if norm is None else norm.weight.detach().to(dtype) for norm in norms)
     return Layer(
-        qkv=_joined(attention.q_proj, attention.k_proj, attention.v_proj, dtype=dtype, int8=int8),
-        out=_joined(attention.o_proj, dtype=dtype, int8=int8),
-        gate_up=_joined(mlp.gate_proj, mlp.up_proj, dtype=dtype, int8=int8),
-        down=_joined(mlp.down_proj, dtype=dtype, int8=int8),
+        qkv=_joined(attention.q_proj, attention.k_proj, attention.v_proj, dtype=dtype, copy=copy),
+        out=_joined(attention.o_proj, dtype=dtype, copy=copy),
+        gate_up=_joined(mlp.gate_proj, mlp.up_proj, dtype=dtype, copy=copy),
+        down=_joined(mlp.down_proj, dtype=dtype, copy=copy),
         before=before,
         between=between,
         query_norm=query_norm,
@@ -248,12 +252,12 @@ def _layer(layer: Any, dtype: torch.dtype | None, int8: bool) -> Layer:  # Any: 
 
 
 @torch.no_grad()
-def _joined(*projections: nn.Linear, dtype: torch.dtype | None, int8: bool) -> Project:
+def _joined(*projections: nn.Linear, dtype: torch.dtype | None, copy: Copy | None) -> Project:
     """Projections side by side as one: a copy in `dtype`, or what theirs become views of, so that nothing is twice."""
     weight = torch.cat([each.weight for each in projections]).to(dtype)  # (out, in)
     bias = None if projections[0].bias is None else torch.cat([each.bias for each in projections]).to(dtype)
-    if int8:
-        return int8_projection(weight, bias)
+    if copy is not None:
+        return copy(weight, bias)
     at = 0
     for each in projections if dtype is None else ():
         end = at + each.out_features

@@ -515,7 +515,9 @@ class Watched:
 )
 def test_a_cached_pass_feeds_only_what_is_not_kept(tiny: Denoiser, more: dict[str, Any], widths: list[int]) -> None:
     model: Any = Watched(tiny)
-    list(denoise(model, canvas([5, 6, 7, 8], new_tokens=8, mask_id=tiny.mask_id), DecodingParams(**{"block": 4, **more})))
+    list(
+        denoise(model, canvas([5, 6, 7, 8], new_tokens=8, mask_id=tiny.mask_id), DecodingParams(**{"block": 4, **more}))
+    )
     assert [width for _, width in model.fed] == widths
 
 

@@ -1,4 +1,4 @@
-"""Projections in int8: near those of the weights they are made of, and the same whatever else is in the batch."""
+"""Projections in int8 and packed: near or equal to the weights they are made of, whatever else is in the batch."""
 
 from collections.abc import Callable
 from typing import Any
@@ -12,8 +12,9 @@ from diffucoder.bench import bench
 from diffucoder.decoding.generate import DiffuCoder
 from diffucoder.decoding.params import DecodingParams
 from diffucoder.errors import CheckpointError
+from diffucoder.models import projections
 from diffucoder.models.denoiser import Denoiser
-from diffucoder.models.quantize import int8_projection
+from diffucoder.models.projections import int8_projection, packable, packed_projection
 
 MakeLM = Callable[..., Any]
 
@@ -83,6 +84,38 @@ def test_the_shipped_model_writes_in_int8_what_it_writes_in_bfloat16() -> None:
     answers = {dtype: coder.generate(request, params).text for dtype, coder in by.items()}
     assert answers[torch.int8] == answers[torch.bfloat16]
     assert bench(by[torch.int8].model, repeats=1).dtype == "int8"
+
+
+@pytest.mark.skipif(not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="this CPU does not multiply bfloat16")
+@pytest.mark.parametrize("biased", [True, False])
+def test_packed_weights_are_the_same_weights(biased: bool) -> None:
+    weight, bias = normal(48, 32).bfloat16(), normal(48, seed=1).bfloat16() if biased else None
+    project = packed_projection(weight, bias)
+    for rows in (0, 1, 7, 300):
+        hidden = normal(2, rows, 32, seed=rows).bfloat16()
+        plain = F.linear(hidden.float(), weight.float(), None if bias is None else bias.float())
+        assert project(hidden).dtype == torch.bfloat16
+        torch.testing.assert_close(project(hidden).float(), plain, rtol=2**-7, atol=1e-5)  # one rounding
+
+
+def test_only_small_models_in_bfloat16_on_a_cpu_are_packed(causal_lm: MakeLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not packable(causal_lm("qwen2"))
+    assert packable(causal_lm("qwen2").bfloat16()) is torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    assert not packable(causal_lm("qwen2").bfloat16().to("meta"))
+    monkeypatch.setattr(projections, "_MOST_PACKED", 1000)
+    assert not packable(causal_lm("qwen2").bfloat16())
+
+
+@torch.no_grad()
+def test_a_packed_model_scores_as_it_did_and_is_packed_anew_when_cast(causal_lm: MakeLM) -> None:
+    model = Denoiser.from_causal_lm(causal_lm("qwen2"), mask_id=66)
+    ids = torch.randint(2, 60, (2, 9), generator=torch.Generator().manual_seed(0))
+    scores = model(ids)
+    model.use_lean(packed=True)
+    torch.testing.assert_close(model(ids), scores, rtol=0, atol=1e-5)  # nothing to pack
+    packed = model.bfloat16()(ids)
+    model.use_lean()
+    assert (packed - model(ids)).std() < 0.02 * scores.std()
 
 
 def test_layers_that_are_not_plain_are_refused(causal_lm: MakeLM) -> None:
