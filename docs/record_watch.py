@@ -1,6 +1,6 @@
 """Record docs/watch.svg: the live view of `--watch` at a few moments of one generation.
 
-    python docs/record_watch.py
+python docs/record_watch.py
 """
 
 from pathlib import Path

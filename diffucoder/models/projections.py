@@ -12,6 +12,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
 Project = Callable[[Tensor], Tensor]  # (..., in) -> (..., out)
 
@@ -19,6 +20,7 @@ _LARGEST = 127  # -128 is left out: the steps are the same on either side of zer
 _SMALLEST = 1e-12  # of a scale: a row of zeros stays one
 _MOST_PACKED = 2**29  # bytes
 _PACKED_FOR = 64  # rows of a product, about: it is right for any number
+_EXACT_TO, _ROWS = 64, 32  # products of more rows have a multiple of these
 
 
 @torch.no_grad()
@@ -28,12 +30,12 @@ def int8_projection(weight: Tensor, bias: Tensor | None) -> Project:
     whole = (weight.float() / scale[:, None]).round().to(torch.int8).t()  # (in, out)
 
     def project(hidden: Tensor) -> Tensor:
-        rows = hidden.reshape(-1, hidden.shape[-1])  # (M, in)
+        rows, count = _even(hidden)
         step = rows.abs().amax(-1, keepdim=True).float().clamp(min=_SMALLEST) / _LARGEST  # (M, 1)
         sums = torch._int_mm((rows / step).round_().to(torch.int8), whole)  # (M, out) int32
         out = (sums * step).mul_(scale)
         out = (out if bias is None else out.add_(bias)).to(hidden.dtype)
-        return out.view(*hidden.shape[:-1], len(scale))
+        return out[:count].view(*hidden.shape[:-1], len(scale))
 
     return project
 
@@ -54,6 +56,18 @@ def packed_projection(weight: Tensor, bias: Tensor | None) -> Project:
     def project(hidden: Tensor) -> Tensor:
         if not hidden.numel():
             return hidden.new_empty(*hidden.shape[:-1], len(weight))
-        return torch.ops.mkldnn._linear_pointwise(hidden, packed, bias, "none", [], "")  # type: ignore[no-any-return]
+        rows, count = _even(hidden)
+        out: Tensor = torch.ops.mkldnn._linear_pointwise(rows, packed, bias, "none", [], "")
+        return out[:count].view(*hidden.shape[:-1], len(weight))
 
     return project
+
+
+def _even(hidden: Tensor) -> tuple[Tensor, int]:
+    """`hidden` (..., in) as rows (M, in) and a few of zeros, so that there are few sizes; and how many are its own.
+
+    oneDNN writes a program for each size of a product that it meets: a millisecond, and half a megabyte that it keeps.
+    """
+    rows = hidden.reshape(-1, hidden.shape[-1])
+    count = len(rows)
+    return (pad(rows, (0, 0, 0, -count % _ROWS)) if count > _EXACT_TO else rows), count
