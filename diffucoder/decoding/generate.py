@@ -139,13 +139,15 @@ class DiffuCoder:
         canvas = self.canvas([prompt], params, chat=chat)
         return self._request(canvas, params, lambda traces, seconds: [self._answer(t, seconds) for t in traces])
 
-    def infill_request(self, prefix: str, suffix: str, params: DecodingParams, *, length: int | None = None) -> Request:
-        """What `infill` decodes. Raises PromptError."""
+    def infill_request(
+        self, prefix: str, suffix: str, params: DecodingParams, *, length: int | None = None, most: int | None = None
+    ) -> Request:
+        """What `infill` decodes; of the lengths tried none is over `most`. Raises PromptError."""
         if not prefix:
             raise PromptError("prefix is empty, and the first token needs one to its left; start it with a newline")
         if length is not None and length < 1:
             raise PromptError(f"length={length} is no hole; give at least 1 token, or leave it out")
-        return self._holes([prefix, Hole(length), suffix], params, whole=False)
+        return self._holes([prefix, Hole(length), suffix], params, whole=False, most=most)
 
     def fill_request(self, text: str, params: DecodingParams) -> Request:
         """What `fill` decodes. Raises PromptError."""
@@ -228,9 +230,8 @@ class DiffuCoder:
     def _answer(self, trace: Trace, seconds: float) -> Generation:
         answer = trace.tokens[trace.prompt_length :]
         end = next((i for i, token in enumerate(answer) if token in self.tokenizer.terminator_ids), len(answer))
-        text = whole = self.tokenizer.decode(answer[:end])
-        for stop in trace.params["stop"]:
-            text = text.partition(stop)[0]
+        whole = self.tokenizer.decode(answer[:end])
+        text = before_stops(whole, trace.params["stop"])
         return Generation(
             text=text,
             pieces=(text,),
@@ -241,14 +242,17 @@ class DiffuCoder:
             trace=trace,
         )
 
-    def _holes(self, pieces: Sequence[str | Hole], params: DecodingParams, *, whole: bool) -> Request:
+    def _holes(
+        self, pieces: Sequence[str | Hole], params: DecodingParams, *, whole: bool, most: int | None = None
+    ) -> Request:
         """Try the lengths that holes leave open, and keep the row whose tokens were likeliest on average."""
-        if params.stop:
+        if params.stop and whole:
             raise ConfigError(
                 f"stop={params.stop!r} ends an answer, but holes end where the text goes on; leave it out"
             )
         known = [self._encode(piece) if isinstance(piece, str) else piece.length for piece in pieces]
-        lengths = HOLE_LENGTHS if None in known else (0,)
+        tried = tuple(length for length in HOLE_LENGTHS if length <= (most or length)) or (1,)
+        lengths = tried if None in known else (0,)
         given = sum(len(part) if isinstance(part, list) else part or 0 for part in known)
         self._check_length(given + max(lengths) * known.count(None), "text and holes")  # before lists of that length
         rows, special = [], tuple(sorted(self.tokenizer.special_ids))
@@ -265,7 +269,7 @@ class DiffuCoder:
                 self._filled(pieces, known, lengths[row // samples], traces[row], seconds, whole=whole) for row in best
             ]
 
-        return self._request(canvas, params, finish)
+        return replace(self._request(canvas, params, finish), until=None)  # rows that ended early could not be compared
 
     def _request(
         self,
@@ -303,12 +307,20 @@ class DiffuCoder:
                 holes.append(self.tokenizer.decode(trace.tokens[position : position + size]))
                 text += holes[-1]
             position += size
+        middle = before_stops(holes[0], trace.params["stop"])
         return Generation(
-            text=text if whole else holes[0],
+            text=text if whole else middle,
             pieces=tuple(holes),
             tokens=tuple(tokens),
             forward_passes=trace.forward_passes,
             seconds=seconds,
-            finish_reason="length",
+            finish_reason="length" if middle == holes[0] else "stop",
             trace=trace,
         )
+
+
+def before_stops(text: str, stops: Iterable[str]) -> str:
+    """`text` up to the first of `stops`."""
+    for stop in stops:
+        text = text.partition(stop)[0]
+    return text

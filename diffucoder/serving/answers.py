@@ -103,7 +103,7 @@ def with_holes(coder: DiffuCoder, asked: EditRequest) -> str:
 def fitting(coder: DiffuCoder, asked: InfillRequest) -> tuple[str, str]:
     """Prefix and suffix as long as the canvas allows, the text next to the cursor first, then text from elsewhere."""
     prefix, suffix = asked.input_prefix + asked.prompt, asked.input_suffix
-    room = coder.model.max_length - max(asked.n_predict or 0, max(generate.HOLE_LENGTHS)) - 2
+    room = coder.model.max_length - max(generate.HOLE_LENGTHS) - 2
     behind = coder.tokenizer.encode(suffix)[: room // 4]
     before = coder.tokenizer.encode(prefix)
     if len(before) + len(behind) > room:
@@ -114,3 +114,35 @@ def fitting(coder: DiffuCoder, asked: InfillRequest) -> tuple[str, str]:
         extra = []
     prefix = coder.tokenizer.decode([*extra, *before], skip_special=False)
     return prefix or "\n", coder.tokenizer.decode(behind, skip_special=False)
+
+
+def infilled(coder: DiffuCoder, result: Generation | None, fields: Sequence[str]) -> Json:
+    """An answer in llama.cpp's form, or of it these fields, unnested as it does; None: nothing was to be written.
+
+    What is given is read again in every pass: it has no time of its own.
+    """
+    written = 0 if result is None else len(result.tokens)
+    given = 0 if result is None else len(result.trace.tokens) - written
+    milliseconds = 0.0 if result is None else 1e3 * result.seconds
+    answer: Json = {
+        "content": "" if result is None else result.text,
+        "model": coder.name,
+        "stop": True,
+        "stop_type": "word" if result is not None and result.finish_reason == "stop" else "limit",
+        "truncated": False,
+        "tokens_predicted": written,
+        "tokens_evaluated": given,
+        "tokens_cached": given + written,
+        "generation_settings": {"n_ctx": coder.model.max_length},
+        "timings": {
+            **{"prompt_n": given, "prompt_ms": 0.0, "prompt_per_token_ms": 0.0, "prompt_per_second": 0.0},
+            **{"predicted_n": written, "predicted_ms": milliseconds},
+            "predicted_per_token_ms": milliseconds / max(1, written),
+            "predicted_per_second": 0.0 if result is None else result.tokens_per_second,
+        },
+    }
+    if not fields:
+        return answer
+    parts = {name: told for name, told in answer.items() if isinstance(told, dict)}
+    flat = answer | {f"{name}/{key}": told for name, part in parts.items() for key, told in part.items()}
+    return {name: flat[name] for name in fields if name in flat}

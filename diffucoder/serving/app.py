@@ -34,6 +34,7 @@ from diffucoder.serving.answers import (
     completion_logprobs,
     denoise,
     fitting,
+    infilled,
     piece,
     shown_canvas,
     token_logprobs,
@@ -164,7 +165,6 @@ def _add_openai(app: FastAPI, server: Server, dependencies: Sequence[Any]) -> No
         if asked.suffix is None:
             request = server.coder.request(asked.prompt, params, chat=False)
         else:
-            params = params.replace(stop=())
             request = server.coder.infill_request(asked.prompt, asked.suffix, params, length=asked.max_tokens)
         if asked.stream:
             return _streamed(server, asked, request, "cmpl")
@@ -228,28 +228,16 @@ def _add_own(app: FastAPI, server: Server, dependencies: Sequence[Any]) -> None:
         return _answer(server, "edit", "edit", request, results, choice)
 
     @app.post("/infill", dependencies=dependencies, responses=_ERRORS)
-    async def infill(asked: InfillRequest, http: Request) -> Json:
+    async def infill(asked: InfillRequest, http: Request) -> Json | list[Json]:
         """llama.cpp's infilling, which editor plug-ins speak."""
         server.check_model(asked.model)
         coder, params = server.coder, asked.params(server.settings.decoding)
-        about: Json = {"model": coder.name, "stop": True, "truncated": False, "generation_settings": {}}
-        if asked.n_predict == 0:
-            return about | {"content": "", "tokens_predicted": 0, "tokens_evaluated": 0, "stop_type": "limit"}
-        prefix, suffix = fitting(coder, asked)
-        request = coder.infill_request(prefix, suffix, params, length=asked.n_predict)
-        result = (await server.results(server.submit(request), http))[0]
-        timings = {
-            "predicted_n": len(result.tokens),
-            "predicted_ms": 1e3 * result.seconds,
-            "predicted_per_second": result.tokens_per_second,
-        }
-        return about | {
-            "content": result.text,
-            "tokens_predicted": len(result.tokens),
-            "tokens_evaluated": len(result.trace.tokens) - len(result.tokens),
-            "stop_type": "limit",
-            "timings": timings,
-        }
+        results: list[Generation | None] = [None] * asked.n_cmpl
+        if asked.n_predict != 0:
+            request = coder.infill_request(*fitting(coder, asked), params, most=asked.n_predict)
+            results[:] = await server.results(server.submit(request), http)
+        told = [infilled(coder, result, asked.response_fields) for result in results]
+        return told if asked.n_cmpl > 1 else told[0]
 
     @app.post("/tokenize", dependencies=dependencies, responses=_ERRORS)
     async def tokenize(asked: TokenizeRequest) -> Json:

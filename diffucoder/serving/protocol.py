@@ -23,10 +23,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validat
 from diffucoder.decoding.params import DecodingParams
 from diffucoder.errors import ConfigError
 
-_OWN_NAMES = {  # settings that requests have other names for, or that are the server's
-    **{"temperature": "temperature", "top_p": "top_p", "seed": "seed", "stop": "stop"},
-    **{"new_tokens": "max_tokens", "num_samples": "n"},
-}
+_OWN_NAMES = {name: name for name in ("temperature", "top_p", "seed", "stop")}  # settings that requests have names for
 
 
 def _encodable(text: str) -> str:
@@ -37,9 +34,23 @@ def _encodable(text: str) -> str:
     return text
 
 
+def _settings(
+    default: DecodingParams, decoding: dict[str, Any], own: dict[str, str], given: dict[str, Any]
+) -> DecodingParams:
+    """`default` with what is `given` by a request's `own` names, and with `decoding`, which must not name the same."""
+    for name, other in (_OWN_NAMES | own).items():
+        if name in decoding:
+            raise ConfigError(f"decoding.{name} is the request's own {other}; give it there")
+    return default.replace(**{name: value for name, value in given.items() if value is not None}, **decoding)
+
+
 Text = Annotated[str, AfterValidator(_encodable)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 Stops = Annotated[str, Field(min_length=1)] | Annotated[list[Annotated[str, Field(min_length=1)]], Field(max_length=16)]
+
+
+def _stops(stop: str | list[str] | None) -> tuple[str, ...]:
+    return (stop,) if isinstance(stop, str) else tuple(stop or ())
 
 
 class Wire(BaseModel):
@@ -111,13 +122,9 @@ class Sampling(Wire):
 
     def params(self, default: DecodingParams) -> DecodingParams:
         """What the request asks for, on top of the server's settings. Raises ConfigError."""
-        for name, other in _OWN_NAMES.items():
-            if name in self.decoding:
-                raise ConfigError(f"decoding.{name} is the request's own {other}; give it there")
-        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
-        given = {"temperature": self.temperature, "top_p": self.top_p, "seed": self.seed, "new_tokens": self.max_tokens}
-        given = {name: value for name, value in given.items() if value is not None}
-        return default.replace(**{**given, "num_samples": self.n, "stop": stop, **self.decoding})
+        given = {"temperature": self.temperature, "top_p": self.top_p, "seed": self.seed, "stop": _stops(self.stop)}
+        given |= {"new_tokens": self.max_tokens, "num_samples": self.n}
+        return _settings(default, self.decoding, {"new_tokens": "max_tokens", "num_samples": "n"}, given)
 
 
 class CompletionRequest(Sampling):
@@ -144,8 +151,8 @@ class CompletionRequest(Sampling):
             raise ValueError(f"best_of={self.best_of} is not supported beyond n={self.n}; leave it out")
         if self.stream and (self.echo or self.logprobs is not None):
             raise ValueError("echo and logprobs come with the whole answer; leave out stream")
-        if self.suffix is not None and (self.stop or self.echo):
-            raise ValueError("a hole ends where its suffix begins; leave out stop and echo")
+        if self.suffix is not None and self.echo:
+            raise ValueError("what fills a hole is told alone; leave out echo")
         return self
 
 
@@ -184,6 +191,9 @@ class ChatRequest(Sampling):
 
     response_format: dict[Literal["type"], Literal["text"]] | None = None
     """only text"""
+
+    cache_prompt: Any = None
+    """llama.cpp's, a hint about speed: taken and not looked at"""
 
     @model_validator(mode="after")
     def _what_fits(self) -> Self:
@@ -248,7 +258,7 @@ class Extra(Wire):
 
     text: Text
     filename: str | None = None
-    time: int | None = None
+    time: Any = None  # vim's is a pair
 
 
 class InfillRequest(BaseModel):
@@ -263,13 +273,19 @@ class InfillRequest(BaseModel):
     input_extra: list[Extra] = Field(default_factory=list)
     """text from elsewhere, put before the prefix as far as there is room"""
     n_predict: int | None = Field(default=None, ge=0)
-    """the hole's length; 0 writes nothing, several lengths are tried if left out"""
+    """the most tokens that are tried; 0 writes nothing"""
+    n_cmpl: int = Field(default=1, ge=1, le=64)
+    """answers; more than one come as a list"""
+    stop: Stops | None = None
+    """end an answer before the first of these"""
     temperature: Finite | None = Field(default=None, ge=0, le=2)
     top_p: Finite | None = Field(default=None, gt=0, le=1)
     top_k: int | None = Field(default=None, ge=0)
     seed: int | None = Field(default=None, ge=-1, lt=2**63)
     stream: Literal[False] = False
     decoding: dict[str, Any] = Field(default_factory=dict)
+    response_fields: list[str] = Field(default_factory=list, max_length=64)
+    """tell only these of an answer, "timings/prompt_n" under that name; everything if there are none"""
 
     samplers: Any = None
     n_indent: Any = None
@@ -277,14 +293,14 @@ class InfillRequest(BaseModel):
     cache_prompt: Any = None
     t_max_prompt_ms: Any = None
     t_max_predict_ms: Any = None
-    response_fields: Any = None
     model: str | None = None
 
     def params(self, default: DecodingParams) -> DecodingParams:
         """What the request asks for, on top of the server's settings. Raises ConfigError."""
-        given = {"temperature": self.temperature, "top_p": self.top_p, "top_k": self.top_k or None}
-        given |= {"seed": None if self.seed == -1 else self.seed}
-        return default.replace(**{name: value for name, value in given.items() if value is not None}, **self.decoding)
+        given: dict[str, Any] = {"temperature": self.temperature, "top_p": self.top_p, "top_k": self.top_k or None}
+        given |= {"seed": None if self.seed == -1 else self.seed, "stop": _stops(self.stop), "num_samples": self.n_cmpl}
+        own = {"top_k": "top_k", "new_tokens": "n_predict", "num_samples": "n_cmpl"}
+        return _settings(default, self.decoding, own, given)
 
 
 class TokenizeRequest(Wire):

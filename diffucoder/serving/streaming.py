@@ -5,7 +5,7 @@ For: streams to clients that know only growing text. Not for: what was committed
 
 from diffucoder.decoding.canvas import leftmost
 from diffucoder.decoding.denoise import Step
-from diffucoder.decoding.generate import Request
+from diffucoder.decoding.generate import Request, before_stops
 from diffucoder.tokenizer import Tokenizer
 
 
@@ -29,8 +29,7 @@ class Settling:
         ends = {self.mask_id, *self.tokenizer.terminator_ids}
         settled = next((at for at, token in enumerate(tokens) if token in ends), len(tokens))
         text = self.tokenizer.decode(tokens[:settled]).rstrip("\ufffd")  # half a character
-        for stop in self.stops:
-            text = text.partition(stop)[0]
+        text = before_stops(text, self.stops)
         text = text[: len(text) - self._pending(text)]
         if not text.startswith(self.sent):
             return ""

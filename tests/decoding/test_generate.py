@@ -331,9 +331,24 @@ def test_what_cannot_be_decoded_is_refused(
     assert "\n" not in str(refused.value)
 
 
-def test_stop_strings_are_for_answers_and_not_for_holes(coder: DiffuCoder) -> None:
+def test_stop_strings_are_not_for_the_holes_of_a_text(coder: DiffuCoder) -> None:
     with pytest.raises(ConfigError, match="holes end where the text goes on"):
         coder.fill(f"{PREFIX}<|hole|>{SUFFIX}", DecodingParams(stop=("\n",)))
+
+
+def test_a_stop_string_cuts_what_is_written_between_and_changes_nothing_else(coder: DiffuCoder) -> None:
+    whole = coder.infill(PREFIX, SUFFIX)
+    stop = whole.text[len(whole.text) // 2]
+    cut = coder.infill(PREFIX, SUFFIX, params=DecodingParams(stop=(stop,)))
+    assert (cut.text, cut.finish_reason) == (whole.text.partition(stop)[0], "stop")
+    assert cut.tokens == whole.tokens
+    assert coder.infill(PREFIX, SUFFIX, params=DecodingParams(stop=("unheard",))).finish_reason == "length"
+
+
+@pytest.mark.parametrize(("most", "longest"), [(1, 1), (5, 4), (100, 24)])
+def test_lengths_are_tried_up_to_a_limit(coder: DiffuCoder, most: int, longest: int) -> None:
+    request = coder.infill_request(PREFIX, SUFFIX, DecodingParams(), most=most)
+    assert int(request.canvas.masked.sum(1).max()) == longest
 
 
 def test_a_tokenizer_that_does_not_fit_is_refused(causal_lm: Callable[..., Any], tokenizer: Tokenizer) -> None:
