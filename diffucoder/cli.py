@@ -173,20 +173,42 @@ def serve(
     cors: Annotated[list[str] | None, typer.Option(help="origin whose pages may ask; repeatable")] = None,
     dtype: DType = None,
     device: Device = None,
+    ray: Annotated[bool, typer.Option("--ray", help="serve by replicas: Ray's, here or at $RAY_ADDRESS")] = False,
+    replicas: Annotated[str, typer.Option(help="with --ray: how many; MIN:MAX follow the load")] = "1",
+    cpus: Annotated[
+        int | None, typer.Option(help="with --ray: cores of a replica; an equal share of those here")
+    ] = None,
+    gpus: Annotated[float, typer.Option(help="with --ray: GPUs of a replica, or the part of one")] = 0.0,
 ) -> None:
     """Serve a model: OpenAI's completions and chat, infilling, holes and edits."""
     try:
+        from diffucoder.serving.app import create_app
         from diffucoder.serving.run import key_from, run
-        from diffucoder.serving.settings import EngineSettings, ServerSettings
+        from diffucoder.serving.settings import EngineSettings, ScaleSettings
+
+        if ray:
+            from diffucoder.serving.scale import run_replicas
     except ModuleNotFoundError as error:
-        raise ConfigError(f'serving needs {error.name}; install it: pip install "diffucoder[serve]"') from None
-    settings = ServerSettings(
+        extras = "serve,scale" if ray else "serve"
+        raise ConfigError(f'serving needs {error.name}; install it: pip install "diffucoder[{extras}]"') from None
+    if not ray and (replicas, cpus, gpus) != ("1", None, 0.0):
+        raise ConfigError("--replicas, --cpus and --gpus are for Ray's replicas; add --ray")
+    settings = ScaleSettings(
         api_key=key_from(api_key_file),
         cors=tuple(cors or ()),
         decoding=load_settings(DecodingParams, overrides=changes or ()),
         engine=load_settings(EngineSettings, overrides=limits or ()),
+        model=model,
+        dtype=dtype,  # type: ignore[arg-type]  # pydantic checks it
+        device=device,
+        replicas=replicas,
+        cpus=cpus,
+        gpus=gpus,
     )
-    run(_load(model, dtype, device), settings, host=host, port=port)
+    if ray:
+        run_replicas(settings, host=host, port=port)
+    else:
+        run(create_app(_load(model, dtype, device), settings), host=host, port=port)
 
 
 @app.command()

@@ -9,11 +9,9 @@ import sys
 from pathlib import Path
 
 import uvicorn
+from starlette.types import ASGIApp
 
-from diffucoder.decoding.generate import DiffuCoder
 from diffucoder.errors import ConfigError
-from diffucoder.serving.app import create_app
-from diffucoder.serving.settings import ServerSettings
 
 
 def key_from(file: Path | None) -> str | None:
@@ -29,13 +27,16 @@ def key_from(file: Path | None) -> str | None:
     return key
 
 
-def run(coder: DiffuCoder, settings: ServerSettings, *, host: str, port: int) -> None:
-    """Serve until told to stop. Raises ConfigError where the address cannot be had."""
-    config = uvicorn.Config(create_app(coder, settings), host=host, port=port, log_level="warning", access_log=False)
+def run(app: ASGIApp, *, host: str, port: int) -> None:
+    """Serve `app` until told to stop. Raises ConfigError where the address cannot be had."""
+    config = uvicorn.Config(app, host=host, port=port, log_level="warning", access_log=False)
     server = _Server(config)
     try:
         server.run()
-    except SystemExit as error:  # uvicorn has said why, as it could not listen
+    except SystemExit as error:
+        if server.started:  # it is a signal's, and all was answered
+            raise
+        # uvicorn has said why it could not listen
         raise ConfigError(f"cannot listen on {host}:{port}; choose another --port, or 0 for any") from error
 
 

@@ -1,6 +1,9 @@
 """What a server is told when it starts. No torch: `diffucoder serve --help` answers at once."""
 
-from pydantic import Field
+import re
+from typing import Literal
+
+from pydantic import Field, field_validator
 
 from diffucoder.config import Settings
 from diffucoder.decoding.params import DecodingParams
@@ -31,3 +34,30 @@ class ServerSettings(Settings):
     max_body: int = Field(default=2**20, ge=1024, description="bytes of a request")
     decoding: DecodingParams = Field(default_factory=DecodingParams, description="where requests say nothing else")
     engine: EngineSettings = Field(default_factory=EngineSettings)
+
+
+class ScaleSettings(ServerSettings):
+    """What many replicas of a server are told: they load the model themselves."""
+
+    model: str | None = Field(default=None, description="folder, hub id or known name; the shipped one if left out")
+    dtype: Literal["float32", "bfloat16", "float16", "int8"] | None = Field(
+        default=None, description="of the weights; what is fast there if left out"
+    )
+    device: str | None = Field(default=None, description="cpu, cuda, mps; the best there is if left out")
+    replicas: str = Field(default="1", description="how many; MIN:MAX: as many as the load asks for")
+    cpus: int | None = Field(default=None, ge=0, description="cores of a replica; an equal share of those here")
+    gpus: float = Field(default=0.0, ge=0, description="GPUs of a replica, or the part of one")
+
+    @field_validator("replicas", mode="before")
+    @classmethod
+    def _number_or_bounds(cls, given: object) -> str:
+        found = re.fullmatch(r"([1-9]\d*)(?::([1-9]\d*))?", str(given))
+        if not found or int(found[1]) > int(found[2] or found[1]):
+            raise ValueError("write a number, or MIN:MAX as in 1:4")
+        return str(given)
+
+    @property
+    def bounds(self) -> tuple[int, int]:
+        """The least and the most replicas."""
+        least, _, most = self.replicas.partition(":")
+        return int(least), int(most or least)
