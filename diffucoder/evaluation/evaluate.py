@@ -21,7 +21,6 @@ import numpy as np
 from diffucoder.errors import ConfigError
 from diffucoder.evaluation.benchmarks import Task, program
 from diffucoder.evaluation.judge import importable, judge, references
-from diffucoder.evaluation.metrics import bootstrap, pass_at_k
 from diffucoder.evaluation.samples import (
     Generator,
     Progress,
@@ -33,6 +32,7 @@ from diffucoder.evaluation.samples import (
     write_lines,
 )
 from diffucoder.grading.sandbox import Sandbox
+from diffucoder.metrics import bootstrap, pass_at_k
 from diffucoder.models.hub import SHIPPED
 
 _KS = (1, 5, 10, 100)
