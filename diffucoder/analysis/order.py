@@ -19,11 +19,11 @@ from dataclasses import dataclass
 from functools import cache
 from itertools import combinations, pairwise
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
-from diffucoder.config import Settings
+from diffucoder.analysis.settings import Conventions
 from diffucoder.decoding.trace import Trace, commit_order, committed_before, global_ar_ness, local_ar_ness, read_traces
 from diffucoder.errors import ConfigError
 from diffucoder.grading.extract import parsed, program_from
@@ -36,22 +36,6 @@ CLASSES = ("keyword", "name", "operator", "literal", "indentation", "comment", "
 ROUNDS, _SEED = 2000, 2506  # of the bootstrap
 
 Json = dict[str, Any]  # Any: JSON
-
-
-class Conventions(Settings):
-    """How AR-ness is counted where the paper leaves it open; one token a step from the left is 1, but by `include`."""
-
-    boundary: Literal["exclude", "include", "prompt"] = "exclude"
-    """the first k commitments of local AR-ness@k: left out, failures, or behind a prompt that was read in order"""
-
-    ordered: bool = False
-    """the k positions before a token must have come from left to right; else in any order"""
-
-    several: Literal["left_to_right", "surest_first", "at_once"] = "left_to_right"
-    """tokens of one step come from left to right, the surest first, or at once, so that none follows another"""
-
-    span: Literal["answer", "canvas"] = "answer"
-    """what is measured: the answer with its terminator, or all that was committed"""
 
 
 @dataclass(frozen=True)
