@@ -462,8 +462,10 @@ def order(
     """
     if (prompts is None) == (not traces):
         raise ConfigError("give PROMPTS for a model, or --traces of what was written already; one of the two")
-    from diffucoder.analysis.report import summary, write
-
+    try:
+        from diffucoder.analysis.report import summary, write
+    except ModuleNotFoundError as error:
+        raise ConfigError(f'the report needs {error.name}; install it: pip install "diffucoder[report]"') from None
     run = run or Path("runs/order") / Path(prompts or "traces").stem
     folders = list(traces or ())
     if prompts is not None:

@@ -14,7 +14,7 @@ import keyword
 import math
 import tokenize
 import zlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import combinations, pairwise
@@ -48,6 +48,7 @@ class Answer:
     pieces: list[str]
     classes: list[str]  # of CLASSES
     length: int  # tokens of the answer, its terminator included
+    revoked: list[tuple[int, str, int, int]]  # as in the trace, with text
     passed: bool | None  # None: not graded
 
     @classmethod
@@ -58,7 +59,9 @@ class Answer:
         pieces = _pieces(tokens, tokenizer)
         classes = token_classes(pieces[:end]) + ["end"] * (len(tokens) - end)
         prompt = tokenizer.decode(given, skip_special=False)
-        return cls(task, trace, prompt, pieces, classes, min(end + 1, len(tokens)), passed)
+        text = {token: tokenizer.decode([token], skip_special=False) for _, token, _, _ in trace.revoked}
+        revoked = [(at, text[token], made, taken) for at, token, made, taken in trace.revoked]
+        return cls(task, trace, prompt, pieces, classes, min(end + 1, len(tokens)), revoked, passed)
 
     @property
     def program(self) -> str:
@@ -136,21 +139,32 @@ def token_classes(pieces: Sequence[str]) -> list[str]:
 
 
 def _kinds(text: str) -> list[str]:
-    """The class of each character, by Python's own tokenizer; text from where it gives up."""
+    """The class of each character, by Python's own tokenizer."""
     kinds, program = ["text"] * len(text), program_from(text)
     start = text.find(program)
     if start < 0:
         start, program = 0, text
     lines = np.cumsum([start, *(len(line) for line in program.splitlines(keepends=True))]).tolist()
+    for token in _tokens(program):
+        if kind := _kind(token):
+            begin, end = (lines[row - 1] + column for row, column in (token.start, token.end))
+            kinds[begin:end] = [kind] * (end - begin)
+    return kinds
+
+
+def _tokens(program: str) -> Iterator[tokenize.TokenInfo]:
+    """Python's tokens; of broken code, from the line on where it gives up, those of each line by itself."""
+    done = 0
     try:
         for token in tokenize.generate_tokens(io.StringIO(program).readline):
-            kind = _kind(token)
-            if kind:
-                begin, end = (lines[row - 1] + column for row, column in (token.start, token.end))
-                kinds[begin:end] = [kind] * (end - begin)
+            yield token
+            done = token.end[0]
     except (tokenize.TokenError, SyntaxError):
-        pass  # broken code: what was read so far counts
-    return kinds
+        lines = program.splitlines(keepends=True)
+        for row in range(done, len(lines) if len(lines) > 1 else 0):
+            for token in _tokens(lines[row]):
+                start, end = ((at + row, column) for at, column in (token.start, token.end))
+                yield token._replace(start=start, end=end)
 
 
 def _kind(token: tokenize.TokenInfo) -> str | None:
@@ -257,8 +271,8 @@ def _of_answer(answer: Answer, conventions: Conventions) -> dict[str, float]:
         own = ranks[kinds == kind]
         if not np.isnan(own).all():
             figures[f"rank_{kind}"] = float(np.nanmean(own))
-    figures["tokens"] = answer.length
-    figures["tokens_per_forward"] = answer.length / max(answer.trace.forward_passes, 1)
+    figures["tokens"] = len(kinds) - answer.classes.count("end")  # before the terminator, as everywhere
+    figures["tokens_per_forward"] = figures["tokens"] / max(answer.trace.forward_passes, 1)
     figures["revisions"] = len(answer.trace.revoked)
     return figures
 

@@ -255,6 +255,10 @@ def test_recording_entropies_changes_nothing_else(causal_lm: Callable[..., Any])
             ["Here:", "\n```python\n", "x", " = 1", "\n```"],
             ["text", "text", "name", "operator", "text"],
         ),
+        (
+            ["if", " x", ":\n", "\t\ty\n", " ", "(", "z", " ="],
+            [*"keyword name operator name".split(), "indentation", *"operator name operator".split()],
+        ),
         ([], []),
     ],
 )
