@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from diffucoder.analysis.settings import Conventions
 from diffucoder.config import load_settings
 from diffucoder.decoding.params import DecodingParams
 from diffucoder.errors import ConfigError, DiffuCoderError, PromptError
@@ -384,6 +385,8 @@ def evaluate(
         about_models |= {"dtype": dtype, "device": device, **params.model_dump(exclude_defaults=True)}
         _refuse_with_samples(about_models)
     tasks = load(benchmark, data)
+    if not any(task.judged for task in tasks):
+        raise ConfigError(f"{benchmark!r} has no tests to evaluate answers by; diffucoder order looks at their order")
     with Sandbox(workers, packages=packages or (), unsafe=unsafe) as sandbox:
         about = evaluation.Evaluation(benchmark, tasks, sandbox, evaluation.cache_folder(), limit, _progress())
         asked = evaluation.task_settings(benchmark, limit, packages or ())
@@ -442,6 +445,70 @@ def _print_report(report: dict[str, Any], *, as_json: bool, folder: Path | None 
         print(f"  untrusted            {report['untrusted']:6}   verdicts whose tests ran beside the program")
     if folder:
         print(f"  samples, verdicts and report are in {folder}")
+
+
+@app.command()
+@partial(with_options, of=Conventions, into="conventions")
+@partial(with_options, without=("steps", "temperature", "policy"))  # which may be several here
+def order(
+    prompts: Annotated[
+        str | None, typer.Argument(help="a benchmark as of evaluate, gsm8k, or JSONL of prompts, maybe with tests")
+    ] = None,
+    *,
+    model: Annotated[
+        list[str] | None, typer.Option(help="as elsewhere; several are compared; the shipped one if left out")
+    ] = None,
+    traces: Annotated[
+        list[Path] | None, typer.Option(help="report on this file of traces, or folder of a run, instead; repeatable")
+    ] = None,
+    data: Annotated[Path | None, typer.Option(help="folder of published files; the hub if left out")] = None,
+    run: Annotated[Path | None, typer.Option(help="folder for runs and report; below runs/order if left out")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="the first prompts only")] = None,
+    raw: Raw = False,
+    steps: Annotated[str | None, typer.Option(help="denoising steps; several, as in 64,32: runs of their own")] = None,
+    temperature: Annotated[str | None, typer.Option(help="randomness of the tokens; also several")] = None,
+    policy: Annotated[str | None, typer.Option(help="which positions come first; also several")] = None,
+    maps: Annotated[int, typer.Option(min=0, help="prompts whose entropies are kept at every step")] = 8,
+    show: Annotated[int, typer.Option(min=1, help="samples of each run that the page holds")] = 100,
+    batch: Annotated[int, typer.Option(min=1, help="prompts decoded together")] = 8,
+    unsafe: Annotated[bool, typer.Option("--unsafe", help="run programs WITHOUT a sandbox, as yourself")] = False,
+    as_json: Json = False,
+    dtype: DType = None,
+    device: Device = None,
+    conventions: Conventions,
+    params: DecodingParams,
+) -> None:
+    """Analyse the order in which models write: AR-ness, entropies, what comes first; a page to look at it.
+
+    Called again it goes on where it was stopped. Answers are graded, in the sandbox, where there are tests.
+    """
+    if (prompts is None) == (not traces):
+        raise ConfigError("give PROMPTS for a model, or --traces of what was written already; one of the two")
+    try:
+        from diffucoder.analysis.report import summary, write
+    except ModuleNotFoundError as error:
+        raise ConfigError(f'the report needs {error.name}; install it: pip install "diffucoder[report]"') from None
+    run = run or Path("runs/order") / Path(prompts or "traces").stem
+    folders = list(traces or ())
+    if prompts is not None:
+        from diffucoder.evaluation import evaluate as evaluation
+        from diffucoder.evaluation.benchmarks import load
+        from diffucoder.evaluation.samples import Generator, sweep
+        from diffucoder.grading.sandbox import Sandbox
+
+        tasks, several = load(prompts, data), list(sweep(params, steps, temperature, policy))
+        asked, names = evaluation.task_settings(prompts, limit, ()), [*model] if model else [None]
+        with Sandbox(unsafe=unsafe) as sandbox:
+            about = evaluation.Evaluation(prompts, tasks, sandbox, evaluation.cache_folder(), limit, _progress())
+            for name in names:
+                coder = _load(name, dtype, device)
+                for each in several:
+                    generator = Generator(coder, each, raw=raw, batch=batch, traces=True, maps=maps)
+                    settings = evaluation.model_settings(asked, generator, name)
+                    folders.append(evaluation.run_folder(None, settings, several=False, below=run))
+                    about.of_model(generator, folders[-1], settings)
+    told = write(run, folders, conventions, show=show)
+    print(json.dumps(told) if as_json else summary(told, run))
 
 
 @app.command()

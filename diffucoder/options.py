@@ -14,13 +14,17 @@ from diffucoder.decoding.params import DecodingParams
 
 
 def with_options(
-    command: Callable[..., None], *, of: type[Settings] = DecodingParams, without: tuple[str, ...] = ()
+    command: Callable[..., None],
+    *,
+    of: type[Settings] = DecodingParams,
+    into: str = "params",
+    without: tuple[str, ...] = (),
 ) -> Callable[..., None]:
-    """Give `command(*, params, **own)` one option for each field of `of`, gathered into `params`.
+    """Give `command(*, params, **own)` one option for each field of `of`, gathered into `params`, or what `into` names.
 
     `without` names the fields that mean nothing to the command, which then refuses them.
     """
-    own = [p for p in inspect.signature(command).parameters.values() if p.name != "params"]
+    own = [p for p in inspect.signature(command).parameters.values() if p.name != into]
     fields = {name: field for name, field in of.model_fields.items() if name not in without}
     made = []
     for name, field in fields.items():
@@ -33,7 +37,7 @@ def with_options(
 
     def wrapped(**options: Any) -> None:  # Any: whatever typer parsed
         chosen = {name: options.pop(name) for name in fields}
-        command(params=of(**chosen), **options)
+        command(**{into: of(**chosen)}, **options)
 
     wrapped.__name__, wrapped.__doc__ = command.__name__, command.__doc__
     signature = inspect.Signature([*own, *made])

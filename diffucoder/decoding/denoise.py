@@ -55,6 +55,7 @@ class Step:
     confidence: Tensor  # (B, T) score behind each commitment, by the row's policy; 0 elsewhere
     forward_passes: int  # spent so far
     log_prob: Tensor  # (B, T) log-probability of each commitment when it was made; 0 elsewhere
+    entropy: Tensor | None = None  # (B, T) nats, of each position before this step; nan where none was scored, or asked
 
 
 @torch.no_grad()
@@ -77,11 +78,14 @@ def advance(model: Denoiser, states: Sequence[DecodeState]) -> list[Step]:
     return steps
 
 
-def denoise(model: Denoiser, canvas: Canvas, params: DecodingParams, *, until: Until | None = None) -> Iterator[Step]:
+def denoise(
+    model: Denoiser, canvas: Canvas, params: DecodingParams, *, until: Until | None = None, entropies: int = 0
+) -> Iterator[Step]:
     """Fill in a canvas, step by step, until every row is finished; finished rows cost nothing and stay as they are.
 
     Steps have the canvas's own shape and padding, with `params.num_samples` consecutive rows for each of its rows.
-    `until` may end any row early; what is still masked there is filled with the canvas's `pad_id`.
+    `until` may end any row early; what is still masked there is filled with the canvas's `pad_id`. The first
+    `entropies` steps also tell how unsure the model is of every position that may be committed (`sampling.entropy`).
     """
     if canvas.mask_id != model.mask_id:
         raise PromptError(
@@ -89,24 +93,27 @@ def denoise(model: Denoiser, canvas: Canvas, params: DecodingParams, *, until: U
         )
     params = tuned(params, model, canvas)
     canvas = canvas.repeat(params.num_samples)
-    states = [DecodeState(canvas, params, row=row, until=until) for row in range(len(canvas.tokens))]
+    rows = range(len(canvas.tokens))
+    states = [DecodeState(canvas, params, row=row, until=until, entropies=entropies) for row in rows]
     tokens = canvas.tokens
     nothing = torch.zeros_like(tokens, dtype=torch.float32)
     for index in count():
-        rows = [row for row, state in enumerate(states) if state.finish_reason is None]
-        if not rows:
+        going = [row for row, state in enumerate(states) if state.finish_reason is None]
+        if not going:
             return
-        steps = advance(model, [states[row] for row in rows])
-        tokens = _laid_over(tokens, rows, [step.canvas for step in steps])
+        steps = advance(model, [states[row] for row in going])
+        tokens = _laid_over(tokens, going, [step.canvas for step in steps])
         revoked = [step.revoked for step in steps if step.revoked is not None]
+        entropy = [step.entropy for step in steps if step.entropy is not None]  # of all rows or of none
         yield Step(
             index=index,
             canvas=tokens,
-            committed=_laid_over(nothing.bool(), rows, [step.committed for step in steps]),
-            revoked=_laid_over(nothing.bool(), rows, revoked) if revoked else None,
-            confidence=_laid_over(nothing, rows, [step.confidence for step in steps]),
+            committed=_laid_over(nothing.bool(), going, [step.committed for step in steps]),
+            revoked=_laid_over(nothing.bool(), going, revoked) if revoked else None,
+            confidence=_laid_over(nothing, going, [step.confidence for step in steps]),
             forward_passes=index + 1,
-            log_prob=_laid_over(nothing, rows, [step.log_prob for step in steps]),
+            log_prob=_laid_over(nothing, going, [step.log_prob for step in steps]),
+            entropy=_laid_over(nothing / nothing, going, entropy) if entropy else None,
         )
 
 
@@ -261,13 +268,14 @@ def _step(state: DecodeState, taken: list[int], rows: Rows, found: Found, made: 
         confidence, log_prob = (w.where(guessed, v) for w, v in zip(state.worth, (confidence, log_prob), strict=True))
     state.last_seen = log_prob.where(new, found.log_prob[last, own].where(found.looked_at[last, own], state.last_seen))
     state.tokens, state.slot = made.after[last, own], found.slots[last]
+    entropy = found.entropy[taken[0], own][None] if state.tells_entropy else None
     state.pass_by(len(taken))
     if state.finish_reason is not None:
         left = state.canvas.mask_id if state.canvas.pad_id is None else state.canvas.pad_id
         state.tokens = torch.where(state.tokens == state.canvas.mask_id, left, state.tokens)
     revoked = made.revoked[last, own][None] if state.params.revoke else None
     passes = state.forward_passes
-    return Step(passes - 1, state.tokens[None], new[None], revoked, confidence[None], passes, log_prob[None])
+    return Step(passes - 1, state.tokens[None], new[None], revoked, confidence[None], passes, log_prob[None], entropy)
 
 
 def _guesses(state: DecodeState, row: int, rows: Rows, found: Found) -> list[Tensor]:

@@ -214,16 +214,24 @@ class DiffuCoder:
 
         return stopped if params.stop else None
 
-    def _steps(self, canvas: Canvas, params: DecodingParams) -> Iterator[Step]:
-        return denoise(self.model, canvas, params, until=self._until(params))
+    def _steps(self, canvas: Canvas, params: DecodingParams, entropies: int = 0) -> Iterator[Step]:
+        return denoise(self.model, canvas, params, until=self._until(params), entropies=entropies)
 
     def decode(
-        self, canvas: Canvas, params: DecodingParams, *, through: Callable[[Iterator[Step]], Iterable[Step]] = iter
+        self,
+        canvas: Canvas,
+        params: DecodingParams,
+        *,
+        through: Callable[[Iterator[Step]], Iterable[Step]] = iter,
+        entropies: int = 0,
     ) -> list[Generation]:
-        """Decode a canvas of prompts and answers to the end. `through` sees every step pass by, and passes it on."""
+        """Decode a canvas of prompts and answers to the end. `through` sees every step pass by, and passes it on.
+
+        Traces hold the entropies of the first `entropies` steps.
+        """
         params = tuned(params, self.model, canvas)
         began = time.perf_counter()
-        traces = record(through(self._steps(canvas, params)), canvas, params=params, model=self.name)
+        traces = record(through(self._steps(canvas, params, entropies)), canvas, params=params, model=self.name)
         seconds = time.perf_counter() - began
         return [self._answer(trace, seconds) for trace in traces]
 

@@ -21,7 +21,7 @@ from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
 
 from diffucoder.decoding.canvas import leftmost
-from diffucoder.decoding.sampling import Rules, propose
+from diffucoder.decoding.sampling import Rules, entropy, propose
 from diffucoder.decoding.state import DecodeState, Slot
 from diffucoder.models.denoiser import Denoiser
 from diffucoder.models.lean import CanvasCache, compiled
@@ -76,6 +76,7 @@ class Found:
     tokens: Tensor  # (R, T) the proposal where open, else what stands there
     confidence: Tensor  # (R, T) by the row's policy
     log_prob: Tensor  # (R, T) of the proposal, or of what stands there
+    entropy: Tensor  # (R, T) nats, of what is open; nan elsewhere, and where nobody asks for it
     slots: list[Slot | None]  # each row's keys and values, where there is a cache
 
 
@@ -88,13 +89,14 @@ def score(model: Denoiser, rows: Rows) -> Found:
     asked = open_ | looked_at
     tokens, slots = rows.tokens.clone(), [state.slot for state in rows.states]
     confidence, log_prob = torch.zeros(2, *tokens.shape)
+    unsure = torch.full(tokens.shape, torch.nan)
     for group in _groups(rows.states):
         results = _pass(model, rows, group, shown, asked, slots)  # (M,) each
         here = torch.zeros_like(asked)
         here[group] = asked[group]
-        for whole, result in zip((tokens, confidence, log_prob), results, strict=True):
+        for whole, result in zip((tokens, confidence, log_prob, unsure), results, strict=False):  # the last if asked
             whole.masked_scatter_(here, result.cpu())
-    return Found(open_, looked_at, tokens, confidence, log_prob, slots)
+    return Found(open_, looked_at, tokens, confidence, log_prob, unsure.masked_fill(~open_, torch.nan), slots)
 
 
 # --- what is shown ---------------------------------------------------------------------------------------------------
@@ -215,10 +217,12 @@ def _sampler(
     rules, uniform = rules.to(device), uniform.to(device)
     given = known.to(device) if (known >= 0).any() else None
     decide = _compiled_propose(device) if model.compiled and rules.needs.released is False else propose
+    told = any(state.tells_entropy for state in states)
 
     def sample(logits: Tensor, chunk: slice) -> tuple[Tensor, ...]:
         there = None if given is None else given[chunk]
-        return decide(logits, rules[chunk], uniform[chunk], proposable=model.proposable, given=there)
+        found = decide(logits, rules[chunk], uniform[chunk], proposable=model.proposable, given=there)
+        return (*found, entropy(logits, rules.barred[chunk], model.proposable)) if told else found
 
     return sample
 

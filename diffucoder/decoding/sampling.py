@@ -124,6 +124,16 @@ def propose(
     return tokens, _confidence(probabilities, chosen, rules).float(), chosen.float().log()
 
 
+def entropy(logits: Tensor, barred: Tensor, proposable: int | None = None) -> Tensor:
+    """(M,) nats: how unsure the model itself is, whatever the temperature; ids that are never proposed left out.
+
+    `logits` (M, V), `barred` (M, K) ids. So measured, temperatures can be compared; the confidence that a policy goes
+    by is of the tempered and filtered distribution.
+    """
+    allowed = logits.float().scatter(1, barred, -torch.inf)[:, :proposable]
+    return torch.special.entr(allowed.softmax(-1)).sum(-1)  # type: ignore[no-any-return]  # torch leaves it untyped
+
+
 def _by_kind(
     logits: Tensor, rules: Rules, uniform: Tensor, proposable: int | None, given: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:

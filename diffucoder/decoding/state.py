@@ -33,15 +33,19 @@ class Slot(NamedTuple):
 class DecodeState:
     """One request. It belongs to whoever calls `advance`, which alone changes it."""
 
-    def __init__(self, canvas: Canvas, params: DecodingParams, *, row: int = 0, until: Until | None = None) -> None:
+    def __init__(
+        self, canvas: Canvas, params: DecodingParams, *, row: int = 0, until: Until | None = None, entropies: int = 0
+    ) -> None:
         """Take up one `row` of a canvas. Its random numbers depend on `params.seed` and its sample index alone.
 
+        Its first `entropies` Steps tell the entropy of every position that may be committed.
         The preset `fast` must have been turned into settings before (`tuning.tuned`).
         """
         assert params.preset != "fast", "what fast stands for depends on model and canvas: call tuned first"
         self.canvas = canvas
         self.params = params
         self.until = until
+        self.entropies = entropies
         self.tokens = canvas.tokens[row][canvas.valid[row]].cpu()  # (T,) without padding
         self.holes = self.tokens == canvas.mask_id  # (T,) bool: what is to be filled
         self.total = int(self.holes.sum())
@@ -68,6 +72,11 @@ class DecodeState:
     def cached(self) -> bool:
         """Whether passes keep keys and values."""
         return self.params.cache != "none"
+
+    @property
+    def tells_entropy(self) -> bool:
+        """Whether the next Step tells entropies."""
+        return self.forward_passes < self.entropies
 
     def uniform(self, ahead: int) -> Tensor:
         """(2, T) uniform numbers in [0, 1) for tokens and order, `ahead` steps from now."""

@@ -48,23 +48,34 @@ class Task:
     asserts: tuple[str, ...] = ()
     libraries: tuple[str, ...] = ()  # imports beyond the standard library that the task's own code makes
 
+    @property
+    def judged(self) -> bool:
+        """Whether there is anything to judge an answer by."""
+        return bool(self.base or self.plus or self.tests or self.asserts)
+
 
 def load(name: str, data: Path | None = None) -> list[Task]:
     """The tasks of a benchmark in their published order, from files in `data`, else from the hub.
 
+    A name that ends in .jsonl is a file of one's own: `prompt`, and maybe `tests` (asserts) and `id`, a line.
     `humaneval` has EvalPlus's inputs where its file is in the folder, else its own test code.
     Raises ConfigError for an unknown name, a missing or broken file, and what the hub cannot give.
     """
     if name == "tiny":
         return _tiny()
-    if name not in _BENCHMARKS:
+    own = Path(name) if name.endswith(".jsonl") else None
+    if own is None and name not in _BENCHMARKS:
         close = get_close_matches(name, [*_BENCHMARKS, "tiny"], n=1)
         hint = f"did you mean {close[0]!r}?" if close else f"known: {', '.join([*_BENCHMARKS, 'tiny'])}"
         raise ConfigError(f"unknown benchmark {name!r}; {hint}")
-    benchmark = _BENCHMARKS[name]
+    if own is not None:
+        benchmark, data = _Benchmark((own.name,), _prompt), own.parent
+    else:
+        benchmark = _BENCHMARKS[name]
     rows = _from_hub(name, benchmark) if data is None else _from_folder(name, benchmark, data)
     try:
         tasks = [benchmark.task(row) for row in rows]
+        tasks = [replace(t, task_id=t.task_id or f"{Path(name).stem}/{at}") for at, t in enumerate(tasks)]
         return [replace(task, in_order=True) for task in tasks] if len(tasks) == MBPP_V010 else tasks
     except (KeyError, TypeError, ValueError, SyntaxError, AttributeError) as error:
         raise ConfigError(
@@ -130,6 +141,20 @@ def _bigcodebench_instruct(row: _Row) -> Task:
     return replace(_bigcodebench(row), request=_BARE_REQUEST.format(row["instruct_prompt"]))
 
 
+def _prompt(row: _Row) -> Task:
+    """A request, judged by the asserts that it may bring."""
+    text, tests = row["prompt"], row.get("tests", ())
+    if not isinstance(text, str) or isinstance(tests, str) or not all(isinstance(test, str) for test in tests):
+        raise ValueError("prompt must be a string, tests a list of asserts")
+    return Task(str(row.get("id", "")), "", text, text, canonical=row.get("solution", ""), asserts=tuple(tests))
+
+
+def _gsm8k(row: _Row) -> Task:
+    """A question of mathematics: nothing here judges its answer."""
+    question = row["question"]
+    return Task("", "", f"Question: {question}\nAnswer:", question, canonical=row["answer"])
+
+
 def _libraries(*codes: str) -> tuple[str, ...]:
     nodes = [node for code in codes for node in ast.walk(parsed(code))]
     names = [alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names]
@@ -173,6 +198,7 @@ _BENCHMARKS = {
     "humaneval+": _Benchmark(("HumanEvalPlus.jsonl",), _humaneval),
     "mbpp": _Benchmark(("MbppPlus.jsonl",), _base_only(_mbpp)),
     "mbpp+": _Benchmark(("MbppPlus.jsonl",), _mbpp),
+    "gsm8k": _Benchmark(("gsm8k.jsonl", "test.jsonl"), _gsm8k, "openai/gsm8k", "main"),
     "humaneval-infilling": _infilling("SingleLine"),
     "humaneval-infilling-multi-line": _infilling("MultiLine"),
     "humaneval-infilling-random-span": _infilling("RandomSpan"),
@@ -203,7 +229,7 @@ def _rows(text: str) -> list[_Row]:
         whole = json.loads(text)
     except ValueError:
         return [json.loads(line) for line in text.split("\n") if line.strip()]
-    if isinstance(whole, dict) and "task_id" not in whole:
+    if isinstance(whole, dict) and all(isinstance(row, dict) for row in whole.values()):
         return list(whole.values())
     return whole if isinstance(whole, list) else [whole]
 

@@ -21,7 +21,6 @@ import numpy as np
 from diffucoder.errors import ConfigError
 from diffucoder.evaluation.benchmarks import Task, program
 from diffucoder.evaluation.judge import importable, judge, references
-from diffucoder.evaluation.metrics import bootstrap, pass_at_k
 from diffucoder.evaluation.samples import (
     Generator,
     Progress,
@@ -33,6 +32,7 @@ from diffucoder.evaluation.samples import (
     write_lines,
 )
 from diffucoder.grading.sandbox import Sandbox
+from diffucoder.metrics import bootstrap, pass_at_k
 from diffucoder.models.hub import SHIPPED
 
 _KS = (1, 5, 10, 100)
@@ -81,7 +81,9 @@ class Evaluation:
         self, samples: Sequence[Sample], skipped: Mapping[str, str], settings: Mapping[str, Any], run: Path | None
     ) -> dict[str, Any]:
         path = run / "verdicts.jsonl" if run else None
-        verdicts = grade_samples(self.tasks, samples, self.sandbox, path=path, cache=self.cache, progress=self.progress)
+        judged = {task.task_id for task in self.tasks if task.judged}
+        graded = [sample for sample in samples if sample["task_id"] in judged]
+        verdicts = grade_samples(self.tasks, graded, self.sandbox, path=path, cache=self.cache, progress=self.progress)
         told = report(self.name, self.tasks[: self.limit], samples, verdicts, settings, skipped)
         if run:
             write_json(run / "report.json", told)
@@ -153,7 +155,7 @@ def report(
     for verdict in verdicts:
         by_task.setdefault(verdict["task_id"], []).append(verdict)
     figures: dict[str, Any] = {}
-    fewest = min(map(len, by_task.values()))
+    fewest = min(map(len, by_task.values()), default=0)
     for k in (k for k in _KS if k <= fewest):
         shares = [pass_at_k(len(own), sum(v["passed"] for v in own), k) for own in by_task.values()]
         figures[f"pass@{k}"] = sum(shares) / len(shares)
@@ -163,7 +165,7 @@ def report(
         figures["base_pass@1"] = sum(shares) / len(shares)
     passes, tokens = (sum(sample.get(key, 0) for sample in samples) for key in ("forward_passes", "tokens"))
     figures["tokens_per_forward"] = tokens / passes if passes else None
-    graded = {task.task_id for task in tasks} - set(skipped)
+    graded = {task.task_id for task in tasks if task.judged} - set(skipped)
     return {
         "benchmark": benchmark,
         **figures,
@@ -249,12 +251,14 @@ def content_hash(path: Path) -> str:
     try:
         return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
     except OSError as error:
-        raise ConfigError(f"samples {str(path)!r} cannot be read ({error.strerror}); check the path") from None
+        raise ConfigError(f"file {str(path)!r} cannot be read ({error.strerror}); check the path") from None
 
 
 def task_settings(benchmark: str, limit: int | None, packages: Sequence[Path]) -> dict[str, Any]:
     """What decides which tasks are asked."""
     settings: dict[str, Any] = {"benchmark": benchmark, "limit": limit}
+    if benchmark.endswith(".jsonl"):
+        settings["content"] = content_hash(Path(benchmark))
     # left out where there are none: such runs go on that were begun before this was written down
     return {**settings, "packages": [str(folder) for folder in packages]} if packages else settings
 
@@ -262,7 +266,9 @@ def task_settings(benchmark: str, limit: int | None, packages: Sequence[Path]) -
 def model_settings(tasks: Mapping[str, Any], generator: Generator, source: str | None) -> dict[str, Any]:
     """All that the samples depend on; `tasks` is `task_settings`."""
     coder = generator.coder
+    traces = {"maps": generator.maps} if generator.traces else {}  # left out for the same reason
     return {
+        **traces,
         **tasks,
         "model": coder.name,
         "weights": fingerprint(source, SHIPPED),
@@ -273,10 +279,12 @@ def model_settings(tasks: Mapping[str, Any], generator: Generator, source: str |
     }
 
 
-def run_folder(run: Path | None, settings: Mapping[str, Any], *, several: bool) -> Path:
-    """`run`, or a folder below runs/evaluate named after the settings; one for each of several runs."""
+def run_folder(
+    run: Path | None, settings: Mapping[str, Any], *, several: bool, below: Path = Path("runs/evaluate")
+) -> Path:
+    """`run`, or a folder `below` named after the settings; one for each of several runs."""
     key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
     if run is None:
-        return Path("runs/evaluate") / f"{settings['benchmark']}-{key}"
+        return below / f"{Path(settings['benchmark']).stem}-{key}"
     params = settings["params"]
     return run / f"steps-{params['steps']}-temperature-{params['temperature']:g}" if several else run

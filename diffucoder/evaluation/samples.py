@@ -1,15 +1,15 @@
 """Samples: what a model answers to the tasks of a benchmark, or anybody's answers from a file.
 
 A sample is a line of samples.jsonl: `task_id`, `sample` (its number), `solution` or `completion` as EvalPlus writes
-them, and what it cost. Lines are written a batch at a time; a batch that was cut short is generated anew, whole, so
-that a run that was stopped gives the samples of one that was not.
+them, and what it cost; its trace may stand in traces.jsonl beside it. Lines are written a batch at a time; a batch that
+was cut short is generated anew, whole, so that a run that was stopped gives the samples of one that was not.
 """
 
 import gzip
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,7 +21,9 @@ from diffucoder.grading.extract import completed, program_from
 if TYPE_CHECKING:
     from diffucoder.decoding.generate import DiffuCoder, Generation
     from diffucoder.decoding.params import DecodingParams
+    from diffucoder.decoding.trace import Trace
 
+_ALL = 1 << 30  # steps: more than there are
 Sample = dict[str, Any]  # a line of samples.jsonl, or of verdicts.jsonl
 Progress = Callable[[Iterable[Any], int, str], Iterable[Any]]  # (things, how many, what they are) -> the things
 
@@ -39,6 +41,8 @@ class Generator:
     params: "DecodingParams"
     raw: bool = False
     batch: int = 8
+    traces: bool = False  # kept, with entropies: of all steps of the first `maps` tasks, of others at the first pass
+    maps: int = 0
 
     def samples(self, tasks: Sequence[Task], path: Path, progress: Progress = silent) -> list[Sample]:
         """`params.num_samples` samples for every task, from `path` as far as they are there, else appended to it."""
@@ -49,16 +53,21 @@ class Generator:
         whole = next(n for n in range(len(chunks), -1, -1) if sum(sizes[:n]) <= len(done))
         done = done[: sum(sizes[:whole])]  # a batch that was cut short is generated anew, whole, as it was
         write_lines(path, done)
-        with path.open("a", encoding="utf-8") as file:
-            for chunk in progress(chunks[whole:], len(chunks) - whole, "batches generated"):
-                fresh = self._answer(chunk)
-                file.write("".join(json.dumps(sample) + "\n" for sample in fresh))
-                file.flush()
-                os.fsync(file.fileno())
-                done += fresh
+        traces = path.with_name("traces.jsonl")
+        if self.traces:
+            answered = {_id(sample) for sample in done}
+            write_lines(traces, (line for line in read_lines(traces) if line.get("id") in answered))
+        for at in progress(range(whole, len(chunks)), len(chunks) - whole, "batches generated"):
+            entropies = 0 if not self.traces else _ALL if at * self.batch < self.maps else 1
+            fresh = self._answer(chunks[at], entropies)
+            kept = [(_id(sample), sample.pop("trace")) for sample in fresh if "trace" in sample]
+            if self.traces:  # first: a sample that is there has its trace
+                _append(traces, [_trace_line(name, trace) for name, trace in kept])
+            _append(path, fresh)
+            done += fresh
         return done
 
-    def _answer(self, tasks: Sequence[Task]) -> list[Sample]:
+    def _answer(self, tasks: Sequence[Task], entropies: int = 0) -> list[Sample]:
         if any(task.suffix for task in tasks):
             return [sample for task in tasks for sample in self._infilled(task)]
         prompts = [self._prompt(task) for task in tasks]
@@ -67,8 +76,8 @@ class Generator:
         except PromptError as error:
             if len(tasks) == 1:
                 return self._unanswered(tasks[0], error)
-            return [sample for task in tasks for sample in self._answer([task])]
-        results = self.coder.decode(canvas, self.params)
+            return [sample for task in tasks for sample in self._answer([task], entropies)]
+        results = self.coder.decode(canvas, self.params, entropies=entropies)
         samples = []
         for at, result in enumerate(results):
             task, number = tasks[at // self.params.num_samples], at % self.params.num_samples
@@ -80,7 +89,7 @@ class Generator:
         if self.raw:
             return task.prompt
         asked = self.coder.tokenizer.chat(task.request)
-        return asked if task.asserts else asked + PREFILL  # our own model writes no fences
+        return asked + PREFILL if task.judged and not task.asserts else asked  # our own model writes no fences
 
     def _solution(self, task: Task, text: str) -> str:
         return completed(task.prompt, text, task.entry_point) if self.raw else program_from(text)
@@ -111,7 +120,26 @@ def _sample(task: Task, number: int, answer: Mapping[str, str], result: "Generat
         "forward_passes": result.forward_passes,
         "finish_reason": result.finish_reason,
         "seconds": round(seconds, 4),
+        "trace": result.trace,
     }
+
+
+def _id(sample: Sample) -> str:
+    """What a sample's trace is called."""
+    return f"{sample['task_id']}#{sample['sample']}"
+
+
+def _trace_line(name: str, trace: "Trace") -> dict[str, Any]:
+    from diffucoder.decoding.trace import as_json  # late: it brings torch, which grading does without
+
+    return as_json(replace(trace, id=name))
+
+
+def _append(path: Path, lines: Iterable[Sample]) -> None:
+    with path.open("a", encoding="utf-8") as file:
+        file.write("".join(json.dumps(line) + "\n" for line in lines))
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def read_samples(path: Path, tasks: Sequence[Task]) -> list[Sample]:
@@ -157,11 +185,14 @@ def _checked(line: str, where: str, known: Mapping[str, int]) -> Sample:
     return sample
 
 
-def sweep(params: "DecodingParams", steps: str | None, temperature: str | None) -> Iterator["DecodingParams"]:
-    """`params` at each of the steps and temperatures, which are numbers separated by commas."""
-    for count in _numbers("steps", steps, int) or [params.steps]:
-        for heat in _numbers("temperature", temperature, float) or [params.temperature]:
-            yield params.replace(steps=count, temperature=heat)
+def sweep(
+    params: "DecodingParams", steps: str | None, temperature: str | None, policy: str | None = None
+) -> Iterator["DecodingParams"]:
+    """`params` by each of the policies, at each of the steps and temperatures, which are separated by commas."""
+    for each in policy.split(",") if policy else [params.policy]:
+        for count in _numbers("steps", steps, int) or [params.steps]:
+            for heat in _numbers("temperature", temperature, float) or [params.temperature]:
+                yield params.replace(steps=count, temperature=heat, policy=each)
 
 
 def _numbers(name: str, text: str | None, kind: Callable[[str], Any]) -> list[Any]:

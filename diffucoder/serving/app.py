@@ -277,6 +277,7 @@ def _add_page(app: FastAPI) -> None:
         return FileResponse(folder / "index.html", headers=safe)
 
     app.mount("/page", StaticFiles(directory=folder))
+    app.mount("/canvas", StaticFiles(directory=folder.parents[1] / "data" / "canvas"))  # the report on order has it too
 
 
 # --- answers ---------------------------------------------------------------------------------------------------------

@@ -1,12 +1,30 @@
-"""The command line as a fixture."""
+"""The command line and a real browser as fixtures."""
 
 import io
+import shutil
 import sys
+from collections.abc import Iterator
+from typing import Any
 
 import pytest
 from commands import Outcome, Run
 
 from diffucoder.cli import main
+
+QUIET = "--no-sandbox --disable-gpu --no-first-run --disable-background-networking --disable-component-update"
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    """Headless Chromium; the tests that ask for it are skipped where there is none."""
+    playwright = pytest.importorskip("playwright.sync_api", reason="the dev extra brings playwright")
+    path = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if path is None:
+        pytest.skip("no Chromium here; `make browser` installs it")
+    with playwright.sync_playwright() as run:
+        made = run.chromium.launch(executable_path=path, args=QUIET.split())
+        yield made
+        made.close()
 
 
 @pytest.fixture

@@ -4,7 +4,6 @@
 """
 
 import os
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,24 +11,11 @@ from typing import Any
 import pytest
 from serving import serving
 
-playwright = pytest.importorskip("playwright.sync_api", reason="the dev extra brings playwright")
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here; `make browser` installs it")
-QUIET = "--no-sandbox --disable-gpu --no-first-run --disable-background-networking --disable-component-update"
-
 
 @pytest.fixture(scope="module")
 def url() -> Iterator[str]:
     with serving() as (address, _):
         yield address
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    with playwright.sync_playwright() as run:
-        made = run.chromium.launch(executable_path=CHROMIUM, args=QUIET.split())
-        yield made
-        made.close()
 
 
 @pytest.fixture

@@ -1,9 +1,10 @@
 // The page: asks the server that sent it, shows every commitment as it comes, and replays what came.
 // A run is { rows: [{ canvas, steps }], row, passes, seconds, answer }; all that is shown is computed from it.
 
+import { shades, spans, standing } from "../canvas/canvas.js";
+
 const $ = (selector, within = document) => within.querySelector(selector);
 const HOLE = /<\|hole(:\d+)?\|>/;
-const [EARLY, LATE] = [215, 28]; // hues of the first step and the last
 let stop = null; // ends what is running
 
 // --- a run, from the server's events ---
@@ -57,45 +58,6 @@ function take(run, told) {
 }
 
 // --- what is shown of it ---
-
-function standing(row, upTo) {
-  const cells = row.canvas.map((text) => (text === null ? null : { text, known: true }));
-  row.steps.slice(0, upTo).forEach((step, index) => {
-    for (const at of step.revoked) cells[at] = null;
-    for (const { position, text, log_prob } of step.committed) cells[position] = { text, step: index, sure: Math.exp(log_prob) };
-  });
-  return cells;
-}
-
-function spans(row, upTo, colour) {
-  const cells = standing(row, upTo);
-  const made = [];
-  let ended = false;
-  let settled = true;
-  for (const cell of cells) {
-    const span = document.createElement("span");
-    if (cell === null) {
-      settled = false;
-      span.className = "mask";
-      span.textContent = "▢";
-    } else if (!cell.known && (ended || cell.text.startsWith("<|"))) {
-      ended ||= settled;
-      span.className = "end";
-      span.textContent = ended ? "" : "·";
-    } else {
-      span.className = cell.known ? "known" : "token";
-      if (!cell.known) {
-        const share = colour === "order" ? cell.step / Math.max(row.steps.length - 1, 1) : 1 - cell.sure;
-        span.style.setProperty("--hue", Math.round(EARLY + (LATE - EARLY) * share));
-        span.title = `step ${cell.step + 1}, probability ${cell.sure.toFixed(3)}`;
-        if (cell.step === upTo - 1) span.classList.add("new");
-      }
-      span.textContent = cell.text;
-    }
-    made.push(span);
-  }
-  return made;
-}
 
 function figures(run) {
   const row = run.rows[run.row];
@@ -156,7 +118,7 @@ class Panel {
 
   show(upTo) {
     const row = this.run.rows[this.run.row];
-    $(".canvas", this.root).replaceChildren(...spans(row, upTo, $("#colour").value));
+    $(".canvas", this.root).replaceChildren(...spans(row, upTo, shades[$("#colour").value]));
     const slider = this.field("step");
     slider.max = row.steps.length;
     slider.value = upTo;

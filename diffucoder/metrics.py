@@ -30,10 +30,28 @@ def bootstrap(
     It says how much the figure owes to which tasks the benchmark happens to hold. The generator fixes the result.
     Raises ConfigError if there are no values, or if `share` is not between 0 and 1.
     """
+    columns = np.asarray(values, dtype=np.float64)[:, None]
+    low, high = bootstrap_columns(columns, generator, share=share, rounds=rounds)
+    return float(low[0]), float(high[0])
+
+
+def bootstrap_columns(
+    values: np.ndarray, generator: np.random.Generator, *, share: float = 0.95, rounds: int = 10_000
+) -> tuple[np.ndarray, np.ndarray]:
+    """`bootstrap` of each of K columns, (K,) and (K,), by the same draws: `values` (N, K), a row a task.
+
+    nan is a task without that figure, and left out; a column of nothing else has no interval, nan.
+    """
     if len(values) == 0 or not 0 < share < 1:
         raise ConfigError(f"{len(values)} values, share={share}: needs one value or more and a share between 0 and 1")
-    tasks = np.asarray(values, dtype=np.float64)  # (N,)
-    # a round at a time: rounds x tasks at once would be large for the bigger benchmarks
-    means = [tasks[generator.integers(len(tasks), size=len(tasks))].mean() for _ in range(rounds)]
-    low, high = np.quantile(means, [(1 - share) / 2, (1 + share) / 2])
-    return float(low), float(high)
+    there = ~np.isnan(values)  # (N, K)
+    known = np.where(there, values, 0.0)
+    means = np.full((rounds, values.shape[1]), np.nan)
+    for drawn in means:  # a round at a time: rounds x tasks at once would be large for the bigger benchmarks
+        tasks = generator.integers(len(values), size=len(values))
+        counts = there[tasks].sum(0)
+        np.divide(known[tasks].sum(0), counts, out=drawn, where=counts > 0)
+    some = there.any(0)
+    bounds = np.full((2, values.shape[1]), np.nan)
+    bounds[:, some] = np.nanquantile(means[:, some], [(1 - share) / 2, (1 + share) / 2], axis=0)
+    return bounds[0], bounds[1]

@@ -1,0 +1,48 @@
+// A canvas as it stands after some steps: what the server's page and the report on order both draw.
+// A row is { canvas: [text, or null where masked], steps: [{ committed: [{ position, text, log_prob }], revoked: [position] }] }.
+
+const [EARLY, LATE] = [215, 28]; // hues of the first step and the last
+
+// how a token is coloured: hues, from the cell and its row
+export const shades = {
+  order: (cell, row) => EARLY + (LATE - EARLY) * (cell.step / Math.max(row.steps.length - 1, 1)),
+  sure: (cell) => EARLY + (LATE - EARLY) * (1 - cell.sure),
+};
+
+export function standing(row, upTo) {
+  const cells = row.canvas.map((text) => (text === null ? null : { text, known: true }));
+  row.steps.slice(0, upTo).forEach((step, index) => {
+    for (const at of step.revoked) cells[at] = null;
+    for (const { position, text, log_prob } of step.committed) cells[position] = { position, text, step: index, sure: Math.exp(log_prob) };
+  });
+  return cells;
+}
+
+export function spans(row, upTo, shade) {
+  const cells = standing(row, upTo);
+  const made = [];
+  let ended = false;
+  let settled = true;
+  for (const cell of cells) {
+    const span = document.createElement("span");
+    if (cell === null) {
+      settled = false;
+      span.className = "mask";
+      span.textContent = "▢";
+    } else if (!cell.known && (ended || cell.text.startsWith("<|"))) {
+      ended ||= settled;
+      span.className = "end";
+      span.textContent = ended ? "" : "·";
+    } else {
+      span.className = cell.known ? "known" : "token";
+      if (!cell.known) {
+        span.style.setProperty("--hue", Math.round(shade(cell, row)));
+        span.title = `step ${cell.step + 1}, probability ${cell.sure.toFixed(3)}`;
+        if (cell.step === upTo - 1) span.classList.add("new");
+      }
+      span.textContent = cell.text;
+    }
+    made.push(span);
+  }
+  return made;
+}

@@ -1,0 +1,109 @@
+"""`diffucoder order` as a user meets it: prompts to a report, a sweep that was killed, traces from elsewhere."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from commands import Run, assert_refused
+
+from diffucoder.decoding.trace import read_traces
+from diffucoder.errors import SandboxError
+from diffucoder.grading.sandbox import isolation
+
+QUICK = ("--new-tokens", "24", "--dtype", "float32")
+
+
+@pytest.fixture(autouse=True)
+def isolated(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    try:
+        isolation()
+    except SandboxError as error:
+        pytest.skip(str(error))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+
+
+def test_a_sweep_has_a_run_for_every_setting_and_one_report(cli: Run, tmp_path: Path) -> None:
+    arguments = ("order", "tiny", "--limit", 3, "--steps", "24,12", "--temperature", "0.2,1.2", "--num-samples", 2)
+    code, out, _ = cli(*arguments, *QUICK, "--maps", 2, "--batch", 2, "--json")
+    told = json.loads(out)
+    assert code == 0
+    assert told == json.loads((tmp_path / "runs/order/tiny/report.json").read_text())
+    labels = [each["label"] for each in told["runs"]]
+    assert labels == [f"steps {steps}, temperature {heat}" for steps in (24, 12) for heat in (0.2, 1.2)]
+    assert len(told["differences"]) == 6
+    for each in told["runs"]:
+        assert (each["prompts"], each["samples"], each["graded"]) == (3, 6, 6)
+        assert {"pass@1", "pass@2", "distinct", "rank_keyword"} <= each["figures"].keys()
+        assert len(each["first_pass_entropy_by_position"]) == 24
+    for folder in (path for path in (tmp_path / "runs/order/tiny").iterdir() if path.is_dir()):
+        traces = read_traces(folder / "traces.jsonl")
+        assert [trace.id for trace in traces] == [f"tiny/{task}#{n}" for task in range(3) for n in range(2)]
+        kept = [len(trace.entropy_map) for trace in traces]
+        assert min(kept[:4]) > 1  # all steps of the first batch
+        assert kept[4:] == [1, 1]
+
+
+def test_a_kill_in_the_middle_gives_the_identical_report_and_traces(cli: Run, tmp_path: Path) -> None:
+    arguments = ("order", "tiny", "--limit", "8", "--batch", "1", "--temperature", "0,1", *QUICK, "--run")
+    command = [sys.executable, "-m", "diffucoder.cli", *arguments, "killed"]
+    with subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"}) as running:
+        end = time.monotonic() + 120
+        while sum(path.read_text().count("\n") for path in tmp_path.glob("killed/*/samples.jsonl")) < 3:
+            assert running.poll() is None, "it ended before it could be killed"
+            assert time.monotonic() < end
+            time.sleep(0.005)
+        running.send_signal(signal.SIGKILL)
+    assert not (tmp_path / "killed" / "report.json").exists()
+    for folder in ("killed", "whole"):
+        assert cli(*arguments, folder).code == 0
+    assert (tmp_path / "killed/report.json").read_bytes() == (tmp_path / "whole/report.json").read_bytes()
+    for path in tmp_path.glob("whole/*/traces.jsonl"):
+        assert path.read_bytes() == (tmp_path / "killed" / path.parent.name / path.name).read_bytes()
+
+
+def test_prompts_of_ones_own_need_no_tests(cli: Run, tmp_path: Path) -> None:
+    lines = [{"prompt": "Given a number, double the number."}, {"prompt": "Square it.", "id": "square"}]
+    (tmp_path / "own.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    code, out, _ = cli("order", "own.jsonl", *QUICK, "--json")
+    (run,) = json.loads(out)["runs"]
+    assert (code, run["samples"], run["graded"]) == (0, 2, 0)
+    assert list(run["by_prompt"]) == ["own/0", "square"]
+    assert "pass@1" not in run["figures"]
+    assert_refused(cli("evaluate", "own.jsonl"), "has no tests to evaluate answers by")
+
+
+def test_mathematics_is_asked_as_published(cli: Run, tmp_path: Path) -> None:
+    row = {"question": "Ann has 2 apples and buys 3. How many has she?", "answer": "2 + 3 = 5\n#### 5"}
+    (tmp_path / "test.jsonl").write_text(json.dumps(row) + "\n")
+    code, out, _ = cli("order", "gsm8k", "--data", tmp_path, *QUICK, "--json")
+    (run,) = json.loads(out)["runs"]
+    assert (code, list(run["by_prompt"]), run["graded"]) == (0, ["gsm8k/0"], 0)
+
+
+def test_traces_of_other_commands_are_reported_on(cli: Run, tmp_path: Path) -> None:
+    for policy in ("entropy", "random"):
+        asked = ("generate", "Double the number.", "--policy", policy, "--num-samples", 3, "--temperature", 0.5)
+        assert cli(*asked, *QUICK, "--trace", f"{policy}.jsonl").code == 0
+    code, out, _ = cli("order", "--traces", "entropy.jsonl", "--traces", "random.jsonl", "--ordered")
+    assert code == 0
+    assert "policy entropy: 1 prompts, 3 samples" in out
+    told = json.loads((tmp_path / "runs/order/traces/report.json").read_text())
+    assert told["conventions"]["ordered"] is True
+    assert [each["figures"]["tokens"]["prompts"] for each in told["runs"]] == [1, 1]
+
+
+def test_what_cannot_be_is_refused_in_one_line(cli: Run, tmp_path: Path) -> None:
+    assert_refused(cli("order"), "give PROMPTS for a model, or --traces")
+    assert_refused(cli("order", "tiny", "--traces", "x"), "one of the two")
+    assert_refused(cli("order", "--traces", "nowhere"), "'nowhere' holds no traces")
+    assert_refused(cli("order", "tiny", "--policy", "best"), "policy='best'")
+    assert_refused(cli("order", "tiny", "--boundary", "none"), "boundary='none'")
+    assert_refused(cli("order", "nowhere.jsonl"), "none of nowhere.jsonl")
+    (tmp_path / "broken.jsonl").write_text('{"prompt": 3}\n')
+    assert_refused(cli("order", "broken.jsonl"), "prompt must be a string")
