@@ -186,12 +186,8 @@ def serve(
         from diffucoder.serving.app import create_app
         from diffucoder.serving.run import key_from, run
         from diffucoder.serving.settings import EngineSettings, ScaleSettings
-
-        if ray:
-            from diffucoder.serving.scale import run_replicas
     except ModuleNotFoundError as error:
-        extras = "serve,scale" if ray else "serve"
-        raise ConfigError(f'serving needs {error.name}; install it: pip install "diffucoder[{extras}]"') from None
+        raise ConfigError(f'serving needs {error.name}; install it: pip install "diffucoder[serve]"') from None
     if not ray and (replicas, cpus, gpus) != ("1", None, 0.0):
         raise ConfigError("--replicas, --cpus and --gpus are for Ray's replicas; add --ray")
     settings = ScaleSettings(
@@ -206,10 +202,14 @@ def serve(
         cpus=cpus,
         gpus=gpus,
     )
-    if ray:
-        run_replicas(settings, host=host, port=port)
-    else:
+    if not ray:
         run(create_app(_load(model, dtype, device), settings), host=host, port=port)
+        return
+    try:
+        from diffucoder.serving.scale import run_replicas
+    except ModuleNotFoundError as error:
+        raise ConfigError(f'replicas need {error.name}; install it: pip install "diffucoder[scale]"') from None
+    run_replicas(settings, host=host, port=port)
 
 
 @app.command()

@@ -252,6 +252,7 @@ def run_replicas(settings: ScaleSettings, *, host: str, port: int) -> None:
         **{"address": "local", "num_cpus": os.cpu_count()},
         **{"include_dashboard": False, "object_store_memory": _STORE},
     }
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
     ray.init(logging_level="warning", **(local if ours else {}))
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # in place of Ray's, which kills the replicas first
     _check_room(settings)
@@ -259,8 +260,9 @@ def run_replicas(settings: ScaleSettings, *, host: str, port: int) -> None:
     try:
         run(front(_deployed(settings), settings), host=host, port=port)
     finally:
-        serve.shutdown() if ours else serve.delete(_NAME)
-        ray.shutdown()
+        if not ours:
+            serve.delete(_NAME)
+        ray.shutdown()  # what was accepted is answered: nothing here is left to wait for
 
 
 def _check_room(settings: ScaleSettings) -> None:

@@ -53,7 +53,8 @@ def service() -> Iterator[Service]:
         everybody = whole.children(recursive=True)
         started.send_signal(signal.SIGTERM)
         assert started.wait(60) == 0
-        assert not [each for each in psutil.wait_procs(everybody, 10)[1]]
+        _, left = psutil.wait_procs(everybody, 10)
+        assert not left
 
 
 def ask(url: str, seed: int, *, stream: bool, tokens: int = 96) -> Told:
@@ -63,7 +64,9 @@ def ask(url: str, seed: int, *, stream: bool, tokens: int = 96) -> Told:
     if not stream or answer.status_code != 200:
         content = json.loads(said)
         assert ("error" in content) == (answer.status_code != 200)
-        return Told("", content["error"]["message"]) if "error" in content else Told(content["choices"][0]["text"], None)
+        if "error" in content:
+            return Told("", content["error"]["message"])
+        return Told(content["choices"][0]["text"], None)
     events = said.strip().split("\n\n")
     assert events.pop() == "data: [DONE]"
     chunks = [json.loads(event.removeprefix("data: ")) for event in events]
