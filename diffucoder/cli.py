@@ -456,7 +456,7 @@ def order(
     ] = None,
     *,
     model: Annotated[
-        list[str] | None, typer.Option(help="as elsewhere; several are compared; the shipped one if left out")
+        list[str] | None, typer.Option(help="as elsewhere, or tiny, the shipped one; several are compared")
     ] = None,
     traces: Annotated[
         list[Path] | None, typer.Option(help="report on this file of traces, or folder of a run, instead; repeatable")
@@ -497,7 +497,8 @@ def order(
         from diffucoder.grading.sandbox import Sandbox
 
         tasks, several = load(prompts, data), list(sweep(params, steps, temperature, policy))
-        asked, names = evaluation.task_settings(prompts, limit, ()), [*model] if model else [None]
+        asked = evaluation.task_settings(prompts, limit, ())
+        names = [None if name == "tiny" else name for name in model or ["tiny"]]
         with Sandbox(unsafe=unsafe) as sandbox:
             about = evaluation.Evaluation(prompts, tasks, sandbox, evaluation.cache_folder(), limit, _progress())
             for name in names:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from commands import Run, assert_refused
 from diffucoder.decoding.trace import read_traces
 from diffucoder.errors import SandboxError
 from diffucoder.grading.sandbox import isolation
+from diffucoder.models.hub import SHIPPED
 
 QUICK = ("--new-tokens", "24", "--dtype", "float32")
 
@@ -65,6 +67,14 @@ def test_a_kill_in_the_middle_gives_the_identical_report_and_traces(cli: Run, tm
     assert (tmp_path / "killed/report.json").read_bytes() == (tmp_path / "whole/report.json").read_bytes()
     for path in tmp_path.glob("whole/*/traces.jsonl"):
         assert path.read_bytes() == (tmp_path / "killed" / path.parent.name / path.name).read_bytes()
+
+
+def test_models_are_compared_by_their_folders(cli: Run, tmp_path: Path) -> None:
+    shutil.copytree(SHIPPED, tmp_path / "after")
+    told = cli("order", "tiny", "--limit", 2, "--model", "tiny", "--model", "after", *QUICK, "--json").out
+    [difference] = json.loads(told)["differences"]
+    assert (difference["a"], difference["b"], difference["prompts"]) == ("tiny", "after", 2)
+    assert {row["mean"] for row in difference["figures"].values()} <= {0, None}  # the same weights
 
 
 def test_prompts_of_ones_own_need_no_tests(cli: Run, tmp_path: Path) -> None:
