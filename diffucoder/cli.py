@@ -175,23 +175,17 @@ def serve(
     device: Device = None,
     ray: Annotated[bool, typer.Option("--ray", help="serve by replicas: Ray's, here or at $RAY_ADDRESS")] = False,
     replicas: Annotated[str, typer.Option(help="with --ray: how many; MIN:MAX follow the load")] = "1",
-    cpus: Annotated[
-        int | None, typer.Option(help="with --ray: cores of a replica; an equal share of those here")
-    ] = None,
-    gpus: Annotated[float, typer.Option(help="with --ray: GPUs of a replica, or the part of one")] = 0.0,
+    cpus: Annotated[int | None, typer.Option(help="of a replica; an equal share of those here if left out")] = None,
+    gpus: Annotated[float | None, typer.Option(help="of a replica; an equal share of those here if left out")] = None,
 ) -> None:
     """Serve a model: OpenAI's completions and chat, infilling, holes and edits."""
     try:
         from diffucoder.serving.app import create_app
         from diffucoder.serving.run import key_from, run
         from diffucoder.serving.settings import EngineSettings, ScaleSettings
-
-        if ray:
-            from diffucoder.serving.scale import run_replicas
     except ModuleNotFoundError as error:
-        extras = "serve,scale" if ray else "serve"
-        raise ConfigError(f'serving needs {error.name}; install it: pip install "diffucoder[{extras}]"') from None
-    if not ray and (replicas, cpus, gpus) != ("1", None, 0.0):
+        raise ConfigError(f'serving needs {error.name}; install it: pip install "diffucoder[serve]"') from None
+    if not ray and (replicas, cpus, gpus) != ("1", None, None):
         raise ConfigError("--replicas, --cpus and --gpus are for Ray's replicas; add --ray")
     settings = ScaleSettings(
         api_key=key_from(api_key_file),
@@ -205,10 +199,14 @@ def serve(
         cpus=cpus,
         gpus=gpus,
     )
-    if ray:
-        run_replicas(settings, host=host, port=port)
-    else:
+    if not ray:
         run(create_app(_load(model, dtype, device), settings), host=host, port=port)
+        return
+    try:
+        from diffucoder.serving.scale import run_replicas
+    except ModuleNotFoundError as error:
+        raise ConfigError(f'replicas need {error.name}; install it: pip install "diffucoder[scale]"') from None
+    run_replicas(settings, host=host, port=port)
 
 
 @app.command()
