@@ -176,10 +176,8 @@ def serve(
     device: Device = None,
     ray: Annotated[bool, typer.Option("--ray", help="serve by replicas: Ray's, here or at $RAY_ADDRESS")] = False,
     replicas: Annotated[str, typer.Option(help="with --ray: how many; MIN:MAX follow the load")] = "1",
-    cpus: Annotated[
-        int | None, typer.Option(help="with --ray: cores of a replica; an equal share of those here")
-    ] = None,
-    gpus: Annotated[float, typer.Option(help="with --ray: GPUs of a replica, or the part of one")] = 0.0,
+    cpus: Annotated[int | None, typer.Option(help="of a replica; an equal share of those here if left out")] = None,
+    gpus: Annotated[float | None, typer.Option(help="of a replica; an equal share of those here if left out")] = None,
 ) -> None:
     """Serve a model: OpenAI's completions and chat, infilling, holes and edits."""
     try:
@@ -188,7 +186,7 @@ def serve(
         from diffucoder.serving.settings import EngineSettings, ScaleSettings
     except ModuleNotFoundError as error:
         raise ConfigError(f'serving needs {error.name}; install it: pip install "diffucoder[serve]"') from None
-    if not ray and (replicas, cpus, gpus) != ("1", None, 0.0):
+    if not ray and (replicas, cpus, gpus) != ("1", None, None):
         raise ConfigError("--replicas, --cpus and --gpus are for Ray's replicas; add --ray")
     settings = ScaleSettings(
         api_key=key_from(api_key_file),

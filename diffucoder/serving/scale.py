@@ -19,6 +19,7 @@ from collections.abc import AsyncIterator, Iterable
 from typing import Any
 
 import ray
+import torch
 from fastapi import FastAPI
 from prometheus_client import CONTENT_TYPE_LATEST, Metric, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
@@ -37,7 +38,7 @@ from starlette.types import Message, Receive, Scope, Send
 
 from diffucoder.decoding.generate import DiffuCoder
 from diffucoder.errors import ConfigError
-from diffucoder.models.checkpoint import load_tokenizer
+from diffucoder.models.checkpoint import default_device_and_dtype, load_tokenizer
 from diffucoder.serving.app import create_app
 from diffucoder.serving.edge import ApiError, BodyLimit, add_errors
 from diffucoder.serving.run import key_from, run
@@ -56,10 +57,8 @@ class Replica:
 
     def __init__(self, settings: ScaleSettings) -> None:
         """Load the model here."""
-        import torch
-
-        dtype = getattr(torch, settings.dtype) if settings.dtype else None
-        self.app = create_app(DiffuCoder.load(settings.model, dtype=dtype, device=settings.device), settings)
+        coder = DiffuCoder.load(settings.model, dtype=_dtype(settings), device=settings.device)
+        self.app = create_app(coder, settings)
         self.server = self.app.state.server
         self.name = serve.get_replica_context().replica_id.unique_id
 
@@ -214,13 +213,13 @@ def replicas(settings: ScaleSettings) -> Application:
     following = AutoscalingConfig(
         min_replicas=least, max_replicas=most, target_ongoing_requests=settings.engine.max_batch
     )
-    cpus = (os.cpu_count() or 1) // most if settings.cpus is None else settings.cpus
+    cpus, gpus = _share(settings)
     deployment = serve.deployment(
         Replica,
         name="replica",
         num_replicas=least if least == most else None,
         autoscaling_config=None if least == most else following,
-        ray_actor_options={"num_cpus": cpus, "num_gpus": settings.gpus},
+        ray_actor_options={"num_cpus": cpus, "num_gpus": gpus},
         max_ongoing_requests=2 * fits,  # it is the engine that refuses, and says when to come again
         max_queued_requests=fits,  # those wait for any replica at all
         health_check_period_s=1,
@@ -228,6 +227,20 @@ def replicas(settings: ScaleSettings) -> Application:
         logging_config=_LOGGING,
     )
     return deployment.bind(settings)
+
+
+def _share(settings: ScaleSettings) -> tuple[float, float]:
+    """CPU cores and GPUs of a replica: where the settings leave it open, those here shared equally."""
+    most = settings.bounds[1]
+    cores = (os.cpu_count() or 1) // most if settings.cpus is None else settings.cpus
+    if settings.gpus is not None:
+        return cores, settings.gpus
+    here = 0 if settings.device == "cpu" else torch.cuda.device_count()
+    return cores, int(1e4 / -(-most // here)) / 1e4 if here else 0  # 3 on 2 GPUs: half of one each; Ray counts in 1e-4
+
+
+def _dtype(settings: ScaleSettings) -> torch.dtype | None:
+    return getattr(torch, settings.dtype) if settings.dtype else None
 
 
 def app(settings: ScaleSettings) -> Application:
@@ -247,6 +260,9 @@ def run_replicas(settings: ScaleSettings, *, host: str, port: int) -> None:
     """Serve by replicas, in the cluster of $RAY_ADDRESS or here, until told to stop. Raises ConfigError."""
     load_tokenizer(settings.model)  # a model that is not there is told before Ray has started
     ours = "RAY_ADDRESS" not in os.environ
+    if ours:
+        _, dtype = default_device_and_dtype(settings.device, _dtype(settings))
+        settings = settings.model_copy(update={"dtype": str(dtype).removeprefix("torch.")})  # the same for all
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     local: dict[str, Any] = {  # Any: of several types
         **{"address": "local", "num_cpus": os.cpu_count()},
@@ -268,7 +284,7 @@ def run_replicas(settings: ScaleSettings, *, host: str, port: int) -> None:
 def _check_room(settings: ScaleSettings) -> None:
     """Refuse what Ray would wait for in vain."""
     there, least = ray.cluster_resources(), settings.bounds[0]
-    for name, each in (("CPU", settings.cpus or 0), ("GPU", settings.gpus)):
+    for name, each in zip(("CPU", "GPU"), _share(settings), strict=True):
         if least * each > there.get(name, 0):
             asked = f"{least} replicas of {each:g} {name}s"
             raise ConfigError(f"{asked} are more than the {there.get(name, 0):g} that Ray has; ask for less")
@@ -277,5 +293,5 @@ def _check_room(settings: ScaleSettings) -> None:
 def _deployed(settings: ScaleSettings) -> DeploymentHandle[Replica]:
     try:
         return serve.run(replicas(settings), name=_NAME, route_prefix=None)
-    except RuntimeError as error:  # Ray has tried three times
-        raise ConfigError(f"no replica could be started: {error}") from None
+    except RuntimeError as error:  # Ray has tried three times, and said why
+        raise ConfigError("no replica could be started; the reason is above, or in Ray's log") from error

@@ -46,7 +46,7 @@ class ScaleSettings(ServerSettings):
     device: str | None = Field(default=None, description="cpu, cuda, mps; the best there is if left out")
     replicas: str = Field(default="1", description="how many; MIN:MAX: as many as the load asks for")
     cpus: int | None = Field(default=None, ge=0, description="cores of a replica; an equal share of those here")
-    gpus: float = Field(default=0.0, ge=0, description="GPUs of a replica, or the part of one")
+    gpus: float | None = Field(default=None, ge=0, description="GPUs of a replica; an equal share of those here")
 
     @field_validator("replicas", mode="before")
     @classmethod
