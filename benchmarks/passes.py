@@ -332,7 +332,7 @@ def report(
         ]
         lines.append(f"| {' | '.join(cells)} |")
     head = ["pass", "dtype", "batch", "width", "ms", "passes/s", "sampler", "GFLOP/s (of matmul)", "GB/s (of reading)"]
-    head[5] += ", with a step's Python" if device.type == "cpu" else ""
+    head[6] += ", with a step's Python" if device.type == "cpu" else ""
     head += [f"break-even with {name.split(' ')[0]}" for name in bars]
     device_name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "CPU"
     tops = ", ".join(f"{rate / 1e9:.0f} GFLOP/s in {dtype}" for dtype, rate in ceilings.items())
