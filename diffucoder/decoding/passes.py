@@ -11,6 +11,7 @@ have been computed from it (`delayed`: dKV-Cache, arXiv 2505.15781). The positio
 well: shifted models score a position from its left neighbour.
 """
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -24,7 +25,7 @@ from diffucoder.decoding.canvas import leftmost
 from diffucoder.decoding.sampling import Rules, entropy, propose
 from diffucoder.decoding.state import DecodeState, Slot
 from diffucoder.models.denoiser import Denoiser
-from diffucoder.models.lean import CanvasCache, compiled
+from diffucoder.models.lean import CanvasCache, Place, compiled
 
 
 @dataclass(frozen=True, eq=False)
@@ -147,11 +148,10 @@ def _between(rows: Rows, row: int, bounds: tuple[int, int]) -> Tensor:
 
 
 def _groups(states: Sequence[DecodeState]) -> list[list[int]]:
-    """Rows that share a call: by the released arithmetic, without a cache, filling one, reading one."""
+    """Rows that share a call: by the released arithmetic, without a cache, with one."""
     groups: dict[str, list[int]] = {}
     for row, state in enumerate(states):
-        plain = "released" if state.params.preset == "reference" else "plain"
-        kind = plain if not state.cached else "fill" if state.stale() else "read"
+        kind = "released" if state.params.preset == "reference" else "cached" if state.cached else "plain"
         groups.setdefault(kind, []).append(row)
     return list(groups.values())
 
@@ -175,7 +175,7 @@ def _pass(
     if not states[0].cached and bool((shown == rows.valid[group]).all()):
         (fed, present), which = _different(tokens, shown)
         where = torch.stack([which[wanted[:, 0]], wanted[:, 1]], -1)  # (M, 2)
-        positions, kept = None, None
+        positions, cache, places = None, None, None
     else:
         place, width = _places(shown)
         row, at = shown.nonzero()[:, 0], place[shown]
@@ -183,20 +183,24 @@ def _pass(
         present = torch.zeros(fed.shape, dtype=torch.bool)
         fed[row, at], present[row, at] = tokens[shown], True
         positions[row, at] = (torch.arange(tokens.shape[1]) - rows.padding[group][:, None])[shown]
-        kept = _kept(model, states) if states[0].cached else None
+        cache, places = _kept(model, rows, group, slots) if states[0].cached else (None, None)
         where = torch.stack([wanted[:, 0], place[tuple(wanted.T)]], -1)  # (M, 2)
-    if kept is not None:
-        for number, (index, state) in enumerate(zip(group, states, strict=True)):
-            before = None if state.stale() else state.slot
-            made = (state.block, state.age) if before is None else (before.block, before.age)
-            slots[index] = Slot(kept, number, *made, rows.tokens[index, rows.own(index)])
     if model.compiled and not released:
         left = -fed.shape[1] % _WIDTH
-        below = 0 if kept else (1 << (len(fed) - 1).bit_length()) - len(fed)  # a cache has its own number of rows
+        below = 0 if cache else (1 << (len(fed) - 1).bit_length()) - len(fed)  # a cache has its own number of rows
         fed, present = (pad(each, (left, 0, 0, below)) for each in (fed, present))
         positions = None if positions is None else pad(positions, (left, 0, 0, below))
         where = where + torch.tensor([0, left])
-    found = model(fed, valid=present, positions=positions, cache=kept, rows=where, reduce=sample, released=released)
+    found = model(
+        fed,
+        valid=present,
+        positions=positions,
+        cache=cache,
+        places=places,
+        rows=where,
+        reduce=sample,
+        released=released,
+    )
     return tuple(column[:count] for column in found)
 
 
@@ -247,12 +251,27 @@ def _places(shown: Tensor) -> tuple[Tensor, int]:
     return shown.long().cumsum(-1) - 1 + (width - counts), width
 
 
-def _kept(model: Denoiser, states: Sequence[DecodeState]) -> CanvasCache:
-    """The keys and values of the rows' canvases: room for new ones, or those that each request has."""
-    held = [state.slot for state in states if state.slot is not None and not state.stale()]
-    if not held:
-        return model.new_cache(torch.tensor([len(state.tokens) for state in states]))
-    first = held[0].cache
-    if len(first) == len(held) and all(s.cache is first and s.row == row for row, s in enumerate(held)):
-        return first  # the very rows of the last pass
-    return CanvasCache.gather([(slot.cache, slot.row) for slot in held])
+def _kept(model: Denoiser, rows: Rows, group: list[int], slots: list[Slot | None]) -> tuple[CanvasCache, list[int]]:
+    """The cache that a group's canvases share, and which row of it each has; notes in `slots` what they hold now.
+
+    Each goes where its request is already; who is new there, or brings another canvas, gets a row of its own.
+    """
+    states = [rows.states[row] for row in group]
+    caches = Counter(state.slot.place.cache for state in states if state.slot is not None)
+    if caches:
+        cache = caches.most_common(1)[0][0]
+    else:
+        cache = model.new_cache(torch.tensor([len(state.tokens) for state in states]))
+    at, used = [], set[Place]()
+    for index, state in zip(group, states, strict=True):
+        before = None if state.stale() else state.slot
+        place = None if state.slot is None else state.slot.place
+        if place is None or place.cache is not cache or place in used:
+            place = cache.take(len(state.tokens))
+            if before is not None:
+                place.copy(before.place, len(state.tokens))
+        used.add(place)
+        at.append(place.row)
+        made = (state.block, state.age) if before is None else (before.block, before.age)
+        slots[index] = Slot(place, *made, rows.tokens[index, rows.own(index)])
+    return cache, at

@@ -14,7 +14,7 @@ from torch.nn.functional import pad
 from diffucoder.decoding.canvas import Canvas, leftmost
 from diffucoder.decoding.params import DecodingParams
 from diffucoder.decoding.policies import schedule
-from diffucoder.models.lean import CanvasCache
+from diffucoder.models.lean import Place
 
 Until = Callable[[Tensor], bool]
 """Whether to end a row now, given the ids (n,) from its first hole to its first position that is still masked."""
@@ -23,8 +23,7 @@ Until = Callable[[Tensor], bool]
 class Slot(NamedTuple):
     """Where a request's keys and values are, and of which time."""
 
-    cache: CanvasCache
-    row: int
+    place: Place
     block: int  # the block at work when all of them were computed
     age: int  # steps the request had taken then
     tokens: Tensor  # (T,) what they are the keys and values of by now
@@ -139,7 +138,7 @@ class DecodeState:
             return
         tokens = self.tokens.new_full(self.tokens.shape, -1)
         tokens[:count] = self.tokens[:count]
-        self.slot = Slot(best.cache.prefix(best.row, count, len(self.tokens)), 0, 0, 0, tokens)
+        self.slot = Slot(best.place.alone(count, len(self.tokens)), 0, 0, tokens)
 
     def unkept(self, tokens: Tensor) -> Tensor:
         """What a pass over the canvas `tokens` (T,) feeds with a delayed cache: (T,) bool.

@@ -11,7 +11,7 @@ Two ideas a newcomer needs:
   rows so that row i scores token i, and nothing else in the project knows about it.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from diffucoder.errors import CheckpointError
-from diffucoder.models.lean import CanvasCache, LeanBody
-from diffucoder.models.projections import Project, int8_projection, packable, packed_projection
+from diffucoder.models.lean import CanvasCache, Kept, Layout, LeanBody
+from diffucoder.models.projections import Project, int8_projection, packable, packed_projection, round_rows
 
 SUPPORTED_TYPES = ("qwen2", "qwen3", "llama")  # plain softmax attention, logits = lm_head(hidden), nothing in between
 CHUNK_ELEMENTS = 2**25  # logits alive at once under `reduce`: 64 MiB in bf16, 220 rows of Qwen's vocabulary
@@ -104,7 +104,7 @@ class Denoiser(nn.Module):
     @property
     def device(self) -> torch.device:
         """Where the weights are, and where results come out."""
-        return next(self.parameters()).device
+        return next(self.parameters()).device if self._lean is None else self._lean.device
 
     @property
     def dtype(self) -> torch.dtype:
@@ -125,8 +125,10 @@ class Denoiser(nn.Module):
         where there is no CPU or no lean body to do so. `compiled` has torch compile layers and sampler, for which
         decoding pads what it feeds to a few shapes: CheckpointError where there is no lean body.
         """
-        fit = packed and not compiled and packable(self.model)
-        lean = LeanBody.of(self.model, copy=int8_projection if int8 else packed_projection if fit else None)
+        fit = packed and not int8 and not compiled and packable(self.model)
+        lean = LeanBody.of(
+            self.model, copy=int8_projection if int8 else packed_projection if fit else None, centred=fit
+        )
         if int8 and (lean is None or self.device.type != "cpu"):
             what = f"a {self.config.model_type!r} model on {self.device.type}"
             raise CheckpointError(f"{what} cannot be decoded in int8, plain layers on a CPU can; use bfloat16")
@@ -171,6 +173,7 @@ class Denoiser(nn.Module):
         attention: Tensor | None = None,
         positions: Tensor | None = None,
         cache: CanvasCache | None = None,
+        places: Sequence[int] | None = None,
         rows: Tensor | None = None,
         reduce: Reduce | None = None,
         released: bool = False,
@@ -183,7 +186,8 @@ class Denoiser(nn.Module):
         model. The first real position has no neighbour to its left and is scored from itself: put a real token there.
 
         Part of a canvas may be fed alone: `positions` (B, T) int64 are then the places in it, increasing along a row;
-        with a `cache` the rest is seen as it was when it was fed last. Row i scores its token only where position i - 1
+        with a `cache` the rest is seen as it was when it was fed last, and `places` are the B rows of it that the
+        canvases have, the first ones where left out. Row i scores its token only where position i - 1
         is fed right before it. `released` computes by transformers' own layers, bit for bit as the release does.
 
         Returns (B, T, V) logits in the model's dtype; with `rows` (M, 2) int64 of (row, position) pairs only those,
@@ -194,20 +198,28 @@ class Denoiser(nn.Module):
         longest = tokens.shape[1] if positions is None else int(positions.max()) + 1
         if valid is not None and bool(valid.all()):
             valid = None
-        # Where the model is, wherever they come from: no copy where they are there already
-        tokens = tokens.to(self.device)
-        given = (valid, attention, positions, rows)
-        valid, attention, positions, rows = (None if t is None else t.to(self.device) for t in given)
-        head, mask, slots = self.model.get_output_embeddings(), None, None
+        more = round_rows(tokens.shape[1]) - tokens.shape[1] if self._packed and len(tokens) == 1 else 0
+        if more and positions is not None and rows is not None:
+            real = torch.ones_like(tokens, dtype=torch.bool) if valid is None else valid
+            tokens, positions, valid = (nn.functional.pad(each, (more, 0)) for each in (tokens, positions, real))
+            rows = rows + rows.new_tensor([0, more])
+        lean = self._lean
+        plain = lean is None or torch.is_grad_enabled() or released or self.config.is_causal
+        # Nor do real tokens wait for padding; what is compiled keeps to its shapes
+        fed = None if valid is None or plain or self.compiled else _fed(valid)
+        mask, layout, kept = None, None, None
         if cache is not None:
             assert positions is not None, "a cache is read and written at positions"
-            real = torch.ones_like(tokens, dtype=torch.bool) if valid is None else valid
-            mask, slots = cache.visible(), cache.slots(positions, real)
-        else:
+            mask, layout, kept = _kept(cache, places or range(len(tokens)), positions, valid, fed, self.device)
+        # Where the model is, wherever they come from: no copy where they are there already
+        tokens = tokens.to(self.device)
+        given = (valid, attention, positions, rows, fed)
+        valid, attention, positions, rows, fed = (None if t is None else t.to(self.device) for t in given)
+        if cache is None:
             mask, counted = _mask(tokens, valid, attention)
             positions = counted if positions is None else positions
-        lean = self._lean
-        if lean is None or torch.is_grad_enabled() or released or self.config.is_causal:
+        head = self.model.get_output_embeddings()
+        if lean is None or plain:
             assert cache is None, "new_cache makes a lean body, which decodes"
             body = self.model.base_model  # the layers and final norm, without the head
             hidden = body(
@@ -217,7 +229,7 @@ class Denoiser(nn.Module):
             head = lean.head
             with _without_autocast(self.device):  # it is of one dtype
                 hidden = lean(
-                    tokens, positions=positions, longest=longest, mask=mask, cache=cache, slots=slots
+                    tokens, positions=positions, longest=longest, mask=mask, fed=fed, layout=layout, kept=kept
                 )  # (B, T, H)
         hidden = self._aligned(hidden, valid, rows)  # (B, T, H) or (M, H)
         if reduce is None:
@@ -270,6 +282,49 @@ def set_causal(model: Any, causal: bool) -> None:
     for module in model.modules():
         if hasattr(module, "is_causal"):
             module.is_causal = causal
+
+
+def _fed(valid: Tensor) -> Tensor | None:
+    """(N,) which of `valid` (B, T), counted through rows, are fed: the real tokens, and padding up to a round number.
+
+    None where all are fed. Sizes of products are few so: on CPUs each new one costs time and memory (`projections`).
+    """
+    flat = valid.flatten()
+    real = int(flat.sum())
+    count = round_rows(real)
+    if count >= len(flat):
+        return None
+    return flat.long().argsort(descending=True, stable=True)[:count].sort().values
+
+
+def _kept(
+    cache: CanvasCache,
+    places: Sequence[int],
+    positions: Tensor,
+    valid: Tensor | None,
+    fed: Tensor | None,
+    device: torch.device,
+) -> tuple[Tensor | None, Layout, Kept]:
+    """What a pass over windows at `positions` (B, W) of the canvases at `places` attends to, and how, on `device`.
+
+    Worked out where the arguments are. Attention goes over the cache as it lies while at least half of it is in use,
+    with the queries put where their keys are, and else over a copy of the rows in use.
+    """
+    batch, width = positions.shape
+    whole = len(cache) <= 2 * batch
+    rows = range(len(cache)) if whole else places
+    mask, seen = cache.visible(rows)
+    where = torch.tensor(places, device=positions.device)[:, None]  # (B, 1)
+    slots = positions if valid is None else positions.where(valid, cache.slots - 1)
+    write = (where * cache.slots + slots).flatten()  # (B * W,)
+    row = where if whole else torch.arange(batch, device=positions.device)[:, None]
+    at = (row * width + torch.arange(width, device=positions.device)).flatten()
+    if fed is not None:
+        write, at = write[fed], at[fed]
+    everywhere = fed is None and len(rows) == batch and (not whole or list(places) == list(rows))
+    layout = Layout(len(rows), width, None if everywhere else at.to(device))
+    chosen = None if whole else torch.tensor(places, device=device)
+    return None if mask is None else mask.to(device), layout, Kept(cache, write.to(device), chosen, seen)
 
 
 def _mask(tokens: Tensor, valid: Tensor | None, attention: Tensor | None) -> tuple[Tensor | None, Tensor | None]:

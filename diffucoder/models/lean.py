@@ -11,6 +11,7 @@ the model's own parameters being views of them) and gives the same numbers up to
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
+from weakref import ref
 
 import torch
 from torch import Tensor, nn
@@ -29,95 +30,190 @@ class Layer:
     out: Project
     gate_up: Project
     down: Project
-    before: Tensor  # (H,) norm weights
-    between: Tensor  # (H,)
+    before: Tensor | None  # (H,) norm weights; None where the hidden state has no mean
+    between: Tensor | None  # (H,)
     query_norm: Tensor | None  # (D,), Qwen3's
     key_norm: Tensor | None  # (D,)
 
 
-class CanvasCache:
-    """Keys and values of B canvases, layer by layer, into which a pass over a window of them writes its own.
+class Place:
+    """A row of a cache, kept for whoever holds this: once nobody does, the row is free."""
 
-    Slot i of a row is position i of its canvas. The last slot takes what padding of the window writes; nobody sees it.
+    __slots__ = ("__weakref__", "cache", "row")
+
+    def __init__(self, cache: "CanvasCache", row: int) -> None:
+        """Made by `CanvasCache.take`."""
+        self.cache, self.row = cache, row
+
+    def alone(self, count: int, length: int) -> "Place":
+        """A place in a cache of its own, for a canvas of `length` whose first `count` positions are copies of these."""
+        keys, values = (
+            [layer.new_zeros(1, length + 1, *layer.shape[2:]) for layer in layers]
+            for layers in (self.cache.keys, self.cache.values)
+        )
+        place = CanvasCache(keys, values, [length]).take(length)
+        place.copy(self, count)
+        return place
+
+    def copy(self, other: "Place", count: int) -> None:
+        """Make the first `count` positions what another place's are."""
+        for layers, others in ((self.cache.keys, other.cache.keys), (self.cache.values, other.cache.values)):
+            for layer, like in zip(layers, others, strict=True):
+                layer[self.row, :count] = like[other.row, :count]
+
+
+class CanvasCache:
+    """Keys and values of canvases, layer by layer, into which a pass over windows of them writes its own.
+
+    Slot i of a row is position i of its canvas. The last slot takes what padding of a window writes; nobody sees it.
+    Rows are taken and given back one by one (`Place`), and there are more of them when they do not suffice: requests
+    come and go, and nobody's keys are moved for it.
     """
 
-    def __init__(self, lengths: Tensor, keys: list[Tensor], values: list[Tensor], *, even: bool = False) -> None:
-        """`lengths` (B,) of the canvases; keys and values (B, S, heads, D) of each layer, S one above the longest.
-
-        With `even` all canvases have one length, so that every slot but the last is seen.
-        """
-        self.lengths, self.keys, self.values = lengths, keys, values
-        self.even = even  # known on the host: who has to ask the device waits for it
+    def __init__(self, keys: list[Tensor], values: list[Tensor], lengths: list[int]) -> None:
+        """Keys and values (P, S, heads, D) of each layer; `lengths` of the P canvases, each below S."""
+        self.keys, self.values, self.lengths = keys, values, lengths
+        self._holders: list[ref[Place] | None] = [None for _ in lengths]
 
     def __len__(self) -> int:
         return len(self.lengths)
 
-    @classmethod
-    def gather(cls, rows: Sequence[tuple["CanvasCache", int]]) -> "CanvasCache":
-        """A copy of rows of other caches, which may be named more than once."""
-        lengths = torch.stack([cache.lengths[row] for cache, row in rows])
-        slots = int(lengths.max()) + 1
+    @property
+    def slots(self) -> int:
+        """S: slots of a row."""
+        return self.keys[0].shape[1]
 
-        def copied(of: Callable[[CanvasCache], list[Tensor]]) -> list[Tensor]:
-            layers = []
-            for layer, like in enumerate(of(rows[0][0])):
-                made = like.new_zeros(len(rows), slots, *like.shape[2:])
-                for at, ((cache, row), length) in enumerate(zip(rows, lengths.tolist(), strict=True)):
-                    made[at, :length] = of(cache)[layer][row, :length]
-                layers.append(made)
-            return layers
+    def take(self, length: int) -> Place:
+        """A free row for a canvas of `length`: the first pass over it must feed every position."""
+        free = (row for row, holder in enumerate(self._holders) if holder is None or holder() is None)
+        row = next(free, len(self))
+        if row == len(self) or length >= self.slots:
+            self._grow(len(self) if row < len(self) else 2 * len(self), max(length + 1, self.slots))
+        place = Place(self, row)
+        self._holders[row], self.lengths[row] = ref(place), length
+        return place
 
-        even = len(set(lengths.tolist())) == 1
-        return cls(lengths, copied(lambda cache: cache.keys), copied(lambda cache: cache.values), even=even)
+    def _grow(self, rows: int, slots: int) -> None:
+        for layers in (self.keys, self.values):
+            for at, layer in enumerate(layers):
+                layers[at] = layer.new_zeros(rows, slots, *layer.shape[2:])
+                layers[at][: layer.shape[0], : layer.shape[1]] = layer
+        more = rows - len(self)
+        self.lengths += [1] * more
+        self._holders += [None] * more
 
-    def prefix(self, row: int, count: int, length: int) -> "CanvasCache":
-        """A cache for one canvas of `length` whose first `count` positions are copies of a row's."""
+    def visible(self, rows: Sequence[int]) -> tuple[Tensor | None, int]:
+        """What is seen of `rows`: a mask (A, 1, 1, K) bool, None where all have one length, and K.
 
-        def copied(layers: list[Tensor]) -> list[Tensor]:
-            made = [layer.new_zeros(1, length + 1, *layer.shape[2:]) for layer in layers]
-            for new, layer in zip(made, layers, strict=True):
-                new[0, :count] = layer[row, :count]
-            return made
+        Found on the host: who has to ask the device waits for it.
+        """
+        lengths = [self.lengths[row] for row in rows]
+        longest = max(lengths)
+        if min(lengths) == longest:
+            return None, longest
+        return (torch.arange(longest) < torch.tensor(lengths)[:, None])[:, None, None], longest
 
-        return CanvasCache(self.lengths.new_tensor([length]), copied(self.keys), copied(self.values), even=True)
 
-    def visible(self) -> Tensor | None:
-        """(B, 1, 1, S) bool: the slots that hold positions of a canvas; None where all but the last do."""
-        if self.even:
-            return None
-        slots = torch.arange(self.keys[0].shape[1], device=self.lengths.device)
-        return (slots < self.lengths[:, None])[:, None, None]
+@dataclass(frozen=True, eq=False)
+class Kept:
+    """How a pass over windows finds its canvases in a cache."""
 
-    def slots(self, positions: Tensor, valid: Tensor) -> Tensor:
-        """(B, W) where positions of a window are written; padding goes to the last slot."""
-        return positions.where(valid, self.keys[0].shape[1] - 1)
+    cache: CanvasCache
+    write: Tensor  # (N,) where each token fed writes, counted through rows and slots
+    chosen: Tensor | None  # (A,) the rows that are attended to; None for all of them
+    seen: int  # slots of each that are attended to
+
+
+@dataclass(frozen=True, eq=False)
+class Layout:
+    """Where the N tokens that are fed lie among the A x W queries of attention, which alone needs a rectangle."""
+
+    rows: int  # A
+    width: int  # W
+    at: Tensor | None  # (N,) counted through rows; None where they are all of them, in order
+
+    def spread(self, flat: Tensor) -> Tensor:
+        """(N, ...) -> (A, W, ...), zeros where nothing is fed."""
+        if self.at is not None:
+            flat = flat.new_zeros(self.rows * self.width, *flat.shape[1:]).index_copy_(0, self.at, flat)
+        return flat.view(self.rows, self.width, *flat.shape[1:])
+
+    def gather(self, spread: Tensor) -> Tensor:
+        """(A, W, ...) -> (N, ...)."""
+        flat = spread.flatten(0, 1)
+        return flat if self.at is None else flat.index_select(0, self.at)
+
+
+class Centred:
+    """A hidden state without a mean, in a few more dimensions: its norm by root mean square is a layer norm.
+
+    torch makes the one of eight passes over a tensor on CPUs and the other of one. So the state is turned by an
+    isometry, which the weights that write it and those that read it take in: x -> V x for V (H', H) with orthonormal
+    columns that each add up to 0. V is the identity but for what an entry's share of the sum is taken from.
+    """
+
+    def __init__(self, hidden_size: int, eps: float) -> None:
+        """For states of so many dimensions, whose mean square is taken `eps` above what it is."""
+        size = _whole(hidden_size + 1)
+        # a reflection that takes the last axis to the diagonal, so that what is left of the others adds up to 0
+        normal = torch.full((size,), -(size**-0.5), dtype=torch.float64)
+        normal[-1] += 1
+        normal /= normal.norm()
+        self._turn = torch.eye(size, hidden_size, dtype=torch.float64) - 2 * torch.outer(normal, normal[:hidden_size])
+        self._scale = (hidden_size / size) ** 0.5  # a mean over more entries is smaller
+        self.eps = eps * hidden_size / size
+
+    def writer(self, matrix: Tensor) -> Tensor:
+        """(H, ...) -> (H', ...): what gives a state gives the turned one."""
+        turned: Tensor = torch.tensordot(self._turn, matrix.double(), 1)
+        return turned.to(matrix.dtype)
+
+    def reader(self, weight: Tensor, norm: Tensor) -> Tensor:
+        """(out, H) -> (out, H'): what is given a state normed with weights (H,) gets the turned one, without."""
+        scaled = weight.double() * norm.detach().double() * self._scale
+        turned: Tensor = torch.tensordot(scaled, self._turn.T, 1)
+        return turned.to(weight.dtype)
+
+
+def _whole(size: int) -> int:
+    return -(-size // _LANES) * _LANES
+
+
+_LANES = 16  # entries that a processor adds at once
 
 
 class LeanBody:
     """The layers and the last norm of a transformers model, as one function of tokens and positions."""
 
     def __init__(
-        self, model: Any, dtype: torch.dtype | None, copy: Copy | None
+        self, model: Any, dtype: torch.dtype | None, copy: Copy | None, centred: bool
     ) -> None:  # Any: a transformers causal LM
         """Read `model`'s weights; use `LeanBody.of`."""
         config, body = model.config, model.base_model
         self.heads, self.key_heads = config.num_attention_heads, config.num_key_value_heads
         self.head_dim: int = body.layers[0].self_attn.head_dim
         self.eps: float = config.rms_norm_eps
-        self.layers = [_layer(layer, dtype, copy) for layer in body.layers]
-        self._embed, self._norm = (each.weight.detach().to(dtype) for each in (body.embed_tokens, body.norm))
+        turn = Centred(config.hidden_size, self.eps) if centred else None
+        self.layers = [_layer(layer, dtype, copy, turn) for layer in body.layers]
+        self._embed, norm = (each.weight.detach().to(dtype) for each in (body.embed_tokens, body.norm))
         head = model.get_output_embeddings()
-        self.head = _joined(head, dtype=dtype, copy=copy) if dtype or copy else head
+        self.head = _joined(head, dtype=dtype, copy=copy, turn=turn, norm=norm) if dtype or copy else head
+        self._norm: Tensor | None = norm
+        if turn is not None:
+            self._embed, self._norm, self._centred_eps = turn.writer(self._embed.T).T.contiguous(), None, turn.eps
         self._rotary = body.rotary_emb
         self._table: tuple[Tensor, Tensor] | None = None  # cosines and sines of the positions met so far
         self._run = self._layers
 
     @classmethod
-    def of(cls, model: Any, *, dtype: torch.dtype | None = None, copy: Copy | None = None) -> "LeanBody | None":
+    def of(
+        cls, model: Any, *, dtype: torch.dtype | None = None, copy: Copy | None = None, centred: bool = False
+    ) -> "LeanBody | None":
         """The lean body of `model`, or None where its layers are not the plain ones that this reads.
 
         The model's projections become views of the joined weights; with a `dtype` this is a copy, and they stay. So do
-        they with a `copy`, `projections`: what is then done to the model's own projections does not show.
+        they with a `copy`, `projections`: what is then done to the model's own projections does not show. Such copies
+        may be `centred`: one rounding more for the weights, and quicker norms on CPUs.
         """
         config, body = model.config, model.base_model
         plain = all(
@@ -126,18 +222,23 @@ class LeanBody:
             for module in (*_projections(layer.self_attn), *_projections(layer.mlp))
         )
         fixed = body.rotary_emb.rope_type not in ("dynamic", "longrope")  # those depend on the length met
-        return cls(model, dtype, copy) if plain and fixed and config.hidden_act == "silu" else None
+        return cls(model, dtype, copy, centred) if plain and fixed and config.hidden_act == "silu" else None
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        where: torch.device = self._embed.device
+        return where
 
     def compile(self) -> None:
         """Have torch compile the layers, anew for each shape they are fed: half a minute, and captured on CUDA."""
-        self._run = compiled(self._layers, self._norm.device)
+        self._run = compiled(self._layers, self._embed.device)
 
     def new_cache(self, lengths: Tensor) -> CanvasCache:
-        """An empty cache for canvases of `lengths` (B,): the first pass must feed every position."""
+        """An empty cache with room for canvases of `lengths` (B,): the first pass must feed every position."""
         shape = (len(lengths), int(lengths.max()) + 1, self.key_heads, self.head_dim)
-        keys, values = ([self._norm.new_zeros(shape) for _ in self.layers] for _ in range(2))
-        even = bool((lengths == lengths[0]).all())
-        return CanvasCache(lengths.to(self._norm.device), keys, values, even=even)
+        keys, values = ([self._embed.new_zeros(shape) for _ in self.layers] for _ in range(2))
+        return CanvasCache(keys, values, lengths.tolist())
 
     def __call__(
         self,
@@ -146,74 +247,86 @@ class LeanBody:
         positions: Tensor | None = None,
         longest: int | None = None,
         mask: Tensor | None = None,
-        cache: CanvasCache | None = None,
-        slots: Tensor | None = None,
+        fed: Tensor | None = None,
+        layout: Layout | None = None,
+        kept: Kept | None = None,
     ) -> Tensor:
         """Hidden states (B, W, H) of `tokens` (B, W) at `positions` (B, W), those of 0 to W - 1 where left out.
 
-        `longest` is above every position. `mask` (B or 1, 1, W or 1, K) bool, True = visible, over the K keys: those of
-        the W fed or, with a `cache`, all that it holds, of which `slots` (B, W) are written before they are read.
+        `longest` is above every position. With `fed` (N,), counted through rows, the other tokens are padding, which
+        costs nothing and comes out as zeros. `layout` is that of attention, (B, W) where left out. `mask`
+        (A or 1, 1, W or 1, K) bool, True = visible, over the K keys: those of the W fed or those that are `kept`, of
+        which each token writes its own before they are read.
         """
-        width = tokens.shape[1]
+        batch, width = tokens.shape
         cos, sin = self._turns(max(longest or 0, width))  # (L, D)
-        if positions is None:
-            cos, sin = cos[None, :width, None], sin[None, :width, None]  # (1, W, 1, D)
-        else:
-            cos, sin = cos[positions][:, :, None], sin[positions][:, :, None]  # (B, W, 1, D)
-        return self._run(tokens, cos, sin, mask, cache, slots)
+        places = torch.arange(width, device=tokens.device).expand(batch, width) if positions is None else positions
+        flat, places = tokens.flatten(), places.flatten()
+        if fed is not None:
+            flat, places = flat[fed], places[fed]  # (N,)
+        cos, sin = cos[places][:, None], sin[places][:, None]  # (N, 1, D)
+        found = self._run(flat, cos, sin, mask, layout or Layout(batch, width, fed), kept)  # (N, H)
+        return Layout(batch, width, fed).spread(found)
 
     def _layers(
-        self,
-        tokens: Tensor,
-        cos: Tensor,
-        sin: Tensor,
-        mask: Tensor | None,
-        cache: CanvasCache | None,
-        slots: Tensor | None,
+        self, tokens: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, layout: Layout, kept: Kept | None
     ) -> Tensor:
-        hidden = F.embedding(tokens, self._embed)  # (B, W, H)
-        batch, width = tokens.shape
+        hidden = F.embedding(tokens, self._embed)  # (N, H)
         turned = self.heads + self.key_heads
-        if cache is not None:
-            assert slots is not None, "a cache is written at slots"
-            size = cache.keys[0].shape[1]
-            flat = (slots + size * torch.arange(batch, device=slots.device)[:, None]).flatten()  # (B * W,)
+        if mask is not None and mask.shape[2] > 1:
+            mask = mask.repeat_interleave(self.heads // self.key_heads, 2)  # as `_attention` has its queries
         for at, layer in enumerate(self.layers):
-            qkv = layer.qkv(self._normed(hidden, layer.before)).view(batch, width, -1, self.head_dim)
-            qk, value = qkv[:, :, :turned], qkv[:, :, turned:]
+            qkv = layer.qkv(self._normed(hidden, layer.before)).view(len(hidden), -1, self.head_dim)
+            qk, value = qkv[:, :turned], qkv[:, turned:]
             if layer.query_norm is not None and layer.key_norm is not None:
-                query, key = qk[:, :, : self.heads], qk[:, :, self.heads :]
-                qk = torch.cat((self._normed(query, layer.query_norm), self._normed(key, layer.key_norm)), 2)
-            first, second = qk.chunk(2, -1)
-            qk = torch.addcmul(qk * cos, torch.cat((-second, first), -1), sin)
-            query, key = qk[:, :, : self.heads], qk[:, :, self.heads :]
-            if cache is not None:
-                for kept, new in ((cache.keys[at], key), (cache.values[at], value)):
-                    kept.flatten(0, 1).index_copy_(0, flat, new.flatten(0, 1))
-                seen_to = size - 1 if cache.even else size
-                key, value = cache.keys[at][:, :seen_to], cache.values[at][:, :seen_to]
-            seen = F.scaled_dot_product_attention(
-                query.transpose(1, 2),
-                key.transpose(1, 2),
-                value.transpose(1, 2),
-                attn_mask=mask,
-                enable_gqa=self.heads != self.key_heads,
-            )  # (B, heads, W, D)
-            hidden = hidden + layer.out(seen.transpose(1, 2).reshape(batch, width, -1))
+                query, key = qk[:, : self.heads], qk[:, self.heads :]
+                qk = torch.cat((self._normed(query, layer.query_norm), self._normed(key, layer.key_norm)), 1)
+            qk = torch.addcmul(qk * cos, qk.roll(self.head_dim // 2, -1), sin)
+            query, key = layout.spread(qk[:, : self.heads]), qk[:, self.heads :]  # (A, W, heads, D), (N, key heads, D)
+            if kept is None:
+                key, value = layout.spread(key), layout.spread(value)  # (A, K, key heads, D)
+            else:
+                key, value = (
+                    _kept(layers[at], kept, new) for layers, new in ((kept.cache.keys, key), (kept.cache.values, value))
+                )
+            seen = self._attention(query, key, value, mask)  # (A, W, heads * D)
+            hidden = hidden + layer.out(layout.gather(seen))
             gate, up = layer.gate_up(self._normed(hidden, layer.between)).chunk(2, -1)
             hidden = hidden + layer.down(F.silu(gate) * up)
         return self._normed(hidden, self._norm)
 
-    def _normed(self, hidden: Tensor, weight: Tensor) -> Tensor:
+    def _attention(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+        """Queries (A, W, heads, D) over keys and values (A, K, key heads, D): (A, W, heads * D).
+
+        Heads that share a key are queries of one: torch would copy keys and values for each of them.
+        """
+        rows, width = query.shape[:2]
+        shared = query.view(rows, width, self.key_heads, -1, self.head_dim).transpose(1, 2).flatten(2, 3)
+        seen = F.scaled_dot_product_attention(
+            shared, key.transpose(1, 2), value.transpose(1, 2), attn_mask=mask
+        )  # (A, key heads, W * shared, D)
+        return seen.view(rows, self.key_heads, width, -1, self.head_dim).transpose(1, 2).flatten(2)
+
+    def _normed(self, hidden: Tensor, weight: Tensor | None) -> Tensor:
+        if weight is None:
+            return F.layer_norm(hidden, (hidden.shape[-1],), eps=self._centred_eps)
         return F.rms_norm(hidden, (hidden.shape[-1],), weight, self.eps)
 
     def _turns(self, longest: int) -> tuple[Tensor, Tensor]:
-        """Cosines and sines of every position below `longest`, and maybe of more: (L, D) each."""
+        """Cosines, and sines by which a head's other half is added, of `longest` positions or more: (L, D) each."""
         if self._table is None or len(self._table[0]) < longest:
-            places = torch.arange(1 << (longest - 1).bit_length(), device=self._norm.device)[None]
-            cos, sin = self._rotary(self._norm, places)
-            self._table = cos[0], sin[0]
+            places = torch.arange(1 << (longest - 1).bit_length(), device=self._embed.device)[None]
+            cos, sin = self._rotary(self._embed, places)
+            first, second = sin[0].chunk(2, -1)
+            self._table = cos[0], torch.cat((-first, second), -1)
         return self._table
+
+
+def _kept(layer: Tensor, kept: Kept, new: Tensor) -> Tensor:
+    """Write `new` (N, heads, D) into a cache's layer (P, S, heads, D); what is attended to of it, (A, K, heads, D)."""
+    layer.flatten(0, 1).index_copy_(0, kept.write, new)
+    chosen = layer if kept.chosen is None else layer.index_select(0, kept.chosen)
+    return chosen[:, : kept.seen]
 
 
 def compiled(work: Callable[..., Any], device: torch.device) -> Callable[..., Any]:  # Any: tensors, as torch types them
@@ -233,29 +346,45 @@ def _projections(module: Any) -> list[nn.Module]:
     return [child for name, child in module.named_children() if name.endswith("_proj")]
 
 
-def _layer(layer: Any, dtype: torch.dtype | None, copy: Copy | None) -> Layer:  # Any: a decoder layer of transformers
+def _layer(
+    layer: Any, dtype: torch.dtype | None, copy: Copy | None, turn: Centred | None
+) -> Layer:  # Any: a decoder layer of transformers
     attention, mlp = layer.self_attn, layer.mlp
     names = ("input_layernorm", "post_attention_layernorm")
     before, between = (getattr(layer, name).weight.detach().to(dtype) for name in names)
     norms = [getattr(attention, name, None) for name in ("q_norm", "k_norm")]
     query_norm, key_norm = (None if norm is None else norm.weight.detach().to(dtype) for norm in norms)
     return Layer(
-        qkv=_joined(attention.q_proj, attention.k_proj, attention.v_proj, dtype=dtype, copy=copy),
-        out=_joined(attention.o_proj, dtype=dtype, copy=copy),
-        gate_up=_joined(mlp.gate_proj, mlp.up_proj, dtype=dtype, copy=copy),
-        down=_joined(mlp.down_proj, dtype=dtype, copy=copy),
-        before=before,
-        between=between,
+        qkv=_joined(
+            attention.q_proj, attention.k_proj, attention.v_proj, dtype=dtype, copy=copy, turn=turn, norm=before
+        ),
+        out=_joined(attention.o_proj, dtype=dtype, copy=copy, turn=turn),
+        gate_up=_joined(mlp.gate_proj, mlp.up_proj, dtype=dtype, copy=copy, turn=turn, norm=between),
+        down=_joined(mlp.down_proj, dtype=dtype, copy=copy, turn=turn),
+        before=before if turn is None else None,
+        between=between if turn is None else None,
         query_norm=query_norm,
         key_norm=key_norm,
     )
 
 
 @torch.no_grad()
-def _joined(*projections: nn.Linear, dtype: torch.dtype | None, copy: Copy | None) -> Project:
-    """Projections side by side as one: a copy in `dtype`, or what theirs become views of, so that nothing is twice."""
+def _joined(
+    *projections: nn.Linear,
+    dtype: torch.dtype | None,
+    copy: Copy | None,
+    turn: Centred | None = None,
+    norm: Tensor | None = None,
+) -> Project:
+    """Projections side by side as one: a copy in `dtype`, or what theirs become views of, so that nothing is twice.
+
+    With a `turn` they read turned states, whose `norm` had these weights, or without `norm` write them.
+    """
     weight = torch.cat([each.weight for each in projections]).to(dtype)  # (out, in)
     bias = None if projections[0].bias is None else torch.cat([each.bias for each in projections]).to(dtype)
+    if turn is not None:
+        bias = turn.writer(bias) if bias is not None and norm is None else bias
+        weight = turn.writer(weight) if norm is None else turn.reader(weight, norm)
     if copy is not None:
         return copy(weight, bias)
     at = 0

@@ -20,7 +20,7 @@ _LARGEST = 127  # -128 is left out: the steps are the same on either side of zer
 _SMALLEST = 1e-12  # of a scale: a row of zeros stays one
 _MOST_PACKED = 2**29  # bytes
 _PACKED_FOR = 64  # rows of a product, about: it is right for any number
-_EXACT_TO, _ROWS = 64, 32  # products of more rows have a multiple of these
+_NARROW = 64  # products of so many rows have a multiple of 8, wider ones of 32
 
 
 @torch.no_grad()
@@ -51,23 +51,36 @@ def packable(model: nn.Module) -> bool:
 @torch.no_grad()
 def packed_projection(weight: Tensor, bias: Tensor | None) -> Project:
     """`weight` (out, in) and `bias` (out,), bfloat16 on a CPU, as a projection by oneDNN's own layout."""
-    packed = torch.ops.mkldnn._reorder_linear_weight(weight, _PACKED_FOR)
+    packed, product = torch.ops.mkldnn._reorder_linear_weight(weight, _PACKED_FOR), _product()
 
     def project(hidden: Tensor) -> Tensor:
+        if hidden.ndim == 2 and len(hidden) and len(hidden) == round_rows(len(hidden)):  # as passes come
+            return product(hidden, packed, bias, "none", [], "")
         if not hidden.numel():
             return hidden.new_empty(*hidden.shape[:-1], len(weight))
         rows, count = _even(hidden)
-        out: Tensor = torch.ops.mkldnn._linear_pointwise(rows, packed, bias, "none", [], "")
-        return out[:count].view(*hidden.shape[:-1], len(weight))
+        return product(rows, packed, bias, "none", [], "")[:count].view(*hidden.shape[:-1], len(weight))
 
     return project
 
 
-def _even(hidden: Tensor) -> tuple[Tensor, int]:
-    """`hidden` (..., in) as rows (M, in) and a few of zeros, so that there are few sizes; and how many are its own.
+def _product() -> Callable[..., Tensor]:
+    found: Callable[..., Tensor] = torch.ops.mkldnn._linear_pointwise.default
+    return found
+
+
+def round_rows(count: int) -> int:
+    """Up from `count` rows of a product to one of few numbers.
 
     oneDNN writes a program for each size of a product that it meets: a millisecond, and half a megabyte that it keeps.
     """
+    step = 8 if count <= _NARROW else 32
+    return -(-count // step) * step
+
+
+def _even(hidden: Tensor) -> tuple[Tensor, int]:
+    """`hidden` (..., in) as rows (M, in) and a few of zeros, so that there are few sizes; and how many are its own."""
     rows = hidden.reshape(-1, hidden.shape[-1])
     count = len(rows)
-    return (pad(rows, (0, 0, 0, -count % _ROWS)) if count > _EXACT_TO else rows), count
+    more = round_rows(count) - count
+    return (pad(rows, (0, 0, 0, more)) if more else rows), count

@@ -337,8 +337,8 @@ class Engine:
     def _keep(self, state: DecodeState) -> None:
         """Keep a finished row's keys and values, alone: not those of the rows that shared its passes."""
         if self.kept.maxlen and state.slot is not None and state.params.cache == "delayed":
-            cache, row, *_, tokens = state.slot
-            self.kept.append(Slot(cache.prefix(row, len(tokens), len(tokens)), 0, 0, 0, tokens))
+            place, *_, tokens = state.slot
+            self.kept.append(Slot(place.alone(len(tokens), len(tokens)), 0, 0, tokens))
 
     def _fail(self, jobs: Iterable[Job], why: str) -> None:
         with self._changed:

@@ -36,6 +36,7 @@ class Scripted:
         reduce: Callable[[Tensor, slice], tuple[Tensor, ...]],
         positions: Tensor | None = None,
         cache: None = None,
+        places: None = None,
         released: bool = False,
     ) -> tuple[Tensor, ...]:
         self.fed.append(tuple(tokens.shape))

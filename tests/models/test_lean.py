@@ -10,7 +10,7 @@ from torch import Tensor
 
 from diffucoder.models.checkpoint import load_denoiser, save_denoiser
 from diffucoder.models.denoiser import Denoiser
-from diffucoder.models.lean import CanvasCache, LeanBody
+from diffucoder.models.lean import LeanBody
 
 MakeLM = Callable[..., Any]
 
@@ -55,6 +55,27 @@ def test_scaled_positions_are_scaled_here_too(causal_lm: MakeLM) -> None:
 
 
 @pytest.mark.parametrize("kind", ["qwen2", "qwen3", "llama"])
+def test_hidden_states_without_a_mean_give_the_same_scores(causal_lm: MakeLM, kind: str) -> None:
+    """A root mean square over H entries is a standard deviation over a few more, whose sum is 0 (`Centred`)."""
+    plain, lean = pair(causal_lm, kind)
+    for name, parameter in lean.named_parameters():
+        if "norm" in name:  # of ones otherwise, by which nothing is seen
+            parameter.mul_(torch.rand(parameter.shape, generator=torch.Generator().manual_seed(1)) + 0.5)
+    plain.load_state_dict(lean.state_dict())
+
+    def copied(weight: Tensor, bias: Tensor | None) -> Callable[[Tensor], Tensor]:
+        return lambda hidden: torch.nn.functional.linear(hidden, weight, bias)
+
+    lean._lean = LeanBody.of(lean.model, copy=copied, centred=True)
+    assert lean._lean is not None
+    hidden = lean._lean(tokens(2, 9))  # (2, 9, H')
+    assert hidden.shape[-1] > lean.config.hidden_size
+    assert hidden.mean(-1).abs().max() < 1e-6
+    ids, valid = tokens(3, 9), torch.arange(9) >= torch.tensor([0, 2, 5])[:, None]
+    torch.testing.assert_close(lean(ids, valid=valid)[valid], plain(ids, valid=valid)[valid], rtol=1e-5, atol=5e-5)
+
+
+@pytest.mark.parametrize("kind", ["qwen2", "qwen3", "llama"])
 def test_a_window_over_a_fresh_cache_is_the_whole_canvas(causal_lm: MakeLM, kind: str) -> None:
     plain, lean = pair(causal_lm, kind)
     ids, lengths = tokens(2, 10), torch.tensor([10, 7])  # the second row is shorter: three positions of padding
@@ -80,18 +101,58 @@ def test_a_window_sees_the_rest_as_it_was(causal_lm: MakeLM) -> None:
     assert (lean(changed) - before)[:, 5:].abs().max() > 1e-3
 
 
-def test_rows_of_caches_are_gathered_and_kept_apart(causal_lm: MakeLM) -> None:
+def test_canvases_take_rows_of_a_cache_and_are_kept_apart(causal_lm: MakeLM) -> None:
     _, lean = pair(causal_lm)
-    ids, places = tokens(2, 6), torch.arange(6).expand(2, 6)
+    ids, at = tokens(2, 6), torch.arange(6).expand(2, 6)
     cache = lean.new_cache(torch.tensor([6, 6]))
-    before = lean(ids, positions=places, cache=cache)
-    both = CanvasCache.gather([(cache, 1), (cache, 1), (cache, 0)])
+    first, second = cache.take(6), cache.take(6)
+    before = lean(ids, positions=at, cache=cache, places=[first.row, second.row])
+    other = cache.take(6)  # a third, for which there is no room yet: the others stay as they are
+    other.copy(second, 6)
     part = ids[[1, 1, 0], 2:].clone()
     part[1] = 3
-    found = lean(part, positions=places[[0, 0, 0], 2:], cache=both)
+    found = lean(part, positions=at[[0, 0, 0], 2:], cache=cache, places=[second.row, other.row, first.row])
     torch.testing.assert_close(found[0, 1:], before[1, 3:], rtol=0, atol=1e-5)
     torch.testing.assert_close(found[2, 1:], before[0, 3:], rtol=0, atol=1e-5)
     assert (found[1] - found[0]).abs().max() > 1e-3
+
+
+def test_a_row_is_free_once_nobody_holds_its_place(causal_lm: MakeLM) -> None:
+    _, lean = pair(causal_lm)
+    cache = lean.new_cache(torch.tensor([4]))
+    first = cache.take(4)
+    second = cache.take(9)  # a longer canvas: more slots for all
+    assert (first.row, second.row, len(cache), cache.slots) == (0, 1, 2, 10)
+    del first
+    assert (cache.take(4).row, len(cache)) == (0, 2)
+
+
+@pytest.mark.parametrize("places", [[0], [3], [5, 1], [2, 0, 4], [4, 3, 2, 1, 0, 5]])
+def test_passes_over_any_rows_of_a_cache_equal_passes_over_their_own(causal_lm: MakeLM, places: list[int]) -> None:
+    """Few rows of many are attended to as copies, most of them where they lie; padding of windows is left out."""
+    _, lean = pair(causal_lm)
+    lengths = torch.tensor([8, 5, 7, 8, 6, 8])
+    cache, ids = lean.new_cache(lengths), tokens(6, 8)
+    valid = torch.arange(8) >= 8 - lengths[:, None]
+    at = (torch.arange(8) - (8 - lengths[:, None])).clamp(min=0)
+    lean(ids, valid=valid, positions=at, cache=cache)
+    changed = tokens(6, 8, seed=1)
+    shown = (torch.arange(8) >= 3) & valid
+    shown[:, 5] &= torch.arange(6) % 2 == 0  # gaps, and so windows of two widths
+    widths = [int(shown[row].sum()) for row in places]
+    window, real, where = (torch.zeros(len(places), max(widths), dtype=torch.long) for _ in range(3))
+    for number, (row, width) in enumerate(zip(places, widths, strict=True)):
+        for into, these in ((window, changed), (where, at), (real, valid.long())):
+            into[number, -width:] = these[row, shown[row]]
+    found = lean(window, valid=real.bool(), positions=where, cache=cache, places=places)
+    for number, (row, width) in enumerate(zip(places, widths, strict=True)):
+        alone = lean.new_cache(lengths[row : row + 1])
+        own = slice(8 - int(lengths[row]), None)
+        lean(ids[row : row + 1, own], positions=at[row : row + 1, own], cache=alone)
+        expected = lean(
+            window[number : number + 1, -width:], positions=where[number : number + 1, -width:], cache=alone
+        )
+        torch.testing.assert_close(found[number, -width:], expected[0], rtol=0, atol=1e-5)
 
 
 def test_the_models_weights_are_views_and_stay_savable(causal_lm: MakeLM, tmp_path: Path) -> None:

@@ -115,7 +115,9 @@ def test_a_packed_model_scores_as_it_did_and_is_packed_anew_when_cast(causal_lm:
     torch.testing.assert_close(model(ids), scores, rtol=0, atol=1e-5)  # nothing to pack
     packed = model.bfloat16()(ids)
     model.use_lean()
-    assert (packed - model(ids)).std() < 0.02 * scores.std()
+    rounding = (model(ids) - scores).std()  # of bfloat16 itself
+    assert rounding < 0.03 * scores.std()
+    assert (packed - scores).std() < 1.5 * rounding
 
 
 def test_layers_that_are_not_plain_are_refused(causal_lm: MakeLM) -> None:
