@@ -13,7 +13,7 @@ import json
 import math
 import platform
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Annotated, Any
@@ -26,6 +26,7 @@ from torch import Tensor
 from diffucoder import DecodingParams, DiffuCoder
 from diffucoder.bench import matmul_rate, operations
 from diffucoder.config import load_settings
+from diffucoder.decoding.generate import Generation
 from diffucoder.grading.extract import program_from
 from diffucoder.grading.grade import grade_many
 from diffucoder.problems import Problem, problems
@@ -99,12 +100,12 @@ def main(
         raise typer.BadParameter(f"way {unknown[0]!r} is not one of: {'; '.join(WAYS)}")
     coder = DiffuCoder.load()
     drawn = list(problems(split, count, seed=1))  # type: ignore[arg-type]  # it checks
-    rows: dict[str, dict[str, Any]] = {}
-    for name in dict.fromkeys([against, *names]):
-        params = load_settings(DecodingParams, overrides=WAYS[name].split())
-        rows[name] = timing(coder, [problem.prompt for problem in drawn[:timed]], params)
+    names = list(dict.fromkeys([against, *names]))
+    settings = {name: load_settings(DecodingParams, overrides=WAYS[name].split()) for name in names}
+    rows = timing(coder, [problem.prompt for problem in drawn[:timed]], settings)
+    for name, params in settings.items():
+        print(json.dumps({"way": name, **rows[name]}), flush=True)
         rows[name]["solved"] = solved(coder, drawn, params, run / f"{key_of(None)}-{split}-{name}.jsonl")
-        print(json.dumps({"way": name, **{k: v for k, v in rows[name].items() if k != "solved"}}))
     ceiling = matmul_rate(coder.model.dtype, coder.model.device)
     path = RESULTS / ("decoding.md" if split == "test" and not ways else f"decoding_{split}.md")
     path.write_text(
@@ -114,12 +115,24 @@ def main(
     print(f"written to {path}")
 
 
-def timing(coder: DiffuCoder, prompts: Sequence[str], params: DecodingParams) -> dict[str, Any]:
-    """Tokens per second and pass of single requests, and what a pass is made of, in milliseconds."""
-    for prompt in prompts[:3]:
-        coder.generate(prompt, params)
-    with Split(coder) as split:
-        results = [coder.generate(prompt, params) for prompt in prompts]
+def timing(coder: DiffuCoder, prompts: Sequence[str], ways: Mapping[str, DecodingParams]) -> dict[str, dict[str, Any]]:
+    """Of each way: tokens per second and pass of single requests, and what a pass is made of, in milliseconds.
+
+    The ways take turns at each request, so that a machine that is quicker for a while is so for all of them.
+    """
+    splits = {name: Split(coder) for name in ways}
+    results: dict[str, list[Generation]] = {name: [] for name in ways}
+    for params in ways.values():
+        for prompt in prompts[:3]:
+            coder.generate(prompt, params)
+    for prompt in prompts:
+        for name, params in ways.items():
+            with splits[name]:
+                results[name].append(coder.generate(prompt, params))
+    return {name: _figures(results[name], splits[name]) for name in ways}
+
+
+def _figures(results: Sequence[Generation], split: "Split") -> dict[str, Any]:
     passes = sum(result.forward_passes for result in results)
     tokens = sum(len(result.tokens) for result in results)
     seconds = sum(result.seconds for result in results)
@@ -216,8 +229,9 @@ def report(
         [
             "# Decoding one request with the shipped model",
             "",
-            f"`python benchmarks/decoding.py`, {time.strftime('%Y-%m-%d')}: {timed} requests timed one by one; pass@1 "
-            f"of {count} problems of the {split} split, greedy, canvas of 64; ± is half of a paired 95 % interval. "
+            f"`python benchmarks/decoding.py`, {time.strftime('%Y-%m-%d')}: {timed} requests timed one by one, "
+            f"the ways in turns; pass@1 of {count} problems of the {split} split, greedy, canvas of 64; ± is half of a "
+            f"paired 95 % interval. "
             f"Model {key_of(None)}, {str(coder.model.dtype).removeprefix('torch.')} on {coder.model.device}, "
             f"{torch.get_num_threads()} threads; a matmul of 1024³ reaches {ceiling / 1e9:.0f} GFLOP/s in the same "
             f"run. Python {platform.python_version()}, torch {torch.__version__}.",

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from diffucoder.errors import CheckpointError
-from diffucoder.models.lean import CanvasCache, Kept, Layout, LeanBody
+from diffucoder.models.lean import CanvasCache, Fed, LeanBody
 from diffucoder.models.projections import Project, int8_projection, packable, packed_projection, round_rows
 
 SUPPORTED_TYPES = ("qwen2", "qwen3", "llama")  # plain softmax attention, logits = lm_head(hidden), nothing in between
@@ -206,31 +206,40 @@ class Denoiser(nn.Module):
         lean = self._lean
         plain = lean is None or torch.is_grad_enabled() or released or self.config.is_causal
         # Nor do real tokens wait for padding; what is compiled keeps to its shapes
-        fed = None if valid is None or plain or self.compiled else _fed(valid)
-        mask, layout, kept = None, None, None
-        if cache is not None:
-            assert positions is not None, "a cache is read and written at positions"
-            mask, layout, kept = _kept(cache, places or range(len(tokens)), positions, valid, fed, self.device)
+        fed = None
+        if not plain:
+            mask = None if cache is not None else _mask(tokens, valid, attention)[0]
+            packed = valid is not None and not self.compiled
+            fed = Fed.of(
+                tokens,
+                valid,
+                mask=mask,
+                cache=cache,
+                places=places or range(len(tokens)),
+                positions=positions,
+                packed=packed,
+                split=packed and self.device.type == "cpu",  # where a call costs less than what it leaves out
+            ).to(self.device)
         # Where the model is, wherever they come from: no copy where they are there already
         tokens = tokens.to(self.device)
-        given = (valid, attention, positions, rows, fed)
-        valid, attention, positions, rows, fed = (None if t is None else t.to(self.device) for t in given)
-        if cache is None:
-            mask, counted = _mask(tokens, valid, attention)
-            positions = counted if positions is None else positions
+        given = (valid, attention, positions, rows)
+        valid, attention, positions, rows = (None if t is None else t.to(self.device) for t in given)
         head = self.model.get_output_embeddings()
         if lean is None or plain:
             assert cache is None, "new_cache makes a lean body, which decodes"
+            mask, counted = _mask(tokens, valid, attention)
             body = self.model.base_model  # the layers and final norm, without the head
             hidden = body(
-                input_ids=tokens, attention_mask=mask, position_ids=positions, use_cache=False
+                input_ids=tokens,
+                attention_mask=mask,
+                position_ids=counted if positions is None else positions,
+                use_cache=False,
             ).last_hidden_state  # (B, T, H)
         else:
             head = lean.head
+            positions = _counted(valid) if positions is None and valid is not None else positions
             with _without_autocast(self.device):  # it is of one dtype
-                hidden = lean(
-                    tokens, positions=positions, longest=longest, mask=mask, fed=fed, layout=layout, kept=kept
-                )  # (B, T, H)
+                hidden = lean(tokens, positions=positions, longest=longest, fed=fed)  # (B, T, H)
         hidden = self._aligned(hidden, valid, rows)  # (B, T, H) or (M, H)
         if reduce is None:
             return head(hidden)  # type: ignore[no-any-return]  # the model is Any
@@ -284,61 +293,23 @@ def set_causal(model: Any, causal: bool) -> None:
             module.is_causal = causal
 
 
-def _fed(valid: Tensor) -> Tensor | None:
-    """(N,) which of `valid` (B, T), counted through rows, are fed: the real tokens, and padding up to a round number.
-
-    None where all are fed. Sizes of products are few so: on CPUs each new one costs time and memory (`projections`).
-    """
-    flat = valid.flatten()
-    real = int(flat.sum())
-    count = round_rows(real)
-    if count >= len(flat):
-        return None
-    return flat.long().argsort(descending=True, stable=True)[:count].sort().values
-
-
-def _kept(
-    cache: CanvasCache,
-    places: Sequence[int],
-    positions: Tensor,
-    valid: Tensor | None,
-    fed: Tensor | None,
-    device: torch.device,
-) -> tuple[Tensor | None, Layout, Kept]:
-    """What a pass over windows at `positions` (B, W) of the canvases at `places` attends to, and how, on `device`.
-
-    Worked out where the arguments are. Attention goes over the cache as it lies while at least half of it is in use,
-    with the queries put where their keys are, and else over a copy of the rows in use.
-    """
-    batch, width = positions.shape
-    whole = len(cache) <= 2 * batch
-    rows = range(len(cache)) if whole else places
-    mask, seen = cache.visible(rows)
-    where = torch.tensor(places, device=positions.device)[:, None]  # (B, 1)
-    slots = positions if valid is None else positions.where(valid, cache.slots - 1)
-    write = (where * cache.slots + slots).flatten()  # (B * W,)
-    row = where if whole else torch.arange(batch, device=positions.device)[:, None]
-    at = (row * width + torch.arange(width, device=positions.device)).flatten()
-    if fed is not None:
-        write, at = write[fed], at[fed]
-    everywhere = fed is None and len(rows) == batch and (not whole or list(places) == list(rows))
-    layout = Layout(len(rows), width, None if everywhere else at.to(device))
-    chosen = None if whole else torch.tensor(places, device=device)
-    return None if mask is None else mask.to(device), layout, Kept(cache, write.to(device), chosen, seen)
-
-
 def _mask(tokens: Tensor, valid: Tensor | None, attention: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
     """Attention mask (B or 1, 1, T, T) bool, True = visible, and position ids (B, T); None where nothing narrows."""
     mask = None if attention is None else attention[None] if attention.ndim == 2 else attention  # (B or 1, T, T)
     positions = None
     if valid is not None:
-        # Dream: positions count real tokens, padding sits at 1; a key is seen where both key and query are real
-        positions = (valid.long().cumsum(-1) - 1).masked_fill(~valid, 1)  # (B, T)
+        # a key is seen where both key and query are real
+        positions = _counted(valid)
         both = valid[:, None, :] & valid[:, :, None]  # (B, T, T)
         mask = both if mask is None else mask & both
         # A query that sees nothing is NaN in some attention kernels. Padding sees itself, and nobody sees padding.
         mask = mask | torch.diag_embed(~valid)
     return (None if mask is None else mask[:, None]), positions
+
+
+def _counted(valid: Tensor) -> Tensor:
+    """(B, T) position ids as Dream has them: they count real tokens, padding sits at 1."""
+    return (valid.long().cumsum(-1) - 1).masked_fill(~valid, 1)
 
 
 @torch.no_grad()

@@ -9,7 +9,7 @@ the model's own parameters being views of them) and gives the same numbers up to
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 from weakref import ref
 
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from diffucoder.models.projections import Project
+from diffucoder.models.projections import Project, round_rows
 
 Copy = Callable[[Tensor, Tensor | None], Project]  # weight (out, in) and bias (out,) as a projection of its own
 
@@ -102,46 +102,140 @@ class CanvasCache:
         self.lengths += [1] * more
         self._holders += [None] * more
 
-    def visible(self, rows: Sequence[int]) -> tuple[Tensor | None, int]:
-        """What is seen of `rows`: a mask (A, 1, 1, K) bool, None where all have one length, and K.
-
-        Found on the host: who has to ask the device waits for it.
-        """
-        lengths = [self.lengths[row] for row in rows]
-        longest = max(lengths)
-        if min(lengths) == longest:
-            return None, longest
-        return (torch.arange(longest) < torch.tensor(lengths)[:, None])[:, None, None], longest
-
 
 @dataclass(frozen=True, eq=False)
-class Kept:
-    """How a pass over windows finds its canvases in a cache."""
+class Part:
+    """Some of the N tokens fed, consecutive ones, and the rectangle of A x W queries among which attention has them."""
 
-    cache: CanvasCache
-    write: Tensor  # (N,) where each token fed writes, counted through rows and slots
-    chosen: Tensor | None  # (A,) the rows that are attended to; None for all of them
-    seen: int  # slots of each that are attended to
-
-
-@dataclass(frozen=True, eq=False)
-class Layout:
-    """Where the N tokens that are fed lie among the A x W queries of attention, which alone needs a rectangle."""
-
-    rows: int  # A
+    tokens: slice
+    own: Sequence[int]  # the rows of the whole that they are of
     width: int  # W
-    at: Tensor | None  # (N,) counted through rows; None where they are all of them, in order
+    rows: int  # A
+    at: Tensor | None = None  # (n,) where they lie, counted through rows; None where they are all of it, in order
+    mask: Tensor | None = None  # (A or 1, 1, W or 1, K) bool, True = visible, over the K keys that are attended to
+    chosen: Tensor | None = None  # (A,) the cache's rows that are attended to; None for all of them
+    seen: int | None = None  # slots of each that are attended to
 
     def spread(self, flat: Tensor) -> Tensor:
         """(N, ...) -> (A, W, ...), zeros where nothing is fed."""
+        flat = flat[self.tokens]
         if self.at is not None:
             flat = flat.new_zeros(self.rows * self.width, *flat.shape[1:]).index_copy_(0, self.at, flat)
         return flat.view(self.rows, self.width, *flat.shape[1:])
 
     def gather(self, spread: Tensor) -> Tensor:
-        """(A, W, ...) -> (N, ...)."""
+        """(A, W, ...) -> (n, ...)."""
         flat = spread.flatten(0, 1)
         return flat if self.at is None else flat.index_select(0, self.at)
+
+    def narrowed(self, mask: Tensor) -> "Part":
+        """With its share of a mask over the whole, (B or 1, 1, W, W)."""
+        each = mask if len(mask) == 1 else mask[list(self.own)]
+        return replace(self, mask=each[:, :, -self.width :, -self.width :])
+
+    def kept(self, layer: Tensor) -> Tensor:
+        """(P, S, heads, D) -> (A, K, heads, D): what is attended to of a cache's layer."""
+        return (layer if self.chosen is None else layer.index_select(0, self.chosen))[:, : self.seen]
+
+    def to(self, device: torch.device) -> "Part":
+        """The same where the model is."""
+        given = {name: getattr(self, name) for name in ("at", "mask", "chosen")}
+        return replace(self, **{name: value.to(device) for name, value in given.items() if value is not None})
+
+
+@dataclass(frozen=True, eq=False)
+class Fed:
+    """What a pass feeds of B x W tokens: padding costs nothing but in attention, which alone needs rectangles."""
+
+    tokens: Tensor | None  # (N,) counted through rows; None where they are all of them, in order
+    parts: list[Part]
+    cache: CanvasCache | None = None
+    write: Tensor | None = None  # (N,) where each writes into the cache, counted through its rows and slots
+
+    @classmethod
+    def of(
+        cls,
+        tokens: Tensor,
+        valid: Tensor | None = None,
+        *,
+        mask: Tensor | None = None,
+        cache: CanvasCache | None = None,
+        places: Sequence[int] = (),
+        positions: Tensor | None = None,
+        packed: bool = False,
+        split: bool = False,
+    ) -> "Fed":
+        """Of `tokens` (B, W), `valid` (B, W) bool being False on left padding, which is left out where `packed`.
+
+        With a `cache`, of which the rows have `places`, `positions` (B, W) say where they write; else `mask`
+        (B or 1, 1, W, W) narrows attention. With `split`, rows of about a width are a rectangle of their own.
+        Worked out where the arguments are: on the host nobody waits for the device.
+        """
+        batch, width = tokens.shape
+        where, parts = None, [Part(slice(None), range(batch), width, batch)]
+        if packed and valid is not None:
+            where, parts = _packed(valid, split)
+        parts = [part if cache is None else _over(part, cache, places) for part in parts]
+        if cache is None:
+            return cls(where, [part if mask is None else part.narrowed(mask) for part in parts])
+        assert positions is not None, "a cache is read and written at positions"
+        slots = positions if valid is None else positions.where(valid, cache.slots - 1)
+        write = (torch.tensor(places)[:, None].to(slots.device) * cache.slots + slots).flatten()
+        return cls(where, parts, cache, write if where is None else write[where.to(write.device)])
+
+    def to(self, device: torch.device) -> "Fed":
+        """The same where the model is."""
+        tokens, write = (None if each is None else each.to(device) for each in (self.tokens, self.write))
+        return Fed(tokens, [part.to(device) for part in self.parts], self.cache, write)
+
+
+def _alike(counts: Sequence[int]) -> list[list[int]]:
+    """Rows whose `counts` are within a factor of two of each other, together."""
+    groups: dict[int, list[int]] = {}
+    for row, count in enumerate(counts):
+        groups.setdefault(max(count - 1, _LANES - 1).bit_length(), []).append(row)
+    return list(groups.values())
+
+
+def _packed(valid: Tensor, split: bool) -> tuple[Tensor | None, list[Part]]:
+    """The real tokens of `valid` (B, W) and padding up to a round number of them: (N,) and their parts, as in `Fed`."""
+    batch, width = valid.shape
+    counts = valid.sum(-1).tolist()
+    more = round_rows(sum(counts)) - sum(counts)
+    fed, parts, begun = list[Tensor](), list[Part](), 0
+    for rows in _alike(counts) if split else [list(range(batch))]:
+        widest = min(width, round_rows(max(counts[row] for row in rows)))
+        shown = valid[rows, width - widest :].flatten()
+        spare = (~shown).nonzero()[:more, 0]
+        shown[spare] = True
+        more -= len(spare)
+        at = shown.nonzero()[:, 0]  # (n,)
+        fed.append(at.new_tensor(rows)[at // widest] * width + width - widest + at % widest)
+        parts.append(
+            Part(slice(begun, begun + len(at)), rows, widest, len(rows), None if len(at) == len(shown) else at)
+        )
+        begun += len(at)
+    every = begun == batch * width and len(parts) == 1
+    return None if every else torch.cat(fed), parts
+
+
+def _over(part: Part, cache: CanvasCache, places: Sequence[int]) -> Part:
+    """`part` over the rows of a cache, which has `places` for those of the whole.
+
+    It goes over the cache as it lies while at least half of it is in use, with the queries put where their keys are,
+    and else over a copy of the rows in use.
+    """
+    used = [places[row] for row in part.own]
+    whole = len(cache) <= 2 * len(used)
+    rows = list(range(len(cache))) if whole else used
+    lengths = [cache.lengths[row] for row in rows]
+    seen, at, mask = max(lengths), part.at, None
+    if min(lengths) < seen:
+        mask = (torch.arange(seen) < torch.tensor(lengths)[:, None])[:, None, None]
+    if whole and used != rows:
+        at = torch.arange(len(used) * part.width) if at is None else at
+        at = torch.tensor(used)[at // part.width] * part.width + at % part.width
+    return replace(part, rows=len(rows), at=at, mask=mask, chosen=None if whole else torch.tensor(used), seen=seen)
 
 
 class Centred:
@@ -241,40 +335,26 @@ class LeanBody:
         return CanvasCache(keys, values, lengths.tolist())
 
     def __call__(
-        self,
-        tokens: Tensor,
-        *,
-        positions: Tensor | None = None,
-        longest: int | None = None,
-        mask: Tensor | None = None,
-        fed: Tensor | None = None,
-        layout: Layout | None = None,
-        kept: Kept | None = None,
+        self, tokens: Tensor, *, positions: Tensor | None = None, longest: int | None = None, fed: Fed | None = None
     ) -> Tensor:
         """Hidden states (B, W, H) of `tokens` (B, W) at `positions` (B, W), those of 0 to W - 1 where left out.
 
-        `longest` is above every position. With `fed` (N,), counted through rows, the other tokens are padding, which
-        costs nothing and comes out as zeros. `layout` is that of attention, (B, W) where left out. `mask`
-        (A or 1, 1, W or 1, K) bool, True = visible, over the K keys: those of the W fed or those that are `kept`, of
-        which each token writes its own before they are read.
+        `longest` is above every position. `fed` says which are computed, all of them where left out, and what they
+        see; the others come out as zeros.
         """
         batch, width = tokens.shape
         cos, sin = self._turns(max(longest or 0, width))  # (L, D)
         places = torch.arange(width, device=tokens.device).expand(batch, width) if positions is None else positions
         flat, places = tokens.flatten(), places.flatten()
-        if fed is not None:
-            flat, places = flat[fed], places[fed]  # (N,)
-        cos, sin = cos[places][:, None], sin[places][:, None]  # (N, 1, D)
-        found = self._run(flat, cos, sin, mask, layout or Layout(batch, width, fed), kept)  # (N, H)
-        return Layout(batch, width, fed).spread(found)
+        fed = Fed.of(tokens) if fed is None else fed
+        if fed.tokens is not None:
+            flat, places = flat[fed.tokens], places[fed.tokens]  # (N,)
+        found = self._run(flat, cos[places][:, None], sin[places][:, None], fed)  # (N, H)
+        return Part(slice(None), range(batch), width, batch, fed.tokens).spread(found)
 
-    def _layers(
-        self, tokens: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, layout: Layout, kept: Kept | None
-    ) -> Tensor:
+    def _layers(self, tokens: Tensor, cos: Tensor, sin: Tensor, fed: Fed) -> Tensor:
         hidden = F.embedding(tokens, self._embed)  # (N, H)
         turned = self.heads + self.key_heads
-        if mask is not None and mask.shape[2] > 1:
-            mask = mask.repeat_interleave(self.heads // self.key_heads, 2)  # as `_attention` has its queries
         for at, layer in enumerate(self.layers):
             qkv = layer.qkv(self._normed(hidden, layer.before)).view(len(hidden), -1, self.head_dim)
             qk, value = qkv[:, :turned], qkv[:, turned:]
@@ -282,15 +362,18 @@ class LeanBody:
                 query, key = qk[:, : self.heads], qk[:, self.heads :]
                 qk = torch.cat((self._normed(query, layer.query_norm), self._normed(key, layer.key_norm)), 1)
             qk = torch.addcmul(qk * cos, qk.roll(self.head_dim // 2, -1), sin)
-            query, key = layout.spread(qk[:, : self.heads]), qk[:, self.heads :]  # (A, W, heads, D), (N, key heads, D)
-            if kept is None:
-                key, value = layout.spread(key), layout.spread(value)  # (A, K, key heads, D)
-            else:
-                key, value = (
-                    _kept(layers[at], kept, new) for layers, new in ((kept.cache.keys, key), (kept.cache.values, value))
-                )
-            seen = self._attention(query, key, value, mask)  # (A, W, heads * D)
-            hidden = hidden + layer.out(layout.gather(seen))
+            query, key = qk[:, : self.heads], qk[:, self.heads :]  # (N, heads, D), (N, key heads, D)
+            if fed.cache is not None and fed.write is not None:
+                for kept, new in ((fed.cache.keys[at], key), (fed.cache.values[at], value)):
+                    kept.flatten(0, 1).index_copy_(0, fed.write, new)
+            seen = []
+            for part in fed.parts:
+                if fed.cache is None:
+                    keys, values = part.spread(key), part.spread(value)  # (A, K, key heads, D)
+                else:
+                    keys, values = part.kept(fed.cache.keys[at]), part.kept(fed.cache.values[at])
+                seen.append(part.gather(self._attention(part.spread(query), keys, values, part.mask)))
+            hidden = hidden + layer.out(seen[0] if len(seen) == 1 else torch.cat(seen))
             gate, up = layer.gate_up(self._normed(hidden, layer.between)).chunk(2, -1)
             hidden = hidden + layer.down(F.silu(gate) * up)
         return self._normed(hidden, self._norm)
@@ -302,6 +385,8 @@ class LeanBody:
         """
         rows, width = query.shape[:2]
         shared = query.view(rows, width, self.key_heads, -1, self.head_dim).transpose(1, 2).flatten(2, 3)
+        if mask is not None and mask.shape[2] > 1:
+            mask = mask.repeat_interleave(self.heads // self.key_heads, 2)
         seen = F.scaled_dot_product_attention(
             shared, key.transpose(1, 2), value.transpose(1, 2), attn_mask=mask
         )  # (A, key heads, W * shared, D)
@@ -320,13 +405,6 @@ class LeanBody:
             first, second = sin[0].chunk(2, -1)
             self._table = cos[0], torch.cat((-first, second), -1)
         return self._table
-
-
-def _kept(layer: Tensor, kept: Kept, new: Tensor) -> Tensor:
-    """Write `new` (N, heads, D) into a cache's layer (P, S, heads, D); what is attended to of it, (A, K, heads, D)."""
-    layer.flatten(0, 1).index_copy_(0, kept.write, new)
-    chosen = layer if kept.chosen is None else layer.index_select(0, kept.chosen)
-    return chosen[:, : kept.seen]
 
 
 def compiled(work: Callable[..., Any], device: torch.device) -> Callable[..., Any]:  # Any: tensors, as torch types them
