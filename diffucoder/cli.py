@@ -182,6 +182,7 @@ def serve(
     """Serve a model: OpenAI's completions and chat, infilling, holes and edits."""
     try:
         from diffucoder.serving.app import create_app
+        from diffucoder.serving.engine import apart
         from diffucoder.serving.run import key_from, run
         from diffucoder.serving.settings import EngineSettings, ScaleSettings
     except ModuleNotFoundError as error:
@@ -201,7 +202,8 @@ def serve(
         gpus=gpus,
     )
     if not ray:
-        run(create_app(_load(model, dtype, device), settings), host=host, port=port)
+        coder = apart(lambda: _load(model, dtype, device))
+        run(create_app(coder, settings), host=host, port=port)
         return
     try:
         from diffucoder.serving.scale import run_replicas

@@ -77,12 +77,12 @@ class Server:
             message = f"the model {name!r} is not here; this server has {self.coder.name!r}"
             raise ApiError(404, message, kind="invalid_request_error", param="model")
 
-    def submit(self, request: generate.Request) -> Job:
+    def submit(self, request: generate.Request, *, watched: bool = False) -> Job:
         """Hand a request to the engine. Raises ConfigError for one of too many rows, and what `Engine.submit` does."""
         most, rows = self.settings.engine.max_rows, len(request.canvas.tokens)
         if rows > most:
             raise ConfigError(f"{rows} rows (answers, times lengths tried) are over {most}; ask for a smaller n")
-        return self.engine.submit(request)
+        return self.engine.submit(request, watched=watched)
 
     async def results(self, job: Job, http: Request) -> list[Generation]:
         """Wait for an answer, for as long as there is somebody to hear it."""
@@ -319,7 +319,7 @@ def _streamed(
     With `whole` nothing is told of a text but that, in its last chunk.
     """
     options = asked.stream_options or StreamOptions()
-    job = server.submit(request)  # its errors are answers, not events
+    job = server.submit(request, watched=True)  # its errors are answers, not events
     created = int(time.time())
     about = {"id": f"{prefix}-{uuid.uuid4().hex}", "object": _KINDS[prefix], "created": created}
     about["model"] = server.coder.name

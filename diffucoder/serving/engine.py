@@ -17,10 +17,11 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from itertools import count
-from typing import NamedTuple, Self
+from typing import NamedTuple, Self, TypeVar
 
 import torch
 
@@ -32,6 +33,19 @@ from diffucoder.errors import DiffuCoderError
 from diffucoder.serving.settings import EngineSettings
 
 log = logging.getLogger(__name__)
+
+
+Made = TypeVar("Made")
+
+
+def apart(work: Callable[[], Made]) -> Made:
+    """What `work` gives, on a thread that ends with it: so is a model loaded that an engine is to own.
+
+    Whoever computes in parallel leaves a team of threads behind, one a core. Where two teams are more than the cores,
+    both sleep between loops where one would wait, and a small model's pass takes half as long again.
+    """
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(work).result()
 
 
 class BusyError(DiffuCoderError):
@@ -73,9 +87,9 @@ class _Row:
 class Job:
     """A request that an engine has accepted: its Events, as they happen, and then what they come to."""
 
-    def __init__(self, engine: "Engine", request: Request, deadline: float) -> None:
+    def __init__(self, engine: "Engine", request: Request, deadline: float, watched: bool) -> None:
         """Made by `Engine.submit`."""
-        self.request = request
+        self.request, self.watched = request, watched
         self.rows: list[_Row] = []  # made by `begin`
         self.traces: list[Trace] = []  # of the rows, once they are finished
         self.todo = deque[_Row]()  # those without a place
@@ -101,7 +115,7 @@ class Job:
         self.todo.extend(self.rows)
 
     async def events(self) -> AsyncIterator[Event]:
-        """Every step of every row; raises LateError or FailedError. Leaving it early cancels the request."""
+        """Every step of every row, if watched; raises LateError or FailedError. Leaving early cancels the request."""
         try:
             while (event := await self._events.get()) is not None:
                 if isinstance(event, DiffuCoderError):
@@ -182,9 +196,12 @@ class Engine:
 
     # --- for those who ask, on any thread with a running loop ---
 
-    def submit(self, request: Request, *, deadline: float | None = None) -> Job:
-        """Accept a request. Raises BusyError where too many wait, ClosingError after `close`."""
-        job = Job(self, request, min(deadline or self.settings.deadline, self.settings.deadline))
+    def submit(self, request: Request, *, deadline: float | None = None, watched: bool = True) -> Job:
+        """Accept a request. Raises BusyError where too many wait, ClosingError after `close`.
+
+        Unless it is `watched` its steps make no events: telling another thread takes longer than many a step.
+        """
+        job = Job(self, request, min(deadline or self.settings.deadline, self.settings.deadline), watched)
         with self._changed:
             if self._closing:
                 raise ClosingError("the server is shutting down; try another, or again in a moment")
@@ -359,7 +376,8 @@ class Engine:
                 job = row.job
                 if job not in self._jobs:  # closed without draining while the pass was under way
                     continue
-                job._tell(Event(row.number, step))
+                if job.watched:
+                    job._tell(Event(row.number, step))
                 if row.state.finish_reason is not None:
                     self._leave(row)
                     self._keep(row.state)

@@ -41,6 +41,7 @@ from diffucoder.errors import ConfigError
 from diffucoder.models.checkpoint import default_device_and_dtype, load_tokenizer
 from diffucoder.serving.app import create_app
 from diffucoder.serving.edge import ApiError, BodyLimit, add_errors
+from diffucoder.serving.engine import apart
 from diffucoder.serving.run import key_from, run
 from diffucoder.serving.settings import ScaleSettings
 
@@ -57,7 +58,7 @@ class Replica:
 
     def __init__(self, settings: ScaleSettings) -> None:
         """Load the model here."""
-        coder = DiffuCoder.load(settings.model, dtype=_dtype(settings), device=settings.device)
+        coder = apart(lambda: DiffuCoder.load(settings.model, dtype=_dtype(settings), device=settings.device))
         self.app = create_app(coder, settings)
         self.server = self.app.state.server
         self.name = serve.get_replica_context().replica_id.unique_id
