@@ -16,7 +16,6 @@ many tokens a pass must commit to be as fast. Table and figures go to benchmarks
 import gc
 import json
 import platform
-import resource
 import subprocess
 import tempfile
 import time
@@ -268,26 +267,47 @@ def llama_cpp(python: Path, shape: str) -> dict[str, float]:
 
 
 def peak_of_decoding(shape: str, device: torch.device) -> dict[str, Any]:
-    """Bytes above the weights while 512 positions behind a prompt of 1,024 are decoded, a few steps of it."""
+    """Bytes above the weights while 512 positions behind a prompt of 1,024 are decoded, a few steps of it.
+
+    Copies of weights that decoding goes by are above the weights, too.
+    """
     layers = SHAPES[shape]["num_hidden_layers"]
     if device.type == "cpu":
         layers = min(2, layers)  # what a pass keeps at once is no more with more layers
+    before = in_use(device)
     model = built(shape, device, "bfloat16", vocab_size=152064, num_hidden_layers=layers)
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    gc.collect()
     canvas = Canvas.from_prompts(
         torch.randint(0, 1000, (1, 1024), device=device), new_tokens=512, mask_id=model.mask_id
     )
-    before = peak(device)
+    forget_peak(device)
     for _ in denoise(model, canvas, DecodingParams(steps=4)):
         pass
-    return {"shape": shape, "layers": layers, "weights": weights, "above": peak(device) - before}
+    return {"shape": shape, "layers": layers, "weights": weights, "above": peak(device) - before - weights}
+
+
+def in_use(device: torch.device) -> int:
+    """Bytes in use."""
+    return int(torch.cuda.memory_allocated(device)) if device.type == "cuda" else _status("VmRSS")
 
 
 def peak(device: torch.device) -> int:
-    """Bytes in use at most so far."""
+    """Bytes in use at most since `forget_peak`."""
+    return int(torch.cuda.max_memory_allocated(device)) if device.type == "cuda" else _status("VmHWM")
+
+
+def forget_peak(device: torch.device) -> None:
+    """Begin to look for the peak anew: loading has one of its own."""
     if device.type == "cuda":
-        return int(torch.cuda.max_memory_allocated(device))
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        torch.cuda.reset_peak_memory_stats(device)
+    else:
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+
+
+def _status(name: str) -> int:
+    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:"))
 
 
 def ceiling(dtype: str, device: torch.device) -> float:

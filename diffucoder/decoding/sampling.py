@@ -117,6 +117,7 @@ def propose(
     if proposable is not None and not released:
         logits[:, proposable:] = lowest
     probabilities = _filtered(logits, rules).softmax(-1)  # (M, V)
+    del logits  # as large, and nobody reads it any more
     tokens = _choose(probabilities, rules, uniform)
     if given is not None:
         tokens = given.where(given >= 0, tokens)

@@ -24,7 +24,7 @@ from diffucoder.models.lean import CanvasCache, Fed, LeanBody
 from diffucoder.models.projections import Project, int8_projection, packable, packed_projection, round_rows
 
 SUPPORTED_TYPES = ("qwen2", "qwen3", "llama")  # plain softmax attention, logits = lm_head(hidden), nothing in between
-CHUNK_ELEMENTS = 2**25  # logits alive at once under `reduce`: 64 MiB in bf16, 220 rows of Qwen's vocabulary
+CHUNK_ELEMENTS = 3 * 2**23  # logits alive at once under `reduce`: 48 MiB in bf16, 165 rows of Qwen's vocabulary
 
 Reduced = Tensor | tuple[Tensor, ...]
 Reduce = Callable[[Tensor, slice], Reduced]

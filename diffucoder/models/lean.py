@@ -249,24 +249,35 @@ class Centred:
     def __init__(self, hidden_size: int, eps: float) -> None:
         """For states of so many dimensions, whose mean square is taken `eps` above what it is."""
         size = _whole(hidden_size + 1)
-        # a reflection that takes the last axis to the diagonal, so that what is left of the others adds up to 0
-        normal = torch.full((size,), -(size**-0.5), dtype=torch.float64)
-        normal[-1] += 1
-        normal /= normal.norm()
-        self._turn = torch.eye(size, hidden_size, dtype=torch.float64) - 2 * torch.outer(normal, normal[:hidden_size])
+        # of a reflection that takes the last axis to the diagonal, so that what is left of the others adds up to 0
+        self._normal = torch.full((size,), -(size**-0.5), dtype=torch.float64)
+        self._normal[-1] += 1
+        self._normal /= self._normal.norm()
         self._scale = (hidden_size / size) ** 0.5  # a mean over more entries is smaller
         self.eps = eps * hidden_size / size
 
+    def turned(self, states: Tensor) -> Tensor:
+        """V x of each state: (N, H) -> (N, H'), in their dtype."""
+        size, normal = states.shape[1], self._normal.to(states.device)
+        parts = []
+        for start in range(0, len(states), _AT_ONCE):  # a vocabulary's in float64 would be large
+            wide = states[start : start + _AT_ONCE].double()
+            along = 2 * (wide @ normal[:size])  # (n,)
+            turned = F.pad(wide, (0, len(normal) - size)) - along[:, None] * normal
+            parts.append(turned.to(states.dtype))
+        return torch.cat(parts)
+
     def writer(self, matrix: Tensor) -> Tensor:
         """(H, ...) -> (H', ...): what gives a state gives the turned one."""
-        turned: Tensor = torch.tensordot(self._turn, matrix.double(), 1)
-        return turned.to(matrix.dtype)
+        return self.turned(matrix.reshape(len(matrix), -1).T).T.reshape(-1, *matrix.shape[1:]).contiguous()
 
     def reader(self, weight: Tensor, norm: Tensor) -> Tensor:
         """(out, H) -> (out, H'): what is given a state normed with weights (H,) gets the turned one, without."""
-        scaled = weight.double() * norm.detach().double() * self._scale
-        turned: Tensor = torch.tensordot(scaled, self._turn.T, 1)
-        return turned.to(weight.dtype)
+        parts = []
+        for start in range(0, len(weight), _AT_ONCE):
+            scaled = weight[start : start + _AT_ONCE].float() * norm.float() * self._scale
+            parts.append(self.turned(scaled).to(weight.dtype))
+        return torch.cat(parts)
 
 
 def _whole(size: int) -> int:
@@ -274,6 +285,7 @@ def _whole(size: int) -> int:
 
 
 _LANES = 16  # entries that a processor adds at once
+_AT_ONCE = 4096  # rows
 
 
 class LeanBody:
@@ -294,7 +306,7 @@ class LeanBody:
         self.head = _joined(head, dtype=dtype, copy=copy, turn=turn, norm=norm) if dtype or copy else head
         self._norm: Tensor | None = norm
         if turn is not None:
-            self._embed, self._norm, self._centred_eps = turn.writer(self._embed.T).T.contiguous(), None, turn.eps
+            self._embed, self._norm, self._centred_eps = turn.turned(self._embed), None, turn.eps
         self._rotary = body.rotary_emb
         self._table: tuple[Tensor, Tensor] | None = None  # cosines and sines of the positions met so far
         self._run = self._layers

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from diffucoder import Canvas, DecodingParams, DiffuCoder
 from diffucoder.decoding import tuning
+from diffucoder.decoding.denoise import DecodeState, advance
 from diffucoder.decoding.generate import Generation, Request
 from diffucoder.problems import problems
 from diffucoder.serving.engine import (
@@ -24,6 +25,7 @@ from diffucoder.serving.engine import (
     FailedError,
     Job,
     LateError,
+    apart,
 )
 from diffucoder.serving.settings import EngineSettings
 
@@ -151,6 +153,51 @@ def test_requests_that_begin_alike_share_keys_and_values_where_that_is_asked_for
     assert [first for first, *_ in alone] == [whole[0], whole[1], whole[1]]
     # what follows the common beginning; then, of the same prompt again, the masks and the position before them
     assert [first for first, *_ in shared] == [whole[0], whole[1] - begin, 24 + 1]
+
+
+def test_a_batch_of_mixed_ages_is_one_call_that_feeds_what_each_row_needs() -> None:
+    """Requests with a delayed cache: who is new feeds a whole canvas, who is not its masks, and nobody the padding."""
+    coder = DiffuCoder.load(dtype=torch.float32)
+    params = DecodingParams(cache="delayed", new_tokens=24)
+    prompts = [problem.prompt for problem in problems("dev", 3, seed=3)]
+    calls = list[list[int]]()
+    forward = coder.model.forward
+
+    def watched(tokens: Tensor, *, valid: Tensor, **more: Any) -> Any:
+        calls.append(valid.sum(-1).tolist())
+        return forward(tokens, valid=valid, **more)
+
+    coder.model.forward = watched  # type: ignore[method-assign]
+    states = [DecodeState(coder.request(prompt, params).canvas, params) for prompt in prompts]
+    advance(coder.model, states[:2])
+    masks = [int(state.unkept(state.tokens).sum()) for state in states[:2]]
+    advance(coder.model, [states[2], states[1], states[0]])
+    caches = {state.slot.place.cache for state in states if state.slot is not None}
+    lengths = [len(state.tokens) for state in states]
+    assert calls == [lengths[:2], [lengths[2], masks[1], masks[0]]]
+    assert max(masks) <= 25 < min(lengths)
+    assert len(caches) == 1
+    del states[1]
+    states.append(DecodeState(coder.request(prompts[1], params).canvas, params))
+    advance(coder.model, states)
+    assert len(caches.pop()) == 4  # two rows, then four: who left makes room for who comes
+
+
+def test_what_is_loaded_apart_leaves_no_thread_behind() -> None:
+    before = threading.active_count()
+    assert apart(threading.get_ident) != threading.get_ident()
+    assert threading.active_count() == before
+    with pytest.raises(ZeroDivisionError):
+        apart(lambda: 1 / 0)
+
+
+def test_steps_that_nobody_watches_make_no_events(engine: Callable[..., Engine]) -> None:
+    async def work() -> None:
+        job = engine(Slow()).submit(request(3, rows=2), watched=False)
+        assert [event async for event in job.events()] == []
+        assert job.results_now() == [[1, 3, 3, 3], [1, 3, 3, 3]]
+
+    run(work())
 
 
 def test_events_are_the_steps_of_each_row(engine: Callable[..., Engine]) -> None:
