@@ -208,8 +208,11 @@ def _revoke(rows: Rows, found: Found, committed: Tensor) -> Tensor:
 def _ends(rows: Rows, after: Tensor) -> tuple[Tensor, Tensor]:
     """Where each row ends, and up to where it is settled: (R,) each, as in `Made`."""
     states = rows.states
-    terminators = pad_sequence([state.terminators for state in states], batch_first=True, padding_value=-1)  # (R, K)
-    holes = pad_sequence([state.holes for state in states], batch_first=True, padding_side="left")  # (R, T)
+    if len(states) == 1:  # (R, K), (R, T)
+        terminators, holes = states[0].terminators[None], states[0].holes[None]
+    else:
+        terminators = pad_sequence([state.terminators for state in states], batch_first=True, padding_value=-1)
+        holes = pad_sequence([state.holes for state in states], batch_first=True, padding_side="left")
     ends = leftmost(holes & (after[:, :, None] == terminators[:, None]).any(-1))
     masks = torch.tensor([[state.canvas.mask_id] for state in states])
     return ends, leftmost(rows.valid & (after == masks))

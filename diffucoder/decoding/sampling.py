@@ -84,6 +84,8 @@ class Rules:
 
     def __getitem__(self, rows: Tensor | slice) -> "Rules":
         """Some of the rows; what some needed may then be needed by none or all."""
+        if isinstance(rows, slice) and rows.indices(len(self.policy)) == (0, len(self.policy), 1):
+            return self
         return self._each(lambda column: column[rows])
 
     def expand(self, rows: int) -> "Rules":
@@ -92,6 +94,8 @@ class Rules:
 
     def to(self, device: torch.device) -> "Rules":
         """The same on the device of the logits."""
+        if self.policy.device == device:
+            return self
         return self._each(lambda column: column.to(device, non_blocking=True))
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> "Rules":

@@ -209,7 +209,7 @@ class Denoiser(nn.Module):
         fed = None
         if not plain:
             mask = None if cache is not None else _mask(tokens, valid, attention)[0]
-            packed = valid is not None and not self.compiled
+            packed = len(tokens) > 1 and valid is not None and not self.compiled
             fed = Fed.of(
                 tokens,
                 valid,
@@ -224,9 +224,9 @@ class Denoiser(nn.Module):
         tokens = tokens.to(self.device)
         given = (valid, attention, positions, rows)
         valid, attention, positions, rows = (None if t is None else t.to(self.device) for t in given)
-        head = self.model.get_output_embeddings()
         if lean is None or plain:
             assert cache is None, "new_cache makes a lean body, which decodes"
+            head = self.model.get_output_embeddings()
             mask, counted = _mask(tokens, valid, attention)
             body = self.model.base_model  # the layers and final norm, without the head
             hidden = body(
@@ -251,19 +251,21 @@ class Denoiser(nn.Module):
     def _aligned(self, hidden: Tensor, valid: Tensor | None, rows: Tensor | None) -> Tensor:
         """The hidden state that scores each wanted position: (B, T, H) -> (B, T, H), or (M, H) with `rows`."""
         batch, length = hidden.shape[:2]
-        source = torch.arange(length, device=hidden.device).expand(batch, length)  # (B, T)
-        if self.shifted:
-            # a row's first real token has no real left neighbour: like token 0, it reads itself, padded or not
-            real = torch.ones_like(source, dtype=torch.bool) if valid is None else valid
-            source = source - nn.functional.pad(real[:, :-1], (1, 0)).long()
+        if not self.shifted:
+            return hidden if rows is None else hidden[rows[:, 0], rows[:, 1]]
+        # a row's first real token has no real left neighbour: like token 0, it reads itself, padded or not
         if rows is not None:
             row, position = rows.unbind(-1)  # (M,) each
-            return hidden[row, source[row, position]]
-        return hidden.gather(1, source[..., None].expand_as(hidden)) if self.shifted else hidden
+            left = (position - 1).clamp(min=0)
+            return hidden[row, left if valid is None else left.where(valid[row, left], position)]
+        source = torch.arange(length, device=hidden.device).expand(batch, length)  # (B, T)
+        real = torch.ones_like(source, dtype=torch.bool) if valid is None else valid
+        source = source - nn.functional.pad(real[:, :-1], (1, 0)).long()
+        return hidden.gather(1, source[..., None].expand_as(hidden))
 
     def _reduced(self, hidden: Tensor, head: Project, reduce: Reduce) -> tuple[Tensor, ...]:
         """`reduce` over the logits of `hidden` (N, H), chunk by chunk: tensors of N rows each."""
-        size = max(1, self.chunk_elements // self.vocab_size)
+        size = max(1, self.chunk_elements // (self.vocab_size if self._lean is None else self._lean.vocab_size))
         starts = range(0, max(len(hidden), 1), size)  # no rows is still one (empty) chunk: it gives shapes and dtypes
 
         def part(chunk_hidden: Tensor, chunk: slice) -> Reduced:
@@ -280,8 +282,8 @@ class Denoiser(nn.Module):
 
 
 def _without_autocast(device: torch.device) -> AbstractContextManager[object]:
-    available = torch.amp.is_autocast_available(device.type)
-    return torch.autocast(device.type, enabled=False) if available else nullcontext()
+    within = torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
+    return torch.autocast(device.type, enabled=False) if within else nullcontext()
 
 
 def set_causal(model: Any, causal: bool) -> None:

@@ -303,6 +303,7 @@ class LeanBody:
         self.layers = [_layer(layer, dtype, copy, turn) for layer in body.layers]
         self._embed, norm = (each.weight.detach().to(dtype) for each in (body.embed_tokens, body.norm))
         head = model.get_output_embeddings()
+        self.vocab_size = len(head.weight)
         self.head = _joined(head, dtype=dtype, copy=copy, turn=turn, norm=norm) if dtype or copy else head
         self._norm: Tensor | None = norm
         if turn is not None:
