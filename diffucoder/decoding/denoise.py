@@ -186,10 +186,10 @@ def _sure(rows: Rows, found: Found) -> Tensor:
 def _bound(state: DecodeState) -> float | None:
     """What the entropies of a step's tokens may add up to; None where there is no such rule.
 
-    With `scatter` it shrinks as tokens come from left to right: then each hangs on the one before, and is not alone.
+    With `ar_bound` it is wide as long as tokens come one behind the other, and narrows as they scatter.
     """
-    if state.params.scatter is not None:
-        return state.params.scatter * (1 - state.ar_ness)
+    if state.params.ar_bound is not None:
+        return state.params.ar_bound * state.ar_ness
     return state.params.entropy_bound
 
 

@@ -56,8 +56,8 @@ class DecodingParams(Settings):
     entropy_bound: float | None = Field(default=None, ge=0)
     """commit also the tokens of least entropy, whose entropies without the largest add up to this (EB-Sampler)"""
 
-    scatter: float | None = Field(default=None, ge=0)
-    """commit by an entropy bound of this times 1 - AR-ness: the less the order so far was from left to right, the more"""
+    ar_bound: float | None = Field(default=None, ge=0)
+    """an entropy bound of this times the local AR-ness until now: wide as long as tokens come one behind the other"""
 
     adaptive: bool = False
     """commit also every token more probable than those committed so far are on average (Saber)"""
@@ -107,7 +107,7 @@ class DecodingParams(Settings):
 
     @model_validator(mode="after")
     def _settings_fit(self) -> Self:
-        names = ("threshold", "factor", "entropy_bound", "scatter")
+        names = ("threshold", "factor", "entropy_bound", "ar_bound")
         rules = [name for name in names if getattr(self, name) is not None]
         rules += ["adaptive"] if self.adaptive else []
         changed = [name for name in _EXACT_ONLY if getattr(self, name) != type(self).model_fields[name].default]
@@ -115,10 +115,10 @@ class DecodingParams(Settings):
             raise ValueError(f"{changed[0]} is no setting of the reference preset; use preset='exact'")
         if len(rules) > 1:
             raise ValueError(f"{rules[0]} and {rules[1]} are two rules for what a step commits; choose one")
-        if rules and rules[0] in ("entropy_bound", "scatter") and self.policy != "entropy":
+        if rules and rules[0] in ("entropy_bound", "ar_bound") and self.policy != "entropy":
             raise ValueError(f"{rules[0]} goes by the policy 'entropy', not {self.policy!r}; use threshold or factor")
         others = {"branches": self.branches > 1, "revoke": self.revoke > 0, "adaptive": self.adaptive}
-        others["scatter"] = self.scatter is not None  # how much is committed hangs on the order until then
+        others["ar_bound"] = self.ar_bound is not None  # how much is committed hangs on the order until then
         others["a delayed cache"] = self.cache == "delayed"  # what it keeps depends on the passes that led there
         other = next((name for name, there in others.items() if there), "")
         if self.drafts and other:
@@ -165,7 +165,7 @@ class DecodingParams(Settings):
 
 
 _EXACT_ONLY = (
-    *("threshold", "factor", "entropy_bound", "scatter", "adaptive", "revoke"),
+    *("threshold", "factor", "entropy_bound", "ar_bound", "adaptive", "revoke"),
     *("block", "horizon", "drafts", "branches", "cache"),
 )
 _DREAM_POLICIES: dict[str, Policy] = {

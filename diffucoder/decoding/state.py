@@ -64,7 +64,7 @@ class DecodeState:
         self.guesses: list[Tensor] = []  # (T,) canvases that the next pass looks at beside this one
         self.worth: tuple[Tensor, Tensor] | None = None  # (T,) confidence and log-probability of what they guess
         self.last_seen = torch.zeros(len(self.tokens))  # (T,) log-probability of each commitment when last looked at
-        self.made = torch.where(self.holes, _LATER, -1)  # (T,) the step that committed each position; -1 if it was given
+        self.made = torch.where(self.holes, _LATER, -1)  # (T,) the step that committed each; -1 if it was given
         self.slot: Slot | None = None  # its keys and values, where there is a cache
         # SeedSequence mixes (seed, sample), so that neighbouring seeds and samples share nothing
         mixed = np.random.SeedSequence((params.seed, int(canvas.sample[row]))).generate_state(1, np.uint64)
@@ -99,7 +99,7 @@ class DecodeState:
 
     def pass_by(self, steps: int) -> None:
         """Count one pass that made `steps` steps."""
-        if self.params.scatter is not None:  # nothing else asks
+        if self.params.ar_bound is not None:  # nothing else asks
             self.made = self.made.clamp(max=self.age).where(self.tokens != self.canvas.mask_id, _LATER)
         self.forward_passes += 1
         self.age += steps

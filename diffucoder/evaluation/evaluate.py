@@ -268,8 +268,8 @@ def model_settings(tasks: Mapping[str, Any], generator: Generator, source: str |
     coder = generator.coder
     traces = {"maps": generator.maps} if generator.traces else {}  # left out for the same reason
     params = generator.params.model_dump(mode="json")
-    if params["scatter"] is None:  # the same again
-        del params["scatter"]
+    if params["ar_bound"] is None:  # the same again
+        del params["ar_bound"]
     return {
         **traces,
         **tasks,

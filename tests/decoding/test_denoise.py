@@ -40,8 +40,8 @@ MIX = [
     DecodingParams(cache="delayed", entropy_bound=2.5),
     DecodingParams(cache="delayed", temperature=0.4, refresh_every=5, seed=6),
     DecodingParams(horizon=3, factor=1.5, policy="margin"),
-    DecodingParams(scatter=4.0),
-    DecodingParams(scatter=3.0, cache="delayed", temperature=0.4, seed=7),
+    DecodingParams(ar_bound=4.0),
+    DecodingParams(ar_bound=3.0, cache="delayed", temperature=0.4, seed=7),
     DecodingParams(branches=3, threshold=0.3, policy="max_prob"),
     DecodingParams(adaptive=True, revoke=0.6, policy="max_prob", steps=4),
     DecodingParams.from_dream(steps=6, alg="entropy"),
@@ -56,7 +56,7 @@ def requests(tiny: Denoiser) -> list[DecodeState]:
     return [
         DecodeState(
             Canvas.from_prompts(
-                torch.randint(2, 60, (1, 2 + 3 * i), generator=generator), new_tokens=max(18 - i, 4), mask_id=tiny.mask_id
+                torch.randint(2, 60, (1, 2 + 3 * i), generator=generator), new_tokens=max(18 - i, 4), mask_id=66
             ),
             params,
         )
@@ -127,13 +127,14 @@ def problems(draw: st.DrawFn) -> tuple[Canvas, DecodingParams]:
 def extras(draw: st.DrawFn, policy: str) -> dict[str, Any]:
     """What the exact preset can do beyond the release, but for caches, which need a real model."""
     rules: list[dict[str, Any]] = [{}, {"threshold": 0.3}, {"factor": 1.0}]
-    rules += [{"entropy_bound": 1.0}, {"scatter": 2.0}] if policy == "entropy" else []
+    rules += [{"entropy_bound": 1.0}, {"ar_bound": 2.0}] if policy == "entropy" else []
     ahead: list[dict[str, Any]] = [{}, {"drafts": 1}, {"drafts": 4}, {"branches": 3}, {"revoke": 0.5}]
-    alone = dict.fromkeys(("threshold", "factor", "entropy_bound", "scatter"))
+    alone = dict.fromkeys(("threshold", "factor", "entropy_bound", "ar_bound"))
     rule = draw(st.sampled_from(rules))
+    fitting = [each for each in ahead if not ("ar_bound" in rule and "drafts" in each)]
     return {
         **rule,
-        **draw(st.sampled_from([each for each in ahead if not ("scatter" in rule and "drafts" in each)] + [{"adaptive": True, **alone}])),
+        **draw(st.sampled_from([*fitting, {"adaptive": True, **alone}])),
         "block": draw(st.none() | st.integers(1, 5)),
         "horizon": draw(st.none() | st.integers(1, 6)),
     }
@@ -371,7 +372,7 @@ def test_steps_are_lazy() -> None:
 @given(problems(), st.integers(1, 5))
 def test_drafts_change_nothing_but_the_passes(problem: tuple[Canvas, DecodingParams], drafts: int) -> None:
     start, params = problem
-    params = params.replace(preset="exact", branches=1, revoke=0.0, adaptive=False, scatter=None, drafts=0)
+    params = params.replace(preset="exact", branches=1, revoke=0.0, adaptive=False, ar_bound=None, drafts=0)
     stepwise, drafted = (
         list(denoise(Scripted(rugged), start, params.replace(drafts=number))) for number in (0, drafts)
     )
@@ -439,17 +440,17 @@ def test_adaptive_commits_what_is_surer_than_what_stands() -> None:
     assert counts(score, adaptive=True, policy="max_prob") == [1, 5, 1, 1]
 
 
-def test_scatter_commits_more_the_less_the_order_is_from_left_to_right() -> None:
-    def order(surest_first: Any) -> list[int]:  # every token has an entropy of about 0.02 nats
-        return counts(sure_of(surest_first), scatter=0.1)
+def test_the_bound_by_ar_ness_is_wide_while_tokens_come_one_behind_the_other() -> None:
+    def order(surest_first: Any) -> list[int]:  # every token has an entropy of about 0.03 nats
+        return counts(sure_of(surest_first), ar_bound=0.1)
 
-    assert order(lambda place: place) == [1] * 8  # each right behind the one before: AR-ness stays 1
-    assert order(lambda place: -place) == [1, 3, 4]  # none is: it falls to 1/2 and to 1/5
+    assert order(lambda place: place) == [4, 2, 2]  # tokens of one step follow none of each other: 1, 2/5, 3/7
+    assert order(lambda place: -place) == [4, 1, 1, 1, 1]  # none follows: 1, 1/5, 1/6, ...
 
 
 @given(st.lists(st.integers(0, 5), min_size=1, max_size=9), st.integers(1, 3))
 def test_a_request_knows_its_ar_ness(made: list[int], given: int) -> None:
-    state = DecodeState(canvas([1] * given, new_tokens=len(made)), DecodingParams(scatter=1.0))
+    state = DecodeState(canvas([1] * given, new_tokens=len(made)), DecodingParams(ar_bound=1.0))
     assert state.ar_ness == 1  # nothing is committed yet
     for step in range(6):
         state.tokens[given:][torch.tensor(made) == step] = 5
