@@ -62,6 +62,8 @@ WAYS = {
     "entropy bound 0.1": "entropy_bound=0.1",
     "entropy bound 0.2": "entropy_bound=0.2",
     "entropy bound 0.4": "entropy_bound=0.4",
+    "AR bound 0.06": "ar_bound=0.06",
+    "AR bound 0.12": "ar_bound=0.12",
     "adaptive": "adaptive=true policy=max_prob",
     "adaptive, revoke 1/8": "adaptive=true policy=max_prob revoke=0.125",
     "drafts 4": "drafts=4",

@@ -188,10 +188,11 @@ def read_runs(paths: Iterable[Path]) -> list[Run]:
         file = path / "traces.jsonl" if path.is_dir() else path
         if not file.is_file():
             raise ConfigError(f"{str(path)!r} holds no traces; give a folder of diffucoder order, or a file of traces")
-        verdicts = _verdicts(file.with_name("verdicts.jsonl"))
+        verdicts, asked = _verdicts(file.with_name("verdicts.jsonl")), _asked(file.with_name("settings.json"))
         for trace in read_traces(file):
-            settings = {"model": trace.model, **{k: v for k, v in trace.params.items() if k != "seed"}}
-            key = json.dumps([str(path) if path.is_dir() else "", settings], sort_keys=True)
+            settings = {"model": trace.model, **asked, **{k: v for k, v in trace.params.items() if k != "seed"}}
+            set_ = {k: v for k, v in settings.items() if v is not None}  # older traces know fewer settings
+            key = json.dumps([str(path) if path.is_dir() else "", set_], sort_keys=True)
             prompt = tuple(trace.tokens[: trace.prompt_length])
             task = trace.id.rpartition("#")[0] or f"prompt {zlib.crc32(repr(prompt).encode()):08x}"
             answer = Answer.of(trace, _tokenizer(trace.model), task=task, passed=verdicts.get(trace.id))
@@ -217,6 +218,12 @@ def labelled(runs: Sequence[Run]) -> list[Run]:
 @cache
 def _tokenizer(model: str) -> Tokenizer:
     return load_tokenizer(None if model == "tiny" else model)
+
+
+def _asked(path: Path) -> Json:
+    """What the run of a folder was asked, so that code and mathematics are told apart."""
+    told: Json = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return {"prompts": told["benchmark"]} if "benchmark" in told else {}
 
 
 def _verdicts(path: Path) -> dict[str, bool]:

@@ -175,11 +175,22 @@ def _sure(rows: Rows, found: Found) -> Tensor:
     if any(p.factor is not None for p in params):
         factor = torch.tensor([p.factor or 0.0 for p in params])  # with 0 nothing fits
         sure |= within_factor(probability, found.open, factor)
-    if any(p.entropy_bound is not None for p in params):
-        bounded = torch.tensor([[p.entropy_bound is not None] for p in params])  # (R, 1)
-        bound = torch.tensor([p.entropy_bound or 0.0 for p in params])
+    bounds = [_bound(state) for state in rows.states]
+    if any(bound is not None for bound in bounds):
+        bounded = torch.tensor([[bound is not None] for bound in bounds])  # (R, 1)
+        bound = torch.tensor([bound or 0.0 for bound in bounds])
         sure |= within_entropy(-found.confidence, found.open & bounded, bound)
     return sure
+
+
+def _bound(state: DecodeState) -> float | None:
+    """What the entropies of a step's tokens may add up to; None where there is no such rule.
+
+    With `ar_bound` it is wide as long as tokens come one behind the other, and narrows as they scatter.
+    """
+    if state.params.ar_bound is not None:
+        return state.params.ar_bound * state.ar_ness
+    return state.params.entropy_bound
 
 
 def _least(state: DecodeState) -> float:

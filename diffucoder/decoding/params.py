@@ -56,6 +56,9 @@ class DecodingParams(Settings):
     entropy_bound: float | None = Field(default=None, ge=0)
     """commit also the tokens of least entropy, whose entropies without the largest add up to this (EB-Sampler)"""
 
+    ar_bound: float | None = Field(default=None, ge=0)
+    """an entropy bound of this times the local AR-ness until now: wide as long as tokens come one behind the other"""
+
     adaptive: bool = False
     """commit also every token more probable than those committed so far are on average (Saber)"""
 
@@ -104,18 +107,18 @@ class DecodingParams(Settings):
 
     @model_validator(mode="after")
     def _settings_fit(self) -> Self:
-        rules = [name for name in ("threshold", "factor", "entropy_bound") if getattr(self, name) is not None]
+        names = ("threshold", "factor", "entropy_bound", "ar_bound")
+        rules = [name for name in names if getattr(self, name) is not None]
         rules += ["adaptive"] if self.adaptive else []
         changed = [name for name in _EXACT_ONLY if getattr(self, name) != type(self).model_fields[name].default]
         if self.preset == "reference" and changed:
             raise ValueError(f"{changed[0]} is no setting of the reference preset; use preset='exact'")
         if len(rules) > 1:
             raise ValueError(f"{rules[0]} and {rules[1]} are two rules for what a step commits; choose one")
-        if self.entropy_bound is not None and self.policy != "entropy":
-            raise ValueError(
-                f"entropy_bound goes by the policy 'entropy', not {self.policy!r}; use threshold or factor"
-            )
+        if rules and rules[0] in ("entropy_bound", "ar_bound") and self.policy != "entropy":
+            raise ValueError(f"{rules[0]} goes by the policy 'entropy', not {self.policy!r}; use threshold or factor")
         others = {"branches": self.branches > 1, "revoke": self.revoke > 0, "adaptive": self.adaptive}
+        others["ar_bound"] = self.ar_bound is not None  # how much is committed hangs on the order until then
         others["a delayed cache"] = self.cache == "delayed"  # what it keeps depends on the passes that led there
         other = next((name for name, there in others.items() if there), "")
         if self.drafts and other:
@@ -162,7 +165,8 @@ class DecodingParams(Settings):
 
 
 _EXACT_ONLY = (
-    *("threshold", "factor", "entropy_bound", "adaptive", "revoke", "block", "horizon", "drafts", "branches", "cache"),
+    *("threshold", "factor", "entropy_bound", "ar_bound", "adaptive", "revoke"),
+    *("block", "horizon", "drafts", "branches", "cache"),
 )
 _DREAM_POLICIES: dict[str, Policy] = {
     "origin": "random",

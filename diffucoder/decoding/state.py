@@ -19,6 +19,8 @@ from diffucoder.models.lean import Place
 Until = Callable[[Tensor], bool]
 """Whether to end a row now, given the ids (n,) from its first hole to its first position that is still masked."""
 
+_LATER = 1 << 30  # a step that no request reaches
+
 
 class Slot(NamedTuple):
     """Where a request's keys and values are, and of which time."""
@@ -61,6 +63,7 @@ class DecodeState:
         self.guesses: list[Tensor] = []  # (T,) canvases that the next pass looks at beside this one
         self.worth: tuple[Tensor, Tensor] | None = None  # (T,) confidence and log-probability of what they guess
         self.last_seen = torch.zeros(len(self.tokens))  # (T,) log-probability of each commitment when last looked at
+        self.made = torch.where(self.holes, _LATER, -1)  # (T,) the step that committed each; -1 if it was given
         self.slot: Slot | None = None  # its keys and values, where there is a cache
         # SeedSequence mixes (seed, sample), so that neighbouring seeds and samples share nothing
         mixed = np.random.SeedSequence((params.seed, int(canvas.sample[row]))).generate_state(1, np.uint64)
@@ -77,6 +80,16 @@ class DecodeState:
         """Whether the next Step tells entropies."""
         return self.forward_passes < self.entropies
 
+    @property
+    def ar_ness(self) -> float:
+        """Local AR-ness@1 until now: the share of commitments right behind what the step before committed, or given.
+
+        Tokens of one step follow none of each other. As if there were one more that did: 1 before the first.
+        """
+        committed = self.holes & (self.made < _LATER)
+        follows = committed & (self.made == 1 + pad(self.made[:-1], (1, 0), value=-1))
+        return (1 + int(follows.sum())) / (1 + int(committed.sum()))
+
     def uniform(self, ahead: int) -> Tensor:
         """(2, T) uniform numbers in [0, 1) for tokens and order, `ahead` steps from now."""
         while len(self._drawn) <= ahead:  # a number for every position, masked or not: padding and past do not matter
@@ -85,6 +98,8 @@ class DecodeState:
 
     def pass_by(self, steps: int) -> None:
         """Count one pass that made `steps` steps."""
+        if self.params.ar_bound is not None:  # nothing else asks
+            self.made = self.made.clamp(max=self.age).where(self.tokens != self.canvas.mask_id, _LATER)
         self.forward_passes += 1
         self.age += steps
         del self._drawn[:steps]

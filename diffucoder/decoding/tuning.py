@@ -48,9 +48,9 @@ WAYS = (
     Way("delayed", {"cache": "delayed"}, passes=1.05, fed=0.57),
     Way("drafts", {"drafts": 3}, passes=0.91, rows=4),
 )
-_RULES = {"threshold", "factor", "entropy_bound", "adaptive", "steps"}
+_RULES = {"threshold", "factor", "entropy_bound", "ar_bound", "adaptive", "steps"}
 _ARRANGED = {"block", "horizon", "cache", "refresh_every", "vicinity", "cache_delay"}
-_AHEAD = {"drafts", "branches", "revoke", "adaptive"}
+_AHEAD = {"drafts", "branches", "revoke", "adaptive", "ar_bound"}
 _LEAST = 32  # canvases are timed in multiples of this
 _KNOWN = TypeAdapter(dict[str, dict[str, float]])
 _ROUNDS = 8  # times each way is timed; the best counts

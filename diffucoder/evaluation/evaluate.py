@@ -267,6 +267,9 @@ def model_settings(tasks: Mapping[str, Any], generator: Generator, source: str |
     """All that the samples depend on; `tasks` is `task_settings`."""
     coder = generator.coder
     traces = {"maps": generator.maps} if generator.traces else {}  # left out for the same reason
+    params = generator.params.model_dump(mode="json")
+    if params["ar_bound"] is None:  # the same again
+        del params["ar_bound"]
     return {
         **traces,
         **tasks,
@@ -275,7 +278,7 @@ def model_settings(tasks: Mapping[str, Any], generator: Generator, source: str |
         "dtype": str(coder.model.dtype).removeprefix("torch."),
         "raw": generator.raw,
         "batch": generator.batch,
-        "params": generator.params.model_dump(mode="json"),
+        "params": params,
     }
 
 

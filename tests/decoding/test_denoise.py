@@ -40,6 +40,8 @@ MIX = [
     DecodingParams(cache="delayed", entropy_bound=2.5),
     DecodingParams(cache="delayed", temperature=0.4, refresh_every=5, seed=6),
     DecodingParams(horizon=3, factor=1.5, policy="margin"),
+    DecodingParams(ar_bound=4.0),
+    DecodingParams(ar_bound=3.0, cache="delayed", temperature=0.4, seed=7),
     DecodingParams(branches=3, threshold=0.3, policy="max_prob"),
     DecodingParams(adaptive=True, revoke=0.6, policy="max_prob", steps=4),
     DecodingParams.from_dream(steps=6, alg="entropy"),
@@ -54,7 +56,7 @@ def requests(tiny: Denoiser) -> list[DecodeState]:
     return [
         DecodeState(
             Canvas.from_prompts(
-                torch.randint(2, 60, (1, 2 + 3 * i), generator=generator), new_tokens=18 - i, mask_id=tiny.mask_id
+                torch.randint(2, 60, (1, 2 + 3 * i), generator=generator), new_tokens=max(18 - i, 4), mask_id=66
             ),
             params,
         )
@@ -125,11 +127,14 @@ def problems(draw: st.DrawFn) -> tuple[Canvas, DecodingParams]:
 def extras(draw: st.DrawFn, policy: str) -> dict[str, Any]:
     """What the exact preset can do beyond the release, but for caches, which need a real model."""
     rules: list[dict[str, Any]] = [{}, {"threshold": 0.3}, {"factor": 1.0}]
-    rules += [{"entropy_bound": 1.0}] if policy == "entropy" else []
+    rules += [{"entropy_bound": 1.0}, {"ar_bound": 2.0}] if policy == "entropy" else []
     ahead: list[dict[str, Any]] = [{}, {"drafts": 1}, {"drafts": 4}, {"branches": 3}, {"revoke": 0.5}]
+    alone = dict.fromkeys(("threshold", "factor", "entropy_bound", "ar_bound"))
+    rule = draw(st.sampled_from(rules))
+    fitting = [each for each in ahead if not ("ar_bound" in rule and "drafts" in each)]
     return {
-        **draw(st.sampled_from(rules)),
-        **draw(st.sampled_from([*ahead, {"adaptive": True, "threshold": None, "factor": None, "entropy_bound": None}])),
+        **rule,
+        **draw(st.sampled_from([*fitting, {"adaptive": True, **alone}])),
         "block": draw(st.none() | st.integers(1, 5)),
         "horizon": draw(st.none() | st.integers(1, 6)),
     }
@@ -367,7 +372,7 @@ def test_steps_are_lazy() -> None:
 @given(problems(), st.integers(1, 5))
 def test_drafts_change_nothing_but_the_passes(problem: tuple[Canvas, DecodingParams], drafts: int) -> None:
     start, params = problem
-    params = params.replace(preset="exact", branches=1, revoke=0.0, adaptive=False, drafts=0)
+    params = params.replace(preset="exact", branches=1, revoke=0.0, adaptive=False, ar_bound=None, drafts=0)
     stepwise, drafted = (
         list(denoise(Scripted(rugged), start, params.replace(drafts=number))) for number in (0, drafts)
     )
@@ -433,6 +438,26 @@ def test_adaptive_commits_what_is_surer_than_what_stands() -> None:
         return torch.nn.functional.one_hot(place % 8, 12) * height[..., None]
 
     assert counts(score, adaptive=True, policy="max_prob") == [1, 5, 1, 1]
+
+
+def test_the_bound_by_ar_ness_is_wide_while_tokens_come_one_behind_the_other() -> None:
+    def order(surest_first: Any) -> list[int]:  # entropies from 0.02 to 0.045 nats
+        return counts(sure_of(surest_first), ar_bound=0.1)
+
+    assert order(lambda place: place) == [3, 2, 2, 1]  # the first of each step follows: 1, then 2/4, 3/6, 4/8
+    assert order(lambda place: -place) == [5, 1, 1, 1]  # none does: 1, then 1/6, 1/7, 1/8
+
+
+@given(st.lists(st.integers(0, 5), min_size=1, max_size=9), st.integers(1, 3))
+def test_a_request_knows_its_ar_ness(made: list[int], given: int) -> None:
+    state = DecodeState(canvas([1] * given, new_tokens=len(made)), DecodingParams(ar_bound=1.0))
+    assert state.ar_ness == 1  # nothing is committed yet
+    for step in range(6):
+        state.tokens[given:][torch.tensor(made) == step] = 5
+        state.pass_by(1)
+    times = [-1] * given + made  # what was given came before
+    followers = sum(times[at] == times[at - 1] + 1 for at in range(len(times) - len(made), len(times)))
+    assert state.ar_ness == (1 + followers) / (1 + len(made))
 
 
 # --- part of the canvas

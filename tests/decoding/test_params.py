@@ -34,6 +34,21 @@ def test_a_bad_setting_is_refused_in_one_line(settings: dict[str, Any], said: st
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"ar_bound": 0.1, "entropy_bound": 0.1}, "entropy_bound and ar_bound are two rules"),
+        ({"ar_bound": 0.1, "policy": "max_prob"}, "ar_bound goes by the policy 'entropy', not 'max_prob'"),
+        ({"ar_bound": 0.1, "drafts": 3}, "drafts=3 cannot foresee steps under ar_bound"),
+        ({"ar_bound": 0.1, "preset": "reference"}, "ar_bound is no setting of the reference preset"),
+    ],
+    ids=str,
+)
+def test_what_does_not_go_with_the_bound_by_ar_ness_is_said(settings: dict[str, Any], said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        DecodingParams(**settings)
+
+
 def test_a_setting_is_refused_on_the_command_line_too() -> None:
     with pytest.raises(ConfigError, match="steps=0"):
         load_settings(DecodingParams, overrides=["steps=0"])

@@ -15,6 +15,7 @@ from commands import Run, assert_refused
 from diffucoder.decoding.trace import read_traces
 from diffucoder.errors import SandboxError
 from diffucoder.grading.sandbox import isolation
+from diffucoder.models.checkpoint import load_tokenizer
 from diffucoder.models.hub import SHIPPED
 
 QUICK = ("--new-tokens", "24", "--dtype", "float32")
@@ -88,12 +89,29 @@ def test_prompts_of_ones_own_need_no_tests(cli: Run, tmp_path: Path) -> None:
     assert_refused(cli("evaluate", "own.jsonl"), "has no tests to evaluate answers by")
 
 
-def test_mathematics_is_asked_as_published(cli: Run, tmp_path: Path) -> None:
-    row = {"question": "Ann has 2 apples and buys 3. How many has she?", "answer": "2 + 3 = 5\n#### 5"}
-    (tmp_path / "test.jsonl").write_text(json.dumps(row) + "\n")
-    code, out, _ = cli("order", "gsm8k", "--data", tmp_path, *QUICK, "--json")
+MATHEMATICS = [  # as GSM8K is published: a calculator's marks, and the result behind ####
+    {"question": "Ann has 2 apples and buys 3. How many has she?", "answer": "She has 2+3=<<2+3=5>>5 apples.\n#### 5"},
+    {
+        "question": "A mill grinds 500 bags a day. How many in 2 days, if half are sold each day?",
+        "answer": "It grinds 500*2=<<500*2=1000>>1,000 bags.\nOf these 1000/2=<<1000/2=500>>500 are left.\n#### 500",
+    },
+]
+
+
+def test_code_is_compared_with_mathematics_as_published(cli: Run, tmp_path: Path) -> None:
+    (tmp_path / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in MATHEMATICS))
+    code, out, _ = cli("order", "gsm8k", "--data", tmp_path, *QUICK, "--num-samples", 2, "--temperature", 0.5, "--json")
     (run,) = json.loads(out)["runs"]
-    assert (code, list(run["by_prompt"]), run["graded"]) == (0, ["gsm8k/0"], 0)
+    assert (code, list(run["by_prompt"]), run["samples"], run["graded"]) == (0, ["gsm8k/0", "gsm8k/1"], 4, 0)
+    [folder] = (path for path in (tmp_path / "runs/order/gsm8k").iterdir() if path.is_dir())
+    asked = [trace.tokens[: trace.prompt_length] for trace in read_traces(folder / "traces.jsonl")]
+    said = [load_tokenizer().decode(tokens, skip_special=False) for tokens in asked]
+    assert [row["question"] in text for row, text in zip(MATHEMATICS, said[::2], strict=True)] == [True, True]
+    assert cli("order", "tiny", "--limit", 2, *QUICK, "--num-samples", 2, "--temperature", 0.5).code == 0
+    [other] = (path for path in (tmp_path / "runs/order/tiny").iterdir() if path.is_dir())
+    told = json.loads(cli("order", "--traces", other, "--traces", folder, "--json").out)
+    assert [each["label"] for each in told["runs"]] == ["prompts tiny", "prompts gsm8k"]
+    assert told["differences"][0]["prompts"] == 0  # none that both were asked
 
 
 def test_traces_of_other_commands_are_reported_on(cli: Run, tmp_path: Path) -> None:

@@ -3,13 +3,16 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
+from diffucoder.decoding.params import DecodingParams
 from diffucoder.errors import ConfigError
 from diffucoder.evaluation.benchmarks import Task
-from diffucoder.evaluation.evaluate import Evaluation, claim, grade_samples, task_settings
-from diffucoder.evaluation.samples import Sample, read_samples
+from diffucoder.evaluation.evaluate import Evaluation, claim, grade_samples, model_settings, task_settings
+from diffucoder.evaluation.samples import Generator, Sample, read_samples
 from diffucoder.grading.sandbox import Sandbox
 
 GOOD, INTEGER, BAD = (f"def half(x):\n    return {body}\n" for body in ("x / 2", "x // 2", "x"))
@@ -110,6 +113,14 @@ def test_packages_belong_to_what_decides_the_tasks(tmp_path: Path) -> None:
     claim(tmp_path, task_settings("tiny", 3, ()))
     with pytest.raises(ConfigError, match=r"belongs to packages=None, not \['site'\]"):
         claim(tmp_path, task_settings("tiny", 3, [Path("site")]))
+
+
+def test_runs_from_before_a_setting_was_there_are_gone_on_with() -> None:
+    coder: Any = SimpleNamespace(name="tiny", model=SimpleNamespace(dtype="float32"))
+    params = DecodingParams(steps=4)
+    before = {k: v for k, v in params.model_dump(mode="json").items() if k != "ar_bound"}
+    assert model_settings({}, Generator(coder, params), None)["params"] == before
+    assert model_settings({}, Generator(coder, params.replace(ar_bound=0.1)), None)["params"]["ar_bound"] == 0.1
 
 
 def test_a_run_folder_belongs_to_its_settings(tmp_path: Path) -> None:
