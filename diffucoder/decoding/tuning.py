@@ -136,9 +136,9 @@ def _pass(model: Denoiser, way: Way, requests: int, width: int, answer: int) -> 
     """One pass as `way` has it."""
     rows = requests * way.rows
     fed = width if way.fed is None else max(1, round(way.fed * answer))
-    tokens = torch.full((rows, fed), model.mask_id, device=model.device)
+    tokens = torch.full((rows, fed), model.mask_id)  # on the host, as passes of decoding have them
     where = torch.cartesian_prod(torch.arange(rows), torch.arange(max(0, fed - answer), fed))  # (M, 2)
-    more: dict[str, Any] = {"rows": where.to(model.device), "reduce": lambda logits, _: logits.argmax(-1)}
+    more: dict[str, Any] = {"rows": where, "reduce": lambda logits, _: logits.argmax(-1)}
     if way.fed is not None:
         more["cache"] = model.new_cache(torch.full((rows,), width))
         more["positions"] = torch.arange(width - fed, width).expand(rows, -1)

@@ -198,7 +198,8 @@ class Denoiser(nn.Module):
         longest = tokens.shape[1] if positions is None else int(positions.max()) + 1
         if valid is not None and bool(valid.all()):
             valid = None
-        more = round_rows(tokens.shape[1]) - tokens.shape[1] if self._packed and len(tokens) == 1 else 0
+        narrow = self._packed and self.device.type == "cpu" and len(tokens) == 1
+        more = round_rows(tokens.shape[1]) - tokens.shape[1] if narrow else 0
         if more and positions is not None and rows is not None:
             real = torch.ones_like(tokens, dtype=torch.bool) if valid is None else valid
             tokens, positions, valid = (nn.functional.pad(each, (more, 0)) for each in (tokens, positions, real))

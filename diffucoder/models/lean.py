@@ -94,10 +94,13 @@ class CanvasCache:
         return place
 
     def _grow(self, rows: int, slots: int) -> None:
-        for layers in (self.keys, self.values):
-            for at, layer in enumerate(layers):
-                layers[at] = layer.new_zeros(rows, slots, *layer.shape[2:])
-                layers[at][: layer.shape[0], : layer.shape[1]] = layer
+        def grown(layer: Tensor) -> Tensor:
+            made = layer.new_zeros(rows, slots, *layer.shape[2:])
+            made[: layer.shape[0], : layer.shape[1]] = layer
+            return made
+
+        # all or nothing: where memory does not hold them, the cache is as it was
+        self.keys, self.values = ([grown(layer) for layer in layers] for layers in (self.keys, self.values))
         more = rows - len(self)
         self.lengths += [1] * more
         self._holders += [None] * more
@@ -200,8 +203,9 @@ def _alike(counts: Sequence[int]) -> list[list[int]]:
 def _packed(valid: Tensor, split: bool) -> tuple[Tensor | None, list[Part]]:
     """The real tokens of `valid` (B, W) and padding up to a round number of them: (N,) and their parts, as in `Fed`."""
     batch, width = valid.shape
-    counts = valid.sum(-1).tolist()
-    more = round_rows(sum(counts)) - sum(counts)
+    counts = (width - valid.int().argmax(-1)).tolist()  # from the first real one on, which padding behind may follow
+    real = int(valid.sum())
+    more = round_rows(real) - real
     fed, parts, begun = list[Tensor](), list[Part](), 0
     for rows in _alike(counts) if split else [list(range(batch))]:
         widest = min(width, round_rows(max(counts[row] for row in rows)))

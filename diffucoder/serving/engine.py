@@ -287,9 +287,11 @@ class Engine:
         for job in tuple(self._jobs):
             if job.cancelled:
                 self._figures.cancelled += 1
+                self._free(job)
                 self._end(job, None)
             elif now > job.deadline:
                 self._figures.late += 1
+                self._free(job)
                 self._end(
                     job, LateError(f"not finished after {now - job.began:.0f} s; ask for fewer tokens or samples")
                 )
@@ -314,6 +316,11 @@ class Engine:
     def _leave(self, row: _Row) -> None:
         self._places.remove(row)
         row.job.places -= 1
+
+    def _free(self, job: Job) -> None:
+        """Give up the places of its keys and values. For the thread, between passes."""
+        for row in job.rows:
+            row.state.slot = None
 
     def _end(self, job: Job, why: DiffuCoderError | None) -> None:
         """Forget a job, and say so to whoever waits for it."""
@@ -362,6 +369,7 @@ class Engine:
             for job in jobs:
                 if job in self._jobs:
                     self._figures.failed += 1
+                    self._free(job)
                     self._end(job, FailedError(f"this request failed: {why}"))
 
     def _deliver(self, made: Iterable[tuple[_Row, Step]], seconds: float) -> None:
@@ -381,6 +389,7 @@ class Engine:
                 if row.state.finish_reason is not None:
                     self._leave(row)
                     self._keep(row.state)
+                    row.state.slot = None  # its place is free now, however long somebody holds the request
                     job.left -= 1
                     if not job.left:
                         self._figures.finished += 1

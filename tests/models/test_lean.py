@@ -127,6 +127,33 @@ def test_a_row_is_free_once_nobody_holds_its_place(causal_lm: MakeLM) -> None:
     assert (cache.take(4).row, len(cache)) == (0, 2)
 
 
+def test_padding_may_stand_on_either_side_and_be_all_of_a_row(causal_lm: MakeLM) -> None:
+    plain, lean = pair(causal_lm)
+    ids = tokens(4, 40)
+    valid = torch.ones(4, 40, dtype=torch.bool)
+    valid[1, 10:], valid[2, :35], valid[3] = False, False, False
+    torch.testing.assert_close(lean(ids, valid=valid)[valid], plain(ids, valid=valid)[valid], rtol=0, atol=1e-5)
+
+
+def test_a_cache_that_memory_cannot_grow_is_as_it_was(causal_lm: MakeLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, lean = pair(causal_lm)
+    cache = lean.new_cache(torch.tensor([4, 4]))
+    held = cache.take(4), cache.take(4)
+    before = list(cache.keys), list(cache.values), list(cache.lengths)
+    calls = iter(range(100))
+
+    def scarce(self: Tensor, *shape: int) -> Tensor:
+        if next(calls) == 1:  # the first layer's keys have found room
+            raise torch.OutOfMemoryError
+        return torch.zeros(*shape)
+
+    monkeypatch.setattr(Tensor, "new_zeros", scarce)
+    with pytest.raises(torch.OutOfMemoryError):
+        cache.take(9)
+    assert all(one is other for one, other in zip([*cache.keys, *cache.values], [*before[0], *before[1]], strict=True))
+    assert (cache.lengths, len(cache), [place.row for place in held]) == (before[2], 2, [0, 1])
+
+
 @pytest.mark.parametrize("places", [[0], [3], [5, 1], [2, 0, 4], [4, 3, 2, 1, 0, 5]])
 def test_passes_over_any_rows_of_a_cache_equal_passes_over_their_own(causal_lm: MakeLM, places: list[int]) -> None:
     """Few rows of many are attended to as copies, most of them where they lie; padding of windows is left out."""

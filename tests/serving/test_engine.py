@@ -183,6 +183,29 @@ def test_a_batch_of_mixed_ages_is_one_call_that_feeds_what_each_row_needs() -> N
     assert len(caches.pop()) == 4  # two rows, then four: who left makes room for who comes
 
 
+def test_who_is_finished_makes_room_even_while_somebody_holds_the_request() -> None:
+    coder = DiffuCoder.load(dtype=torch.float32)
+    params = DecodingParams(cache="delayed", entropy_bound=0.5, new_tokens=24)
+    prompts = [problem.prompt for problem in problems("dev", 12, seed=3)]
+    sizes, held = set[int](), list[Job]()
+    forward = coder.model.forward
+
+    def watched(tokens: Tensor, *, cache: Any, **more: Any) -> Any:
+        sizes.add(len(cache))
+        return forward(tokens, cache=cache, **more)
+
+    coder.model.forward = watched  # type: ignore[method-assign]
+
+    async def work() -> None:
+        with Engine(coder, EngineSettings(max_batch=2)) as engine:
+            held.extend(engine.submit(coder.request(prompt, params)) for prompt in prompts)
+            held[-1].cancel()
+            await asyncio.gather(*(job.results() for job in held[:-1]))
+
+    run(work())
+    assert max(sizes) <= 2
+
+
 def test_what_is_loaded_apart_leaves_no_thread_behind() -> None:
     before = threading.active_count()
     assert apart(threading.get_ident) != threading.get_ident()
