@@ -106,10 +106,10 @@ class MaskedStage:
         """The loss of each held-out micro-batch, behind its share of the divisor; then its figures by noise level."""
         for micro in self.held_out_micros(shares):
             yield micro.count, self.loss(model, micro)
-        for name, micro in self._by_level(shares):
+        for name, micro in self.by_level(shares):
             yield 0.0, Terms(None, {name: self.loss(model, micro).figures["unweighted"]})
 
-    def _by_level(self, shares: Sequence[range]) -> Iterator[tuple[str, MaskedMicro]]:
+    def by_level(self, shares: Sequence[range]) -> Iterator[tuple[str, MaskedMicro]]:
         """Held-out rows at each of the wanted noise levels, and behind clean prefixes: the parent's own task."""
         if self._held_out is None:
             return
