@@ -32,6 +32,7 @@ from transformers.utils import logging as transformers_logging
 from diffucoder.errors import CheckpointError, ConfigError
 from diffucoder.models.denoiser import SUPPORTED_TYPES, Denoiser, set_causal
 from diffucoder.models.hub import find
+from diffucoder.models.quantize import SHARD, packed, unpacked
 from diffucoder.tokenizer import Tokenizer
 
 WEIGHTS, INDEX, EXTRAS = "model.safetensors", "model.safetensors.index.json", "diffucoder.json"
@@ -63,11 +64,13 @@ def load_denoiser(
         )
     device, dtype = default_device_and_dtype(device, dtype)
     skeleton = _skeleton(description)
-    _check_weights(description.folder, skeleton)
+    _check_weights(description, skeleton)
+    kind, form = type(skeleton), {"config": skeleton.config, "dtype": dtype, "attn_implementation": "sdpa"}
     with quiet():
-        model = type(skeleton).from_pretrained(
-            description.folder, config=skeleton.config, dtype=dtype, local_files_only=True, attn_implementation="sdpa"
-        )
+        if description.int8:
+            model = kind.from_pretrained(None, state_dict=_unpacked(description.folder, skeleton, dtype), **form)
+        else:
+            model = kind.from_pretrained(description.folder, local_files_only=True, **form)
     model.to(device).eval()
     return Denoiser.from_causal_lm(model, mask_id=mask_id, shifted=description.shifted)
 
@@ -84,11 +87,14 @@ def load_tokenizer(source: str | Path | None = None, *, revision: str | None = N
     return tokenizer
 
 
-def save_denoiser(denoiser: Denoiser, folder: str | Path, *, state: Mapping[str, Tensor] | None = None) -> None:
+def save_denoiser(
+    denoiser: Denoiser, folder: str | Path, *, state: Mapping[str, Tensor] | None = None, int8: bool = False
+) -> None:
     """Write `denoiser` to `folder` as a Dream checkpoint, or its own type plus `diffucoder.json` (module docstring).
 
     `state` stands in for the model's own weights, by their transformers names: gathered ones where the model is sharded
-    over processes, or the same in another dtype.
+    over processes, or the same in another dtype. `int8` rounds matrices to eight bits (`quantize`), in files under
+    16 MiB; a head that equals the embeddings is then stored once.
 
     Loading and saving again gives the same bytes. Weights keep their dtype, in safetensors of at most 5 GB. Files are
     replaced whole, so saving over the folder that `denoiser` was loaded from is safe. CheckpointError where the model
@@ -96,9 +102,9 @@ def save_denoiser(denoiser: Denoiser, folder: str | Path, *, state: Mapping[str,
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    dream = fits_dream(denoiser)
+    dream = fits_dream(denoiser) and not int8
     state = dream_state(denoiser, state) if dream else _state(denoiser, state)
-    dtype = _name(next(iter(state.values())).dtype)
+    dtype = "bfloat16" if int8 else _name(next(iter(state.values())).dtype)
     if dream:
         _write_json(folder / "config.json", _dream_config(denoiser) | {"torch_dtype": dtype})
         ids = {f"{kind}_token_id": getattr(denoiser.config, f"{kind}_token_id") for kind in ("bos", "eos", "pad")}
@@ -109,10 +115,16 @@ def save_denoiser(denoiser: Denoiser, folder: str | Path, *, state: Mapping[str,
         config = json.loads(denoiser.config.to_json_string())
         for name in ("is_causal", "transformers_version"):  # the first would half-convert it for other tools
             config.pop(name, None)
+        extras: Json = {"mask_token_id": denoiser.mask_id, "shifted": denoiser.shifted}
+        if int8:
+            config["tie_word_embeddings"], extras["weights"] = _once(state), "int8"
         _write_json(folder / "config.json", {**config, "dtype": dtype})
-        _write_json(folder / EXTRAS, {"mask_token_id": denoiser.mask_id, "shifted": denoiser.shifted})
+        _write_json(folder / EXTRAS, extras)
         (folder / "generation_config.json").unlink(missing_ok=True)
-    _write_weights(folder, state)
+    if int8:
+        _write_weights(folder, packed(state), largest=SHARD)
+    else:
+        _write_weights(folder, state)
 
 
 def save_parent(denoiser: Denoiser, folder: str | Path, *, state: Mapping[str, Tensor]) -> None:
@@ -173,6 +185,7 @@ class Description:
     config: Any  # a transformers config, which mypy does not follow
     mask_id: int | None
     shifted: bool
+    int8: bool = False  # weights are stored as `quantize` has them
 
     @property
     def dtype(self) -> torch.dtype:
@@ -205,7 +218,9 @@ def _describe(folder: Path) -> Description:
         raise CheckpointError(f"{folder}/config.json is not a {kind} config: {_first_line(error)}") from error
     if mask_id is not None and mask_id not in range(config.vocab_size):  # a string is in no range either
         raise CheckpointError(f"{folder}: mask_token_id={mask_id!r} is no id below vocab_size={config.vocab_size}")
-    return Description(folder, config, mask_id, bool(extras.get("shifted", True)))
+    if (weights := extras.get("weights")) not in (None, "int8"):
+        raise CheckpointError(f"{folder}/{EXTRAS}: weights {weights!r} are not understood; use 'int8', or no such line")
+    return Description(folder, config, mask_id, bool(extras.get("shifted", True)), weights == "int8")
 
 
 def _skeleton(description: Description) -> Any:
@@ -218,11 +233,13 @@ def _skeleton(description: Description) -> Any:
         raise CheckpointError(message) from error
 
 
-def _check_weights(folder: Path, skeleton: Any) -> None:
+def _check_weights(description: Description, skeleton: Any) -> None:
     """Compare what the files hold with what the config wants, reading headers only."""
-    wanted = {name: tuple(tensor.shape) for name, tensor in skeleton.state_dict().items()}
+    folder, tied = description.folder, skeleton.config.tie_word_embeddings
+    state = _untied(skeleton) if description.int8 else skeleton.state_dict()
+    wanted = {name: tuple(t.shape) for name, t in (packed(state) if description.int8 else state).items()}
     found = {name: shape for name, shape in _stored_shapes(folder).items() if not name.endswith("rotary_emb.inv_freq")}
-    spare = {"lm_head.weight"} if skeleton.config.tie_word_embeddings else set()  # tied: one matrix, stored once
+    spare = {"lm_head.weight"} if tied else set()  # tied: one matrix, stored once
     for problem, names in (
         ("lacks", [name for name in wanted if name not in found and name not in spare]),
         ("has unexpected", [name for name in found if name not in wanted]),
@@ -234,20 +251,49 @@ def _check_weights(folder: Path, skeleton: Any) -> None:
             raise CheckpointError(f"{folder} {problem} {names[0]}{shapes}{more}; config.json and weights do not match")
 
 
-def _stored_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every tensor in the folder's safetensors files."""
+def _untied(model: Any) -> dict[str, Tensor]:
+    """The model's state without a head that is its embeddings."""
+    tied = model.config.tie_word_embeddings
+    return {name: tensor for name, tensor in model.state_dict().items() if not (tied and name == "lm_head.weight")}
+
+
+def _unpacked(folder: Path, skeleton: Any, dtype: torch.dtype) -> dict[str, Tensor]:
+    """The weights of int8 files in `dtype`; no file is held open, and no weight in any third dtype."""
+    places: dict[str, Path] = {}
+    for path in _files(folder):
+        with safe_open(path, framework="pt") as file:
+            places |= dict.fromkeys(file.keys(), path)
+
+    def stored(name: str) -> Tensor:
+        with safe_open(places[name], framework="pt") as file:
+            tensor: Tensor = file.get_tensor(name)
+        if tensor.dtype not in (torch.int8, torch.bfloat16):
+            raise CheckpointError(f"{places[name]}: {name} is {_name(tensor.dtype)}, not int8; fetch it again")
+        return tensor
+
+    shapes = {name: tensor.shape for name, tensor in _untied(skeleton).items()}
+    return dict(unpacked(shapes, stored, dtype))
+
+
+def _files(folder: Path) -> list[Path]:
+    """The folder's safetensors files; CheckpointError where one is missing."""
     files = [WEIGHTS]
     if not (folder / WEIGHTS).exists() and (folder / INDEX).exists():
         files = sorted(set(_read_json(folder / INDEX, "fetch it again").get("weight_map", {}).values()))
     if missing := [name for name in files if not (folder / name).is_file()]:
         raise CheckpointError(f"{folder} lacks weight file {', '.join(missing)}; fetch it again (safetensors only)")
+    return [folder / name for name in files]
+
+
+def _stored_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every tensor in the folder's safetensors files."""
     shapes: dict[str, tuple[int, ...]] = {}
-    for name in files:
+    for path in _files(folder):
         try:
-            with safe_open(folder / name, framework="pt") as file:
+            with safe_open(path, framework="pt") as file:
                 shapes |= {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
         except SafetensorError as error:
-            message = f"{folder / name} is damaged or cut short ({_first_line(error)}); fetch it again"
+            message = f"{path} is damaged or cut short ({_first_line(error)}); fetch it again"
             raise CheckpointError(message) from error
     return shapes
 
@@ -318,9 +364,18 @@ def dream_state(denoiser: Denoiser, given: Mapping[str, Tensor] | None = None) -
     return complete
 
 
-def _write_weights(folder: Path, state: dict[str, Tensor]) -> None:
-    """Write `model.safetensors`, or shards of 5 GB and their index, and remove what an earlier save left over."""
-    shards = split_torch_state_dict_into_shards(state, max_shard_size="5GB")
+def _once(state: dict[str, Tensor]) -> bool:
+    """Drop a head that is, or equals, the embeddings; whether there was none of its own."""
+    head = state.get("lm_head.weight")
+    if head is None or not torch.equal(head, state["model.embed_tokens.weight"]):
+        return head is None
+    del state["lm_head.weight"]
+    return True
+
+
+def _write_weights(folder: Path, state: dict[str, Tensor], *, largest: int | str = "5GB") -> None:
+    """Write `model.safetensors`, or shards of `largest` and their index, and remove what an earlier save left over."""
+    shards = split_torch_state_dict_into_shards(state, max_shard_size=largest)
     for file, names in shards.filename_to_tensors.items():
         # never write into a file: it may be the one these very tensors are mapped from
         save_file({name: state[name] for name in names}, folder / f"{file}.new", metadata={"format": "pt"})

@@ -1,7 +1,7 @@
-"""An autoregressive parent becomes a Dream checkpoint; a Dream checkpoint becomes a GGUF file for llama.cpp.
+"""An autoregressive parent becomes a Dream checkpoint, and that a GGUF file for llama.cpp, or a small copy of itself.
 
-For: the two doors of `diffucoder convert`, from what a user names to what is written. Not for: training, without which
-a converted parent writes nothing sensible, nor how the files look (`checkpoint`, `gguf`).
+For: the three doors of `diffucoder convert`, from what a user names to what is written. Not for: training, without
+which a converted parent writes nothing sensible, nor how the files look (`checkpoint`, `gguf`, `quantize`).
 
 Converting changes no weight. The parent gets a mask token, rows for it and what else it lacks, and attends both ways;
 with the causal mask restored (`attention=torch.ones(T, T).tril().bool()`) it scores what the parent scores.
@@ -33,9 +33,7 @@ def convert(
     parent's own where left out, float32 for a GGUF. CheckpointError for a source that is not understood or is a
     diffusion model already, ConfigError for a folder that holds a model or cannot be written.
     """
-    folder = Path(os.path.expanduser(folder))
-    if held := [name for name in ("config.json", "tokenizer.json") if (folder / name).exists()]:
-        raise ConfigError(f"{folder} holds a model already ({held[0]}); remove it or name another folder")
+    folder = _free(folder)
     denoiser, tokenizer = _parent(source, dtype, revision)
     if pad:
         tokenizer = tokenizer.with_own_pad()
@@ -56,16 +54,40 @@ def export(source: str | Path, path: str | Path, *, dtype: str | None = None, re
     path = Path(os.path.expanduser(path))
     if path.exists():
         raise ConfigError(f"{path} exists already; remove it or choose another name")
+    denoiser, tokenizer = _trained(source, revision, "a dream GGUF cannot be")
+    _make(path.parent)
+    write_gguf(denoiser, tokenizer, path, dtype=dtype)
+    return denoiser
+
+
+def shrink(source: str | Path, folder: str | Path, *, revision: str | None = None) -> Denoiser:
+    """Write the diffusion model `source` to `folder` in eight bits, in files under 16 MiB; errors as `convert`'s."""
+    folder = _free(folder)
+    denoiser, tokenizer = _trained(source, revision, "eight bits are no use to yet")
+    _make(folder)
+    save_denoiser(denoiser, folder, int8=True)
+    tokenizer.save(folder)
+    return denoiser
+
+
+def _trained(source: str | Path, revision: str | None, why: str) -> tuple[Denoiser, Tokenizer]:
+    """A diffusion model in its own dtype, and its tokenizer."""
     description = describe(source, revision=revision)
     if description.mask_id is None:
         raise CheckpointError(
-            f"{description.folder} holds an autoregressive model, which a dream GGUF cannot be; convert it first "
+            f"{description.folder} holds an autoregressive model, which {why}; convert it first "
             "(diffucoder convert SOURCE FOLDER), train it, then export that"
         )
     denoiser = load_denoiser(source, dtype=description.dtype, device="cpu", revision=revision)
-    _make(path.parent)
-    write_gguf(denoiser, load_tokenizer(source, revision=revision), path, dtype=dtype)
-    return denoiser
+    return denoiser, load_tokenizer(source, revision=revision)
+
+
+def _free(folder: str | Path) -> Path:
+    """`folder`, which must not hold a model."""
+    folder = Path(os.path.expanduser(folder))
+    if held := [name for name in ("config.json", "tokenizer.json") if (folder / name).exists()]:
+        raise ConfigError(f"{folder} holds a model already ({held[0]}); remove it or name another folder")
+    return folder
 
 
 def _parent(source: str | Path, dtype: torch.dtype | None, revision: str | None) -> tuple[Denoiser, Tokenizer]:

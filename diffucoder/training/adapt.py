@@ -80,5 +80,5 @@ def adapt(settings: AdaptSettings) -> Path:
     if settings.held_out:
         held_out = PackedRows(prepare(settings.held_out, tokenizer, settings.cache, kind="documents"), **shape)
     noise = objective(settings, tokenizer, anneal_steps=settings.anneal_steps)
-    stage = MaskedStage(noise, rows, held_out, settings.held_out_rows)
+    stage = MaskedStage(noise, rows, held_out, settings.held_out_rows, settings.held_out_at)
     return train_and_export(denoiser, tokenizer, stage, settings)

@@ -30,7 +30,7 @@ from diffucoder.training.settings import TrainSettings
 # Settings that change what a run reports or how it is cut up, but not what it learns
 FREE = (
     *("run", "resume", "micro_batch", "gradient_checkpointing", "export_dtype", "log_every", "save_every", "keep"),
-    *("evaluate_every", "held_out", "held_out_rows", "trackers", "cache", "workers", "samples_every"),
+    *("evaluate_every", "held_out", "held_out_rows", "held_out_at", "trackers", "cache", "workers", "samples_every"),
 )
 LINES = ("metrics.jsonl", "samples.jsonl")  # files that grow with the steps, whose lines name theirs
 _OPTIONS = StateDictOptions(ignore_frozen_params=True)  # adapters are saved without what they adapt

@@ -7,7 +7,7 @@ All noise of a row is keyed by (seed, step, row): how a step is cut into micro-b
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple, Protocol
 
 import torch
@@ -18,7 +18,8 @@ from diffucoder.diffusion import annealed_attention, corrupt, keyed_generator, l
 from diffucoder.training.trainer import Micro, Terms
 
 HELD_OUT = -1  # stands for the step in the key of held-out noise, which is the same at every evaluation
-_TIME, _ATTENTION, _ROW = range(3)  # the last number of a key: what is drawn
+_TIME, _ATTENTION, _ROW, _CUT = range(4)  # the last number of a key: what is drawn
+_CUTS = 3  # of each held-out row: a token a pass is little to go by
 
 
 class Row(NamedTuple):
@@ -73,9 +74,16 @@ class MaskedStage:
     stride = 1
     shown: tuple[str, ...] = ()
 
-    def __init__(self, objective: Objective, rows: Rows, held_out: Rows | None, held_out_rows: int) -> None:
+    def __init__(
+        self,
+        objective: Objective,
+        rows: Rows,
+        held_out: Rows | None,
+        held_out_rows: int,
+        held_out_at: Sequence[float] = (),
+    ) -> None:
         """`held_out_rows` is rounded up to whole steps: then every process has as many of them."""
-        self.objective, self._rows, self._held_out = objective, rows, held_out
+        self.objective, self._rows, self._held_out, self._held_out_at = objective, rows, held_out, held_out_at
         self.held_out_rows = 0 if held_out is None else -(-held_out_rows // objective.batch) * objective.batch
 
     def prepare(self, step: int, shares: Sequence[range]) -> list[MaskedMicro]:
@@ -95,8 +103,23 @@ class MaskedStage:
         return [self._micro(self._held_out, HELD_OUT, share, times, "length") for share in shares]
 
     def held_out(self, model: nn.Module, shares: Sequence[range]) -> Iterator[tuple[float, Terms]]:
-        """The loss of each held-out micro-batch, behind its share of the divisor."""
-        return ((micro.count, self.loss(model, micro)) for micro in self.held_out_micros(shares))
+        """The loss of each held-out micro-batch, behind its share of the divisor; then its figures by noise level."""
+        for micro in self.held_out_micros(shares):
+            yield micro.count, self.loss(model, micro)
+        for name, micro in self.by_level(shares):
+            yield 0.0, Terms(None, {name: self.loss(model, micro).figures["unweighted"]})
+
+    def by_level(self, shares: Sequence[range]) -> Iterator[tuple[str, MaskedMicro]]:
+        """Held-out rows at each of the wanted noise levels, and behind clean prefixes: the parent's own task."""
+        if self._held_out is None:
+            return
+        for level in self._held_out_at:
+            times = torch.full((self.held_out_rows,), level)
+            for share in shares:
+                yield f"at_{level:g}", self._micro(self._held_out, HELD_OUT, share, times, "length")
+        for cut in range(_CUTS if self._held_out_at else 0):
+            for share in shares:
+                yield "after_prefix", self._after_prefix(self._held_out, share, cut)
 
     def loss(self, model: nn.Module, micro: MaskedMicro) -> Terms:
         """Weighted cross-entropy, summed; the logits exist in chunks only (`Denoiser.forward`)."""
@@ -112,6 +135,21 @@ class MaskedStage:
         loss = (cost * micro.weights.to(cost.device)).sum()
         scored = len(micro.targets)
         return Terms(loss, {"unweighted": (cost.detach().sum(), scored), "accuracy": (right.detach().sum(), scored)})
+
+    def _after_prefix(self, source: Rows, share: range, number: int) -> MaskedMicro:
+        """Held-out rows with all hidden from some place on, of which that first token alone is scored."""
+        micro = self._micro(source, HELD_OUT, share, torch.ones(self.held_out_rows), "length")  # all that may be, is
+        noisy, kept = micro.noisy.clone(), []
+        for at, index in enumerate(share):
+            hidden = (micro.rows[:, 0] == at).nonzero()[:, 0]  # (h,) of the row's hidden tokens, which of all
+            noise = keyed_generator(self.objective.seed, number, index, _CUT)
+            cut = int(torch.randint(len(hidden), (), generator=noise))
+            noisy[at, micro.rows[hidden[:cut], 1]] = micro.targets[hidden[:cut]]
+            kept.append(hidden[cut])
+        first = torch.stack(kept)
+        return replace(
+            micro, noisy=noisy, rows=micro.rows[first], targets=micro.targets[first], weights=micro.weights[first]
+        )
 
     def _times(self, step: int, rows: int) -> Tensor:
         """Noise levels of all rows of the step, (rows,): strata span processes and micro-batches."""

@@ -29,7 +29,18 @@ def load_start(settings: DiffusionSettings | GrpoSettings) -> tuple[Denoiser, To
     denoiser = load_denoiser(settings.model, mask_id=tokenizer.mask_id, dtype=dtype, device="cpu")
     if isinstance(settings, DiffusionSettings) and settings.shifted is not None:
         denoiser.shifted = settings.shifted
+    if settings.tied:
+        _tie(denoiser)
     return denoiser, tokenizer
+
+
+def _tie(denoiser: Denoiser) -> None:
+    """Make embeddings and head one matrix: they were in the parent, and Dream's format stores them twice."""
+    embeddings, head = denoiser.model.get_input_embeddings(), denoiser.model.get_output_embeddings()
+    if not torch.equal(embeddings.weight, head.weight):
+        raise ConfigError("tied=true but the model's embeddings and head differ; leave it out")
+    head.weight = embeddings.weight
+    denoiser.config.tie_word_embeddings = True
 
 
 def check_length(denoiser: Denoiser, name: str, tokens: int) -> None:

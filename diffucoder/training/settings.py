@@ -56,6 +56,9 @@ class DataSettings(TrainSettings):
     data: Sources = Field(description="one or a list of folders, .jsonl(.gz) files or hub:owner/name[/config][@split]")
     held_out: Sources = Field(default=(), description="sources of the held-out loss")
     held_out_rows: int = Field(default=256, ge=1, description="rows of the held-out loss")
+    held_out_at: tuple[Annotated[float, Field(gt=0, le=1)], ...] = Field(
+        default=(), description="noise levels whose held-out losses are told too, with that of the token after a prefix"
+    )
     cache: Path = Field(default=Path("runs/data"), description="folder of tokenised data, made once for each source")
 
 
@@ -63,6 +66,7 @@ class DiffusionSettings(DataSettings):
     """What the masked objective adds."""
 
     shifted: bool | None = Field(default=None, description="row i scores token i + 1; as the model says if left out")
+    tied: bool = Field(default=False, description="embeddings and head, equal at the start, are trained as one matrix")
     time: Literal["uniform", "stratified", "antithetic"] = Field(
         default="stratified", description="how noise levels are drawn over the rows of a step"
     )
@@ -128,6 +132,7 @@ class GrpoSettings(TrainSettings):
     """Stage 4: coupled-GRPO on problems with tests (DiffuCoder §5 and appendix B.1). `batch` counts completions."""
 
     model: str | None = Field(default=None, description="folder or Hub id to start from; the shipped model if left out")
+    tied: bool = Field(default=False, description="embeddings and head, equal at the start, are trained as one matrix")
     data: Sources = Field(description="problems with tests: .jsonl(.gz) files, see docs/rl_data.md")
     held_out: Sources = Field(default=(), description="problems for pass@1 while training")
     held_out_rows: int = Field(default=256, ge=1, description="problems of a held-out evaluation")

@@ -117,7 +117,7 @@ def sft(settings: SftSettings) -> Path:
         found = prepare(settings.held_out, tokenizer, settings.cache, kind="chat")
         held_out = ChatRows(found, settings, pad_id=tokenizer.pad_id)
         _tell_left_out(held_out, "held_out")
-    stage = MaskedStage(objective(settings, tokenizer), rows, held_out, settings.held_out_rows)
+    stage = MaskedStage(objective(settings, tokenizer), rows, held_out, settings.held_out_rows, settings.held_out_at)
     return train_and_export(denoiser, tokenizer, stage, settings)
 
 

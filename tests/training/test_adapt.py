@@ -1,6 +1,7 @@
 """Packed rows, law by law, and small real runs: a parent becomes a denoiser that loads and writes."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from stores import Lab, counting
 from diffucoder import DecodingParams, DiffuCoder
 from diffucoder.errors import CheckpointError, ConfigError
 from diffucoder.models.checkpoint import load_denoiser, load_tokenizer
+from diffucoder.models.convert import convert
 from diffucoder.training.adapt import PackedRows, adapt
 from diffucoder.training.masked import HELD_OUT, Row
 from diffucoder.training.settings import AdaptSettings
@@ -244,3 +246,42 @@ def test_data_that_fill_no_row_are_one_line(lab: Lab, parent: Path, tmp_path: Pa
 def test_a_model_that_is_none_is_one_line(lab: Lab, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="'/no/such/folder' is no folder"):
         adapt(settings(lab, Path("/no/such/folder"), tmp_path / "run"))
+
+
+# --- one matrix for embeddings and head ------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def start(causal_lm: Callable[..., Any], tmp_path: Path) -> Path:
+    """A denoiser of a Llama whose head is its embeddings, as Dream stores it: twice."""
+    model = causal_lm("llama", vocab_size=300, tie_word_embeddings=True)
+    source = parents.write_folder(tmp_path / "tied", model, parents.tokenizer())
+    convert(source, tmp_path / "start")
+    return tmp_path / "start"
+
+
+def ends(folder: Path) -> tuple[torch.Tensor, torch.Tensor]:
+    weights = load_file(folder / "model.safetensors")
+    return weights["model.embed_tokens.weight"], weights["lm_head.weight"]
+
+
+def test_what_is_trained_tied_is_tied_at_the_end_and_what_is_not_is_not(lab: Lab, start: Path, tmp_path: Path) -> None:
+    tied = adapt(settings(lab, start, tmp_path / "a", tied=True, export_dtype="float32"))
+    assert torch.equal(*ends(tied))
+    assert not torch.equal(ends(tied)[0], ends(start)[0])
+    apart = adapt(settings(lab, start, tmp_path / "b", export_dtype="float32"))
+    assert not torch.equal(*ends(apart))
+    with pytest.raises(ConfigError, match="tied=true but the model's embeddings and head differ"):
+        adapt(settings(lab, apart, tmp_path / "c", tied=True))
+
+
+def test_a_tied_run_that_was_cut_goes_on_to_the_same_bytes(lab: Lab, start: Path, tmp_path: Path) -> None:
+    def chosen(run: str, **changes: Any) -> AdaptSettings:
+        return settings(lab, start, tmp_path / run, tied=True, steps=4, save_every=2, keep=3, **changes)
+
+    whole = adapt(chosen("whole"))
+    shutil.copytree(tmp_path / "whole", tmp_path / "cut")
+    shutil.rmtree(tmp_path / "cut" / "checkpoints" / "step-00000004")
+    shutil.rmtree(tmp_path / "cut" / "model")
+    again = adapt(chosen("cut", resume=True))
+    assert (again / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
