@@ -74,9 +74,10 @@ def token_logprobs(coder: DiffuCoder, result: Generation) -> list[Json]:
     return [{"token": text, "logprob": log, "bytes": list(text.encode()), "top_logprobs": []} for text, log in told]
 
 
-def completion_logprobs(coder: DiffuCoder, result: Generation, most: int) -> Json:
+def completion_logprobs(coder: DiffuCoder, result: Generation, most: int, echoed: str = "") -> Json:
+    """Of the answer's tokens; what is `echoed` before it has none, since nothing was proposed there."""
     told = token_logprobs(coder, result)
-    offsets, at = [], 0
+    offsets, at = [], len(echoed)
     for each in told:
         offsets.append(at)
         at += len(each["token"])

@@ -152,11 +152,18 @@ _STREAMS: dict[int | str, Json] = _ERRORS | {
 
 
 def _add_openai(app: FastAPI, server: Server, dependencies: Sequence[Any]) -> None:  # Any: FastAPI's Depends
+    def about() -> Json:
+        told = {"id": server.coder.name, "object": "model", "created": 0, "owned_by": "diffucoder"}
+        return told | {"max_model_len": server.coder.model.max_length, "infill": True}
+
     @app.get("/v1/models", dependencies=dependencies, responses=_ERRORS)
     async def models() -> Json:
-        about = {"id": server.coder.name, "object": "model", "created": 0, "owned_by": "diffucoder"}
-        about |= {"max_model_len": server.coder.model.max_length, "infill": True}
-        return {"object": "list", "data": [about]}
+        return {"object": "list", "data": [about()]}
+
+    @app.get("/v1/models/{model:path}", dependencies=dependencies, responses=_ERRORS)
+    async def model(model: str) -> Json:
+        server.check_model(model)
+        return about()
 
     @app.post("/v1/completions", dependencies=dependencies, responses=_STREAMS, response_model=None)
     async def completions(asked: CompletionRequest, http: Request) -> Json | Response:
@@ -171,8 +178,10 @@ def _add_openai(app: FastAPI, server: Server, dependencies: Sequence[Any]) -> No
         results = await server.results(server.submit(request), http)
 
         def choice(result: Generation) -> Json:
-            told = None if asked.logprobs is None else completion_logprobs(server.coder, result, asked.logprobs)
-            return {"text": asked.prompt * asked.echo + result.text, "logprobs": told}
+            told, echoed = None, asked.prompt * asked.echo
+            if asked.logprobs is not None:
+                told = completion_logprobs(server.coder, result, asked.logprobs, echoed)
+            return {"text": echoed + result.text, "logprobs": told}
 
         return _answer(server, "cmpl", "text_completion", request, results, choice)
 
@@ -234,7 +243,8 @@ def _add_own(app: FastAPI, server: Server, dependencies: Sequence[Any]) -> None:
         coder, params = server.coder, asked.params(server.settings.decoding)
         results: list[Generation | None] = [None] * asked.n_cmpl
         if asked.n_predict != 0:
-            request = coder.infill_request(*fitting(coder, asked), params, most=asked.n_predict)
+            most = None if asked.n_predict == -1 else asked.n_predict
+            request = coder.infill_request(*fitting(coder, asked), params, most=most)
             results[:] = await server.results(server.submit(request), http)
         told = [infilled(coder, result, asked.response_fields) for result in results]
         return told if asked.n_cmpl > 1 else told[0]

@@ -69,12 +69,18 @@ def add_errors(app: FastAPI) -> None:
     @app.exception_handler(RequestValidationError)
     async def invalid(_: Request, error: RequestValidationError) -> Response:
         found = error.errors()[0]
-        where = ".".join(str(part) for part in found["loc"][1:]) or "the request"
-        if found["type"] == "extra_forbidden":
+        # pydantic names what it tried as well as where: constrained-str, function-after[...]
+        parts = [str(part) for part in found["loc"][1:] if isinstance(part, int) or part.isidentifier()]
+        where, told = ".".join(parts), found["msg"].removeprefix("Value error, ")
+        if found["type"] == "json_invalid":
+            where, message = "", f"the body is no JSON, from byte {found['loc'][-1]} on: {found['ctx']['error']}"
+        elif not where and found["type"] in ("missing", "model_attributes_type", "dict_type"):
+            message = "the body must be a JSON object, sent with 'Content-Type: application/json'"
+        elif found["type"] == "extra_forbidden":
             message = f"{where} is not supported here; leave it out"
         else:
-            message = f"{where}: {found['msg'].removeprefix('Value error, ')}"
-        return ApiError(400, message, kind="invalid_request_error", param=where).response
+            message = f"{where or 'the request'}: {told}"
+        return ApiError(400, message, kind="invalid_request_error", param=where or None).response
 
     @app.exception_handler(Exception)
     async def unexpected(_: Request, __: Exception) -> Response:
@@ -84,6 +90,8 @@ def add_errors(app: FastAPI) -> None:
     async def http(request: Request, error: HTTPException) -> Response:
         message = f"{request.method} {request.url.path}: {error.detail}"
         status = error.status_code
+        if status == 400:  # FastAPI's, of a body that its parser gave up
+            message = "the body cannot be read; send JSON in UTF-8, not too deep, with numbers of sensible length"
         found = ApiError(status, message, kind="invalid_request_error")
         found.headers |= dict(error.headers or {})
         return found.response

@@ -166,14 +166,14 @@ class TextPart(Wire):
 class Message(Wire):
     """A turn of a conversation."""
 
-    role: Literal["system", "user", "assistant"]
+    role: Literal["system", "developer", "user", "assistant"]
     content: Text | list[TextPart]
     name: str | None = None
 
     def plain(self) -> dict[str, str]:
         """Role and text."""
         content = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
-        return {"role": self.role, "content": content}
+        return {"role": "system" if self.role == "developer" else self.role, "content": content}
 
 
 class ChatRequest(Sampling):
@@ -232,7 +232,7 @@ class EditRequest(Sampling):
 
     text: Text
     spans: list[Span] = Field(default_factory=list, max_length=64)
-    instruction: Text | None = None
+    instruction: Annotated[Text, Field(min_length=1)] | None = None
     """what to do to the text, for a model that follows instructions; only without spans"""
 
     @model_validator(mode="after")
@@ -272,8 +272,8 @@ class InfillRequest(BaseModel):
     """what has been typed behind the prefix already"""
     input_extra: list[Extra] = Field(default_factory=list)
     """text from elsewhere, put before the prefix as far as there is room"""
-    n_predict: int | None = Field(default=None, ge=0)
-    """the most tokens that are tried; 0 writes nothing"""
+    n_predict: int | None = Field(default=None, ge=-1)
+    """the most tokens that are tried; 0 writes nothing, -1 is as if left out"""
     n_cmpl: int = Field(default=1, ge=1, le=64)
     """answers; more than one come as a list"""
     stop: Stops | None = None

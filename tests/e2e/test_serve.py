@@ -41,6 +41,24 @@ def test_the_model_is_listed(client: openai.OpenAI) -> None:
     assert [model.id for model in client.models.list()] == ["tiny"]
 
 
+def test_one_model_is_told_of_by_its_name(client: openai.OpenAI) -> None:
+    assert client.models.retrieve("tiny").id == "tiny"
+    with pytest.raises(openai.NotFoundError, match="is not here"):
+        client.models.retrieve("other/model")
+
+
+def test_what_is_echoed_moves_the_offsets(client: openai.OpenAI) -> None:
+    prompt = "def double(n):\n"
+    plain, echoed = (
+        client.completions.create(model="tiny", prompt=prompt, max_tokens=6, logprobs=1, echo=echo).choices[0]
+        for echo in (False, True)
+    )
+    assert echoed.text == prompt + plain.text
+    assert plain.logprobs is not None
+    assert echoed.logprobs is not None
+    assert echoed.logprobs.text_offset == [len(prompt) + at for at in plain.logprobs.text_offset or []]
+
+
 def test_chat_answers_with_code(client: openai.OpenAI) -> None:
     answer = client.chat.completions.create(model="tiny", messages=CHAT)
     text = answer.choices[0].message.content
@@ -251,6 +269,32 @@ def test_bad_bodies_are_refused(server: str, content: bytes, status: int) -> Non
     answer = httpx.post(f"{server}/v1/completions", content=content, headers=headers, timeout=60)
     assert answer.status_code == status, answer.text
     assert answer.json()["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    ("content", "sent_as", "said", "param"),
+    [
+        (b'{"prompt":"a",', "application/json", "no JSON, from byte", None),
+        (b'{"prompt":"\xff"}', "application/json", "JSON in UTF-8", None),
+        (b'{"prompt":"a"}', "text/plain", "Content-Type: application/json", None),
+        (b"", "application/json", "Content-Type: application/json", None),
+        (b'{"prompt":"a","stop":""}', "application/json", "stop: ", "stop"),
+        (b'{"prompt":"a","best_of":3}', "application/json", "best_of=3", None),
+    ],
+)
+def test_what_is_wrong_with_a_body_is_told_in_words(
+    server: str, content: bytes, sent_as: str, said: str, param: str | None
+) -> None:
+    answer = httpx.post(f"{server}/v1/completions", content=content, headers={"content-type": sent_as}, timeout=60)
+    error = answer.json()["error"]
+    assert (answer.status_code, error["param"]) == (400, param)
+    assert said in error["message"]
+
+
+def test_an_edit_without_an_instruction_is_refused(server: str) -> None:
+    answer = httpx.post(f"{server}/v1/edit", json={"text": "x = 1\n", "instruction": ""}, timeout=60)
+    assert answer.status_code == 400
+    assert answer.json()["error"]["param"] == "instruction"
 
 
 def test_a_body_without_a_length_is_cut_off_too(server: str) -> None:
