@@ -20,7 +20,7 @@ import torch
 from accelerate import Accelerator
 from rich.console import Console
 from torch import Tensor, nn
-from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
+from torch.distributed.checkpoint import CheckpointException, state_dict_loader, state_dict_saver
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 from torch.optim import Optimizer
 
@@ -32,6 +32,7 @@ FREE = (
     *("run", "resume", "micro_batch", "gradient_checkpointing", "export_dtype", "log_every", "save_every", "keep"),
     *("evaluate_every", "held_out", "held_out_rows", "held_out_at", "trackers", "cache", "workers", "samples_every"),
 )
+SETTINGS = "settings.json"
 LINES = ("metrics.jsonl", "samples.jsonl")  # files that grow with the steps, whose lines name theirs
 _OPTIONS = StateDictOptions(ignore_frozen_params=True)  # adapters are saved without what they adapt
 
@@ -55,7 +56,7 @@ def claim(settings: TrainSettings, *, write: bool) -> None:
     if getattr(settings, "normaliser", None) == "masked_micro":  # the one setting under which micro-batches count
         free.remove("micro_batch")
     wanted = settings.model_dump(mode="json", exclude=free)
-    path = settings.run / "settings.json"
+    path = settings.run / SETTINGS
     try:
         if settings.resume and path.exists():
             _compare(wanted, json.loads(path.read_text(encoding="utf-8")), settings.run)
@@ -129,6 +130,34 @@ def load_newest(run: Path, state: State, accelerator: Accelerator) -> int:
             optim_state_dict=tensors["optimizer"],
             options=StateDictOptions(ignore_frozen_params=True, strict=False),
         )
+    return step
+
+
+def begun(run: Path) -> dict[str, Any] | None:
+    """The settings that the run in this folder was begun with; None where the folder is no run's."""
+    path = run / SETTINGS
+    if not path.exists():
+        return None
+    settings: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return settings
+
+
+def load_model(run: Path, model: nn.Module) -> int:
+    """Fill `model` from the run's newest whole checkpoint and return its step.
+
+    ConfigError where there is none, or it holds no whole model of this shape: adapters, say, or more tokens.
+    """
+    step = next((step for step in sorted(found(run), reverse=True) if _is_whole(_folder(run, step))), None)
+    if step is None:
+        raise ConfigError(f"run {str(run)!r} has no whole checkpoint yet; go on with it, or name a model's folder")
+    try:
+        with _alone_is_fine():  # into these very tensors
+            state_dict_loader.load({"model": model.state_dict()}, checkpoint_id=_folder(run, step), no_dist=True)
+    except (CheckpointException, RuntimeError, ValueError) as error:
+        raise ConfigError(
+            f"{_folder(run, step)} holds no whole model of the shape the run began with; "
+            f"finish the run, and take {run / 'model'}"
+        ) from error
     return step
 
 

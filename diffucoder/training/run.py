@@ -13,6 +13,7 @@ from diffucoder.errors import ConfigError
 from diffucoder.models.checkpoint import load_denoiser, load_tokenizer, save_denoiser, save_parent
 from diffucoder.models.denoiser import Denoiser
 from diffucoder.tokenizer import Tokenizer
+from diffucoder.training.checkpoints import begun, load_model
 from diffucoder.training.masked import Objective
 from diffucoder.training.settings import DiffusionSettings, GrpoSettings, TrainSettings
 from diffucoder.training.trainer import Stage, Trainer
@@ -21,16 +22,33 @@ from diffucoder.training.trainer import Stage, Trainer
 def load_start(settings: DiffusionSettings | GrpoSettings) -> tuple[Denoiser, Tokenizer]:
     """The model a stage begins with, in float32 on the CPU, and its tokenizer.
 
-    An autoregressive parent gets the tokenizer's mask, and a row for it where it has none.
+    An autoregressive parent gets the tokenizer's mask, and a row for it where it has none. The folder of a run that
+    is not over, or was broken off, stands for its newest checkpoint.
     """
-    tokenizer = load_tokenizer(settings.model)
     # adapters leave the weights alone, which may then stay as short as they come
     dtype = torch.bfloat16 if settings.lora_rank and settings.bf16 else torch.float32
-    denoiser = load_denoiser(settings.model, mask_id=tokenizer.mask_id, dtype=dtype, device="cpu")
+    denoiser, tokenizer = open_model(settings.model, dtype)
     if isinstance(settings, DiffusionSettings) and settings.shifted is not None:
         denoiser.shifted = settings.shifted
     if settings.tied:
         _tie(denoiser)
+    return denoiser, tokenizer
+
+
+def open_model(source: str | Path | None, dtype: torch.dtype) -> tuple[Denoiser, Tokenizer]:
+    """A model, on the CPU, and its tokenizer, by what `load_denoiser` takes or by a run's folder: its newest checkpoint.
+
+    ConfigError for a run without a whole checkpoint, CheckpointError as `load_denoiser`.
+    """
+    run = Path(source or "")
+    settings = begun(run) if source is not None else None
+    start = source if settings is None else settings["model"]
+    tokenizer = load_tokenizer(start)
+    denoiser = load_denoiser(start, mask_id=tokenizer.mask_id, dtype=dtype, device="cpu")
+    if settings is not None:
+        load_model(run, denoiser)
+        if settings.get("shifted") is not None:
+            denoiser.shifted = settings["shifted"]
     return denoiser, tokenizer
 
 

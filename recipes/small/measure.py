@@ -14,14 +14,12 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from torch.distributed.checkpoint import state_dict_loader
 
-from diffucoder.models.checkpoint import default_device_and_dtype, load_denoiser, load_tokenizer
-from diffucoder.models.denoiser import Denoiser
-from diffucoder.tokenizer import Tokenizer
+from diffucoder.models.checkpoint import default_device_and_dtype
 from diffucoder.training.adapt import PackedRows
 from diffucoder.training.data import prepare
 from diffucoder.training.masked import MaskedStage, Objective
+from diffucoder.training.run import open_model
 
 LEVELS = (0.2, 0.5, 0.9)
 BATCH = 8
@@ -55,8 +53,8 @@ def main(
 @torch.no_grad()
 def measured(folder: Path, held_out: Path, *, rows: int, context: int, causal: bool, cache: Path) -> dict[str, float]:
     """Mean cross-entropy by noise level, and of the token after a prefix."""
-    denoiser, tokenizer = opened(folder)
-    denoiser.use_lean()
+    denoiser, tokenizer = open_model(folder, torch.float32)  # of a run's folder the newest checkpoint
+    denoiser.to(*default_device_and_dtype()).use_lean()
     store = prepare([str(held_out)], tokenizer, cache, kind="documents")
     source = PackedRows(store, context=context, batch=BATCH, seed=0)
     objective = Objective(mask_id=tokenizer.mask_id, pad_id=tokenizer.pad_id, seed=0, batch=BATCH, normaliser="length")
@@ -73,17 +71,6 @@ def measured(folder: Path, held_out: Path, *, rows: int, context: int, causal: b
         total = sums.setdefault(name, [0.0, 0])
         total[0], total[1] = total[0] + float(value), total[1] + number
     return {name: value / number for name, (value, number) in sums.items()}
-
-
-def opened(folder: Path) -> tuple[Denoiser, Tokenizer]:
-    """The model of a folder; of a run's folder that of its newest checkpoint, so that a run need not be over."""
-    if not (folder / "settings.json").exists():
-        return load_denoiser(folder), load_tokenizer(folder)
-    start = json.loads((folder / "settings.json").read_text(encoding="utf-8"))["model"]
-    denoiser = load_denoiser(start, dtype=torch.float32, device="cpu")
-    newest = max((folder / "checkpoints").glob("step-*[0-9]"))
-    state_dict_loader.load({"model": denoiser.state_dict()}, checkpoint_id=newest, no_dist=True)  # into these tensors
-    return denoiser.to(*default_device_and_dtype()), load_tokenizer(start)
 
 
 if __name__ == "__main__":
