@@ -36,7 +36,7 @@ def load_start(settings: DiffusionSettings | GrpoSettings) -> tuple[Denoiser, To
 
 
 def open_model(source: str | Path | None, dtype: torch.dtype) -> tuple[Denoiser, Tokenizer]:
-    """A model, on the CPU, and its tokenizer, by what `load_denoiser` takes or by a run's folder: its newest checkpoint.
+    """A model on the CPU and its tokenizer, by what `load_denoiser` takes or by a run's folder: its newest checkpoint.
 
     ConfigError for a run without a whole checkpoint, CheckpointError as `load_denoiser`.
     """
