@@ -1,10 +1,11 @@
-"""The small model against its parent on the same harness: a few tasks of each benchmark, spread over all of it.
+"""The small model against its parent on the same harness: some tasks of each benchmark, spread over all of it.
 
-    python recipes/small/evaluate.py --data ../shared/data --every 50 --parent START MODEL [MODEL ...]
+    python recipes/small/evaluate.py --data ../shared/data --tasks 40 --parent START MODEL [MODEL ...] tiny
 
-Of every benchmark each `every`-th task is taken, and each model is asked by `diffucoder evaluate` at as many steps as
-tokens, at half and at a quarter. The parent is asked left to right: greedy, in the same prompts; a hole it fills with
-the line that continues the prefix, since it cannot see what follows. What is there already is not asked again.
+Each model is asked by `diffucoder evaluate` at as many steps as tokens, at half and at a quarter: to continue the text
+(HumanEval, MBPP), to fill a line in it (HumanEval-Infilling), and by a request (the tiny problems). The parent is asked
+left to right: greedy, in the same prompts, for as many tokens; a hole it fills with the line that continues the prefix,
+since it cannot see what follows. What is there already is not asked again.
 """
 
 import gzip
@@ -18,8 +19,8 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from diffucoder.evaluation.benchmarks import PREFILL, Task, load
-from diffucoder.grading.extract import program_from
+from diffucoder.evaluation.benchmarks import Task, load
+from diffucoder.grading.extract import completed, program_from
 from diffucoder.models.checkpoint import load_denoiser, load_tokenizer
 from diffucoder.models.denoiser import set_causal
 from diffucoder.tokenizer import Tokenizer
@@ -29,14 +30,16 @@ FILES = {
     "humaneval": "HumanEvalPlus.jsonl.gz",
     "mbpp": "MbppPlus.jsonl.gz",
 }
-TOKENS = 64  # of an answer; a hole has the lengths that `infill` tries, 24 the longest
+TOKENS = 64  # of an answer: a short function
+LONGEST = 24  # of the lengths that `infill` tries
+RAW = ("humaneval", "mbpp")  # the text itself is continued: asked by chat, a model would have to repeat it first
 
 
 def main(
-    models: Annotated[list[Path] | None, typer.Argument(help="folders of denoisers")] = None,
+    models: Annotated[list[Path] | None, typer.Argument(help="folders of denoisers, or `tiny`")] = None,
     *,
     data: Annotated[Path, typer.Option(help="folder of the benchmarks' files")],
-    every: Annotated[int, typer.Option(help="take one task of so many")] = 50,
+    tasks: Annotated[int, typer.Option(help="about so many of each benchmark", min=1)] = 40,
     parent: Annotated[Path | None, typer.Option(help="the untrained denoiser: asked as the parent it still is")] = None,
     benchmarks: Annotated[str, typer.Option(help="separated by commas")] = "humaneval-infilling,humaneval,mbpp,tiny",
     run: Annotated[Path, typer.Option(help="folder for answers and verdicts")] = Path("runs/small-evaluate"),
@@ -44,16 +47,17 @@ def main(
     """Ask, grade, and print a table."""
     rows = []
     for name in benchmarks.split(","):
-        some = chosen(name, data, every, run)
+        some = chosen(name, data, tasks, run)
         if parent is not None:
-            samples = run / f"parent-{name}-{every}.jsonl"
+            samples = run / f"parent-{name}-{tasks}.jsonl"
             if not samples.exists():
                 answer_all(parent, some, samples)
             rows += reports("parent, left to right", name, some, ["--samples", str(samples)])
         for model in models or ():
-            steps = f"{TOKENS},{TOKENS // 2},{TOKENS // 4}" if name != "humaneval-infilling" else "24,12,6"
-            asked = ["--model", str(model), "--steps", steps, "--run", str(run / f"{key(model)}-{name}-{every}")]
-            rows += reports(str(model), name, some, [*asked, "--new-tokens", str(TOKENS)])
+            longest = LONGEST if name == "humaneval-infilling" else TOKENS
+            asked = ["--model", str(model), "--run", str(run / f"{key(model)}-{name}-{tasks}")]
+            asked += ["--new-tokens", str(TOKENS), "--steps", f"{longest},{longest // 2},{longest // 4}"]
+            rows += reports(str(model), name, some, asked + ["--raw"] * (name in RAW))
     print("| model | benchmark | tasks | steps | solved | 95 % interval | tokens a pass |")
     print("| --- | --- | --: | --: | --: | --- | --: |")
     print("\n".join(rows))
@@ -63,16 +67,16 @@ def key(model: Path) -> str:
     return "-".join(model.parts[-2:])
 
 
-def chosen(name: str, data: Path, every: int, run: Path) -> dict[str, Any]:
+def chosen(name: str, data: Path, tasks: int, run: Path) -> dict[str, Any]:
     """Name, folder and number of a subset: a published file with some of its lines, or the first tiny problems."""
     if name == "tiny":  # already drawn at random
-        return {"name": name, "folder": None, "limit": max(1, 500 // every)}
-    folder = run / f"every-{every}"
+        return {"name": name, "folder": None, "limit": tasks}
+    folder = run / f"some-{tasks}"
     path = folder / FILES[name]
     if not path.exists():
         folder.mkdir(parents=True, exist_ok=True)
         lines = gzip.decompress((data / FILES[name]).read_bytes()).decode().splitlines(keepends=True)
-        path.write_bytes(gzip.compress("".join(lines[::every]).encode(), mtime=0))
+        path.write_bytes(gzip.compress("".join(lines[:: max(1, len(lines) // tasks)][:tasks]).encode(), mtime=0))
     return {"name": name, "folder": folder, "limit": None}
 
 
@@ -93,7 +97,7 @@ def row(model: str, name: str, report: dict[str, Any]) -> str:
     tasks, share = report["tasks"], report["pass@1"]
     steps = report["settings"].get("params", {}).get("steps", "a token each")
     middle, spread = share + 1.92 / tasks, 1.96 * (share * (1 - share) / tasks + 0.96 / tasks**2) ** 0.5
-    low, high = ((middle + sign * spread) / (1 + 3.84 / tasks) for sign in (-1, 1))
+    low, high = (max(0.0, middle + sign * spread) / (1 + 3.84 / tasks) for sign in (-1, 1))
     each = report["tokens_per_forward"]
     cells = [model, name, tasks, steps, f"{share * tasks:.0f} ({share:.0%})", f"{low:.0%} – {high:.0%}"]
     return "| " + " | ".join(map(str, [*cells, f"{each:.2f}" if each else "–"])) + " |"
@@ -106,17 +110,20 @@ def answer_all(folder: Path, some: dict[str, Any], path: Path) -> None:
     """Write the parent's completions as EvalPlus has them."""
     tasks = load(some["name"], some["folder"])[: some["limit"]]
     answer, tokenizer = greedy(folder), load_tokenizer(folder)
-    lines = [{"task_id": task.task_id, **asked(task, answer, tokenizer)} for task in tasks]
+    lines = [{"task_id": task.task_id, **asked(some["name"], task, answer, tokenizer)} for task in tasks]
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
 
 
-def asked(task: Task, answer: Callable[[list[int], str | None], str], tokenizer: Tokenizer) -> dict[str, str]:
+def asked(
+    name: str, task: Task, answer: Callable[[list[int], str | None], str], tokenizer: Tokenizer
+) -> dict[str, str]:
     """A task in the prompt that `diffucoder evaluate` gives it."""
     if task.suffix:
         return {"completion": answer(tokenizer.encode(task.prompt), "\n")}
-    prompt = tokenizer.chat(task.request) + ("" if task.asserts else PREFILL)
-    return {"solution": program_from(answer(tokenizer.encode(prompt), None))}
+    if name in RAW:
+        return {"solution": completed(task.prompt, answer(tokenizer.encode(task.prompt), None), task.entry_point)}
+    return {"solution": program_from(answer(tokenizer.encode(tokenizer.chat(task.request)), None))}
 
 
 def greedy(folder: Path) -> Callable[[list[int], str | None], str]:

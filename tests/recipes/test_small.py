@@ -17,6 +17,7 @@ import pytest
 
 from diffucoder import DecodingParams, DiffuCoder
 from diffucoder.grading.extract import program_from
+from diffucoder.models.convert import convert
 from diffucoder.training.overlap import HeldOut, Overlaps
 from diffucoder.training.settings import STAGES
 
@@ -186,6 +187,30 @@ def test_the_chain_runs_from_a_parent_to_a_model_in_eight_bits(given: tuple[Path
     again = run(tmp_path, "--parent", parent, "--wheels", wheels)
     assert again.returncode == 0
     assert "$" not in again.stdout  # everything was there
+
+
+@pytest.mark.parametrize("benchmark", ["tiny", "humaneval", "humaneval-infilling"])
+def test_a_model_and_its_parent_are_asked_the_same_tasks(
+    given: tuple[Path, Path], shared: Path, tmp_path: Path, benchmark: str
+) -> None:
+    convert(given[0], tmp_path / "start")
+    command = [
+        sys.executable,
+        str(SMALL / "evaluate.py"),
+        "--data",
+        str(shared / "data"),
+        "--run",
+        str(tmp_path / "run"),
+    ]
+    command += ["--benchmarks", benchmark, "--tasks", "2", "--parent", str(tmp_path / "start"), str(tmp_path / "start")]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in done.stdout.splitlines()[2:]]
+    longest = 24 if benchmark == "humaneval-infilling" else 64
+    assert [row[3] for row in cells] == ["a token each", *(str(longest // share) for share in (1, 2, 4))]
+    assert {tuple(row[2:6:2] + [row[5]]) for row in cells} == {("2", "0 (0%)", "0% – 66%")}  # it is random
+    samples = [json.loads(line) for line in next((tmp_path / "run").glob("parent-*")).read_text().splitlines()]
+    assert len(samples) == 2
 
 
 def test_a_piece_that_is_over_says_that_there_is_more(tmp_path: Path) -> None:
