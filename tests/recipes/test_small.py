@@ -170,7 +170,7 @@ def given(causal_lm: Callable[..., Any], tmp_path_factory: pytest.TempPathFactor
 
 def test_the_chain_runs_from_a_parent_to_a_model_in_eight_bits(given: tuple[Path, Path], tmp_path: Path) -> None:
     parent, wheels = given
-    done = run(tmp_path, "--parent", parent, "--wheels", wheels)
+    done = run(tmp_path, "--parent", parent, "--wheels", wheels, "--grpo")
     assert done.returncode == 0, done.stderr
     manifest = json.loads((tmp_path / "data" / "manifest.json").read_text())
     assert [row["name"] for row in manifest["packages"]] == ["first"]
@@ -184,7 +184,8 @@ def test_the_chain_runs_from_a_parent_to_a_model_in_eight_bits(given: tuple[Path
     assert max(path.stat().st_size for path in (tmp_path / "int8").iterdir()) < 2**24
     coder = DiffuCoder.load(tmp_path / "int8", device="cpu")
     assert isinstance(coder.generate("Add.", DecodingParams(new_tokens=4)).text, str)
-    again = run(tmp_path, "--parent", parent, "--wheels", wheels)
+    assert (tmp_path / "grpo" / "model" / "config.json").exists()
+    again = run(tmp_path, "--parent", parent, "--wheels", wheels, "--grpo")
     assert again.returncode == 0
     assert "$" not in again.stdout  # everything was there
 
