@@ -41,7 +41,7 @@ def run(app: ASGIApp, *, host: str, port: int) -> None:
 
 
 class _Server(uvicorn.Server):
-    """Says where it listens, once it does."""
+    """Says where it listens, once it does, and that it was told to stop."""
 
     async def startup(self, sockets: list[object] | None = None) -> None:  # type: ignore[override]  # sockets are passed on
         """Begin to listen."""
@@ -50,3 +50,10 @@ class _Server(uvicorn.Server):
             port = self.servers[0].sockets[0].getsockname()[1]
             host = self.config.host if ":" not in self.config.host else f"[{self.config.host}]"
             print(f"listening on http://{host}:{port}, OpenAI's protocol under /v1", file=sys.stderr, flush=True)
+
+    async def shutdown(self, sockets: list[object] | None = None) -> None:  # type: ignore[override]  # passed on
+        """Answer what was accepted."""
+        print(
+            "stopping: nothing new is accepted, what was is answered; again to end at once", file=sys.stderr, flush=True
+        )
+        await super().shutdown(sockets)  # type: ignore[arg-type]

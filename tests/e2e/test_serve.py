@@ -383,6 +383,8 @@ def test_a_terminated_server_answers_what_it_accepted() -> None:
         answers = [each.result() for each in asked]
         assert [answer.status_code for answer in answers] == [200] * 3
         assert process.wait(20) in (0, -signal.SIGTERM)
+        assert process.stderr is not None
+        assert "stopping: nothing new is accepted, what was is answered" in process.stderr.read()
 
 
 def test_an_address_that_is_taken_is_one_line(server: str) -> None:
