@@ -1,7 +1,7 @@
 """The small model: SmolLM2-135M-Instruct becomes a diffusion coder, stage by stage, in pieces of a few minutes.
 
     python recipes/small/chain.py cpu --minutes 9            # again and again, until it says that it is done
-    python recipes/small/chain.py gpu --start runs/small-cpu/adapt/model   # on a card, from where a CPU stopped
+    python recipes/small/chain.py gpu --start runs/small-cpu/adapt   # on a card, from a CPU's newest checkpoint
     python recipes/small/chain.py cpu --ablations            # adaptation's alternatives on a tenth of the tokens
 
 Corpus, parent → denoiser, adaptation, instruction tuning, eight bits: every stage is a command, printed as it is run,
@@ -119,7 +119,7 @@ def main(
     budget: Annotated[str, typer.Argument(help="a table of budgets.toml: cpu, gpu or quick")],
     folder: Annotated[Path | None, typer.Option(help="run folder; runs/small-BUDGET if left out")] = None,
     minutes: Annotated[float | None, typer.Option(help="stop after so many, to go on when called again")] = None,
-    start: Annotated[Path | None, typer.Option(help="adapt this denoiser further, instead of the parent")] = None,
+    start: Annotated[Path | None, typer.Option(help="adapt this model, or run, further, not the parent")] = None,
     parent: Annotated[Path | None, typer.Option(help="folder or .gguf of the parent; fetched if left out")] = None,
     wheels: Annotated[Path | None, typer.Option(help="read the wheels of this folder, and fetch none")] = None,
     against: Annotated[Path | None, typer.Option(help="folder of the benchmarks' files, which are kept out")] = None,

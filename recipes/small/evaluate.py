@@ -1,6 +1,6 @@
 """The small model against its parent on the same harness: some tasks of each benchmark, spread over all of it.
 
-    python recipes/small/evaluate.py --data ../shared/data --tasks 40 --parent START MODEL [MODEL ...] tiny
+    python recipes/small/evaluate.py --data ../shared/data --tasks 40 --parent START MODEL [MODEL ...] shipped
 
 Each model is asked by `diffucoder evaluate` at as many steps as tokens, at half and at a quarter: to continue the text
 (HumanEval, MBPP), to fill a line in it (HumanEval-Infilling), and by a request (the tiny problems). The parent is asked
@@ -36,7 +36,9 @@ RAW = ("humaneval", "mbpp")  # the text itself is continued: asked by chat, a mo
 
 
 def main(
-    models: Annotated[list[Path] | None, typer.Argument(help="folders of denoisers, or `tiny`")] = None,
+    models: Annotated[
+        list[Path] | None, typer.Argument(help="folders of denoisers; `shipped` is the one in the package")
+    ] = None,
     *,
     data: Annotated[Path, typer.Option(help="folder of the benchmarks' files")],
     tasks: Annotated[int, typer.Option(help="about so many of each benchmark", min=1)] = 40,
@@ -55,7 +57,8 @@ def main(
             rows += reports("parent, left to right", name, some, ["--samples", str(samples)])
         for model in models or ():
             longest = LONGEST if name == "humaneval-infilling" else TOKENS
-            asked = ["--model", str(model), "--run", str(run / f"{key(model)}-{name}-{tasks}")]
+            asked = ["--model", str(model)] if str(model) != "shipped" else []
+            asked += ["--run", str(run / f"{key(model)}-{name}-{tasks}")]
             asked += ["--new-tokens", str(TOKENS), "--steps", f"{longest},{longest // 2},{longest // 4}"]
             rows += reports(str(model), name, some, asked + ["--raw"] * (name in RAW))
     print("| model | benchmark | tasks | steps | solved | 95 % interval | tokens a pass |")
