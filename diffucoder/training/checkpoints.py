@@ -116,7 +116,7 @@ def load_newest(run: Path, state: State, accelerator: Accelerator) -> int:
     """
     step = 0
     if accelerator.is_main_process:
-        step = next((step for step in sorted(found(run), reverse=True) if _is_whole(_folder(run, step))), 0)
+        step = _newest(run)
         for name in LINES:
             _trim(run / name, step)
     step = int(accelerator.reduce(torch.tensor(step, device=accelerator.device), "sum"))  # the first process found it
@@ -143,13 +143,13 @@ def begun(run: Path) -> dict[str, Any] | None:
     return settings
 
 
-def load_model(run: Path, model: nn.Module) -> int:
-    """Fill `model` from the run's newest whole checkpoint and return its step.
+def load_model(run: Path, model: nn.Module) -> None:
+    """Fill `model` from the run's newest whole checkpoint.
 
     ConfigError where there is none, or it holds no whole model of this shape: adapters, say, or more tokens.
     """
-    step = next((step for step in sorted(found(run), reverse=True) if _is_whole(_folder(run, step))), None)
-    if step is None:
+    step = _newest(run)
+    if not step:
         raise ConfigError(f"run {str(run)!r} has no whole checkpoint yet; go on with it, or name a model's folder")
     try:
         with _alone_is_fine():  # into these very tensors
@@ -159,7 +159,11 @@ def load_model(run: Path, model: nn.Module) -> int:
             f"{_folder(run, step)} holds no whole model of the shape the run began with; "
             f"finish the run, and take {run / 'model'}"
         ) from error
-    return step
+
+
+def _newest(run: Path) -> int:
+    """The step of the newest whole checkpoint, 0 where there is none; torn ones are named and passed over."""
+    return next((step for step in sorted(found(run), reverse=True) if _is_whole(_folder(run, step))), 0)
 
 
 def found(run: Path) -> Iterator[int]:

@@ -40,15 +40,14 @@ def open_model(source: str | Path | None, dtype: torch.dtype) -> tuple[Denoiser,
 
     ConfigError for a run without a whole checkpoint, CheckpointError as `load_denoiser`.
     """
-    run = Path(source or "")
-    settings = begun(run) if source is not None else None
-    start = source if settings is None else settings["model"]
-    tokenizer = load_tokenizer(start)
-    denoiser = load_denoiser(start, mask_id=tokenizer.mask_id, dtype=dtype, device="cpu")
-    if settings is not None:
-        load_model(run, denoiser)
-        if settings.get("shifted") is not None:
-            denoiser.shifted = settings["shifted"]
+    settings = None if source is None else begun(Path(source))
+    if source is None or settings is None:
+        tokenizer = load_tokenizer(source)
+        return load_denoiser(source, mask_id=tokenizer.mask_id, dtype=dtype, device="cpu"), tokenizer
+    denoiser, tokenizer = open_model(settings["model"], dtype)  # which may have been a run itself
+    load_model(Path(source), denoiser)
+    if settings.get("shifted") is not None:
+        denoiser.shifted = settings["shifted"]
     return denoiser, tokenizer
 
 

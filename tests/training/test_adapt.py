@@ -307,6 +307,10 @@ def test_the_folder_of_a_run_stands_for_its_newest_checkpoint(
     # the next stage begins there, and with the tied matrix of the one before
     further = adapt(settings(lab, run, tmp_path / "further", lr=1e-9, export_dtype="float32", **changes))
     assert torch.allclose(ends(further)[0], ends(tmp_path / "whole")[0], atol=1e-6)
+    # and a run that began in a run stands for its checkpoint too
+    assert torch.equal(
+        open_model(tmp_path / "further", torch.float32)[0].state_dict()["model.lm_head.weight"], ends(further)[1]
+    )
 
 
 def test_a_run_that_holds_no_whole_model_yet_is_one_line(lab: Lab, parent: Path, tmp_path: Path) -> None:
