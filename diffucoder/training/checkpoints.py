@@ -135,12 +135,18 @@ def load_newest(run: Path, state: State, accelerator: Accelerator) -> int:
 
 
 def begun(run: Path) -> dict[str, Any] | None:
-    """The settings that the run in this folder was begun with; None where the folder is no run's."""
+    """The settings that the run in this folder was begun with; None where it is no run, or none that began in a model.
+
+    ConfigError where they cannot be read.
+    """
     path = run / SETTINGS
     if not path.exists():
         return None
-    settings: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return settings
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path} cannot be read ({error}); name another run's folder, or a model's") from error
+    return settings if isinstance(settings, dict) and "model" in settings else None
 
 
 def load_model(run: Path, model: nn.Module) -> None:

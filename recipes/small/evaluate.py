@@ -77,6 +77,8 @@ def chosen(name: str, data: Path, tasks: int, run: Path) -> dict[str, Any]:
     folder = run / f"some-{tasks}"
     path = folder / FILES[name]
     if not path.exists():
+        if not (data / FILES[name]).exists():
+            raise typer.BadParameter(f"--data {str(data)!r} holds no {FILES[name]}; name the folder that does")
         folder.mkdir(parents=True, exist_ok=True)
         lines = gzip.decompress((data / FILES[name]).read_bytes()).decode().splitlines(keepends=True)
         path.write_bytes(gzip.compress("".join(lines[:: max(1, len(lines) // tasks)][:tasks]).encode(), mtime=0))

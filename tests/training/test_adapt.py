@@ -321,3 +321,6 @@ def test_a_run_that_holds_no_whole_model_yet_is_one_line(lab: Lab, parent: Path,
     shutil.rmtree(adapters / "checkpoints")
     with pytest.raises(ConfigError, match="has no whole checkpoint yet; go on with it, or name a model's folder"):
         adapt(settings(lab, adapters, tmp_path / "run"))
+    (adapters / "settings.json").write_text("{half")
+    with pytest.raises(ConfigError, match=r"settings\.json cannot be read .*; name another run's folder, or a model's"):
+        adapt(settings(lab, adapters, tmp_path / "run"))
