@@ -1,0 +1,89 @@
+"""Files: atomic writes, JSON lines in and out, the cache folder.
+
+The only place that does these. A file written here is whole or not there at all: the content goes to a neighbour
+(`name.partial`), which then takes the name. Files that grow (`append_jsonl`) may lose their last line when the process
+is killed; `read_whole_lines` reads what is complete.
+"""
+
+import gzip
+import json
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+Json = dict[str, Any]  # Any: whatever a JSON object holds
+
+
+def cache_folder() -> Path:
+    """Where the package keeps what it can compute again: `diffucoder` in the user's cache folder."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "diffucoder"
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write a whole file, or leave it as it was. Raises OSError."""
+    path = Path(path)
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)
+
+
+def write_json(path: str | Path, value: object) -> None:
+    """Write one JSON document, indented, whole or not at all. Raises OSError."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_jsonl(path: str | Path, rows: Iterable[Json]) -> None:
+    """Write one JSON object a line, whole or not at all. Raises OSError."""
+    write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
+
+
+def append_jsonl(path: str | Path, rows: Iterable[Json]) -> None:
+    """Add one JSON object a line and wait until the disk has them. Raises OSError."""
+    with Path(path).open("a", encoding="utf-8") as file:
+        file.write("".join(json.dumps(row) + "\n" for row in rows))
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def read_whole_lines(path: str | Path) -> list[Json]:
+    """The JSON objects of a file that may have been cut short: all up to the first line that is not whole."""
+    path = Path(path)
+    rows: list[Json] = []
+    if not path.exists():
+        return rows
+    content = path.read_text(encoding="utf-8", errors="replace")
+    for line in content.split("\n")[:-1]:
+        try:
+            rows.append(parse_json_line(line.encode()))
+        except ValueError:
+            break
+    return rows
+
+
+def read_lines(path: str | Path) -> Iterator[tuple[int, bytes]]:
+    """Number, from 1, and content of each line of a plain or gzipped file. Raises OSError, EOFError or zlib.error."""
+    path = Path(path)
+    with path.open("rb") as file:
+        zipped = file.read(2) == b"\x1f\x8b"
+    with gzip.open(path) if zipped else path.open("rb") as file:
+        yield from enumerate(file, start=1)
+
+
+def parse_json_line(line: bytes) -> Json:
+    """The JSON object on a line, with or without a byte-order mark. Raises ValueError with the reason."""
+    try:
+        text = line.decode("utf-8-sig").strip()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"not UTF-8 ({error.reason} at byte {error.start})") from None
+    if not text:
+        raise ValueError("line is empty")
+    try:
+        fields = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"not JSON ({error.msg} at character {error.pos + 1})") from None
+    except (ValueError, RecursionError) as error:  # numbers of thousands of digits, brackets thousands deep
+        raise ValueError(f"not JSON that can be read ({error})") from None
+    if not isinstance(fields, dict):
+        raise ValueError(f"not a JSON object but {type(fields).__name__}")
+    return fields
