@@ -215,7 +215,7 @@ def test_nothing_of_another_program_of_the_job_can_be_opened(box: Sandbox) -> No
     ],
 )  # fmt: skip
 def test_what_is_no_answer_is_a_loss(told: str, box: Sandbox, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("diffucoder.grading.grade._harness", lambda: f"print({told!r})")
+    monkeypatch.setattr("diffucoder.grading.grade._runner_source", lambda: f"print({told!r})")
     for outcome in asked("pass", box):
         assert (outcome.status, outcome.value) in {("killed", None), ("failed", None)}, outcome
         assert outcome.seconds >= 0

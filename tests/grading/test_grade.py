@@ -6,9 +6,8 @@ import pytest
 
 from diffucoder.errors import ConfigError, SandboxError
 from diffucoder.grading.grade import Call, call, grade, grade_many
-from diffucoder.grading.harness import plain as to_data
-from diffucoder.grading.plain import Opaque, from_data
 from diffucoder.grading.sandbox import Limits, isolation
+from diffucoder.grading.values import Opaque, from_json, to_json
 
 GOOD = "def add(a, b):\n    return a + b\n"
 TESTS = ["assert add(1, 2) == 3", "assert add(0, 0) == 0", "assert add(-1, 1) == 0"]
@@ -296,4 +295,4 @@ def test_a_list_too_large_to_carry_is_compared_by_its_digest() -> None:
     calls = [Call("f(*_)", (last,), 60) for last in (1, 1, 2)]
     one, same, other = (outcome.value for outcome in call(program, calls, Limits(seconds=60, memory=2 << 30)))
     assert one == same != other
-    assert from_data(to_data(one)) == one
+    assert from_json(to_json(one)) == one

@@ -1,0 +1,279 @@
+"""What runs in bubblewrap: a fork server, and for every job a supervisor and the program itself.
+
+`sandbox` passes this file's source to the system's Python. Nothing imports it, and it uses only the standard library of
+Python 3.9 and later.
+
+    fork server   process 1 of bubblewrap's namespaces: a warm interpreter that forks for every job it receives
+    supervisor    process 1 of the job's namespaces (user, pid, mount, ipc): mounts a new /proc, /tmp, /dev/shm and
+                  /dev/pts, drops all capabilities, takes the limits and a system call filter, and forks the program;
+                  ends when the program ends or the host hangs up, and all of its namespaces with it
+    program       has all of that from its supervisor; it is `__main__`
+
+A program cannot name the fork server, nor trace, read or kill the supervisor, which is process 1. Its processes, files
+and IPC end with its namespaces, so the next job finds none of them.
+"""
+
+from __future__ import annotations
+
+import _sitebuiltins
+import _thread
+import atexit
+import builtins
+import gc
+import marshal
+import os
+import resource
+import signal
+import socket
+import struct
+import sys
+import time
+from contextlib import suppress
+from types import TracebackType
+from typing import NoReturn
+
+CLONE_NEWNS, CLONE_NEWIPC, CLONE_NEWUSER, CLONE_NEWPID = 0x20000, 0x8000000, 0x10000000, 0x20000000
+CLONE_ANY_NAMESPACE = 0x7E020000
+MS_RDONLY, MS_NOSUID, MS_NODEV, MS_NOEXEC, MS_REMOUNT, MS_BIND = 1, 2, 4, 8, 32, 4096
+PR_SET_DUMPABLE, PR_SET_SECCOMP, PR_SET_NO_NEW_PRIVS = 4, 22, 38
+CAPABILITY_VERSION_3 = 0x20080522
+AF_UNIX = 1
+EPERM, ENOSYS = 1, 38
+
+# Modules that programs import most often. The fork server imports them once, so they cost a job nothing.
+WARM = """bisect collections copy dataclasses datetime decimal fractions functools hashlib heapq itertools json math
+operator random re signal string typing"""
+
+# Numbers of system calls on x86_64 and aarch64. No program under test needs the denied ones; some have had holes.
+DENIED = {
+    # other processes
+    "ptrace": (101, 117), "process_vm_readv": (310, 270), "process_vm_writev": (311, 271), "kcmp": (312, 272),
+    "pidfd_getfd": (438, 438), "perf_event_open": (298, 241),
+    "setsid": (112, 157),  # a new session would have a priority of its own
+    # mounts and namespaces
+    "mount": (165, 40), "umount2": (166, 39), "pivot_root": (155, 41), "chroot": (161, 51), "fsopen": (430, 430),
+    "fsmount": (432, 432), "move_mount": (429, 429), "open_tree": (428, 428), "mount_setattr": (442, 442),
+    "setns": (308, 268), "unshare": (272, 97), "open_by_handle_at": (304, 265),
+    # memory that no limit counts; tmpfs has bounds, and is there for programs that share memory
+    "shmget": (29, 194), "msgget": (68, 186), "semget": (64, 190), "memfd_create": (319, 279),
+    "memfd_secret": (447, 447),
+    # the kernel
+    "keyctl": (250, 219), "add_key": (248, 217), "request_key": (249, 218), "bpf": (321, 280),
+    "userfaultfd": (323, 282), "io_uring_setup": (425, 425), "io_uring_enter": (426, 426),
+    "io_uring_register": (427, 427), "fanotify_init": (300, 262), "quotactl": (179, 60), "syslog": (103, 116),
+    "acct": (163, 89), "swapon": (167, 224), "init_module": (175, 105), "finit_module": (313, 273),
+    "delete_module": (176, 106), "kexec_load": (246, 104),
+}  # fmt: skip
+CLONE, CLONE3, SOCKET = (56, 220), (435, 435), (41, 198)
+AUDIT_ARCHITECTURE = (0xC000003E, 0xC00000B7)
+
+
+def serve(control: socket.socket, isolated: bool) -> dict[str, bytes]:
+    """Fork for every job. Returns only in the process of a program: its files, the program among them."""
+    while True:
+        byte, fds, _, _ = socket.recv_fds(control, 1, 4)
+        if not byte:  # the host has closed the socket
+            os._exit(0)
+        child = clone() if isolated else os.fork()
+        if child == 0:
+            # read here, so that the data of a job is never in the fork server's memory
+            with control, control.makefile("rb") as file:
+                job = marshal.load(file)
+            return supervise(fds, isolated, *job)
+        for fd in fds:
+            os.close(fd)
+        status = os.waitpid(child, 0)[1] if child > 0 else -1
+        control.sendall(b"." if status in (0, signal.SIGKILL) else b"!")  # an unsafe job ends by SIGKILL
+
+
+def clone() -> int:
+    """fork() into new namespaces, for which Python has no function."""
+    flags = CLONE_NEWUSER | CLONE_NEWPID | CLONE_NEWNS | CLONE_NEWIPC | signal.SIGCHLD
+    return int(libc.syscall(CLONE[machine], flags, 0, 0, 0, 0))
+
+
+def supervise(
+    fds: list[int], isolated: bool, folder: str, limits: dict[str, int], contents: dict[str, bytes]
+) -> dict[str, bytes]:
+    """Prepare the job, fork the program and wait for its end. Returns in the program's process."""
+    *streams, line = fds
+    for target, fd in enumerate(streams):
+        os.dup2(fd, target)
+        os.close(fd)
+    os.setsid()
+    if isolated:
+        enter_namespaces(limits["FSIZE"])
+    os.chdir(folder)
+    for name, content in contents.items():
+        os.makedirs(os.path.dirname(os.path.abspath(name)), exist_ok=True)
+        with open(name, "wb") as file:
+            file.write(content)
+    lower_priority()
+    set_limits(limits, isolated)
+    if isolated:
+        confine()
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # to process 1 of a namespace the default is to do nothing
+    os.write(line, b"started ")
+    begin = time.monotonic()
+    program = os.fork()
+    if program == 0:
+        os.close(line)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        return contents
+    for target in range(3):  # so that the end of the program closes them
+        os.close(target)
+    _thread.start_new_thread(end_on_hangup, (line, isolated))
+    reaped = 0
+    while reaped != program:  # process 1 also reaps orphans
+        reaped, status, usage = os.wait4(-1, 0)
+    memory = usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    os.write(line, b"%d %d %f " % (os.waitstatus_to_exitcode(status), memory, time.monotonic() - begin))
+    end_job(isolated)
+
+
+def end_on_hangup(line: int, isolated: bool) -> None:
+    os.read(line, 1)
+    end_job(isolated)
+
+
+def end_job(isolated: bool) -> NoReturn:
+    """End this process, and with it everything that the program started."""
+    if not isolated:
+        os.killpg(0, signal.SIGKILL)
+    os._exit(0)  # process 1 takes its namespace along
+
+
+def enter_namespaces(tmpfs_bytes: int) -> None:
+    """In the new namespaces: stay the same user, mount what belongs to the job, forbid further namespaces."""
+    for name, text in (("setgroups", "deny"), ("gid_map", f"{user} {user} 1"), ("uid_map", f"{user} {user} 1")):
+        write_file(f"/proc/self/{name}", text)
+    bounds = b"size=%d,nr_inodes=4096,mode=755" % tmpfs_bytes
+    call("mount", b"tmpfs", b"/tmp", b"tmpfs", MS_NOSUID | MS_NODEV, bounds)
+    call("mount", b"tmpfs", b"/dev/shm", b"tmpfs", MS_NOSUID | MS_NODEV, bounds)
+    call("mount", b"proc", b"/proc", b"proc", MS_NOSUID | MS_NODEV | MS_NOEXEC, None)
+    call("mount", b"devpts", b"/dev/pts", b"devpts", MS_NOSUID | MS_NOEXEC, b"newinstance,ptmxmode=0666,mode=620")
+    write_file("/proc/sys/user/max_user_namespaces", "0")
+
+
+def lower_priority() -> None:
+    """Run only when nothing else wants the processor, and be the first to be killed when memory runs out."""
+    os.nice(19)
+    # Linux schedules sessions as groups, in which nice has no effect on other sessions
+    for name, value in (("autogroup", "10"), ("oom_score_adj", "1000")):
+        with suppress(OSError):
+            write_file(f"/proc/self/{name}", value)
+
+
+def set_limits(limits: dict[str, int], isolated: bool) -> None:
+    for name, value in limits.items():
+        kind = getattr(resource, "RLIMIT_" + name)
+        hard = resource.getrlimit(kind)[1]
+        if hard != resource.RLIM_INFINITY:
+            value = min(value, hard)
+        try:
+            resource.setrlimit(kind, (value, value))
+        except (OSError, ValueError):
+            if isolated:  # macOS does not support some
+                raise
+
+
+def confine() -> None:
+    """No capability, no privilege to gain, no look at this process, no switch in /proc, few ways into the kernel."""
+    call("mount", None, b"/proc", None, MS_REMOUNT | MS_BIND | MS_RDONLY | MS_NOSUID | MS_NODEV | MS_NOEXEC, None)
+    call("capset", struct.pack("=II", CAPABILITY_VERSION_3, 0), bytes(24))
+    call("prctl", PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
+    # other processes of the same user may neither trace this one and its children nor open their files in /proc
+    call("prctl", PR_SET_DUMPABLE, 0, 0, 0, 0)
+    code = ctypes.create_string_buffer(filters, len(filters))
+    program = struct.pack("@HP", len(filters) // 8, ctypes.addressof(code))
+    call("prctl", PR_SET_SECCOMP, 2, ctypes.create_string_buffer(program), 0, 0)
+
+
+def system_call_filter() -> bytes:
+    """A seccomp program in BPF that denies what is in DENIED, new namespaces, and sockets that are not local."""
+    load, equal, at_least, any_bit, give = 0x20, 0x15, 0x35, 0x45, 0x06  # opcodes: ld, jeq, jge, jset, ret
+    number, architecture, first_argument = 0, 4, 16  # offsets in struct seccomp_data
+
+    def step(opcode: int, operand: int, if_true: int = 0, if_false: int = 0) -> bytes:
+        return struct.pack("<HBBI", opcode, if_true, if_false, operand)
+
+    def on_call(numbers: tuple[int, int], *then: bytes) -> list[bytes]:
+        return [step(equal, numbers[machine], 0, len(then)), *then]
+
+    allow = step(give, 0x7FFF0000)
+    deny = step(give, 0x00050000 | EPERM)
+    program = [step(load, architecture), step(equal, AUDIT_ARCHITECTURE[machine], 1, 0), deny, step(load, number)]
+    if machine == 0:  # x32 calls would pass by other numbers
+        program += [step(at_least, 0x40000000, 0, 1), deny]
+    for numbers in DENIED.values():
+        program += on_call(numbers, deny)
+    program += on_call(CLONE3, step(give, 0x00050000 | ENOSYS))  # its flags are out of reach here; libc uses clone then
+    program += on_call(CLONE, step(load, first_argument), step(any_bit, CLONE_ANY_NAMESPACE, 0, 1), deny, allow)
+    program += on_call(SOCKET, step(load, first_argument), step(equal, AF_UNIX, 1, 0), deny, allow)
+    return b"".join([*program, allow])
+
+
+def call(name: str, *arguments: bytes | int | object) -> None:
+    """Call a function of the C library. Raises OSError."""
+    if getattr(libc, name)(*arguments) != 0:
+        raise OSError(ctypes.get_errno(), f"{name} {arguments[1]!r}: {os.strerror(ctypes.get_errno())}")
+
+
+def write_file(path: str, text: str) -> None:
+    with open(path, "w") as file:
+        file.write(text)
+
+
+def run_as_main(contents: dict[str, bytes]) -> None:
+    """Run the program as `__main__`, with tracebacks that begin in it."""
+    path = os.path.abspath("program.py")
+    main = type(sys)("__main__")
+    main.__file__ = path
+    sys.modules["__main__"] = main
+    sys.argv = [path]
+    sys.excepthook = show_traceback
+    for name in ("exit", "quit"):
+        setattr(builtins, name, _sitebuiltins.Quitter(name, "Ctrl-D"))
+    code = 0
+    # Registered first, this is called last. It skips the slow end of an interpreter whose memory is shared.
+    atexit.register(lambda: leave(code))
+    try:
+        exec(compile(contents["program.py"], path, "exec", dont_inherit=True), main.__dict__)
+    except SystemExit as error:
+        code = error.code if isinstance(error.code, int) else int(error.code is not None)
+        raise
+    except BaseException:
+        code = 1
+        raise
+
+
+def show_traceback(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """Print a traceback without the frames of this file."""
+    while trace is not None and trace.tb_frame.f_code.co_filename == show_traceback.__code__.co_filename:
+        trace = trace.tb_next
+    sys.__excepthook__(kind, error.with_traceback(trace), trace)
+
+
+def leave(code: int) -> None:
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except (OSError, ValueError, AttributeError):  # the program may have closed or replaced it
+            code = code or 120  # as the interpreter does
+    os._exit(code & 0xFF)
+
+
+if __name__ == "__main__":
+    isolated = sys.argv[2] == "isolated"
+    if isolated:
+        import ctypes
+
+        libc = ctypes.CDLL(None, use_errno=True)
+        machine = ["x86_64", "aarch64"].index(os.uname().machine)
+        user = os.geteuid()
+        filters = system_call_filter()
+    sys.path += sys.argv[3:]
+    for module in WARM.split():
+        __import__(module)
+    gc.freeze()  # a collection in a program would copy all of this
+    run_as_main(serve(socket.socket(fileno=int(sys.argv[1])), isolated))
