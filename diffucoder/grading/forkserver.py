@@ -16,13 +16,13 @@ and IPC end with its namespaces, so the next job finds none of them.
 from __future__ import annotations
 
 import _sitebuiltins
-import _thread
 import atexit
 import builtins
 import gc
 import marshal
 import os
 import resource
+import select
 import signal
 import socket
 import struct
@@ -37,6 +37,7 @@ CLONE_ANY_NAMESPACE = 0x7E020000
 MS_RDONLY, MS_NOSUID, MS_NODEV, MS_NOEXEC, MS_REMOUNT, MS_BIND = 1, 2, 4, 8, 32, 4096
 PR_SET_DUMPABLE, PR_SET_SECCOMP, PR_SET_NO_NEW_PRIVS = 4, 22, 38
 CAPABILITY_VERSION_3 = 0x20080522
+MIN_PAUSE, MAX_PAUSE = 0.0005, 0.02  # seconds between two looks at a program
 AF_UNIX = 1
 EPERM, ENOSYS = 1, 38
 
@@ -71,19 +72,14 @@ AUDIT_ARCHITECTURE = (0xC000003E, 0xC00000B7)
 def serve(control: socket.socket, isolated: bool) -> dict[str, bytes]:
     """Fork for every job. Returns only in the process of a program: its files, the program among them."""
     while True:
-        byte, fds, _, _ = socket.recv_fds(control, 1, 4)
-        if not byte:  # the host has closed the socket
+        # only looked at: the supervisor reads the job, so that its data is never in the fork server's memory
+        if not control.recv(1, socket.MSG_PEEK):  # the host has closed the socket
             os._exit(0)
         child = clone() if isolated else os.fork()
         if child == 0:
-            # read here, so that the data of a job is never in the fork server's memory
-            with control, control.makefile("rb") as file:
-                job = marshal.load(file)
-            return supervise(fds, isolated, *job)
-        for fd in fds:
-            os.close(fd)
+            return supervise(control, isolated)
         status = os.waitpid(child, 0)[1] if child > 0 else -1
-        control.sendall(b"." if status in (0, signal.SIGKILL) else b"!")  # an unsafe job ends by SIGKILL
+        control.sendall(b"gone\n" if status in (0, signal.SIGKILL) else b"failed\n")  # an unsafe job ends by SIGKILL
 
 
 def clone() -> int:
@@ -92,48 +88,85 @@ def clone() -> int:
     return int(libc.syscall(CLONE[machine], flags, 0, 0, 0, 0))
 
 
-def supervise(
-    fds: list[int], isolated: bool, folder: str, limits: dict[str, int], contents: dict[str, bytes]
-) -> dict[str, bytes]:
-    """Prepare the job, fork the program and wait for its end. Returns in the program's process."""
-    *streams, line = fds
-    for target, fd in enumerate(streams):
-        os.dup2(fd, target)
-        os.close(fd)
+def supervise(control: socket.socket, isolated: bool) -> dict[str, bytes]:
+    """Read a job, prepare it, run the program and report its end. Returns in the program's process."""
+    with control.makefile("rb") as file:
+        job = marshal.load(file)
     os.setsid()
     if isolated:
-        enter_namespaces(limits["FSIZE"])
-    os.chdir(folder)
-    for name, content in contents.items():
+        enter_namespaces(job["rlimits"]["FSIZE"] + len(job["stdin"]))
+    os.chdir(job["folder"])
+    for name, content in job["contents"].items():
         os.makedirs(os.path.dirname(os.path.abspath(name)), exist_ok=True)
         with open(name, "wb") as file:
             file.write(content)
+    with open(".stdin", "wb") as file:
+        file.write(job["stdin"])
+    stdin = os.open(".stdin", os.O_RDONLY)
+    os.unlink(".stdin")
     lower_priority()
-    set_limits(limits, isolated)
+    set_limits(job["rlimits"], isolated)
     if isolated:
         confine()
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # to process 1 of a namespace the default is to do nothing
-    os.write(line, b"started ")
-    begin = time.monotonic()
+    stdout, program_stdout = os.pipe()
+    stderr, program_stderr = os.pipe()
+    control.sendall(b"started\n")
     program = os.fork()
     if program == 0:
-        os.close(line)
+        control.close()
+        for target, fd in enumerate((stdin, program_stdout, program_stderr)):
+            os.dup2(fd, target)
+        for fd in (stdin, stdout, program_stdout, stderr, program_stderr):
+            os.close(fd)
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        return contents
-    for target in range(3):  # so that the end of the program closes them
-        os.close(target)
-    _thread.start_new_thread(end_on_hangup, (line, isolated))
-    reaped = 0
-    while reaped != program:  # process 1 also reaps orphans
-        reaped, status, usage = os.wait4(-1, 0)
-    memory = usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    os.write(line, b"%d %d %f " % (os.waitstatus_to_exitcode(status), memory, time.monotonic() - begin))
+        return job["contents"]
+    for fd in (stdin, program_stdout, program_stderr):
+        os.close(fd)
+    os.set_blocking(stdout, False)
+    os.set_blocking(stderr, False)
+    control.sendall(watch(program, [stdout, stderr], control, job["seconds"], job["output"]))
     end_job(isolated)
 
 
-def end_on_hangup(line: int, isolated: bool) -> None:
-    os.read(line, 1)
-    end_job(isolated)
+def watch(program: int, streams: list[int], control: socket.socket, seconds: float, max_output: int) -> bytes:
+    """Collect what the program prints until it ends, or passes a limit. Returns the report, as `sandbox` reads it."""
+    begin = time.monotonic()
+    outputs = {stream: bytearray() for stream in streams}
+    limit = "none"
+    ending = None
+    pause = MIN_PAUSE
+    while ending is None and limit == "none":
+        ending = reap(program)
+        ready = select.select([control, *streams], [], [], pause if ending is None else 0)[0]
+        pause = MIN_PAUSE if ready else min(2 * pause, MAX_PAUSE)
+        if control in ready:  # the host has hung up
+            return b""
+        for stream in ready:
+            with suppress(BlockingIOError):  # the program may read from its own stdout, too
+                chunk = os.read(stream, 1 << 20)
+                room = max_output - len(outputs[stream])
+                outputs[stream] += chunk[:room]
+                if len(chunk) > room:
+                    limit = "output"
+                if not chunk:
+                    streams.remove(stream)
+        if ending is None and limit == "none" and time.monotonic() - begin > seconds:
+            limit = "timeout"
+    code, memory = ending or (0, 0)
+    stdout, stderr = outputs.values()
+    report = f"{limit} {code} {memory} {time.monotonic() - begin:f} {len(stdout)} {len(stderr)}\n"
+    return report.encode() + stdout + stderr
+
+
+def reap(program: int) -> tuple[int, int] | None:
+    """Exit code and peak memory of the program once it has ended. Process 1 also reaps orphans."""
+    while True:
+        process, status, usage = os.wait4(-1, os.WNOHANG)
+        if process == 0:
+            return None
+        if process == program:
+            return os.waitstatus_to_exitcode(status), usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def end_job(isolated: bool) -> NoReturn:

@@ -32,7 +32,6 @@ GLANCE = 0.05  # seconds; most answers are there by then
 POLL = 0.02  # seconds between two looks at a silent child
 TICK = 1 / os.sysconf("SC_CLK_TCK")  # seconds; the unit of processor time in /proc
 DIGEST_CELLS = 20_000_000  # a list of lists with more items is reported by its digest
-PR_SET_DUMPABLE = 4
 
 
 class Question(NamedTuple):
@@ -59,7 +58,6 @@ def main() -> None:
     has a child of its own and an equal share of the time. One that takes longer gets a second try, with the time that
     the others left. In other jobs a child answers as many questions as it lives for.
     """
-    hide_process()
     job = marshal.loads(sys.stdin.buffer.read())
     questions = [Question(*fields) for fields in job["questions"]]
     seconds = job["seconds"]
@@ -87,14 +85,6 @@ def main() -> None:
         if not waiting and not last_try:
             waiting = slow
             last_try = True
-
-
-def hide_process() -> None:
-    """Close this process's files in /proc to processes of the same user, and the children's files to each other."""
-    with suppress(ImportError, OSError, AttributeError):  # there is no prctl outside Linux
-        import ctypes  # late: in isolation it is loaded already
-
-        ctypes.CDLL(None).prctl(PR_SET_DUMPABLE, 0, 0, 0, 0)
 
 
 class Child:

@@ -15,8 +15,6 @@ A worker is warm: bubblewrap with a fork server in it (`forkserver`), which star
 import marshal
 import os
 import platform
-import select
-import selectors
 import shutil
 import signal
 import socket
@@ -26,12 +24,12 @@ import tempfile
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, closing, suppress
+from contextlib import closing, nullcontext, suppress
 from dataclasses import dataclass, fields
 from functools import cache
 from pathlib import Path, PurePosixPath
 from threading import BoundedSemaphore
-from typing import IO, Any, Literal, Self
+from typing import Any, Literal, Self
 
 from diffucoder.errors import ConfigError, SandboxError
 
@@ -41,8 +39,9 @@ _NOBODY = 65534
 _PYTHONS = ("/usr/bin/python3", "/usr/local/bin/python3")  # that of a venv may be in a private home, out of reach
 _PROGRAM = "program.py"
 _PAGE = 4096  # bytes; the smallest file takes so many of a tmpfs
-_GRACE = 2.0  # seconds in which a killed tree closes its pipes
-_START = 30.0  # seconds in which a worker starts, on a busy machine
+_START = 30.0  # seconds that a program may take to start, on a busy machine
+_GRACE = 5.0  # seconds that a supervisor may be late before its worker is killed
+_CLOSE = 2.0  # seconds in which a worker ends by itself
 _MAX_JOBS = 5000  # programs that a worker runs before it is replaced
 # A fixed hash seed: the same program ends the same way every time, even if it prints a set.
 _ENVIRONMENT = {"PATH": "/usr/bin:/bin", "LANG": "C.UTF-8", "PYTHONHASHSEED": "0"}
@@ -246,6 +245,7 @@ class _Worker:
         self.unsafe = unsafe
         self.healthy = True  # whether it may get another job
         self.jobs = 0
+        self.errors = ""  # stderr of bubblewrap and the fork server, once closed
         self.control, worker_control = socket.socketpair()
         user: dict[str, Any] = {}  # Any: keywords of Popen, which differ in type
         if unsafe:
@@ -256,6 +256,7 @@ class _Worker:
             paths = [f"/packages/{number}" for number in range(len(packages))]
             if os.geteuid() == 0:  # root escapes RLIMIT_NPROC even in bubblewrap, and an escape should end as nobody
                 user = {"user": _NOBODY, "group": _NOBODY, "extra_groups": []}
+        self.replies = self.control.makefile("rb")
         mode = "unsafe" if unsafe else "isolated"
         try:
             with worker_control:
@@ -275,61 +276,59 @@ class _Worker:
             raise SandboxError(f"cannot start {command[0]}: {_last_line(str(error))}; is it installed?") from error
 
     def run(self, contents: dict[str, bytes], limits: Limits, stdin: bytes) -> ExecutionResult:
-        """Run one program. Raises SandboxError if it did not start; the worker may be `healthy` afterwards or not."""
-        with ExitStack() as stack:
-            folder = "/tmp"
-            if self.unsafe:
-                folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="diffucoder-"))
-            stdin_reader, stdin_writer = _pipe(stack)
-            stdout_reader, stdout_writer = _pipe(stack)
-            stderr_reader, stderr_writer = _pipe(stack)
-            line, worker_line = socket.socketpair()
-            stack.enter_context(line)
-            stack.enter_context(worker_line)
-            given_away = [stdin_reader, stdout_writer, stderr_writer, worker_line]
-            try:
-                socket.send_fds(self.control, [b"."], [stream.fileno() for stream in given_away])
-                self.control.settimeout(_START)
-                self.control.sendall(marshal.dumps((folder, _rlimits(limits, self.unsafe), contents), 2))
-            except OSError:
-                raise self._start_error() from None
-            for stream in given_away:
-                stream.close()
-            job = _Job(stdin_writer, stdout_reader, stderr_reader, line, limits)
-            job.communicate(stdin)
-            line.close()
-            self._finish(job)
-        return job.result()
-
-    def _finish(self, job: "_Job") -> None:
-        """Wait until the fork server reports that the job is gone, or give up the worker."""
-        self.control.settimeout(_GRACE if job.report else _START)
-        try:
-            answer = self.control.recv(1)
-        except OSError:
-            answer = b""
+        """Run one program. Raises SandboxError if it did not start. A worker that is not `healthy` now must be closed."""
+        self.healthy = False
         self.jobs += 1
-        self.healthy = answer == b"." and self.jobs < _MAX_JOBS
-        if not job.report and job.broken != "timeout":
-            if not answer:
-                raise self._start_error()
-            reason = _last_line(job.stderr.decode(errors="replace")) or "no reason given"
-            raise SandboxError(f"the sandbox did not start: {reason}; isolation() says what it needs")
+        with tempfile.TemporaryDirectory(prefix="diffucoder-") if self.unsafe else nullcontext("/tmp") as folder:
+            job = {
+                "folder": folder,
+                "contents": contents,
+                "stdin": stdin,
+                "rlimits": _rlimits(limits, self.unsafe),
+                "seconds": limits.seconds,
+                "output": limits.output,
+            }
+            self._start(job)
+            return self._finish(limits)
 
-    def _start_error(self) -> SandboxError:
+    def _start(self, job: dict[str, Any]) -> None:
+        try:
+            self.control.settimeout(_START)
+            self.control.sendall(marshal.dumps(job, 2))
+            if self.replies.readline() == b"started\n":
+                return
+        except OSError:
+            pass
         self.close()
         reason = _last_line(self.errors) or "no reason given"
-        return SandboxError(reason if reason.startswith("bwrap") else f"the sandbox did not start: {reason}")
+        raise SandboxError(reason if reason.startswith("bwrap") else f"the sandbox did not start: {reason}")
+
+    def _finish(self, limits: Limits) -> ExecutionResult:
+        """Read the report that `forkserver.watch` writes, and that the job is gone."""
+        begin = time.monotonic()
+        try:
+            self.control.settimeout(limits.seconds + _GRACE)
+            limit, code, memory, seconds, *lengths = self.replies.readline().decode().split()
+            stdout, stderr = [self.replies.read(int(length)).decode(errors="replace") for length in lengths]
+            self.healthy = self.replies.readline() == b"gone\n" and self.jobs < _MAX_JOBS
+        except TimeoutError:  # the machine is too busy to end the program from inside
+            status, detail = _ending("timeout", 0, "", limits)
+            return ExecutionResult(status, "", "", time.monotonic() - begin, 0, detail)
+        except (OSError, ValueError):
+            return ExecutionResult("killed", "", "", time.monotonic() - begin, 0, "the whole sandbox was killed")
+        status, detail = _ending(limit, int(code), stderr, limits)
+        return ExecutionResult(status, stdout, stderr, float(seconds), int(memory), detail)
 
     def close(self) -> None:
         """Kill the whole tree from outside: bwrap takes process 1 along, and that everything in its namespace."""
         if self.control.fileno() < 0:
             return
-        self.control.close()  # the fork server then ends by itself, unless it hangs
+        self.replies.close()
+        self.control.close()  # fork server and supervisor then end by themselves, unless they hang
         assert self.process.stderr is not None
         with self.process.stderr as stderr:
             with suppress(subprocess.TimeoutExpired):
-                self.process.wait(_GRACE)
+                self.process.wait(_CLOSE)
             if self.process.returncode is None:  # not reaped yet, so the number is still that of the process
                 with suppress(ProcessLookupError):
                     os.killpg(self.process.pid, signal.SIGKILL)
@@ -337,113 +336,17 @@ class _Worker:
             self.errors = stderr.read(65536).decode(errors="replace")
 
 
-class _Job:
-    """A running program, seen from the host: feed stdin, collect output, end it at a limit."""
-
-    def __init__(
-        self, stdin: IO[bytes], stdout: IO[bytes], stderr: IO[bytes], line: socket.socket, limits: Limits
-    ) -> None:
-        self.stdin = stdin
-        self.line = line  # to the supervisor, which ends the program when the host hangs up
-        self.limits = limits
-        self.stdout = bytearray()
-        self.stderr = bytearray()
-        self.report = bytearray()  # "started ", then "EXIT_CODE BYTES SECONDS " of the program, from the supervisor
-        self.buffers = {stdout.fileno(): self.stdout, stderr.fileno(): self.stderr, line.fileno(): self.report}
-        self.begin = time.monotonic()
-        self.deadline = self.begin + limits.seconds
-        self.seconds = 0.0
-        self.broken = ""  # the limit that ended the run: "timeout" or "output"
-        self.ending = False
-
-    def communicate(self, data: bytes) -> None:
-        """Exchange data until every stream is closed, which is when every process of the tree is gone."""
-        unsent = memoryview(data)
-        with selectors.DefaultSelector() as selector:
-            selector.register(self.stdin, selectors.EVENT_WRITE)
-            for stream in self.buffers:
-                selector.register(stream, selectors.EVENT_READ)
-            streams = len(self.buffers)
-            while streams:
-                left = self.deadline - time.monotonic()
-                if left <= 0:
-                    if self.ending:
-                        break
-                    self._end("timeout")
-                for key, _ in selector.select(max(0.0, left)):
-                    if key.fileobj is self.stdin:
-                        unsent = self._send(unsent)
-                        if not unsent:
-                            selector.unregister(self.stdin)
-                            self.stdin.close()
-                    elif not self._receive(key.fd):
-                        selector.unregister(key.fd)
-                        streams -= 1
-        self.seconds = time.monotonic() - self.begin
-
-    def _send(self, unsent: memoryview) -> memoryview:
-        try:
-            return unsent[os.write(self.stdin.fileno(), unsent[: select.PIPE_BUF]) :]  # so much does not block
-        except BrokenPipeError:  # the program ended without reading all of it
-            return unsent[:0]
-
-    def _receive(self, stream: int) -> bool:
-        """Keep what came, within the limit. False at the end of the stream."""
-        chunk = os.read(stream, 65536)
-        buffer = self.buffers[stream]
-        if buffer is self.report:
-            buffer += chunk
-            if not chunk:
-                self._end("")  # the supervisor ended by itself
-        else:
-            room = self.limits.output - len(buffer)
-            buffer += chunk[:room]
-            if len(chunk) > room:
-                self._end("output")
-        return bool(chunk)
-
-    def _end(self, limit: str) -> None:
-        """Hang up on the supervisor, and give the tree a little time to be gone."""
-        self.broken = self.broken or limit
-        if not self.ending:
-            self.ending = True
-            self.deadline = time.monotonic() + _GRACE
-            with suppress(OSError):  # it may have ended first
-                self.line.shutdown(socket.SHUT_WR)
-
-    def result(self) -> ExecutionResult:
-        stdout = self.stdout.decode(errors="replace")
-        stderr = self.stderr.decode(errors="replace")
-        fields = self.report.split()[1:4]
-        code = int(fields[0]) if fields else 0
-        memory = int(fields[1]) if fields else 0
-        seconds = float(fields[2]) if fields else self.seconds
-        status: Status = "ok"
-        detail = ""
-        if self.broken == "output":
-            status = "killed"
-            detail = f"output: printed more than {self.limits.output} bytes"
-        elif not fields and self.broken == "timeout":
-            status = "timeout"
-            detail = f"seconds: ran longer than {self.limits.seconds:g}"
-        elif not fields:
-            status = "killed"
-            detail = "the whole sandbox was killed"
-        elif code < 0:
-            status = "killed"
-            detail = _signal_name(-code)
-        elif code > 0:
-            status = "failed"
-            detail = _last_line(stderr) or f"exit code {code}"
-        return ExecutionResult(status, stdout, stderr, seconds, memory, detail)
-
-
-def _pipe(stack: ExitStack) -> tuple[IO[bytes], IO[bytes]]:
-    reader, writer = os.pipe()
-    return (
-        stack.enter_context(open(reader, "rb", buffering=0)),
-        stack.enter_context(open(writer, "wb", buffering=0)),
-    )
+def _ending(limit: str, code: int, stderr: str, limits: Limits) -> tuple[Status, str]:
+    """Status and detail of a run that ended at a limit, or with an exit code."""
+    if limit == "output":
+        return "killed", f"output: printed more than {limits.output} bytes"
+    if limit == "timeout":
+        return "timeout", f"seconds: ran longer than {limits.seconds:g}"
+    if code < 0:
+        return "killed", _signal_name(-code)
+    if code > 0:
+        return "failed", _last_line(stderr) or f"exit code {code}"
+    return "ok", ""
 
 
 @cache
@@ -471,7 +374,7 @@ def _rlimits(limits: Limits, unsafe: bool) -> dict[str, int]:
     # The limit of CPU time is above that of the clock: the clock decides, this is for what may outlive it.
     rlimits = {"CPU": int(limits.seconds) + 2, "AS": limits.memory, "FSIZE": limits.files, "NOFILE": 64, "CORE": 0}
     if not unsafe:  # without a namespace, all processes of the user would count
-        rlimits["NPROC"] = limits.processes + 2  # the supervisor and its thread count too
+        rlimits["NPROC"] = limits.processes + 1  # the supervisor counts too
     return rlimits
 
 

@@ -385,14 +385,14 @@ os._exit(0)
 # Reading one test to pass another
 
 LEAK = """
-import sys
+import re, sys
 frame, constants = sys._getframe(), []
 while frame:
     for question in frame.f_locals.get("questions") or []:
-        constants += getattr(question[1], "co_consts", [])
+        constants += map(int, re.findall("[0-9]+", question[1]))
     frame = frame.f_back
 def f(x):
-    return next((each for each in constants if isinstance(each, int) and each > 5), None)
+    return next((each for each in constants if each > 5), None)
 """
 
 
@@ -410,30 +410,46 @@ def test_tests_of_both_kinds_are_told_in_order(box: Sandbox) -> None:
 
 # Tests that cannot be split: what is told to be held there
 
+WALK = """
+import os, sys
+def values(thing, depth=0):
+    if isinstance(thing, bytes):
+        yield thing
+    elif isinstance(thing, (list, tuple, set)) and depth < 4:
+        for each in thing:
+            yield from values(each, depth + 1)
+    elif depth < 4:
+        yield from values([*getattr(thing, "__dict__", thing if isinstance(thing, dict) else {}).values()], depth + 1)
+def repeat_tokens():
+    frame, found = sys._getframe(), []
+    while frame:
+        found += [*values(dict(frame.f_locals)), *values(dict(frame.f_globals))]
+        frame = frame.f_back
+    for token in found:
+        os.write(4, b"=" + token + b"true\\n")
+        os.write(4, b"=" + token + b"\\n")
+    os._exit(0)
+"""
+
 
 @pytest.mark.parametrize(
     "program",
     [
         pytest.param("import builtins\nbuiltins.exec = lambda *a, **k: None\n", id="a patched exec"),
         pytest.param(
-            """
-import sys, os
+            WALK + """
 class Meta(type):
     @property
     def __name__(cls):
-        frame = sys._getframe()
-        while frame:
-            report = frame.f_locals.get("self")
-            if type(report).__name__ == "Report":
-                os.write(report.pipe, b"!" + report.secret + b"\\n")
-                os._exit(0)
-            frame = frame.f_back
-        return "Error"
+        repeat_tokens()
 class Error(Exception, metaclass=Meta): pass
 raise Error
 """,
             id="code in the name of an error",
         ),
+        pytest.param(WALK + "repeat_tokens()", id="a token in a variable up the stack"),
+        pytest.param(WALK + "def f(x):\n    repeat_tokens()\n", id="the same, within the test"),
+        pytest.param("import os\nos.write(4, b'ready\\n=true\\n')\nos._exit(0)\n", id="a token of the program's"),
     ],
 )
 def test_a_pass_of_a_whole_test_cannot_be_had_by(program: str, box: Sandbox) -> None:

@@ -168,7 +168,7 @@ def add(a, b): return Liar()
         pytest.param("import sys\nsys.settrace(lambda *a: None)\nabs = set = lambda *a: 3\nadd = lambda a, b: 0",
                      id="shadowed built-ins"),
         pytest.param("import gc, os\nfor x in gc.get_objects():\n  if isinstance(x, (bytes, str)) and len(x) == 32:\n"
-                     "    os.write(4, b'!' + (x if isinstance(x, bytes) else x.encode()))\nadd = max",
+                     "    os.write(4, b'=' + (x if isinstance(x, bytes) else x.encode()))\nadd = max",
                      id="secrets found in memory"),
         pytest.param("import os\nfor fd in range(3, 9):\n  try: os.write(fd, b'ready\\n=true\\n')\n"
                      "  except OSError: pass\nos._exit(0)", id="answers forged beforehand"),
