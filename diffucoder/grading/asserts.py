@@ -16,6 +16,7 @@ An assert with two questions, or of any other form, is not split. Not for: runni
 import ast
 import math
 import operator
+import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from fractions import Fraction
@@ -25,22 +26,22 @@ from typing import Any  # plain data
 from diffucoder.grading.values import set_of
 
 _LARGEST = 100_000  # items of a sequence or bits of a number that an operator may produce
-_KEYWORDS = {"reverse", "rel_tol", "abs_tol"}  # of the functions in a condition
 
 # Calls of these with literals are literals themselves. Any other function may be one of the program's.
 _LITERAL_FUNCTIONS = {"dict", "float", "frozenset", "list", "set", "sorted", "tuple"}
 # Functions of all members of the answer. The program lists the members, because its answer may be a generator.
 _OF_MEMBERS = {"all", "any", "frozenset", "list", "max", "min", "set", "sorted", "sum", "tuple"}
-# Functions of the answer, or of what the condition has made of it.
-_OF_VALUE = {"abs", "bool", "float", "int", "len", "math.ceil", "math.fabs", "math.floor", "round"}
+_KEYWORDS = {"reverse", "rel_tol", "abs_tol"}
 
 _TYPES = {kind.__name__: kind for kind in (bool, bytes, complex, dict, float, frozenset, int, list, set, str, tuple)}
 # Names that an argument may use, since they always mean the same. Any other name may stand for an answer.
 _FIXED_NAMES = {*_TYPES, "bytearray", "range", "math", "string", "datetime", "date", "timedelta", "collections"}
 _FIXED_NAMES |= {"deque", "Counter", "OrderedDict", "decimal", "Decimal", "fractions", "Fraction", "np", "numpy"}
-_CODE_FUNCTIONS = {"eval", "exec"}  # their argument is not a literal but code
-# Methods of plain data may compare the answer with their arguments, and an object of the program's may have them too.
-_DATA_METHODS = {*dir(str), *dir(tuple), *dir(frozenset), *dir(float), *dir(dict)}
+# `f`, `module.f` or `Class().f`. Left out are methods of plain data, which may compare an answer with their arguments,
+# and functions whose argument is code.
+_FUNCTION = re.compile(r"([^\W\d]\w*\.)*([A-Z]\w*\(\)\.)?[^\W\d]\w*")
+_NO_FUNCTIONS = {"eval", "exec"}
+_NO_METHODS = {*dir(str), *dir(tuple), *dir(frozenset), *dir(float), *dir(dict), *_NO_FUNCTIONS}
 
 
 class _NotSplitError(ValueError):
@@ -93,46 +94,40 @@ def _find_question(node: ast.expr) -> tuple[ast.expr, str]:
             return node, f"not ({ast.unparse(operand)})"
         case ast.Call(ast.Name("bool"), [operand], []) if _is_question(operand):
             return node, f"not not ({ast.unparse(operand)})"
+        case ast.Call(ast.Name(name), [operand]) if name in _OF_MEMBERS and _is_question(operand):
+            _check_call(node)
+            return operand, f"[*{ast.unparse(operand)}]"
         case ast.UnaryOp(sign, operand) if type(sign) in _OPERATORS:
-            return _find_question(operand)
+            parts = [operand]
         case ast.BinOp(left, infix, right) if type(infix) in _OPERATORS:
-            return _find_question(_only_unknown([left, right]))
+            parts = [left, right]
         case ast.Compare(left, orders, others):
-            unknown = _only_unknown([left, *others])
+            parts = [left, *others]
             for order, container in zip(orders, others, strict=True):
-                if container is unknown and isinstance(order, ast.In | ast.NotIn):
+                if isinstance(order, ast.In | ast.NotIn) and not _is_literal(container):
                     raise _NotSplitError  # an object can hold the expected value without being plain data
-            return _find_question(unknown)
-        case ast.Call(function, [first, *others], keywords):
-            return _find_in_call(ast.unparse(function), first, others, keywords)
-    raise _NotSplitError
-
-
-def _find_in_call(
-    name: str, first: ast.expr, others: list[ast.expr], keywords: list[ast.keyword]
-) -> tuple[ast.expr, str]:
-    """The question in the arguments of a function, which is taken for Python's own."""
-    for keyword in keywords:
-        if keyword.arg not in _KEYWORDS or not _is_literal(keyword.value):
+        case ast.Call():
+            parts = _check_call(node)
+        case _:
             raise _NotSplitError
-    if name in ("isclose", "math.isclose") and len(others) == 1:
-        return _find_question(_only_unknown([first, *others]))
-    if name == "isinstance" and len(others) == 1 and not keywords:
-        _types(others[0])  # raises KeyError for a class that is not one of plain data
-        return _find_question(first)
-    if name in _OF_MEMBERS and not others:
-        return (first, f"[*{ast.unparse(first)}]") if _is_question(first) else _find_question(first)
-    if name in _OF_VALUE and all(map(_is_literal, others)):
-        return _find_question(first)
-    raise _NotSplitError
-
-
-def _only_unknown(operands: list[ast.expr]) -> ast.expr:
-    """The only operand that is not literal."""
-    unknown = [operand for operand in operands if not _is_literal(operand)]
+    unknown = [part for part in parts if not _is_literal(part)]
     if len(unknown) != 1:
         raise _NotSplitError
-    return unknown[0]
+    return _find_question(unknown[0])
+
+
+def _check_call(call: ast.Call) -> list[ast.expr]:
+    """The arguments of a function that is taken for Python's own, one of which has the question."""
+    name = ast.unparse(call.func)
+    for keyword in call.keywords:
+        if keyword.arg not in _KEYWORDS or not _is_literal(keyword.value):
+            raise _NotSplitError
+    if name == "isinstance" and len(call.args) == 2 and not call.keywords:
+        _types(call.args[1])  # raises KeyError for a class that is not one of plain data
+        return call.args[:1]
+    if name not in _FUNCTIONS or name == "dict" or (name in _OF_MEMBERS and len(call.args) != 1):
+        raise _NotSplitError
+    return call.args
 
 
 def _is_literal(node: ast.expr) -> bool:
@@ -163,21 +158,9 @@ def _is_question(node: ast.expr) -> bool:
 
 
 def _is_function(node: ast.expr) -> bool:
-    """Whether this is `f`, `module.f` or `Class().f`, and not a method that compares an answer with its arguments."""
-    match node:
-        case ast.Name(name):
-            return name not in _CODE_FUNCTIONS
-        case ast.Attribute(ast.Call(made, [], []), name):
-            # a new object of a class is not an answer yet; the result of a function is one, and would see the arguments
-            is_class = _is_path(made) and ast.unparse(made).split(".")[-1][0].isupper()
-            return is_class and name not in _DATA_METHODS
-        case ast.Attribute(owner, name):
-            return _is_path(owner) and name not in _DATA_METHODS | _CODE_FUNCTIONS
-    return False
-
-
-def _is_path(node: ast.expr) -> bool:
-    return isinstance(node, ast.Name) or (isinstance(node, ast.Attribute) and _is_path(node.value))
+    path = ast.unparse(node)
+    owner, _, name = path.rpartition(".")
+    return bool(_FUNCTION.fullmatch(path)) and name not in (_NO_METHODS if owner else _NO_FUNCTIONS)
 
 
 def _is_fixed(node: ast.expr) -> bool:

@@ -18,6 +18,7 @@ from __future__ import annotations
 import _sitebuiltins
 import atexit
 import builtins
+import errno
 import gc
 import marshal
 import os
@@ -32,14 +33,15 @@ from contextlib import suppress
 from types import TracebackType
 from typing import NoReturn
 
-CLONE_NEWNS, CLONE_NEWIPC, CLONE_NEWUSER, CLONE_NEWPID = 0x20000, 0x8000000, 0x10000000, 0x20000000
-CLONE_ANY_NAMESPACE = 0x7E020000
+NEW_NAMESPACES = 0x20000 | 0x8000000 | 0x10000000 | 0x20000000  # flags of clone: mount, ipc, user, pid
+ANY_NAMESPACE = 0x7E020000
 MS_RDONLY, MS_NOSUID, MS_NODEV, MS_NOEXEC, MS_REMOUNT, MS_BIND = 1, 2, 4, 8, 32, 4096
-PR_SET_DUMPABLE, PR_SET_SECCOMP, PR_SET_NO_NEW_PRIVS = 4, 22, 38
+PR_SET_DUMPABLE = 4
+PR_SET_SECCOMP = 22
+PR_SET_NO_NEW_PRIVS = 38
 CAPABILITY_VERSION_3 = 0x20080522
-MIN_PAUSE, MAX_PAUSE = 0.0005, 0.02  # seconds between two looks at a program
-AF_UNIX = 1
-EPERM, ENOSYS = 1, 38
+MIN_PAUSE = 0.0005  # seconds between two looks at a program
+MAX_PAUSE = 0.02
 
 # Modules that programs import most often. The fork server imports them once, so they cost a job nothing.
 WARM = """bisect collections copy dataclasses datetime decimal fractions functools hashlib heapq itertools json math
@@ -65,7 +67,9 @@ DENIED = {
     "acct": (163, 89), "swapon": (167, 224), "init_module": (175, 105), "finit_module": (313, 273),
     "delete_module": (176, 106), "kexec_load": (246, 104),
 }  # fmt: skip
-CLONE, CLONE3, SOCKET = (56, 220), (435, 435), (41, 198)
+CLONE = (56, 220)
+CLONE3 = (435, 435)
+SOCKET = (41, 198)
 AUDIT_ARCHITECTURE = (0xC000003E, 0xC00000B7)
 
 
@@ -84,8 +88,7 @@ def serve(control: socket.socket, isolated: bool) -> dict[str, bytes]:
 
 def clone() -> int:
     """fork() into new namespaces, for which Python has no function."""
-    flags = CLONE_NEWUSER | CLONE_NEWPID | CLONE_NEWNS | CLONE_NEWIPC | signal.SIGCHLD
-    return int(libc.syscall(CLONE[machine], flags, 0, 0, 0, 0))
+    return int(libc.syscall(CLONE[machine], NEW_NAMESPACES | signal.SIGCHLD, 0, 0, 0, 0))
 
 
 def supervise(control: socket.socket, isolated: bool) -> dict[str, bytes]:
@@ -101,7 +104,7 @@ def supervise(control: socket.socket, isolated: bool) -> dict[str, bytes]:
         with open(name, "wb") as file:
             file.write(content)
     with open(".stdin", "wb") as file:
-        file.write(job["stdin"])
+        file.write(job.pop("stdin"))
     stdin = os.open(".stdin", os.O_RDONLY)
     os.unlink(".stdin")
     lower_priority()
@@ -114,7 +117,7 @@ def supervise(control: socket.socket, isolated: bool) -> dict[str, bytes]:
     control.sendall(b"started\n")
     program = os.fork()
     if program == 0:
-        control.close()
+        control.detach()  # it is descriptor 0, which the next lines replace
         for target, fd in enumerate((stdin, program_stdout, program_stderr)):
             os.dup2(fd, target)
         for fd in (stdin, stdout, program_stdout, stderr, program_stderr):
@@ -234,15 +237,15 @@ def system_call_filter() -> bytes:
         return [step(equal, numbers[machine], 0, len(then)), *then]
 
     allow = step(give, 0x7FFF0000)
-    deny = step(give, 0x00050000 | EPERM)
+    deny = step(give, 0x00050000 | errno.EPERM)
     program = [step(load, architecture), step(equal, AUDIT_ARCHITECTURE[machine], 1, 0), deny, step(load, number)]
     if machine == 0:  # x32 calls would pass by other numbers
         program += [step(at_least, 0x40000000, 0, 1), deny]
     for numbers in DENIED.values():
         program += on_call(numbers, deny)
-    program += on_call(CLONE3, step(give, 0x00050000 | ENOSYS))  # its flags are out of reach here; libc uses clone then
-    program += on_call(CLONE, step(load, first_argument), step(any_bit, CLONE_ANY_NAMESPACE, 0, 1), deny, allow)
-    program += on_call(SOCKET, step(load, first_argument), step(equal, AF_UNIX, 1, 0), deny, allow)
+    program += on_call(CLONE3, step(give, 0x00050000 | errno.ENOSYS))  # its flags are out of reach; libc falls back
+    program += on_call(CLONE, step(load, first_argument), step(any_bit, ANY_NAMESPACE, 0, 1), deny, allow)
+    program += on_call(SOCKET, step(load, first_argument), step(equal, socket.AF_UNIX, 1, 0), deny, allow)
     return b"".join([*program, allow])
 
 
@@ -297,7 +300,7 @@ def leave(code: int) -> None:
 
 
 if __name__ == "__main__":
-    isolated = sys.argv[2] == "isolated"
+    isolated = sys.argv[1] == "isolated"
     if isolated:
         import ctypes
 
@@ -305,8 +308,8 @@ if __name__ == "__main__":
         machine = ["x86_64", "aarch64"].index(os.uname().machine)
         user = os.geteuid()
         filters = system_call_filter()
-    sys.path += sys.argv[3:]
+    sys.path += sys.argv[2:]
     for module in WARM.split():
         __import__(module)
     gc.freeze()  # a collection in a program would copy all of this
-    run_as_main(serve(socket.socket(fileno=int(sys.argv[1])), isolated))
+    run_as_main(serve(socket.socket(fileno=0), isolated))

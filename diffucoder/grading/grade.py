@@ -1,15 +1,11 @@
 """Judge a program by its tests: program + tests → Verdict. Or call it: program + calls → outcomes.
 
-Each program gets one run in the sandbox, in which `runner` puts the questions to processes that run the program. Tests
-are assert strings. What a test expects stays here: `assert f(2) == 4` is split (`asserts`), the program is asked for
-`f(2)` and answers with plain data (`values`), and the answer is compared with 4 in this process. So a program can pass
-only with the right answer. Patching `==`, shadowing `abs`, objects that equal everything, `sys.exit(0)`, `os._exit(0)`,
-exit handlers, printed results and killing the runner do not help.
+Each program gets a run in the sandbox, in which `runner` puts questions to processes that run the program. Tests are
+assert strings. What a test expects stays here: `assert f(2) == 4` is split (`asserts`), the program is asked for
+`f(2)`, answers with plain data (`values`), and the answer is compared with 4 in this process.
 
-A test that cannot be split runs beside the program, in a sandbox run of its own, and its verdict is `trusted=False`. A
-program that sets out to cheat can find the token of a pass in memory (`gc`, `ctypes`), read what is expected up the
-stack, jump over the test with a trace function, shadow the functions it calls, or return objects that equal everything.
-Exits, exit handlers, printing, and patching `os` or `exec` do not work there either.
+A test that cannot be split runs beside the program, in a run of its own. Its verdict is `trusted=False`, because a
+program that sets out to cheat can pass it. `docs/sandbox.md` lists what such a program can do, and what does not help.
 """
 
 import json
@@ -19,21 +15,17 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from functools import cache
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from diffucoder.errors import ConfigError
 from diffucoder.grading.asserts import Assert, parse
-from diffucoder.grading.runner import PATIENCE
-from diffucoder.grading.sandbox import DEFAULT_LIMITS, Limits, Sandbox, Status
+from diffucoder.grading.runner import PATIENCE, Question
+from diffucoder.grading.sandbox import DEFAULT_LIMITS, Limits, Sandbox, Status, source_of
 from diffucoder.grading.values import from_json, readable, short
 
 _GRACE = 1.0  # seconds for the runner to start and to report
 _MAX_SLEEP = 60.0  # seconds on the clock that tests may take beyond their processor seconds
 _LINE_BYTES = 1024  # of a line of the runner's report, without a value
-
-_Question = tuple[str, str, tuple[Any, ...], float]  # runner.Question
 
 
 @dataclass(frozen=True)
@@ -92,12 +84,7 @@ class Outcome:
 
 
 def grade(
-    program: str,
-    tests: Sequence[str],
-    limits: Limits = DEFAULT_LIMITS,
-    *,
-    sandbox: Sandbox | None = None,
-    unsafe: bool = False,
+    program: str, tests: Sequence[str], limits: Limits = DEFAULT_LIMITS, *, sandbox: Sandbox | None = None
 ) -> Verdict:
     """Run each test in a fresh process of the program. `limits.seconds` is for all tests together.
 
@@ -106,25 +93,26 @@ def grade(
     minute more. Without `sandbox`, one is started for this program. Raises ConfigError if there are no tests.
     """
     if isinstance(tests, str) or not tests:
-        raise ConfigError(f"tests={tests!r} must be a list of one or more assert strings; drop the problem otherwise")
+        raise ConfigError(f"tests={tests!r} must be a list of one or more asserts; leave out a problem without tests")
     if not program.strip():
         return Verdict(False, 0, len(tests), "no program", 0.0, "the program is empty")
     asserts = [parse(test) for test in tests]
-    split: dict[int, _Question] = {}
-    whole: dict[int, _Question] = {}
-    for index, (test, split_assert) in enumerate(zip(tests, asserts, strict=True)):
+    split: dict[int, Question] = {}
+    whole: dict[int, Question] = {}
+    for index, split_assert in enumerate(asserts):
         if split_assert:
-            split[index] = ("value", split_assert.expression, (), limits.seconds)
+            split[index] = (split_assert.expression, (), limits.seconds)
         else:
-            whole[index] = ("test", test, (), limits.seconds)
+            whole[index] = (tests[index], (), limits.seconds)
     outcomes: dict[int, Outcome] = {}
     seconds = 0.0
-    with nullcontext(sandbox) if sandbox else Sandbox(1, unsafe=unsafe) as box:
+    with nullcontext(sandbox) if sandbox else Sandbox(1) as box:
         # Two runs, because a program can read what a whole test expects in the run of that test.
-        for questions in filter(None, (split, whole)):
-            answers, run_seconds = _ask(box, program, list(questions.values()), limits, fresh=True)
-            outcomes.update(zip(questions, answers, strict=True))
-            seconds += run_seconds
+        for kind, questions in (("value", split), ("test", whole)):
+            if questions:
+                answers, run_seconds = _ask(box, program, [*questions.values()], limits, kind=kind, fresh=True)
+                outcomes.update(zip(questions, answers, strict=True))
+                seconds += run_seconds
     verdicts = [_judge(test, asserts[index], outcomes[index]) for index, test in enumerate(tests)]
     return _summary(verdicts, seconds)
 
@@ -135,11 +123,10 @@ def grade_many(
     *,
     workers: int | None = None,
     progress: Callable[[int], None] | None = None,
-    unsafe: bool = False,
 ) -> list[Verdict]:
     """Grade (program, tests) pairs, `workers` at a time, in order. `progress` gets the number of finished ones."""
     verdicts: list[Verdict] = []
-    with Sandbox(workers, unsafe=unsafe) as sandbox, ThreadPoolExecutor(sandbox.workers) as pool:
+    with Sandbox(workers) as sandbox, ThreadPoolExecutor(sandbox.workers) as pool:
         for verdict in pool.map(lambda pair: grade(pair[0], pair[1], limits, sandbox=sandbox), pairs):
             verdicts.append(verdict)
             if progress is not None:
@@ -154,7 +141,6 @@ def call(
     *,
     sandbox: Sandbox | None = None,
     until_failure: bool = False,
-    unsafe: bool = False,
 ) -> list[Outcome]:
     """Evaluate the calls one after the other in one process of the program, or in a new one where that ends.
 
@@ -163,27 +149,29 @@ def call(
     """
     if not calls:
         return []
-    questions = [("value", each.expression, each.arguments, each.seconds) for each in calls]
-    with nullcontext(sandbox) if sandbox else Sandbox(1, unsafe=unsafe) as box:
+    questions = [(each.expression, each.arguments, each.seconds) for each in calls]
+    with nullcontext(sandbox) if sandbox else Sandbox(1) as box:
         return _ask(box, program, questions, limits, stop_at_failure=until_failure)[0]
 
 
 def _ask(
     sandbox: Sandbox,
     program: str,
-    questions: list[_Question],
+    questions: list[Question],
     limits: Limits,
     *,
+    kind: str = "value",
     fresh: bool = False,
     stop_at_failure: bool = False,
 ) -> tuple[list[Outcome], float]:
-    """An outcome for every question, and the seconds of the run."""
+    """An outcome for every question, and the seconds of the run. `runner` describes the job."""
     clock = PATIENCE * limits.seconds
-    values = 1  # of full size in the report
+    values = 1  # that may have the size of the limit
     if fresh:
         clock = min(clock, limits.seconds + _MAX_SLEEP)
         values = len(questions)
     job = {
+        "kind": kind,
         "program": program,
         "questions": questions,
         "seconds": limits.seconds,
@@ -198,41 +186,33 @@ def _ask(
         processes=limits.processes + 1,
         output=_LINE_BYTES * len(questions) + limits.output * values,
     )
-    result = sandbox.run(_runner_source(), run_limits, stdin=marshal.dumps(job, 2))
+    result = sandbox.run(source_of("runner.py"), run_limits, stdin=marshal.dumps(job, 2))
+    answers = dict(map(_read_line, _LINE.finditer(result.stdout)))
     status: Status = "killed" if result.status == "ok" else result.status
     lost = Outcome(status, None, 0.0, readable(result.detail) or "the runner ended before it")
-    outcomes = [lost] * len(questions)
-    answered = 0
-    for line in result.stdout.split("\n")[:-1]:  # a line that was cut short has no end
-        index, outcome = _read_line(line) or (len(questions), lost)
-        if index < len(questions):
-            outcomes[index] = outcome
-            answered = max(answered, index + 1)
+    outcomes = [answers.get(index, lost) for index in range(len(questions))]
     # without any answer the runner did not stop at a failure: the program ended it
-    if stop_at_failure and answered and outcomes[answered - 1].status != "ok":
-        outcomes = outcomes[:answered]
+    if stop_at_failure and answers and answers[max(answers)].status != "ok":
+        outcomes = outcomes[: max(answers) + 1]
     return outcomes, result.seconds
 
 
-_LINE = re.compile(r'\[([0-9]{1,9}), "(ok|failed|timeout|killed)", ([0-9]{1,9}\.[0-9]{6}), (.*)\]', re.DOTALL)
-_STATUSES: dict[str, Status] = {"failed": "failed", "timeout": "timeout", "killed": "killed"}
+# a line that was cut short has no end
+_LINE = re.compile(r'^\[([0-9]{1,9}), "(ok|failed|timeout|killed)", ([0-9]{1,9}\.[0-9]{6}), (.*)\]\n', re.MULTILINE)
 
 
-def _read_line(line: str) -> tuple[int, Outcome] | None:
-    """Index and outcome from a line of the report, None if it is not one. The program chose what is in the answer."""
-    fields = _LINE.fullmatch(line)
-    if fields is None:
-        return None
-    index = int(fields[1])
-    seconds = float(fields[3])
+def _read_line(line: re.Match[str]) -> tuple[int, Outcome]:
+    """Index and outcome from a line of the report. The last field is the program's, and may be anything."""
+    status = cast(Status, line[2])
+    seconds = float(line[3])
     try:
-        content = json.loads(fields[4])
-        if fields[2] == "ok":
-            return index, Outcome("ok", from_json(content), seconds)
+        content = json.loads(line[4])
+        if status == "ok":
+            return int(line[1]), Outcome("ok", from_json(content), seconds)
         program_line, detail = content
-        return index, Outcome(_STATUSES[fields[2]], None, seconds, readable(str(detail)), int(program_line) or None)
+        return int(line[1]), Outcome(status, None, seconds, readable(str(detail)), int(program_line) or None)
     except (ValueError, TypeError, LookupError, RecursionError, ArithmeticError):
-        return index, Outcome("failed", None, seconds, "the answer is not plain data")
+        return int(line[1]), Outcome("failed", None, seconds, "the answer is not plain data")
 
 
 def _judge(test: str, split: Assert | None, outcome: Outcome) -> TestVerdict:
@@ -255,8 +235,3 @@ def _summary(tests: list[TestVerdict], seconds: float) -> Verdict:
             detail = f"test {number}: {test.detail}"
             return Verdict(False, passed, len(tests), test.status, seconds, detail, test.line, tuple(tests))
     return Verdict(True, passed, len(tests), "ok", seconds, "", None, tuple(tests))
-
-
-@cache
-def _runner_source() -> str:
-    return Path(__file__).with_name("runner.py").read_text(encoding="utf-8")

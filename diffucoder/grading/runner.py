@@ -1,10 +1,10 @@
 """What runs in the sandbox to question a program: what does this call return, does this test pass?
 
 `grade` sends the source of this file as the job, and the questions on stdin. Only the standard library of Python 3.9
-and later is used here. Kinds of question:
+and later is used here. Kinds of jobs:
 
-    value   evaluate an expression and report its value as JSON; what is expected is not in the sandbox
-    test    run the statements of a test beside the program; a pass is reported with a token (`run_test`)
+    value   evaluate expressions and report their values as JSON; what is expected is not in the sandbox
+    test    run tests beside the program, statements each; a pass is reported with a token (`run_test`)
 
 The runner forks a child. The child runs the program as a module (not as `__main__`: what a script does when it is
 started is left out) and answers in the same namespace. A question that takes too long or ends its child has failed; a
@@ -33,22 +33,13 @@ POLL = 0.02  # seconds between two looks at a silent child
 TICK = 1 / os.sysconf("SC_CLK_TCK")  # seconds; the unit of processor time in /proc
 DIGEST_CELLS = 20_000_000  # a list of lists with more items is reported by its digest
 
-
-class Question(NamedTuple):
-    kind: str  # "value" or "test"
-    source: str
-    arguments: tuple[Any, ...]  # of a value; the expression knows them as `_`
-    seconds: float  # of the processor
+Question = tuple[str, tuple[Any, ...], float]  # source, arguments (an expression knows them as `_`), processor seconds
 
 
 class Answer(NamedTuple):
     status: str  # "ok", "failed", "timeout" or "killed"
     seconds: float  # on the clock
     content: bytes  # JSON: the value, or [line of the program or 0, message]
-
-
-class LostError(Exception):
-    """A child gives no answer, neither to this question nor to later ones: (status, message)."""
 
 
 def main() -> None:
@@ -59,18 +50,17 @@ def main() -> None:
     the others left. In other jobs a child answers as many questions as it lives for.
     """
     job = marshal.loads(sys.stdin.buffer.read())
-    questions = [Question(*fields) for fields in job["questions"]]
     seconds = job["seconds"]
     deadline = time.monotonic() + job["clock"]
-    waiting = list(range(len(questions)))
+    waiting = list(range(len(job["questions"])))
     slow: list[int] = []
     last_try = not job["fresh"]
     while waiting:
-        share = 1 / len(waiting) if job["fresh"] else 1.0
-        batch = waiting[:1] if job["fresh"] else waiting[:]
+        children = len(waiting) if job["fresh"] else 1
+        batch = waiting[: len(waiting) // children]
+        child = Child(job, [job["questions"][index] for index in batch])
         now = time.monotonic()
-        child = Child(job["program"], [questions[index] for index in batch], job["output"])
-        for answer in child.answers(seconds * share, now + (deadline - now) * share):
+        for answer in child.answers(seconds / children, now + (deadline - now) / children):
             index = waiting.pop(0)
             if answer.status == "timeout" and not last_try:
                 slow.append(index)
@@ -90,11 +80,11 @@ def main() -> None:
 class Child:
     """A process that runs the program and then answers questions, as the runner sees it."""
 
-    def __init__(self, program: str, questions: list[Question], max_output: int) -> None:
+    def __init__(self, job: dict[str, Any], questions: list[Question]) -> None:
         self.questions = questions
-        self.max_output = max_output  # bytes of an answer
+        self.max_output = job["output"]  # bytes of an answer
         self.received = bytearray()
-        self.lost = False  # whether no more answers will come
+        self.lost: tuple[str, str] | None = None  # status and message, once no more answers will come
         self.exit_code: int | None = None
         self.spent = 0.0  # processor seconds, once the child has ended
         self.begin = time.monotonic()
@@ -103,7 +93,7 @@ class Child:
         if self.process == 0:
             os.setpgid(0, 0)
             os.close(self.pipe)
-            run_child(program, questions, child_pipe)
+            run_child(job, questions, child_pipe)
         os.close(child_pipe)
 
     def answers(self, seconds: float, until: float) -> Iterator[Answer]:
@@ -112,10 +102,10 @@ class Child:
         if ready.status != "ok":
             yield from [ready] * len(self.questions)
             return
+        token = ready.content  # empty unless the question is a test
         used = self.processor_seconds()
-        for question in self.questions:
-            token = ready.content  # empty unless the question is a test
-            answer = self.receive(b"=" + token, min(question.seconds, seconds - used), until)
+        for _, _, limit in self.questions:
+            answer = self.receive(b"=" + token, min(limit, seconds - used), until)
             yield answer
             if self.lost:
                 return
@@ -125,57 +115,51 @@ class Child:
     def receive(self, prefix: bytes, seconds: float, until: float) -> Answer:
         """The answer in the next line. It begins with `prefix`, or with b"-" for a failure."""
         begin = time.monotonic()
-        status = "ok"
-        try:
-            line = self.read_line(seconds, until)
-            if line.startswith(b"-"):
-                status = "failed"
-                prefix = b"-"
-            if not line.startswith(prefix):
-                raise LostError("failed", "wrote what it should not")
-            content = line[len(prefix) :]
-        except LostError as lost:
-            self.lost = True
-            status = lost.args[0]
-            content = message(lost.args[1])
-        return Answer(status, time.monotonic() - begin, content)
+        line = self.read_line(seconds, until)
+        spent = time.monotonic() - begin
+        if line.startswith(prefix):
+            return Answer("ok", spent, line[len(prefix) :])
+        if line.startswith(b"-"):
+            return Answer("failed", spent, line[1:])
+        self.lost = self.lost or ("failed", "wrote what it should not")
+        return Answer(self.lost[0], spent, message(self.lost[1]))
 
     def read_line(self, seconds: float, until: float) -> bytes:
-        """The next line, which may take so many seconds of the processor. Raises LostError.
+        """The next line, which may take so many seconds of the processor; b"" if the child is lost.
 
         A child that waits for a processor gets longer: PATIENCE times the seconds, but not past `until`.
         """
         begin = time.monotonic()
         end = min(until, begin + PATIENCE * seconds)
-        processor_end: float | None = None
+        processor_end = None
         searched = 0
         while (length := self.received.find(b"\n", searched)) < 0:
             searched = len(self.received)
-            if searched > self.max_output:
-                raise LostError("killed", f"output: gave more than {self.max_output} bytes")
             now = time.monotonic()
-            if now - begin > GLANCE and processor_end is None:
+            if processor_end is None and now - begin > GLANCE:
                 processor_end = self.processor_seconds() + seconds
-            if now >= end or (processor_end is not None and self.processor_seconds() >= processor_end):
-                raise LostError("timeout", "seconds: no time left")
-            self.received += self.read(min(end - now, POLL))
+            # a process that the program started may hold the pipe open for longer than the child lives
+            ended = self.has_ended()
+            ready = select.select([self.pipe], [], [], 0 if ended else max(0, min(end - now, POLL)))[0]
+            chunk = os.read(self.pipe, 1 << 16) if ready else b""
+            self.received += chunk
+            if searched > self.max_output:
+                self.lost = ("killed", f"output: gave more than {self.max_output} bytes")
+            elif not chunk and (ready or ended):
+                self.lost = self.ending()
+            elif now >= end or (processor_end is not None and self.processor_seconds() >= processor_end):
+                self.lost = ("timeout", "seconds: no time left")
+            if self.lost:
+                return b""
         line = bytes(self.received[:length])
         del self.received[: length + 1]
         return line
 
-    def read(self, seconds: float) -> bytes:
-        """What the child has written, b"" if that is nothing so far. Raises LostError at its end."""
-        # a process that the program started may hold the pipe open for longer than the child lives
-        ended = self.has_ended()
-        ready = select.select([self.pipe], [], [], 0 if ended else seconds)[0]
-        chunk = os.read(self.pipe, 1 << 16) if ready else b""
-        if chunk or not (ready or ended):
-            return chunk
+    def ending(self) -> tuple[str, str]:
         self.kill()
-        code = self.exit_code or 0
-        if code < 0:
-            raise LostError("killed", f"signal: {signal.strsignal(-code) or -code}")
-        raise LostError("failed", "ended before its test did")
+        if self.exit_code is not None and self.exit_code < 0:
+            return "killed", f"signal: {signal.strsignal(-self.exit_code) or -self.exit_code}"
+        return "failed", "ended before its test did"
 
     def processor_seconds(self) -> float:
         """What the child has used of the processor."""
@@ -215,7 +199,7 @@ exit_now = os._exit  # a program may replace the functions of `os`
 write_some = os.write
 
 
-def run_child(program: str, questions: list[Question], pipe: int) -> NoReturn:
+def run_child(job: dict[str, Any], questions: list[Question], pipe: int) -> NoReturn:
     """Run the program in a new module and answer the questions on the pipe."""
     nowhere = os.open(os.devnull, os.O_RDWR)
     for stream in (0, 1, 2):
@@ -223,8 +207,9 @@ def run_child(program: str, questions: list[Question], pipe: int) -> NoReturn:
     os.close(nowhere)
     module = sys.modules["program"] = type(sys)("program")
     try:
-        if questions[0].kind == "test":
-            run_test(program, questions[0].source, vars(module), pipe)
+        program = compile(job["program"], "<program>", "exec", dont_inherit=True)
+        if job["kind"] == "test":
+            run_test(program, questions[0][0], vars(module), pipe)
         else:
             answer_values(program, questions, vars(module), pipe)
     except BaseException as error:
@@ -233,15 +218,14 @@ def run_child(program: str, questions: list[Question], pipe: int) -> NoReturn:
         exit_now(0)
 
 
-def run_test(program: str, test: str, names: dict[str, Any], pipe: int) -> None:
+def run_test(program: CodeType, source: str, names: dict[str, Any], pipe: int) -> None:
     """Run the program and the test, and report a pass. Only code that ran to its end knows the token of a pass.
 
     Arguments are evaluated from left to right. So while the program runs, the token is an argument of a call that waits
     for its last one: no variable holds it, and a program that goes up the stack does not find it.
     """
-    program_code = compile(program, "<program>", "exec", dont_inherit=True)
-    test_code = compile(test, "<test>", "exec", dont_inherit=True)
-    write(pipe, b"=", send_token(pipe), run_both(program_code, test_code, names))
+    test = compile(source, "<test>", "exec", dont_inherit=True)
+    write(pipe, b"=", send_token(pipe), run_both(program, test, names))
 
 
 def send_token(pipe: int) -> bytes:
@@ -258,14 +242,13 @@ def run_both(program: CodeType, test: CodeType, names: dict[str, Any]) -> bytes:
     return b"true"
 
 
-def answer_values(program: str, questions: list[Question], names: dict[str, Any], pipe: int) -> None:
+def answer_values(program: CodeType, questions: list[Question], names: dict[str, Any], pipe: int) -> None:
     """Run the program, then evaluate one expression after the other."""
-    exec(compile(program, "<program>", "exec", dont_inherit=True), names)
+    exec(program, names)
     write(pipe, b"ready")
-    for question in questions:
+    for source, arguments, _ in questions:
         try:
-            code = compile(question.source, "<test>", "eval", dont_inherit=True)
-            value = eval(code, names, {"_": question.arguments})
+            value = eval(compile(source, "<test>", "eval", dont_inherit=True), names, {"_": arguments})
             line = b"=" + json.dumps(digest_if_large(value) or to_json(value)).encode()
         except BaseException as error:
             line = b"-" + describe(error)

@@ -135,15 +135,12 @@ class Sandbox:
     def _run_in(self, worker: "_Worker", contents: dict[str, bytes], limits: Limits, stdin: bytes) -> ExecutionResult:
         """Run in a worker, which is idle or closed afterwards. Raises SandboxError if the program did not start."""
         try:
-            result = worker.run(contents, limits, stdin)
-        except BaseException:
-            worker.close()
-            raise
-        if worker.healthy:
-            self._idle.append(worker)
-        else:
-            worker.close()
-        return result
+            return worker.run(contents, limits, stdin)
+        finally:
+            if worker.healthy:
+                self._idle.append(worker)
+            else:
+                worker.close()
 
     def run_many(self, programs: Iterable[str], limits: Limits = DEFAULT_LIMITS) -> Iterator[ExecutionResult]:
         """Run programs side by side. Results come in order."""
@@ -246,28 +243,25 @@ class _Worker:
         self.healthy = True  # whether it may get another job
         self.jobs = 0
         self.errors = ""  # stderr of bubblewrap and the fork server, once closed
-        self.control, worker_control = socket.socketpair()
         user: dict[str, Any] = {}  # Any: keywords of Popen, which differ in type
         if unsafe:
-            command = [sys.executable, "-s", "-S"]
-            paths = [str(folder) for folder in packages]
+            command = [sys.executable, "-s", "-S", "-c", source_of("forkserver.py"), "unsafe", *map(str, packages)]
         else:
-            command = _bubblewrap(packages)
-            paths = [f"/packages/{number}" for number in range(len(packages))]
+            command = [*_bubblewrap(packages), "-c", source_of("forkserver.py"), "isolated"]
+            command += [f"/packages/{number}" for number in range(len(packages))]
             if os.geteuid() == 0:  # root escapes RLIMIT_NPROC even in bubblewrap, and an escape should end as nobody
                 user = {"user": _NOBODY, "group": _NOBODY, "extra_groups": []}
+        self.control, worker_control = socket.socketpair()
         self.replies = self.control.makefile("rb")
-        mode = "unsafe" if unsafe else "isolated"
         try:
             with worker_control:
                 self.process = subprocess.Popen(
-                    [*command, "-c", _forkserver_source(), str(worker_control.fileno()), mode, *paths],
-                    stdin=subprocess.DEVNULL,
+                    command,
+                    stdin=worker_control,
                     stdout=subprocess.DEVNULL,
                     stderr=subprocess.PIPE,
                     cwd="/",
                     env=_ENVIRONMENT,
-                    pass_fds=[worker_control.fileno()],
                     start_new_session=True,
                     **user,
                 )
@@ -276,7 +270,7 @@ class _Worker:
             raise SandboxError(f"cannot start {command[0]}: {_last_line(str(error))}; is it installed?") from error
 
     def run(self, contents: dict[str, bytes], limits: Limits, stdin: bytes) -> ExecutionResult:
-        """Run one program. Raises SandboxError if it did not start. A worker that is not `healthy` now must be closed."""
+        """Run one program. Raises SandboxError if it did not start. A worker that is not `healthy` must be closed."""
         self.healthy = False
         self.jobs += 1
         with tempfile.TemporaryDirectory(prefix="diffucoder-") if self.unsafe else nullcontext("/tmp") as folder:
@@ -320,20 +314,18 @@ class _Worker:
         return ExecutionResult(status, stdout, stderr, float(seconds), int(memory), detail)
 
     def close(self) -> None:
-        """Kill the whole tree from outside: bwrap takes process 1 along, and that everything in its namespace."""
+        """End the whole tree. With bwrap, process 1 of its namespace dies, and with that everything in there."""
         if self.control.fileno() < 0:
             return
         self.replies.close()
         self.control.close()  # fork server and supervisor then end by themselves, unless they hang
-        assert self.process.stderr is not None
-        with self.process.stderr as stderr:
-            with suppress(subprocess.TimeoutExpired):
-                self.process.wait(_CLOSE)
-            if self.process.returncode is None:  # not reaped yet, so the number is still that of the process
-                with suppress(ProcessLookupError):
-                    os.killpg(self.process.pid, signal.SIGKILL)
-                self.process.wait()
-            self.errors = stderr.read(65536).decode(errors="replace")
+        try:
+            errors = self.process.communicate(timeout=_CLOSE)[1]
+        except subprocess.TimeoutExpired:
+            with suppress(ProcessLookupError):
+                os.killpg(self.process.pid, signal.SIGKILL)
+            errors = self.process.communicate()[1]
+        self.errors = errors.decode(errors="replace")
 
 
 def _ending(limit: str, code: int, stderr: str, limits: Limits) -> tuple[Status, str]:
@@ -350,8 +342,9 @@ def _ending(limit: str, code: int, stderr: str, limits: Limits) -> tuple[Status,
 
 
 @cache
-def _forkserver_source() -> str:
-    return Path(__file__).with_name("forkserver.py").read_text(encoding="utf-8")
+def source_of(name: str) -> str:
+    """The source of a file of this folder that runs inside."""
+    return Path(__file__).with_name(name).read_text(encoding="utf-8")
 
 
 def _contents(program: str, files: Mapping[str, str], limits: Limits) -> dict[str, bytes]:

@@ -8,6 +8,7 @@ all have one hash.
 from collections.abc import Iterable
 from dataclasses import dataclass
 from fractions import Fraction
+from itertools import chain
 from typing import Any  # None, bool, numbers, str, bytes, list, tuple, set, frozenset, dict, Digest or Opaque
 
 from diffucoder.grading import runner
@@ -23,12 +24,12 @@ class Digest:
     sha256: str
 
 
+@dataclass(frozen=True, eq=False)
 class Opaque:
     """Stands for a value that is not plain data. It equals only itself, and has the length of the value."""
 
-    def __init__(self, kind: str, length: int | None = None) -> None:
-        self.kind = kind
-        self.length = length
+    kind: str
+    length: int | None = None
 
     def __len__(self) -> int:
         if self.length is None:
@@ -93,7 +94,7 @@ def set_of(members: Iterable[Any] = ()) -> set[Any]:
             if len(same_hash) == _MAX_COLLISIONS:
                 raise ValueError(f"more than {_MAX_COLLISIONS} members of a set have the same hash")
             same_hash.append(member)
-    return {member for group in by_hash.values() for member in group}
+    return set(chain.from_iterable(by_hash.values()))
 
 
 def short(value: Any) -> str:

@@ -215,7 +215,7 @@ def test_nothing_of_another_program_of_the_job_can_be_opened(box: Sandbox) -> No
     ],
 )  # fmt: skip
 def test_what_is_no_answer_is_a_loss(told: str, box: Sandbox, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("diffucoder.grading.grade._runner_source", lambda: f"print({told!r})")
+    monkeypatch.setattr("diffucoder.grading.grade.source_of", lambda name: f"print({told!r})")
     for outcome in asked("pass", box):
         assert (outcome.status, outcome.value) in {("killed", None), ("failed", None)}, outcome
         assert outcome.seconds >= 0
@@ -389,7 +389,7 @@ import re, sys
 frame, constants = sys._getframe(), []
 while frame:
     for question in frame.f_locals.get("questions") or []:
-        constants += map(int, re.findall("[0-9]+", question[1]))
+        constants += map(int, re.findall("[0-9]+", question[0]))
     frame = frame.f_back
 def f(x):
     return next((each for each in constants if each > 5), None)
@@ -437,7 +437,8 @@ def repeat_tokens():
     [
         pytest.param("import builtins\nbuiltins.exec = lambda *a, **k: None\n", id="a patched exec"),
         pytest.param(
-            WALK + """
+            WALK
+            + """
 class Meta(type):
     @property
     def __name__(cls):

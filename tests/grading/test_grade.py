@@ -6,7 +6,7 @@ import pytest
 
 from diffucoder.errors import ConfigError, SandboxError
 from diffucoder.grading.grade import Call, call, grade, grade_many
-from diffucoder.grading.sandbox import Limits, isolation
+from diffucoder.grading.sandbox import Limits, Sandbox, isolation
 from diffucoder.grading.values import Opaque, from_json, to_json
 
 GOOD = "def add(a, b):\n    return a + b\n"
@@ -275,7 +275,8 @@ def test_without_a_sandbox_grading_works_when_told_so(monkeypatch: pytest.Monkey
     monkeypatch.setenv("PATH", "")
     with pytest.raises(SandboxError):
         grade(GOOD, TESTS)
-    verdict = grade(GOOD, TESTS, unsafe=True)
+    with Sandbox(1, unsafe=True) as unsafe:
+        verdict = grade(GOOD, TESTS, sandbox=unsafe)
     assert (verdict.passed, verdict.passed_tests, verdict.status) == (True, 3, "ok")
 
 
