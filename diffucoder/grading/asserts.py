@@ -117,17 +117,23 @@ def _find_question(node: ast.expr) -> tuple[ast.expr, str]:
 
 
 def _check_call(call: ast.Call) -> list[ast.expr]:
-    """The arguments of a function that is taken for Python's own, one of which has the question."""
+    """The arguments that may hold the question, of a function that is taken for Python's own."""
     name = ast.unparse(call.func)
+    first = call.args[:1]
+    others = call.args[1:]
     for keyword in call.keywords:
         if keyword.arg not in _KEYWORDS or not _is_literal(keyword.value):
             raise _NotSplitError
-    if name == "isinstance" and len(call.args) == 2 and not call.keywords:
-        _types(call.args[1])  # raises KeyError for a class that is not one of plain data
-        return call.args[:1]
-    if name not in _FUNCTIONS or name == "dict" or (name in _OF_MEMBERS and len(call.args) != 1):
+    if name == "isinstance" and len(others) == 1 and not call.keywords:
+        _types(others[0])  # raises KeyError for a class that is not one of plain data
+        return first
+    if name in ("isclose", "math.isclose"):
+        return call.args
+    if name not in _FUNCTIONS or name == "dict" or (name in _OF_MEMBERS and others):
         raise _NotSplitError
-    return call.args
+    if not all(map(_is_literal, others)):
+        raise _NotSplitError
+    return first
 
 
 def _is_literal(node: ast.expr) -> bool:
@@ -254,18 +260,11 @@ def _sum(members: Iterable[Any]) -> Any:
 
 
 _FUNCTIONS: dict[str, Callable[..., Any]] = {
-    "frozenset": lambda members=(): frozenset(set_of(members)),
-    "isclose": math.isclose,
-    "math.ceil": math.ceil,
-    "math.fabs": math.fabs,
-    "math.floor": math.floor,
-    "math.isclose": math.isclose,
-    "set": set_of,
-    "sum": _sum,
-}
-for _function in (abs, all, any, bool, dict, float, int, len, list, max, min, round, sorted, tuple):
-    _FUNCTIONS[_function.__name__] = _function
-
+    "abs": abs, "all": all, "any": any, "bool": bool, "dict": dict, "float": float, "int": int, "isclose": math.isclose,
+    "len": len, "list": list, "math.ceil": math.ceil, "math.fabs": math.fabs, "math.floor": math.floor,
+    "math.isclose": math.isclose, "max": max, "min": min, "round": round, "set": set_of, "sorted": sorted, "sum": _sum,
+    "tuple": tuple, "frozenset": lambda members=(): frozenset(set_of(members)),
+}  # fmt: skip
 _OPERATORS: dict[type[ast.AST], Callable[..., Any]] = {
     ast.Not: operator.not_, ast.USub: operator.neg, ast.UAdd: operator.pos,
     ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: _multiply, ast.Div: operator.truediv,

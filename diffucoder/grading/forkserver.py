@@ -82,24 +82,28 @@ def serve(control: socket.socket, isolated: bool) -> dict[str, bytes]:
         child = clone() if isolated else os.fork()
         if child == 0:
             return supervise(control, isolated)
-        status = os.waitpid(child, 0)[1] if child > 0 else -1
-        control.sendall(b"gone\n" if status in (0, signal.SIGKILL) else b"failed\n")  # an unsafe job ends by SIGKILL
+        os.waitpid(child, 0)
+        control.sendall(b"gone\n")
 
 
 def clone() -> int:
-    """fork() into new namespaces, for which Python has no function."""
-    return int(libc.syscall(CLONE[machine], NEW_NAMESPACES | signal.SIGCHLD, 0, 0, 0, 0))
+    """fork() into new namespaces, for which Python has no function. Raises OSError."""
+    child = int(libc.syscall(CLONE[machine], NEW_NAMESPACES | signal.SIGCHLD, 0, 0, 0, 0))
+    if child < 0:
+        raise OSError(ctypes.get_errno(), "clone: " + os.strerror(ctypes.get_errno()))
+    return child
 
 
 def supervise(control: socket.socket, isolated: bool) -> dict[str, bytes]:
     """Read a job, prepare it, run the program and report its end. Returns in the program's process."""
     with control.makefile("rb") as file:
         job = marshal.load(file)
+    contents: dict[str, bytes] = job["contents"]
     os.setsid()
     if isolated:
         enter_namespaces(job["rlimits"]["FSIZE"] + len(job["stdin"]))
     os.chdir(job["folder"])
-    for name, content in job["contents"].items():
+    for name, content in contents.items():
         os.makedirs(os.path.dirname(os.path.abspath(name)), exist_ok=True)
         with open(name, "wb") as file:
             file.write(content)
@@ -123,7 +127,7 @@ def supervise(control: socket.socket, isolated: bool) -> dict[str, bytes]:
         for fd in (stdin, stdout, program_stdout, stderr, program_stderr):
             os.close(fd)
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        return job["contents"]
+        return contents
     for fd in (stdin, program_stdout, program_stderr):
         os.close(fd)
     os.set_blocking(stdout, False)
@@ -141,11 +145,14 @@ def watch(program: int, streams: list[int], control: socket.socket, seconds: flo
     pause = MIN_PAUSE
     while ending is None and limit == "none":
         ending = reap(program)
-        ready = select.select([control, *streams], [], [], pause if ending is None else 0)[0]
-        pause = MIN_PAUSE if ready else min(2 * pause, MAX_PAUSE)
-        if control in ready:  # the host has hung up
+        if ending:
+            pause = 0.0  # there may be output left
+        ready = select.select([control.fileno(), *streams], [], [], pause)[0]
+        pause = min(2 * pause, MAX_PAUSE)
+        if control.fileno() in ready:  # the host has hung up
             return b""
         for stream in ready:
+            pause = MIN_PAUSE
             with suppress(BlockingIOError):  # the program may read from its own stdout, too
                 chunk = os.read(stream, 1 << 20)
                 room = max_output - len(outputs[stream])

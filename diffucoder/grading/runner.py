@@ -17,6 +17,7 @@ from __future__ import annotations
 import hashlib
 import json
 import marshal
+import math
 import os
 import select
 import signal
@@ -131,23 +132,28 @@ class Child:
         """
         begin = time.monotonic()
         end = min(until, begin + PATIENCE * seconds)
-        processor_end = None
+        processor_end = math.inf
         searched = 0
         while (length := self.received.find(b"\n", searched)) < 0:
             searched = len(self.received)
             now = time.monotonic()
-            if processor_end is None and now - begin > GLANCE:
+            if now - begin > GLANCE and processor_end == math.inf:
                 processor_end = self.processor_seconds() + seconds
             # a process that the program started may hold the pipe open for longer than the child lives
             ended = self.has_ended()
-            ready = select.select([self.pipe], [], [], 0 if ended else max(0, min(end - now, POLL)))[0]
-            chunk = os.read(self.pipe, 1 << 16) if ready else b""
-            self.received += chunk
+            pause = 0.0
+            if not ended and now < end:
+                pause = min(end - now, POLL)
+            chunk = b""
+            ready = select.select([self.pipe], [], [], pause)[0]
+            if ready:
+                chunk = os.read(self.pipe, 1 << 16)
+                self.received += chunk
             if searched > self.max_output:
                 self.lost = ("killed", f"output: gave more than {self.max_output} bytes")
             elif not chunk and (ready or ended):
                 self.lost = self.ending()
-            elif now >= end or (processor_end is not None and self.processor_seconds() >= processor_end):
+            elif now >= end or (now - begin > GLANCE and self.processor_seconds() >= processor_end):
                 self.lost = ("timeout", "seconds: no time left")
             if self.lost:
                 return b""

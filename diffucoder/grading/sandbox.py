@@ -257,7 +257,7 @@ class _Worker:
             with worker_control:
                 self.process = subprocess.Popen(
                     command,
-                    stdin=worker_control,
+                    stdin=worker_control.fileno(),
                     stdout=subprocess.DEVNULL,
                     stderr=subprocess.PIPE,
                     cwd="/",

@@ -108,7 +108,9 @@ def short(value: Any) -> str:
 def readable(text: str, limit: int = 300) -> str:
     """The text on one line of at most `limit` characters, each of which can be printed and stored."""
     line = " ".join(text[: 10 * limit].split())
-    printable = ""
-    for character in line[: limit + 1]:
-        printable += character if character.isprintable() else "\N{REPLACEMENT CHARACTER}"
-    return printable if len(printable) <= limit else printable[: limit - 3] + "..."
+    if len(line) > limit:
+        line = line[: limit - 3] + "..."
+    for character in set(line):
+        if not character.isprintable():
+            line = line.replace(character, "\N{REPLACEMENT CHARACTER}")
+    return line
