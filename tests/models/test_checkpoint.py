@@ -215,12 +215,12 @@ def refusal(source: str | Path | None, **options: Any) -> str:
 
 def test_unknown_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert refusal("nonsense") == (
-        "model 'nonsense' is no folder, no Hub id (owner/name) and none of "
+        "model 'nonsense' is not a folder, a Hub id (owner/name) or one of "
         "base, instruct, cpgrpo, dream-base, dream, dream-coder"
     )
-    assert "is no folder" in refusal(tmp_path / "absent")
-    assert "is no folder" in refusal("./a/b")
-    assert "no Hub id either; write owner/name" in refusal("what is/this?")
+    assert "is not a folder" in refusal(tmp_path / "absent")
+    assert "is not a folder" in refusal("./a/b")
+    assert "not a valid Hub id; write owner/name" in refusal("what is/this?")
     monkeypatch.setattr(hub_module, "SHIPPED", tmp_path / "absent")
     assert refusal(None) == "no model ships with this installation; name a folder or a Hub id"
 
@@ -235,12 +235,12 @@ def test_a_folder_that_holds_no_model(tmp_path: Path) -> None:
 
 def test_configs_that_make_no_sense(saved: Path) -> None:
     edit_config(saved, model_type="mamba")
-    assert "model_type 'mamba' is not understood; use one of Dream, qwen2, qwen3, llama" in refusal(saved)
+    assert "model_type 'mamba' is not supported; use one of Dream, qwen2, qwen3, llama" in refusal(saved)
     edit_config(saved, model_type="Dream", mask_token_id="absent")
     assert "Dream needs a mask_token_id" in refusal(saved)
     for mask_id in (67, -1, "66"):
         edit_config(saved, mask_token_id=mask_id)
-        assert f"mask_token_id={mask_id!r} is no id below vocab_size=67" in refusal(saved)
+        assert f"mask_token_id={mask_id!r} is not an id below vocab_size=67" in refusal(saved)
     edit_config(saved, mask_token_id=66, hidden_size="wide")
     assert "is not a Dream config" in refusal(saved)
     edit_config(saved, hidden_size=32, hidden_act="unheard of")
