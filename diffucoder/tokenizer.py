@@ -31,16 +31,12 @@ DEFAULT_SYSTEM = "You are a helpful assistant."  # Qwen2.5's, which DiffuCoder w
 
 # The tokens that Dream adds to Qwen2's vocabulary, in id order, for checkpoints that list none. `<|dlm_pad|>` would be
 # next, but only some checkpoints have it, and those list it.
-_QWEN_SPECIAL = (
-    *(END_OF_TEXT, "<|im_start|>", END_OF_TURN, "<|object_ref_start|>", "<|object_ref_end|>", "<|box_start|>"),
-    *("<|box_end|>", "<|quad_start|>", "<|quad_end|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>"),
-    *("<|image_pad|>", "<|video_pad|>"),
-)
-_QWEN_TEXT = (  # text to Qwen2.5, so decoding keeps them
-    *("<tool_call>", "</tool_call>", "<|fim_prefix|>", "<|fim_middle|>", "<|fim_suffix|>", "<|fim_pad|>"),
-    *("<|repo_name|>", "<|file_sep|>"),
-)
-_DREAM_TOKENS = (*_QWEN_SPECIAL, *_QWEN_TEXT, "<|beginoftext|>", MASK_TOKEN)
+_QWEN_SPECIAL = """<|endoftext|> <|im_start|> <|im_end|> <|object_ref_start|> <|object_ref_end|> <|box_start|>
+    <|box_end|> <|quad_start|> <|quad_end|> <|vision_start|> <|vision_end|> <|vision_pad|> <|image_pad|>
+    <|video_pad|>""".split()
+_QWEN_TEXT = """<tool_call> </tool_call> <|fim_prefix|> <|fim_middle|> <|fim_suffix|> <|fim_pad|> <|repo_name|>
+    <|file_sep|>""".split()  # text to Qwen2.5, so decoding keeps them
+_DREAM_TOKENS = [*_QWEN_SPECIAL, *_QWEN_TEXT, "<|beginoftext|>", MASK_TOKEN]
 
 Messages = Sequence[Mapping[str, str]]
 
@@ -55,20 +51,14 @@ class Hole:
 def split_holes(text: str) -> list[str | Hole]:
     """Cut `text` at `<|hole|>` and `<|hole:12|>`; empty pieces are left out. PromptError for a malformed hole."""
     pieces: list[str | Hole] = []
-    end = 0
-    for match in re.finditer(r"<\|hole(.*?)\|>", text):
-        if match.start() > end:
-            pieces.append(text[end : match.start()])
-        length = re.fullmatch(r":([1-9][0-9]{0,5})", match[1])
-        if length:
-            pieces.append(Hole(int(length[1])))
-        elif match[1] == "":
-            pieces.append(Hole())
-        else:
-            raise PromptError(f"hole {match[0]!r} is malformed; write <|hole|>, or <|hole:12|> for 12 tokens")
-        end = match.end()
-    if end < len(text):
-        pieces.append(text[end:])
+    for piece in re.split(r"(<\|hole.*?\|>)", text):
+        hole = re.fullmatch(r"<\|hole(?::([1-9][0-9]{0,5}))?\|>", piece)
+        if hole is not None:
+            pieces.append(Hole(int(hole[1]) if hole[1] else None))
+        elif re.fullmatch(r"<\|hole.*\|>", piece):
+            raise PromptError(f"hole {piece!r} is malformed; write <|hole|>, or <|hole:12|> for 12 tokens")
+        elif piece:
+            pieces.append(piece)
     return pieces
 
 
@@ -81,19 +71,20 @@ class Tokenizer:
         CheckpointError if there is no mask token: neither `config["mask_token"]` nor `<|mask|>`.
         """
         self.backend = backend
-        self.config: Json = dict(config or {})
-        self.mask_token = self._token_of("mask_token") or MASK_TOKEN
-        mask_id = backend.token_to_id(self.mask_token)
-        if mask_id is None:
-            message = f"tokenizer has no mask token {self.mask_token!r}; use the tokenizer saved with the model"
-            raise CheckpointError(message)
-        self.mask_id: int = mask_id
-        eos_token = self._token_of("eos_token")
+        self.config: Json = {}
+        for name, value in (config or {}).items():  # a token is a string, or an object with its content
+            self.config[name] = value["content"] if isinstance(value, Mapping) and "content" in value else value
+        self.mask_token: str = self.config.get("mask_token") or MASK_TOKEN
+        if backend.token_to_id(self.mask_token) is None:
+            mask = self.mask_token
+            raise CheckpointError(f"tokenizer has no mask token {mask!r}; use the tokenizer saved with the model")
+        self.mask_id: int = backend.token_to_id(self.mask_token)
+        eos_token = self.config.get("eos_token")
         terminators = self._ids_of(eos_token, *TERMINATORS)
         self.terminator_ids = frozenset(terminators)
         self.eos_id = terminators[0] if terminators else None
         # Dream pads with a token for it if the checkpoint has one; older parents pad with their end of text
-        pads = self._ids_of(self._token_of("pad_token"), PAD_TOKEN, END_OF_TEXT, eos_token, self.mask_token)
+        pads = self._ids_of(self.config.get("pad_token"), PAD_TOKEN, END_OF_TEXT, eos_token, self.mask_token)
         self.pad_id = pads[0]
 
     @classmethod
@@ -154,7 +145,7 @@ class Tokenizer:
     @property
     def bos_id(self) -> int | None:
         """The id of the token that `tokenizer_config.json` names as beginning of text; None if it names none."""
-        return next(iter(self._ids_of(self._token_of("bos_token"))), None)
+        return next(iter(self._ids_of(self.config.get("bos_token"))), None)
 
     @property
     def turn_end_id(self) -> int | None:
@@ -166,12 +157,9 @@ class Tokenizer:
     def chat_template(self) -> str | None:
         """The checkpoint's Jinja template; None if it has none, and chats are then written as Qwen2.5 does."""
         template = self.config.get("chat_template")
-        if not isinstance(template, list):
-            return template
-        for named in template:  # some checkpoints have several
-            if named["name"] == "default":
-                return str(named["template"])
-        return None
+        if isinstance(template, list):  # some checkpoints have several
+            template = {named["name"]: named["template"] for named in template}.get("default")
+        return template
 
     def check_fits(self, *, mask_id: int, rows: int) -> None:
         """CheckpointError unless a model with this mask id and this many rows can use this vocabulary."""
@@ -253,40 +241,24 @@ class Tokenizer:
 
     @cached_property
     def _template_runner(self) -> Any:  # Any: transformers is not followed by mypy
-        """A tokenizer of transformers, which runs chat templates in a sandbox.
-
-        Templates use the names of tokens only, so its vocabulary is empty: a copy of the backend would take a second.
-        """
+        """Runs chat templates in transformers' sandbox. They use names of tokens only, so its vocabulary is empty."""
         from transformers import PreTrainedTokenizerFast  # late: slow to import, and most chats do not need it
 
         empty = tokenizers.Tokenizer(models.BPE())
         return PreTrainedTokenizerFast(tokenizer_object=empty, **self._tokens_of("bos_token", "eos_token"))
 
     def _render(self, turns: list[dict[str, str]]) -> str:
-        """Run the checkpoint's template."""
         from jinja2.exceptions import TemplateError  # late, as above
 
+        render = self._template_runner.apply_chat_template
         try:
-            prompt = self._template_runner.apply_chat_template(
-                turns, chat_template=self.chat_template, tokenize=False, add_generation_prompt=True
-            )
+            return str(render(turns, chat_template=self.chat_template, tokenize=False, add_generation_prompt=True))
         except TemplateError as error:
-            raise PromptError(f"the checkpoint's chat template refuses these messages: {error}") from error
-        return str(prompt)
-
-    def _token_of(self, role: str) -> str | None:
-        """The token that `tokenizer_config.json` names for a role, as a string or as an object with its content."""
-        token = self.config.get(role)
-        return token.get("content") if isinstance(token, Mapping) else token
+            raise PromptError(f"the checkpoint's chat template rejects these messages: {error}") from error
 
     def _tokens_of(self, *roles: str) -> dict[str, str]:
         """The tokens of those roles that have one."""
-        tokens = {}
-        for role in roles:
-            token = self._token_of(role)
-            if token:
-                tokens[role] = token
-        return tokens
+        return {role: self.config[role] for role in roles if self.config.get(role)}
 
     def _ids_of(self, *tokens: str | None) -> list[int]:
         """The ids of those tokens that the vocabulary has."""
@@ -343,11 +315,15 @@ def _read_backend(folder: Path, config: Json) -> tokenizers.Tokenizer:
         if whole.exists():
             return tokenizers.Tokenizer.from_file(str(whole))
         backend = _qwen2_backend(str(vocabulary), str(merges))
-        _add_listed_tokens(backend, config, folder)
-    except CheckpointError:
-        raise
+        added_tokens = _listed_tokens(config, first_id=backend.get_vocab_size())
     except Exception as error:  # tokenizers raises bare Exceptions, whatever is wrong with a file
         raise CheckpointError(f"{folder}: tokenizer cannot be read ({error}); fetch it again") from error
+    for id_, token in sorted(added_tokens.items()):
+        backend.add_tokens([token])
+        assigned = backend.token_to_id(token.content)
+        if assigned != id_:  # ids are assigned in order: a gap or a clash shifts all later ones
+            message = f"{token.content!r} should be token {id_}, is {assigned}; fetch vocab.json again"
+            raise CheckpointError(f"{folder}: {message}")
     return backend
 
 
@@ -358,17 +334,13 @@ def _qwen2_backend(vocabulary: str | None = None, merges: str | None = None) -> 
     return Qwen2Tokenizer(vocabulary, merges, unk_token=None, eos_token=None, pad_token=None).backend_tokenizer
 
 
-def _add_listed_tokens(backend: tokenizers.Tokenizer, config: Json, folder: Path) -> None:
-    """Add the tokens that the checkpoint lists, or else Dream's. CheckpointError if one would get another id."""
-    tokens = {id_: token for token, id_ in config["added_tokens"].items()}
-    special = {id_: token not in _QWEN_TEXT for id_, token in tokens.items()}
-    for id_, entry in config.get("added_tokens_decoder", {}).items():
-        tokens[int(id_)] = entry["content"]
-        special[int(id_)] = entry.get("special", entry["content"] not in _QWEN_TEXT)
-    if not tokens:
-        tokens = dict(enumerate(_DREAM_TOKENS, start=backend.get_vocab_size()))
-    for id_, token in sorted(tokens.items()):
-        backend.add_tokens([AddedToken(token, special=special.get(id_, token not in _QWEN_TEXT), normalized=False)])
-        assigned = backend.token_to_id(token)
-        if assigned != id_:  # ids are assigned in order: a gap or a clash shifts all later ones
-            raise CheckpointError(f"{folder}: {token!r} should be token {id_}, is {assigned}; fetch vocab.json again")
+def _listed_tokens(config: Json, *, first_id: int) -> dict[int, AddedToken]:
+    """The tokens that the checkpoint adds to its vocabulary, by id; Dream's from `first_id` on if it lists none."""
+    described = config.get("added_tokens_decoder", {})  # by the id as text
+    names = {id_: name for name, id_ in config["added_tokens"].items()}
+    names |= {int(id_): entry["content"] for id_, entry in described.items()}
+    tokens = {}
+    for id_, name in (names or dict(enumerate(_DREAM_TOKENS, start=first_id))).items():
+        special = described.get(str(id_), {}).get("special", name not in _QWEN_TEXT)
+        tokens[id_] = AddedToken(name, special=special, normalized=False)
+    return tokens

@@ -204,7 +204,7 @@ def test_a_checkpoints_own_template_is_used(small: Tokenizer) -> None:
     )
     own = Tokenizer(small.backend, config={"chat_template": template, "eos_token": "<|endoftext|>"})
     assert own.chat("hi") == "[user] hi<|endoftext|>\n[bot]"
-    with pytest.raises(PromptError, match="template refuses these messages: never"):
+    with pytest.raises(PromptError, match="template rejects these messages: never"):
         own.chat("no")
 
 

@@ -5,14 +5,14 @@ dtype (here and nowhere else), and writing checkpoints that other Dream tools re
 Not for: where models are (`hub`), the forward pass (`denoiser`), text (`tokenizer`), training state.
 
 A Dream model is a Qwen2 model that attends both ways, so `model_type: "Dream"` loads as transformers' Qwen2 and its
-`auto_map` is ignored. Models are written as Dream if Dream can represent them; Llama parents then get zero q/k/v
-biases. Other models (Qwen3's q/k norms, scaled RoPE, unshifted rows) keep their type, and `diffucoder.json` has the rest.
+`auto_map` is ignored. Models that Dream can represent are written as Dream; Llama parents get zero q/k/v biases. Other
+models (Qwen3's q/k norms, scaled RoPE, unshifted rows) keep their type, and `diffucoder.json` has the rest.
 """
 
 import json
-import os
 import platform
 import shutil
+import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,10 +20,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import split_torch_state_dict_into_shards
+from huggingface_hub import save_torch_state_dict
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
@@ -61,80 +60,70 @@ class Checkpoint:
         """The dtype that the config names for the weights; float32 if it names none."""
         return self.config.dtype or torch.float32
 
-    def load_tokenizer(self) -> Tokenizer:
-        """The tokenizer beside the model. An autoregressive model's gets a mask token if it has none.
 
-        CheckpointError if files are missing or damaged, or the tokenizer does not fit the model's vocabulary.
-        """
-        tokenizer = Tokenizer.load(self.folder, add_mask=self.mask_id is None)
-        if self.mask_id is not None:
-            tokenizer.check_fits(mask_id=self.mask_id, rows=self.config.vocab_size)
-        return tokenizer
-
-    def load_denoiser(
-        self,
-        *,
-        dtype: torch.dtype | None = None,
-        device: str | torch.device | None = None,
-        mask_id: int | None = None,
-    ) -> Denoiser:
-        """The model, ready to score; arguments and errors as for the function `load_denoiser`."""
-        if mask_id is None:
-            mask_id = self.mask_id
-        if mask_id is None:
-            raise CheckpointError(
-                f"{self.folder} holds an autoregressive model (its config names no mask_token_id); name a free id as "
-                "its mask: load_denoiser(folder, mask_id=...), or make a checkpoint of it: diffucoder convert"
-            )
-        device, dtype = default_device_and_dtype(device, dtype)
-        folder = find(self.source, revision=self.revision, weights=True)
-        skeleton = _skeleton(self)
-        _check_weights(folder, skeleton)
-        with transformers_silenced():
-            model = type(skeleton).from_pretrained(
-                folder, config=skeleton.config, dtype=dtype, attn_implementation="sdpa", local_files_only=True
-            )
-        model.to(device).eval()
-        return Denoiser.from_causal_lm(model, mask_id=mask_id, shifted=self.shifted)
+Source = str | Path | Checkpoint | None
+"""A folder, a Hub id, a name of `KNOWN_MODELS`, a checkpoint found before, or the shipped model (None)."""
 
 
 def load_denoiser(
-    source: str | Path | None = None,
+    source: Source = None,
     *,
     dtype: torch.dtype | None = None,
     device: str | torch.device | None = None,
     revision: str | None = None,
     mask_id: int | None = None,
 ) -> Denoiser:
-    """Load a model, ready to score: from a folder, a Hub id, a name of `KNOWN_MODELS`, or the shipped one (None).
+    """Load a model, ready to score.
 
     `dtype` and `device` default to what is fast here (`default_device_and_dtype`); weights in another dtype are cast.
     `mask_id` makes a denoiser of an autoregressive parent, whose config names no mask token. CheckpointError if the
     model cannot be found, fetched or understood, or its weights do not fit its config.
     """
-    return find_checkpoint(source, revision=revision).load_denoiser(dtype=dtype, device=device, mask_id=mask_id)
+    checkpoint = find_checkpoint(source, revision=revision)
+    mask_id = checkpoint.mask_id if mask_id is None else mask_id
+    if mask_id is None:
+        raise CheckpointError(
+            f"{checkpoint.folder} holds an autoregressive model (its config names no mask_token_id); name a free id "
+            "as its mask: load_denoiser(folder, mask_id=...), or make a checkpoint of it: diffucoder convert"
+        )
+    device, dtype = default_device_and_dtype(device, dtype)
+    folder = find(checkpoint.source, revision=checkpoint.revision, weights=True)
+    _check_weights(folder, checkpoint.config)
+    with transformers_silenced():
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, config=checkpoint.config, dtype=dtype, attn_implementation="sdpa", local_files_only=True
+        )
+    model.to(device).eval()
+    return Denoiser.from_causal_lm(model, mask_id=mask_id, shifted=checkpoint.shifted)
 
 
-def load_tokenizer(source: str | Path | None = None) -> Tokenizer:
-    """Load the tokenizer beside a model, named as in `load_denoiser`; errors as for `Checkpoint.load_tokenizer`."""
-    return find_checkpoint(source).load_tokenizer()
+def load_tokenizer(source: Source = None) -> Tokenizer:
+    """Load the tokenizer beside a model. An autoregressive model's gets a mask token if it has none.
+
+    CheckpointError if files are missing or damaged, or if the tokenizer does not fit the model's vocabulary.
+    """
+    checkpoint = find_checkpoint(source)
+    tokenizer = Tokenizer.load(checkpoint.folder, add_mask=checkpoint.mask_id is None)
+    if checkpoint.mask_id is not None:
+        tokenizer.check_fits(mask_id=checkpoint.mask_id, rows=checkpoint.config.vocab_size)
+    return tokenizer
 
 
 def load_model(
-    source: str | Path | None = None,
+    source: Source = None,
     *,
     dtype: torch.dtype | None = None,
     device: str | torch.device | None = None,
     add_mask: bool = False,
 ) -> tuple[Denoiser, Tokenizer]:
-    """Load a model and its tokenizer at once; arguments and errors as for `load_denoiser`.
+    """Load a model and its tokenizer, finding their files once; arguments and errors as for `load_denoiser`.
 
     `add_mask` makes a denoiser of an autoregressive parent, with the mask that its tokenizer has or gets.
     """
     checkpoint = find_checkpoint(source)
-    tokenizer = checkpoint.load_tokenizer()  # first: it is quick, and finds most of what can be wrong
+    tokenizer = load_tokenizer(checkpoint)  # first: it is quick, and fails for most of the same reasons
     mask_id = tokenizer.mask_id if add_mask else None
-    return checkpoint.load_denoiser(dtype=dtype, device=device, mask_id=mask_id), tokenizer
+    return load_denoiser(checkpoint, dtype=dtype, device=device, mask_id=mask_id), tokenizer
 
 
 def default_device_and_dtype(
@@ -175,8 +164,10 @@ def _has_fast_bf16(device: torch.device) -> bool:
 # ---- finding and understanding ----
 
 
-def find_checkpoint(source: str | Path | None, *, revision: str | None = None) -> Checkpoint:
-    """Find and understand a model, named as in `load_denoiser`, without fetching or reading its weights."""
+def find_checkpoint(source: Source, *, revision: str | None = None) -> Checkpoint:
+    """Find and understand a model without fetching or reading its weights; errors as for `load_denoiser`."""
+    if isinstance(source, Checkpoint):
+        return source
     folder = find(source, revision=revision)
     if not (folder / "config.json").exists():
         raise CheckpointError(f"{folder} has no config.json; is it a model's folder?")
@@ -224,26 +215,19 @@ def _name_in_model(stored: str) -> str | None:
     return None if stored.endswith("rotary_emb.inv_freq") else stored
 
 
-def _skeleton(checkpoint: Checkpoint) -> Any:
-    """The model without memory for weights: it knows its class, and the name and shape of every weight."""
+def _check_weights(folder: Path, config: Any) -> None:
+    """CheckpointError unless the files hold exactly the weights that `config` describes. Reads headers only."""
     try:
-        with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(checkpoint.config)
+        expected = _expected_shapes(config)
     except (TypeError, ValueError, KeyError, RuntimeError, AssertionError, ZeroDivisionError) as error:
-        message = f"{checkpoint.folder}/config.json describes an impossible model: {_one_line(error)}"
-        raise CheckpointError(message) from error
-
-
-def _check_weights(folder: Path, skeleton: Any) -> None:
-    """CheckpointError unless the files hold exactly the weights of the model. Reads headers only."""
-    expected = {name: tuple(tensor.shape) for name, tensor in skeleton.state_dict().items()}
+        raise CheckpointError(f"{folder}/config.json describes an impossible model: {_one_line(error)}") from error
     stored = {}
     for stored_name, shape in _stored_shapes(folder).items():
         name = _name_in_model(stored_name)
         if name is not None:
             stored[name] = shape
     missing = expected.keys() - stored.keys()
-    if skeleton.config.tie_word_embeddings:
+    if config.tie_word_embeddings:
         missing.discard("lm_head.weight")  # one matrix, stored once
     unexpected = stored.keys() - expected.keys()
     common = expected.keys() & stored.keys()
@@ -254,6 +238,13 @@ def _check_weights(folder: Path, skeleton: Any) -> None:
             more = f" and {len(names) - 1} more" if len(names) > 1 else ""
             message = f"{folder} {problem} {min(names)}{more}; config.json and weights do not match"
             raise CheckpointError(message)
+
+
+def _expected_shapes(config: Any) -> dict[str, tuple[int, ...]]:
+    """The shapes of all weights of the model that a transformers config describes, by name."""
+    with torch.device("meta"):  # takes no memory
+        model = AutoModelForCausalLM.from_config(config)
+    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
 
 
 def _stored_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
@@ -291,22 +282,14 @@ def save_denoiser(denoiser: Denoiser, folder: str | Path, *, state: Mapping[str,
     folder.mkdir(parents=True, exist_ok=True)
     if dream_can_represent(denoiser):
         weights = dream_weights(denoiser, state)
-        _write_sorted(folder / "config.json", {**_dream_config(denoiser), "torch_dtype": _dtype_name(weights)})
-        # the release reads its mask id from here when it generates, and does not load without the file
-        generation: Json = {"mask_token_id": denoiser.mask_id}
-        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
-            generation[name] = getattr(denoiser.config, name)
-        _write_sorted(folder / "generation_config.json", generation)
-        (folder / EXTRAS).unlink(missing_ok=True)
+        files = _dream_files(denoiser, _dtype_name(weights))
     else:
         weights = _named_weights(denoiser, state)
-        config = json.loads(denoiser.config.to_json_string())
-        config["dtype"] = _dtype_name(weights)
-        for name in ("is_causal", "transformers_version"):  # the first would half-convert it for other tools
-            config.pop(name, None)
-        _write_sorted(folder / "config.json", config)
-        _write_sorted(folder / EXTRAS, {"mask_token_id": denoiser.mask_id, "shifted": denoiser.shifted})
-        (folder / "generation_config.json").unlink(missing_ok=True)
+        files = _own_files(denoiser, _dtype_name(weights))
+    for name, fields in files.items():
+        write_json(folder / name, dict(sorted(fields.items())))
+    for name in {"generation_config.json", EXTRAS} - files.keys():  # of an earlier save
+        (folder / name).unlink(missing_ok=True)
     _write_weights(folder, weights)
 
 
@@ -351,21 +334,21 @@ def _named_weights(denoiser: Denoiser, state: Mapping[str, Tensor] | None) -> di
     if state is None:
         state = denoiser.model.state_dict()
     weights = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
-    with torch.device("meta"):
-        explained = AutoModelForCausalLM.from_config(denoiser.config).state_dict()
-    extra = [name for name in weights if name not in explained]
+    extra = sorted(weights.keys() - _expected_shapes(denoiser.config).keys())
     if extra:
-        count = len(extra)
-        raise CheckpointError(f"model has {count} weights that no config explains, as {extra[0]}; merge adapters first")
+        raise CheckpointError(
+            f"model has {len(extra)} weights that its config does not explain, as {extra[0]}; merge adapters first"
+        )
     if denoiser.config.tie_word_embeddings:
         weights.pop("lm_head.weight", None)
     return weights
 
 
-def _dream_config(denoiser: Denoiser) -> Json:
-    """The release's `config.json` for this model, key for key except `torch_dtype`."""
+def _dream_files(denoiser: Denoiser, dtype: str) -> dict[str, Json]:
+    """The JSON files of a Dream checkpoint, key for key as the release has them."""
     config = denoiser.config
-    fields: Json = {
+    fields: Json = {name: getattr(config, name) for name in _DREAM_SIZES}
+    fields |= {
         "architectures": ["DreamModel"],
         "auto_map": {"AutoConfig": "configuration_dream.DreamConfig", "AutoModel": "modeling_dream.DreamModel"},
         "mask_token_id": denoiser.mask_id,
@@ -375,37 +358,38 @@ def _dream_config(denoiser: Denoiser) -> Json:
         "rope_theta": config.rope_parameters["rope_theta"],
         "sliding_window": None,
         "tie_word_embeddings": False,
+        "torch_dtype": dtype,
         "use_cache": False,
         "use_mrope": False,
         "use_sliding_window": False,
     }
-    for name in _DREAM_SIZES:
-        fields[name] = getattr(config, name)
-    return fields
+    # the release reads its mask id from the second file when it generates, and does not load without it
+    names = ("bos_token_id", "eos_token_id", "mask_token_id", "pad_token_id")
+    return {"config.json": fields, "generation_config.json": {name: fields[name] for name in names}}
+
+
+def _own_files(denoiser: Denoiser, dtype: str) -> dict[str, Json]:
+    """The JSON files of a model that keeps its own type."""
+    fields = json.loads(denoiser.config.to_json_string())
+    fields["dtype"] = dtype
+    for name in ("is_causal", "transformers_version"):  # the first would half-convert it for other tools
+        fields.pop(name, None)
+    return {"config.json": fields, EXTRAS: {"mask_token_id": denoiser.mask_id, "shifted": denoiser.shifted}}
 
 
 def _write_weights(folder: Path, weights: dict[str, Tensor]) -> None:
-    """Write `model.safetensors`, or shards and their index, and remove the files of an earlier save."""
-    shards = split_torch_state_dict_into_shards(weights, max_shard_size="5GB")
-    for file, names in shards.filename_to_tensors.items():
-        # never write into a file: it may be the one that these very tensors are mapped from
-        partial = folder / f"{file}.partial"
-        save_file({name: weights[name] for name in names}, partial, metadata={"format": "pt"})
-        shutil.copymode(folder / "config.json", partial)  # safetensors keeps files from everyone else
-    for file in shards.filename_to_tensors:
-        os.replace(folder / f"{file}.partial", folder / file)
-    for path in folder.glob("model*.safetensors"):
-        if path.name not in shards.filename_to_tensors:
+    """Write `model.safetensors`, or shards and their index, and remove the weights of an earlier save."""
+    # never write into the old files: these very tensors may be mapped from them
+    with tempfile.TemporaryDirectory(dir=folder) as temporary:
+        save_torch_state_dict(weights, temporary)
+        new_files = sorted(Path(temporary).iterdir())
+        for path in new_files:
+            shutil.copymode(folder / "config.json", path)  # safetensors keeps files from everyone else
+            path.replace(folder / path.name)
+    new_names = [path.name for path in new_files]
+    for path in folder.glob("model*.safetensors*"):
+        if path.name not in new_names:
             path.unlink()
-    if shards.is_sharded:
-        weight_map = dict(sorted(shards.tensor_to_filename.items()))
-        write_json(folder / INDEX, {"metadata": shards.metadata, "weight_map": weight_map})
-    else:
-        (folder / INDEX).unlink(missing_ok=True)
-
-
-def _write_sorted(path: Path, fields: Json) -> None:
-    write_json(path, dict(sorted(fields.items())))
 
 
 def _dtype_name(weights: Mapping[str, Tensor]) -> str:

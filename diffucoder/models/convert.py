@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from diffucoder.errors import CheckpointError, ConfigError
-from diffucoder.models.checkpoint import find_checkpoint, save_denoiser
+from diffucoder.models.checkpoint import find_checkpoint, load_denoiser, load_tokenizer, save_denoiser
 from diffucoder.models.denoiser import Denoiser, grow_vocabulary
 from diffucoder.models.gguf import read_gguf, write_gguf
 from diffucoder.tokenizer import Tokenizer
@@ -63,8 +63,8 @@ def export(source: str | Path, path: str | Path, *, dtype: str | None = None, re
             f"{checkpoint.folder} holds an autoregressive model, which a dream GGUF cannot be; convert it first "
             "(diffucoder convert SOURCE FOLDER), train it, then export that"
         )
-    tokenizer = checkpoint.load_tokenizer()
-    denoiser = checkpoint.load_denoiser(dtype=checkpoint.dtype, device="cpu")
+    tokenizer = load_tokenizer(checkpoint)
+    denoiser = load_denoiser(checkpoint, dtype=checkpoint.dtype, device="cpu")
     _make_folder(path.parent)
     write_gguf(denoiser, tokenizer, path, dtype=dtype)
     return denoiser
@@ -81,9 +81,9 @@ def _load_parent(source: str | Path, dtype: torch.dtype | None, revision: str | 
             f"{checkpoint.folder} is a diffusion model already (its mask is token {checkpoint.mask_id}); use it as it "
             "is, or export it: diffucoder convert SOURCE OUT.gguf --gguf"
         )
-    tokenizer = checkpoint.load_tokenizer()
+    tokenizer = load_tokenizer(checkpoint)
     dtype = dtype or checkpoint.dtype
-    return checkpoint.load_denoiser(dtype=dtype, device="cpu", mask_id=tokenizer.mask_id), tokenizer
+    return load_denoiser(checkpoint, dtype=dtype, device="cpu", mask_id=tokenizer.mask_id), tokenizer
 
 
 def _make_folder(folder: Path) -> None:

@@ -71,7 +71,7 @@ def read_gguf(path: str | Path, *, dtype: torch.dtype = torch.float32) -> tuple[
 def write_gguf(
     denoiser: Denoiser, tokenizer: Tokenizer, path: str | Path, *, dtype: str | None = None, causal: bool = False
 ) -> None:
-    """Write `denoiser` and `tokenizer` to `path` as a `dream` GGUF. An older file is replaced when the new one is whole.
+    """Write `denoiser` and `tokenizer` to `path` as a `dream` GGUF, which replaces an older file once it is whole.
 
     `causal` writes a `qwen2` file instead: the same weights with causal attention, as the parent has. `dtype` is one of
     `TYPES`, by default that of the weights. Norms and biases stay float32; a matrix whose rows do not divide into
@@ -160,7 +160,7 @@ def _add_sizes(writer: Any, denoiser: Denoiser) -> None:
 
 
 def _write_tensors(writer: Any, weights: Mapping[str, Tensor], matrix_type: Any) -> None:
-    """Write the file: header, metadata, then one weight after another, so that one converted copy is alive at a time."""
+    """Write the file: header, metadata, then each weight in turn, so that only one converted copy is alive."""
     gguf = _import_gguf()
     block_size, _ = gguf.GGML_QUANT_SIZES[matrix_type]
     types = {}

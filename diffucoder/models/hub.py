@@ -7,14 +7,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from huggingface_hub import snapshot_download, try_to_load_from_cache
-from huggingface_hub.errors import (
-    GatedRepoError,
-    HFValidationError,
-    HTTPError,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
+from huggingface_hub import errors, snapshot_download, try_to_load_from_cache
 
 from diffucoder.errors import CheckpointError
 
@@ -76,16 +69,18 @@ def _download(hub_id: str, revision: str | None, patterns: list[str]) -> Path:
     """Bring the files of a Hub repository that match `patterns` into the Hub's cache, if they are not there."""
     try:
         return Path(snapshot_download(hub_id, revision=revision, allow_patterns=patterns, etag_timeout=5))
-    except GatedRepoError as error:
-        way_out = f"accept its terms at https://huggingface.co/{hub_id} and run 'hf auth login'"
-        raise CheckpointError(f"model {hub_id!r} is gated; {way_out}") from error
-    except RepositoryNotFoundError as error:
-        way_out = "check the name, or log in if it is private"
-        raise CheckpointError(f"model {hub_id!r} is neither a folder here nor on the Hub; {way_out}") from error
-    except RevisionNotFoundError as error:
-        raise CheckpointError(f"model {hub_id!r} has no revision {revision!r}; leave it out for the newest") from error
-    except HFValidationError as error:
-        raise CheckpointError(f"model {hub_id!r} is not a folder and not a valid Hub id; write owner/name") from error
-    except (OSError, HTTPError) as error:  # no network, and nothing in the cache to fall back on
-        message = f"model {hub_id!r} is not on this machine and the Hub cannot be reached; connect, or give a folder"
-        raise CheckpointError(message) from error
+    except (errors.HFValidationError, errors.HTTPError, OSError) as error:
+        raise CheckpointError(f"model {hub_id!r} {_reason(error, hub_id, revision)}") from error
+
+
+def _reason(error: Exception, hub_id: str, revision: str | None) -> str:
+    """What a download that failed says about the model, and the way out."""
+    if isinstance(error, errors.GatedRepoError):
+        return f"is gated; accept its terms at https://huggingface.co/{hub_id} and run 'hf auth login'"
+    if isinstance(error, errors.RepositoryNotFoundError):
+        return "is neither a folder here nor on the Hub; check the name, or log in if it is private"
+    if isinstance(error, errors.RevisionNotFoundError):
+        return f"has no revision {revision!r}; leave it out for the newest"
+    if isinstance(error, errors.HFValidationError):
+        return "is not a folder and not a valid Hub id; write owner/name"
+    return "is not on this machine and the Hub cannot be reached; connect, or give a folder"
