@@ -75,14 +75,15 @@ class Tokenizer:
         for name, value in (config or {}).items():  # a token is a string, or an object with its content
             self.config[name] = value["content"] if isinstance(value, Mapping) and "content" in value else value
         self.mask_token: str = self.config.get("mask_token") or MASK_TOKEN
-        if backend.token_to_id(self.mask_token) is None:
+        mask_id = backend.token_to_id(self.mask_token)
+        if mask_id is None:
             mask = self.mask_token
             raise CheckpointError(f"tokenizer has no mask token {mask!r}; use the tokenizer saved with the model")
-        self.mask_id: int = backend.token_to_id(self.mask_token)
+        self.mask_id: int = mask_id
         eos_token = self.config.get("eos_token")
         terminators = self._ids_of(eos_token, *TERMINATORS)
         self.terminator_ids = frozenset(terminators)
-        self.eos_id = terminators[0] if terminators else None
+        self.eos_id = next(iter(terminators), None)
         # Dream pads with a token for it if the checkpoint has one; older parents pad with their end of text
         pads = self._ids_of(self.config.get("pad_token"), PAD_TOKEN, END_OF_TEXT, eos_token, self.mask_token)
         self.pad_id = pads[0]
@@ -262,12 +263,8 @@ class Tokenizer:
 
     def _ids_of(self, *tokens: str | None) -> list[int]:
         """The ids of those tokens that the vocabulary has."""
-        ids = []
-        for token in tokens:
-            id_ = self.backend.token_to_id(token) if token else None
-            if id_ is not None:
-                ids.append(id_)
-        return ids
+        ids = [self.backend.token_to_id(token) for token in tokens if token]
+        return [id_ for id_ in ids if id_ is not None]
 
 
 def add_special(backend: tokenizers.Tokenizer, token: str) -> None:
@@ -278,7 +275,8 @@ def add_special(backend: tokenizers.Tokenizer, token: str) -> None:
 
 def qwen2_words() -> pre_tokenizers.PreTokenizer:
     """Qwen2's pre-tokenizer: it cuts text into the words that merges stay within."""
-    return _qwen2_backend().pre_tokenizer
+    words: pre_tokenizers.PreTokenizer = _qwen2_backend().pre_tokenizer
+    return words
 
 
 def read_json(path: Path) -> Json:
@@ -314,7 +312,7 @@ def _read_backend(folder: Path, config: Json) -> tokenizers.Tokenizer:
     try:
         if whole.exists():
             return tokenizers.Tokenizer.from_file(str(whole))
-        backend = _qwen2_backend(str(vocabulary), str(merges))
+        backend: tokenizers.Tokenizer = _qwen2_backend(str(vocabulary), str(merges))
         added_tokens = _listed_tokens(config, first_id=backend.get_vocab_size())
     except Exception as error:  # tokenizers raises bare Exceptions, whatever is wrong with a file
         raise CheckpointError(f"{folder}: tokenizer cannot be read ({error}); fetch it again") from error
@@ -327,7 +325,7 @@ def _read_backend(folder: Path, config: Json) -> tokenizers.Tokenizer:
     return backend
 
 
-def _qwen2_backend(vocabulary: str | None = None, merges: str | None = None) -> Any:
+def _qwen2_backend(vocabulary: str | None = None, merges: str | None = None) -> Any:  # Any: as transformers has it
     """Qwen2's byte-level BPE without added tokens, from the paths of two files; without files an empty one."""
     from transformers import Qwen2Tokenizer  # late: slow to import
 

@@ -12,7 +12,6 @@ models (Qwen3's q/k norms, scaled RoPE, unshifted rows) keep their type, and `di
 import json
 import platform
 import shutil
-import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -80,7 +79,8 @@ def load_denoiser(
     model cannot be found, fetched or understood, or its weights do not fit its config.
     """
     checkpoint = find_checkpoint(source, revision=revision)
-    mask_id = checkpoint.mask_id if mask_id is None else mask_id
+    if mask_id is None:
+        mask_id = checkpoint.mask_id
     if mask_id is None:
         raise CheckpointError(
             f"{checkpoint.folder} holds an autoregressive model (its config names no mask_token_id); name a free id "
@@ -148,16 +148,17 @@ def default_device_and_dtype(
 
 
 def _has_fast_bf16(device: torch.device) -> bool:
-    """Whether the device multiplies bfloat16 matrices natively. Emulated they are many times slower than float32."""
+    """Whether the device multiplies bfloat16 matrices natively; emulated ones are many times slower than float32."""
     if device.type == "cuda":
-        return torch.cuda.is_bf16_supported()
+        return bool(torch.cuda.is_bf16_supported())
     if device.type != "cpu":
         return True
-    if not torch.backends.mkldnn.is_available() or not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+    has_onednn = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]  # torch leaves it untyped
+    if not has_onednn or not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         return False
     if platform.machine() == "aarch64":
         return True
-    # On x86 oneDNN says yes to any AVX-512, and then emulates
+    # on x86 oneDNN also supports bfloat16 where it has to emulate it: on AVX-512 without these two
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
@@ -206,8 +207,8 @@ def _transformers_config(architecture: str, fields: Json, folder: Path) -> Any:
     try:
         return AutoConfig.for_model(architecture, **described)
     except (TypeError, ValueError, KeyError, StrictDataclassError) as error:
-        message = f"{folder}/config.json is not a {fields['model_type']} config: {_one_line(error)}"
-        raise CheckpointError(message) from error
+        kind = fields["model_type"]
+        raise CheckpointError(f"{folder}/config.json is not a {kind} config: {_one_line(error)}") from error
 
 
 def _name_in_model(stored: str) -> str | None:
@@ -236,8 +237,7 @@ def _check_weights(folder: Path, config: Any) -> None:
     for problem, names in problems.items():
         if names:
             more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-            message = f"{folder} {problem} {min(names)}{more}; config.json and weights do not match"
-            raise CheckpointError(message)
+            raise CheckpointError(f"{folder} {problem} {min(names)}{more}; config.json and weights do not match")
 
 
 def _expected_shapes(config: Any) -> dict[str, tuple[int, ...]]:
@@ -379,14 +379,15 @@ def _own_files(denoiser: Denoiser, dtype: str) -> dict[str, Json]:
 
 def _write_weights(folder: Path, weights: dict[str, Tensor]) -> None:
     """Write `model.safetensors`, or shards and their index, and remove the weights of an earlier save."""
-    # never write into the old files: these very tensors may be mapped from them
-    with tempfile.TemporaryDirectory(dir=folder) as temporary:
-        save_torch_state_dict(weights, temporary)
-        new_files = sorted(Path(temporary).iterdir())
-        for path in new_files:
-            shutil.copymode(folder / "config.json", path)  # safetensors keeps files from everyone else
-            path.replace(folder / path.name)
-    new_names = [path.name for path in new_files]
+    temporary = folder / "weights.partial"  # never write into old files: these tensors may be mapped from them
+    shutil.rmtree(temporary, ignore_errors=True)  # left by a save that was killed
+    temporary.mkdir()
+    save_torch_state_dict(weights, temporary)
+    new_names = [path.name for path in temporary.iterdir()]
+    for name in new_names:
+        shutil.copymode(folder / "config.json", temporary / name)  # safetensors keeps files from everyone else
+        (temporary / name).replace(folder / name)
+    temporary.rmdir()
     for path in folder.glob("model*.safetensors*"):
         if path.name not in new_names:
             path.unlink()
