@@ -19,9 +19,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import save_torch_state_dict
+from huggingface_hub import split_torch_state_dict_into_shards
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
@@ -109,7 +110,7 @@ def load_tokenizer(source: Source = None) -> Tokenizer:
     return tokenizer
 
 
-def load_model(
+def load_with_tokenizer(
     source: Source = None,
     *,
     dtype: torch.dtype | None = None,
@@ -378,19 +379,22 @@ def _own_files(denoiser: Denoiser, dtype: str) -> dict[str, Json]:
 
 
 def _write_weights(folder: Path, weights: dict[str, Tensor]) -> None:
-    """Write `model.safetensors`, or shards and their index, and remove the weights of an earlier save."""
-    temporary = folder / "weights.partial"  # never write into old files: these tensors may be mapped from them
-    shutil.rmtree(temporary, ignore_errors=True)  # left by a save that was killed
-    temporary.mkdir()
-    save_torch_state_dict(weights, temporary)
-    new_names = [path.name for path in temporary.iterdir()]
-    for name in new_names:
-        shutil.copymode(folder / "config.json", temporary / name)  # safetensors keeps files from everyone else
-        (temporary / name).replace(folder / name)
-    temporary.rmdir()
-    for path in folder.glob("model*.safetensors*"):
-        if path.name not in new_names:
+    """Write `model.safetensors`, or shards and their index, and remove the files of an earlier save."""
+    shards = split_torch_state_dict_into_shards(weights, max_shard_size="5GB")
+    for file, names in shards.filename_to_tensors.items():
+        partial = folder / f"{file}.partial"  # never write into an old file: these tensors may be mapped from it
+        save_file({name: weights[name] for name in names}, partial, metadata={"format": "pt"})
+        shutil.copymode(folder / "config.json", partial)  # safetensors keeps files from everyone else
+    for file in shards.filename_to_tensors:
+        (folder / f"{file}.partial").replace(folder / file)
+    for path in folder.glob("model*.safetensors"):
+        if path.name not in shards.filename_to_tensors:
             path.unlink()
+    if shards.is_sharded:
+        weight_map = dict(sorted(shards.tensor_to_filename.items()))
+        write_json(folder / INDEX, {"metadata": shards.metadata, "weight_map": weight_map})
+    else:
+        (folder / INDEX).unlink(missing_ok=True)
 
 
 def _dtype_name(weights: Mapping[str, Tensor]) -> str:

@@ -259,7 +259,7 @@ def edit_config(folder: Path, **changes: object) -> None:
     [
         (lambda folder: (folder / "config.json").unlink(), ["has no config.json; is it a model's folder?"]),
         (lambda folder: (folder / "config.json").write_text("{"), ["config.json cannot be read as JSON"]),
-        (lambda folder: edit_config(folder, model_type="mamba"), ["model_type 'mamba' is not understood", "Dream"]),
+        (lambda folder: edit_config(folder, model_type="mamba"), ["model_type 'mamba' is not supported", "Dream"]),
         (lambda folder: edit_config(folder, hidden_size=128), ["has wrong shapes for"]),
         (lambda folder: edit_config(folder, num_hidden_layers=9), ["lacks model.layers.", "do not match"]),
         (

@@ -4,7 +4,6 @@ import json
 import shutil
 import threading
 from collections.abc import Callable, Iterator
-from functools import partial
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
@@ -157,8 +156,12 @@ def test_other_types_say_nothing_bidirectional_to_other_tools(causal_lm: MakeLM,
 def test_shards_load_and_replace_what_was_there(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     denoiser = load(saved)  # its weights are mapped from the very file that is now replaced
     before = scores(denoiser)
-    save = checkpoint.save_torch_state_dict
-    monkeypatch.setattr(checkpoint, "save_torch_state_dict", partial(save, max_shard_size=9_000))
+    split = checkpoint.split_torch_state_dict_into_shards
+
+    def small(state: dict[str, Tensor], **_: Any) -> Any:
+        return split(state, max_shard_size=9_000)
+
+    monkeypatch.setattr(checkpoint, "split_torch_state_dict_into_shards", small)
     save_denoiser(denoiser, saved)
     assert not (saved / "model.safetensors").exists()
     assert len(list(saved.glob("model-*-of-*.safetensors"))) > 2
