@@ -1,6 +1,7 @@
 """How the golden cases are run by the package: the one file here that knows its names.
 
-Each of `decode`, `train` and `ask` takes plain data of `golden_cases.py` and returns plain JSON data.
+Each of `decode`, `train` and `ask` takes plain data of `golden_cases.py` and returns plain JSON data. What they need of
+the package is imported where it is used, so that one room of it can be tested while another is being rebuilt.
 """
 
 import json
@@ -14,10 +15,8 @@ from typing import Any
 import torch
 from starlette.testclient import TestClient
 
-from diffucoder.decoding.generate import DiffuCoder, Generation
+from diffucoder.decoding.coder import DiffuCoder, Generation
 from diffucoder.decoding.params import DecodingParams
-from diffucoder.models.hub import SHIPPED
-from diffucoder.serving.app import create_app
 
 Json = dict[str, Any]
 
@@ -38,8 +37,8 @@ def decode(coder: DiffuCoder, case: Json) -> list[Json]:
     elif "prefix" in case:
         results = [coder.infill(case["prefix"], case["suffix"], length=case["length"], params=params)]
     else:
-        canvas = coder.canvas(case["prompts"], params, chat=case["chat"])
-        results = coder.decode(canvas, params, entropies=case["entropies"])
+        requests = [coder.request(prompt, params, chat=case["chat"]) for prompt in case["prompts"]]
+        results = [result for results in coder.run(requests, entropies=case["entropies"]) for result in results]
     return [_row(result) for result in results]
 
 
@@ -66,11 +65,13 @@ def _row(result: Generation) -> Json:
 
 # --- training --------------------------------------------------------------------------------------------------------
 
-_GRPO_NAMES = {"steps": "decoding_steps", "cache": "decoding_cache"}  # what `[decoding]` calls otherwise
+# What settings of `[decoding]` are called beside those of the trainer; goes once they are a table there, too
+_GRPO_NAMES = {"steps": "decoding_steps", "cache": "decoding_cache"}
 
 
 def train(case: Json, folder: Path) -> list[Json]:
     """The lines of metrics.jsonl of a run in `folder`, an empty one."""
+    from diffucoder.models.hub import SHIPPED
     from diffucoder.training.adapt import adapt
     from diffucoder.training.grpo import grpo
     from diffucoder.training.pretrain import pretrain
@@ -97,6 +98,8 @@ def train(case: Json, folder: Path) -> list[Json]:
 @contextmanager
 def server(coder: DiffuCoder) -> Iterator[TestClient]:
     """A client of a server in this process."""
+    from diffucoder.serving.app import create_app
+
     with TestClient(create_app(coder)) as client:
         yield client
 
