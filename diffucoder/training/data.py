@@ -1,10 +1,7 @@
-"""Training data: sources are tokenised once into a table that every later run maps into memory.
+"""Training data: sources are tokenised once into a table that later runs map into memory, and read in shuffled epochs.
 
-For: `prepare`, which tokenises or opens; `epoch_index`, the order in which rows are read. Not for: reading sources and
-checking their rows (`sources`).
-
-The table, its cache, the lock and the atomic rename are those of `datasets`. Its folder is named after a fingerprint of
-the sources' files, the tokenizer and the kind of records, so changed data or another tokenizer make another table.
+Not for: reading sources and checking their rows (`sources`). The table, its lock and its atomic rename are those of
+`datasets`. Its folder is named after a fingerprint, so changed data or another tokenizer make another table.
 """
 
 import hashlib
@@ -25,7 +22,7 @@ from diffucoder.diffusion import keyed_generator
 from diffucoder.errors import CheckpointError, ConfigError, DiffuCoderError, PromptError
 from diffucoder.files import Json, write_json
 from diffucoder.tokenizer import Tokenizer
-from diffucoder.training.sources import Kind, Record, Skipped, read_records, skipped_line, source_state, usable
+from diffucoder.training.sources import SUFFIXES, Kind, Record, Skipped, find_files, read_records, usable
 
 MANIFEST = "manifest.json"
 _VERSION = 2  # of the table's columns
@@ -96,9 +93,8 @@ class TokenStore:
 def prepare(sources: Sequence[str], tokenizer: Tokenizer, cache: str | Path, *, kind: Kind) -> TokenStore:
     """The tokens of all `sources`, in `cache/<kind>-<fingerprint>`: opened, or tokenised first.
 
-    A source is a folder (its .py .txt .md files as documents, its JSONL files as chats), a JSONL file or
-    `hub:owner/name[/config][@split]`. Rows that cannot be used are counted on stderr and listed in the manifest.
-    If several processes call this at once, one tokenises and the others wait.
+    A source is a folder, a file or `hub:owner/name[/config][@split]`. Rows that cannot be used are reported on stderr
+    and listed in the manifest. If several processes call this at once, one tokenises and the others wait.
 
     Raises ConfigError for a source that does not exist, has no usable row or changes meanwhile, CheckpointError for a
     damaged folder or a hub dataset that cannot be reached.
@@ -116,8 +112,8 @@ def prepare(sources: Sequence[str], tokenizer: Tokenizer, cache: str | Path, *, 
         yield from usable(rows, ", ".join(sources), skipped)
         if _fingerprint(sources, tokenizer, kind) != fingerprint:
             raise ConfigError("sources changed while they were read; run again when nothing writes to them")
-        report = {"count": len(skipped), "first": list(map(vars, skipped[:_LISTED]))}
-        write_json(folder / MANIFEST, {"fingerprint": fingerprint, "sources": sources, "skipped": report})
+        listing = {"count": len(skipped), "first": list(map(vars, skipped[:_LISTED]))}
+        write_json(folder / MANIFEST, {"fingerprint": fingerprint, "sources": sources, "skipped": listing})
         tokenised_here = True
 
     began = time.perf_counter()
@@ -127,7 +123,7 @@ def prepare(sources: Sequence[str], tokenizer: Tokenizer, cache: str | Path, *, 
         print(f"tokenised {size} in {time.perf_counter() - began:.1f} s -> {folder}", file=sys.stderr)
     if skipped:
         listed = "all" if len(skipped) <= _LISTED else f"the first {_LISTED:,}"
-        print(f"{skipped_line(skipped, len(store))}; {listed} are in {folder / MANIFEST}", file=sys.stderr)
+        print(f"{folder / MANIFEST} lists {listed} of the skipped records", file=sys.stderr)
     return store
 
 
@@ -146,11 +142,18 @@ def _epoch_order(n: int, key: tuple[int, ...]) -> torch.Tensor:
 
 
 def _fingerprint(sources: Sequence[str], tokenizer: Tokenizer, kind: Kind) -> str:
-    """A hash of everything that the tokens depend on."""
-    states = [source_state(source, kind) for source in sources]
+    """A hash of everything that the tokens depend on.
+
+    A changed hub dataset is not noticed, because that would need the network each time.
+    """
+    files = []
+    for source in sources:
+        for path in find_files(source, SUFFIXES[kind]):
+            stat = path.stat()
+            files.append([path.as_posix(), stat.st_size, stat.st_mtime_ns])
     # chat templates may write these two tokens
     chat_format = [tokenizer.chat_template, tokenizer.config.get("bos_token"), tokenizer.config.get("eos_token")]
-    parts = [_VERSION, kind, tokenizer.backend.to_str(), chat_format, states]
+    parts = [_VERSION, kind, tokenizer.backend.to_str(), chat_format, sources, files]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 

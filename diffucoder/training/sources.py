@@ -45,21 +45,6 @@ class Skipped:
         return f"{self.where}: {self.reason}"
 
 
-def source_state(source: str, kind: Kind) -> list[list[str | int]]:
-    """Name, size and time of each file of `source`: what distinguishes one state of it from another.
-
-    A hub dataset is known by its name only: looking for changes would need the network each time.
-    """
-    if source.startswith("hub:"):
-        _hub_parts(source)  # raises ConfigError for a name that is not one
-        return [[source]]
-    files: list[list[str | int]] = []
-    for path in find_files(source, SUFFIXES[kind]):
-        stat = path.stat()
-        files.append([path.as_posix(), stat.st_size, stat.st_mtime_ns])
-    return files
-
-
 def read_records(sources: Sequence[str], kind: Kind) -> Iterator[Record | Skipped]:
     """The documents or chats of `sources`, one source after the other. Errors of `read_rows`."""
     return read_rows(sources, parse_chat if kind == "chat" else parse_document, SUFFIXES[kind])
@@ -80,7 +65,10 @@ def read_rows(sources: Sequence[str], parse: Parse[T], suffixes: Sequence[str] =
 
 
 def usable(rows: Iterable[T | Skipped], name: str, skipped: list[Skipped]) -> Iterator[T]:
-    """Yield the rows that can be used and append the others to `skipped`. Raises ConfigError if none can be used."""
+    """Yield the rows that can be used and append the others to `skipped`; then report those on stderr.
+
+    Raises ConfigError at the end if no row can be used.
+    """
     count = 0
     for row in rows:
         if isinstance(row, Skipped):
@@ -92,24 +80,24 @@ def usable(rows: Iterable[T | Skipped], name: str, skipped: list[Skipped]) -> It
         raise ConfigError(f"{name} holds no record; name another source")
     if not count:
         raise ConfigError(f"none of {len(skipped):,} records of {name} can be used; the first: {skipped[0]}")
-
-
-def skipped_line(skipped: Sequence[Skipped], count: int) -> str:
-    """One line for the user; `count` rows could be used."""
-    return f"skipped {len(skipped):,} of {len(skipped) + count:,} records; the first: {skipped[0]}"
+    if skipped:
+        total = len(skipped) + count
+        print(f"skipped {len(skipped):,} of {total:,} records; the first: {skipped[0]}", file=sys.stderr)
 
 
 def read_usable(sources: Sequence[str], parse: Parse[T]) -> list[T]:
-    """The usable rows of `sources`; one line on stderr counts the others. Errors of `read_rows` and `usable`."""
-    skipped: list[Skipped] = []
-    rows = list(usable(read_rows(sources, parse), ", ".join(sources), skipped))
-    if skipped:
-        print(skipped_line(skipped, len(rows)), file=sys.stderr)
-    return rows
+    """The usable rows of `sources`. Errors of `read_rows` and `usable`."""
+    return list(usable(read_rows(sources, parse), ", ".join(sources), []))
 
 
 def find_files(source: str, suffixes: Sequence[str]) -> list[Path]:
-    """The file `source`, or the files with these suffixes below the folder `source`, sorted. Raises ConfigError."""
+    """The file `source`, or the files with these suffixes below the folder `source`, sorted; none of a hub dataset.
+
+    Raises ConfigError if there is no such file, folder or name.
+    """
+    if source.startswith("hub:"):
+        _hub_parts(source)
+        return []
     path = Path(source)
     if path.is_dir():
         files = sorted(p for p in path.rglob("*") if p.name.endswith(tuple(suffixes)) and p.is_file())
@@ -129,7 +117,8 @@ def _file_rows(path: Path, parse: Parse[T]) -> Iterator[T | Skipped]:
     number = 0
     try:
         if not path.name.endswith(JSONL):
-            yield _row(str(path), path.read_bytes(), _whole_text, parse)
+            text = path.read_bytes()
+            yield _row(str(path), text, lambda content: {"text": text_of(decode_text(content), "file")}, parse)
             return
         for number, line in read_lines(path):
             yield _row(f"{path}:{number}", line, parse_json_line, parse)
@@ -142,10 +131,6 @@ def _row(where: str, content: Any, read: Callable[[Any], Json], parse: Parse[T])
         return parse(where, read(content))
     except ValueError as error:
         return Skipped(where, str(error))
-
-
-def _whole_text(content: bytes) -> Json:
-    return {"text": text_of(decode_text(content), "file")}
 
 
 def _hub_rows(source: str, parse: Parse[T]) -> Iterator[T | Skipped]:

@@ -181,13 +181,12 @@ def test_what_is_skipped_is_counted_named_and_shown(
     assert manifest(store)["skipped"] == {"count": 2, "first": [first, second]}
     assert len(store) == 2
     out, err = capsys.readouterr()
-    made, skipped = err.splitlines()
+    skipped, made, listed = err.splitlines()
     assert out == ""
     assert made.startswith("tokenised 2 records, 0.0 M tokens in ")
     assert made.endswith(f" s -> {store.folder}")
-    assert skipped == (
-        f"skipped 2 of 4 records; the first: {source}:2: {first['reason']}; all are in {store.folder / 'manifest.json'}"
-    )
+    assert skipped == f"skipped 2 of 4 records; the first: {source}:2: {first['reason']}"
+    assert listed == f"{store.folder / 'manifest.json'} lists all of the skipped records"
 
 
 def test_the_manifest_names_a_thousand_and_counts_all(
@@ -197,7 +196,7 @@ def test_the_manifest_names_a_thousand_and_counts_all(
     skipped = manifest(prepare([source], tokenizer, tmp_path, kind="documents"))["skipped"]
     assert (skipped["count"], len(skipped["first"])) == (1500, 1000)
     assert "skipped 1,500 of 1,501 records" in (err := capsys.readouterr().err)
-    assert "the first 1,000 are in" in err
+    assert "lists the first 1,000 of the skipped records" in err
 
 
 def test_data_without_one_good_record_is_refused(tokenizer: Tokenizer, tmp_path: Path) -> None:

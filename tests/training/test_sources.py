@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from diffucoder.errors import CheckpointError, ConfigError
-from diffucoder.training.sources import Kind, Record, Skipped, read_records, source_state
+from diffucoder.training.sources import SUFFIXES, Kind, Record, Skipped, find_files, read_records
 
 
 def read(*sources: str | Path, kind: Kind = "documents") -> list[Record | Skipped]:
@@ -115,7 +115,7 @@ def test_sources_that_are_not_there(source: str, said: str, tmp_path: Path, monk
     (tmp_path / "empty").mkdir()
     (tmp_path / "table.parquet").touch()
     with pytest.raises(ConfigError, match=said):
-        source_state(source, "documents")
+        find_files(source, SUFFIXES["documents"])
     with pytest.raises(ConfigError, match=said):
         read(source)
 
