@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import datasets
 import numpy as np
 import pytest
 import tokenizers
@@ -149,6 +150,19 @@ def test_tokens_are_stored_in_as_few_bytes_as_the_vocabulary_needs(
     (file,) = store.folder.rglob("*.arrow")
     assert Dataset.from_file(str(file)).features["ids"].feature.dtype == dtype
     assert {int(store.window(index, 2)[0]) for index in range(1000)} == {tokens - 1}
+
+
+def test_a_store_of_several_files_is_one_stream(
+    tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(datasets.config, "MAX_SHARD_SIZE", 5000)  # bytes
+    texts = [f"number {n} " * (1 + n % 3) for n in range(2000)]
+    source = write(tmp_path / "x.jsonl", *({"text": text} for text in texts))
+    store = prepare([source], tokenizer, tmp_path / "cache", kind="documents")
+    assert len(list(store.folder.rglob("*.arrow"))) > 2
+    windows = [store.window(index, 100) for index in range(store.windows(100))]
+    assert np.concatenate(windows).tolist() == stream(store)[: 100 * len(windows)]
+    assert [tokenizer.decode(store.example(index)[0]) for index in range(2000)] == texts
 
 
 def test_windows_and_examples_that_are_not_there(tokenizer: Tokenizer, tmp_path: Path) -> None:
