@@ -1,7 +1,7 @@
 """The command line: one door, thin commands over the Python objects.
 
 Heavy imports happen inside the commands, so that `--help` answers at once. Sampling options are made from the fields of
-`DecodingParams`, those of `prepare` from `PrepareSettings`: names, defaults and help are written there, once.
+`DecodingParams`: names, defaults and help are written there, once.
 """
 
 import json
@@ -20,7 +20,6 @@ from diffucoder.config import load_settings
 from diffucoder.decoding.params import DecodingParams
 from diffucoder.errors import ConfigError, DiffuCoderError, PromptError
 from diffucoder.options import with_options
-from diffucoder.training.prepare import PrepareSettings
 from diffucoder.training.settings import STAGES, TrainSettings
 
 if TYPE_CHECKING:
@@ -314,31 +313,6 @@ def _train(
 
 
 _add_training_stages()
-
-
-@app.command()
-@partial(with_options, of=PrepareSettings)
-def prepare(
-    source: Annotated[str, typer.Argument(help="acecode, mbpp, reasoning-gym, or JSONL of prompts with tests")],
-    out: Annotated[Path, typer.Argument(help="the .jsonl file to write; OUT.report.json says what was left out")],
-    *,
-    params: PrepareSettings,
-) -> None:
-    """Make exercises for reinforcement learning: requests with tests, none of which a benchmark has."""
-    from diffucoder.evaluation.benchmarks import load
-    from diffucoder.training.overlap import HeldOut
-    from diffucoder.training.prepare import prepare, summary
-
-    tasks = {name: load(name, params.benchmarks) for name in params.against.split(",") if name}
-    held_out = {
-        name: [
-            HeldOut(t.task_id, t.entry_point, t.prompt, t.canonical, "\n".join((t.tests, *t.asserts)), t.base)
-            for t in some
-        ]
-        for name, some in tasks.items()
-    }
-    print(summary(prepare(source, out, params, held_out, progress=_progress())))
-    print(f"{out}: try: diffucoder train grpo --set 'data=[\"{out}\"]'")
 
 
 @app.command()
