@@ -97,7 +97,8 @@ def terms(coder: DiffuCoder, batch: Completed, draws: int, estimator: Estimator)
     found = []
     for at in track(range(draws), description=estimator):
         _, *pair = views_of(batch, at, estimator)
-        both = [token_scores(coder.model, batch, [view], mask_id=coder.model.mask_id)[batch.scored] * 2 for view in pair]
+        scores = [token_scores(coder.model, batch, [view], mask_id=coder.model.mask_id) for view in pair]
+        both = [score[batch.scored] * 2 for score in scores]
         found.append(torch.stack(both))  # times 2, for the weights of one pair are halved
     return torch.stack(found).double()
 

@@ -308,8 +308,8 @@ def _report(
             "## Attention kernels on the CPU",
             "",
             f"Forward and backward of {POSITIONS} positions in rows of T, {HEADS} heads of {HEAD_WIDTH}, in "
-            "milliseconds, median of 5: why `trainer.training_kernels` takes plain products of bfloat16, and leaves float32 "
-            "to the flash kernel.",
+            "milliseconds, median of 5: why `trainer.training_kernels` takes plain products of bfloat16, and leaves "
+            "float32 to the flash kernel.",
             "",
             "| dtype | T | mask | flash | plain, as torch has it | what training takes |",
             "| --- | --: | --- | --: | --: | --: |",

@@ -55,7 +55,7 @@ def clipped_loss(
 ) -> Clipped:
     """-min(ratio A, clip(ratio, 1 - low, 1 + high) A), with ratio = exp(score - old), (B, T) each; `advantage` is (B,).
 
-    With `level="sequence"` it is the ratio of a completion: the exponential of the mean over its `scored` (B, T) tokens.
+    With `level="sequence"` it is a completion's ratio: the exponential of the mean over its `scored` (B, T) tokens.
     """
     log_ratio = score - old
     if level == "sequence":
