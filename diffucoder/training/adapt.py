@@ -7,6 +7,7 @@ length and one in a hundred keeps a random prefix clean, so that the model meets
 The paper does not say whether attention crosses the borders of packed documents. Here it does.
 """
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -21,29 +22,23 @@ from diffucoder.training.settings import AdaptSettings, PretrainSettings
 _ORDER, _SHAPE = 10, 11  # the last number of a key of noise: what is drawn
 
 
+@dataclass
 class PackedRows:
-    """Rows of `context` consecutive tokens of the packed documents, in a new order every epoch (`masked.Rows`)."""
+    """Rows of `context` consecutive tokens of the packed documents, in a new order every epoch (`masked.Rows`).
 
-    def __init__(
-        self,
-        store: TokenStore,
-        *,
-        context: int,
-        batch: int,
-        seed: int,
-        random_length: float = 0.0,
-        clean_prefix: float = 0.0,
-        infill: float = 0.0,
-    ) -> None:
-        """The last three are shares of the rows. ConfigError if `store` does not fill one row."""
-        self.store = store
-        self.context = context
-        self.batch = batch
-        self.seed = seed
-        self.count = store.windows(context)
-        self.random_length = random_length
-        self.clean_prefix = clean_prefix
-        self.infill = infill
+    The last three fields are shares of the rows. ConfigError if `store` does not fill one row.
+    """
+
+    store: TokenStore
+    context: int
+    batch: int
+    seed: int
+    random_length: float = 0.0
+    clean_prefix: float = 0.0
+    infill: float = 0.0
+
+    def __post_init__(self) -> None:
+        self.count = self.store.windows(self.context)
 
     def width(self, step: int) -> int:
         return self.context
@@ -79,7 +74,7 @@ def packed_stage(
 
     rows = rows_of(settings.data, **shares)
     held_out = rows_of(settings.held_out) if settings.held_out else None
-    return MaskedStage(objective, rows, held_out, settings.held_out_rows, settings.held_out_at)
+    return MaskedStage(objective, rows, held_out, settings.held_out_rows)
 
 
 def adapt(settings: AdaptSettings) -> Path:

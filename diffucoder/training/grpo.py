@@ -29,16 +29,8 @@ from diffucoder.errors import ConfigError
 from diffucoder.grading.asserts import parse
 from diffucoder.grading.sandbox import Sandbox
 from diffucoder.models.denoiser import Denoiser
+from diffucoder.training import objectives
 from diffucoder.training.exercises import Exercise, read_exercises
-from diffucoder.training.objectives import (
-    Completed,
-    advantages,
-    clipped_loss,
-    collate,
-    k3,
-    reduction_weights,
-    token_scores,
-)
 from diffucoder.training.processes import first_process, gathered, sum_over_processes
 from diffucoder.training.rollouts import Completion, Rollouts
 from diffucoder.training.run import check_length, load_start, train_and_export
@@ -53,7 +45,6 @@ from diffucoder.training.trainer import (
     swap_trained,
     trained_parameters,
     training_kernels,
-    whole_batches,
 )
 
 _MASKS, _RATIOS = 40, 41  # the last number of a key of noise: what is drawn
@@ -63,7 +54,7 @@ _MASKS, _RATIOS = 40, 41  # the last number of a key of noise: what is drawn
 class GrpoMicroBatch(MicroBatch):
     """Completions that one forward pass learns from."""
 
-    batch: Completed
+    batch: objectives.Completed
     views: list[View]
     advantage: Tensor  # (B,)
     weight: Tensor  # (B, T)
@@ -89,7 +80,7 @@ class GrpoStage:
         self.settings = settings
         self.exercises = exercises
         self.held_out_exercises = held_out[: settings.held_out_rows]
-        self.held_out_rows = whole_batches(len(self.held_out_exercises), settings.batch)
+        self.held_out_rows = len(self.held_out_exercises)
         self.reference: dict[str, Tensor] = {}
 
     def begin(self) -> dict[str, Tensor]:
@@ -103,18 +94,14 @@ class GrpoStage:
         rows = [row for share in shares for row in share]
         number = step // self.settings.iterations
         with self.ready_to_decode():
-            completions, seconds = self.rollouts.of_round(self.exercises, number, rows)  # roll out and reward
+            completions, seconds = self.rollouts.of_round(self.exercises, number, rows)  # roll out, reward
         advantage = self.advantages(completions, rows)
         began = time.perf_counter()
         updates = self.scored_micro_batches(step, shares, completions, advantage)
         seconds["scoring_seconds"] = time.perf_counter() - began
-        self._write_samples(step, completions, advantage[rows])
-        figures = completion_figures(completions)
-        for name, value in seconds.items():
-            figures[name] = (value, 1)
-        flat_groups = (advantage.view(-1, self.settings.group) == 0).all(1)
-        figures["zero_variance"] = (float(flat_groups.sum()), len(flat_groups))
+        figures = self.figures(completions, advantage, seconds)
         figures["scored_share"] = (sum(len(micro.advantage) for micro in updates[0]), len(rows))
+        self._write_samples(step, completions, advantage[rows])
         for iteration, micros in enumerate(updates):
             yield Batch(micros, figures)  # the trainer updates the policy
             self._update_reference(step + iteration + 1)
@@ -125,7 +112,9 @@ class GrpoStage:
         rewards = torch.zeros(settings.batch)
         rewards[rows] = torch.tensor([completion.reward.total for completion in completions])
         rewards = sum_over_processes(rewards, self.denoiser.device)  # groups may span processes
-        gains = advantages(rewards, settings.group, baseline=settings.advantage, scale=settings.scale_rewards)
+        gains = objectives.advantages(
+            rewards, settings.group, baseline=settings.advantage, scale=settings.scale_rewards
+        )
         return gains.where(gains > 0, settings.negative_weight * gains)
 
     def scored_micro_batches(
@@ -155,13 +144,14 @@ class GrpoStage:
     ) -> GrpoMicroBatch:
         """The completions of the rows `share`, of which `advantage` (batch,) has all."""
         settings = self.settings
-        batch = collate(
+        batch = objectives.collate(
             [completion.generation for completion in completions],
             pad_id=self.rollouts.coder.tokenizer.pad_id,
             score_padding=settings.score_padding,
         )
         views = self.views(step, share, batch)
-        weight, count = reduction_weights(batch.scored, settings.decoding.new_tokens, reduction=settings.reduction)
+        new_tokens = settings.decoding.new_tokens
+        weight, count = objectives.reduction_weights(batch.scored, new_tokens, reduction=settings.reduction)
         advantage = advantage[share.start : share.stop]
         if not settings.kl:  # then a completion like the rest of its group teaches nothing: leave it out
             kept = advantage.nonzero()[:, 0]
@@ -174,7 +164,7 @@ class GrpoStage:
         tokens = batch.tokens.numel() * len(views)
         return GrpoMicroBatch(count, tokens, batch, views, advantage, weight)
 
-    def views(self, step: int, share: range, batch: Completed) -> list[View]:
+    def views(self, step: int, share: range, batch: objectives.Completed) -> list[View]:
         """The masks of an optimiser step, keyed by it and the row, or the row's problem."""
         settings = self.settings
         low, high = settings.mask_ratio
@@ -198,8 +188,7 @@ class GrpoStage:
 
     def score(self, model: nn.Module, micro: GrpoMicroBatch) -> Tensor:
         """The scores of a micro-batch's tokens, (B, T)."""
-        temperature = self.settings.score_temperature
-        return token_scores(model, micro.batch, micro.views, mask_id=self.denoiser.mask_id, temperature=temperature)
+        return objectives.token_scores(model, micro.batch, micro.views, mask_id=self.denoiser.mask_id)
 
     def score_now(self, micro: GrpoMicroBatch) -> Tensor:
         """As `score`, without gradients, by the kernels that learning uses."""
@@ -212,7 +201,7 @@ class GrpoStage:
         score = self.score(model, micro)
         device = score.device
         scored = micro.batch.scored.to(device)
-        clipped = clipped_loss(
+        clipped = objectives.clipped_loss(
             score,
             score.detach() if micro.old is None else micro.old,
             micro.advantage.to(device),
@@ -224,7 +213,7 @@ class GrpoStage:
         loss = clipped.loss
         logged = {"ratio": clipped.ratio, "clip_low": clipped.low, "clip_high": clipped.high}
         if micro.reference is not None:
-            logged["kl"] = k3(score, micro.reference)
+            logged["kl"] = objectives.k3(score, micro.reference)
             loss = loss + settings.kl * logged["kl"]
         tokens = int(scored.sum())
         figures = {name: ((value.detach() * scored).sum(), tokens) for name, value in logged.items()}
@@ -240,6 +229,22 @@ class GrpoStage:
             "pass@1": (sum(completion.reward.solved for completion in completions), len(rows)),
             "pass_rate": (sum(completion.reward.pass_rate for completion in completions), len(rows)),
         }
+
+    def figures(
+        self, completions: Sequence[Completion], advantage: Tensor, seconds: dict[str, float]
+    ) -> dict[str, tuple[float, float]]:
+        """What to log of a round: sums and numbers."""
+        figures: dict[str, tuple[float, float]] = dict.fromkeys(completions[0].figures, (0.0, 0))
+        for completion in completions:
+            for name, value in completion.figures.items():
+                if not math.isnan(value):
+                    total, number = figures[name]
+                    figures[name] = (total + value, number + 1)
+        for name, value in seconds.items():
+            figures[name] = (value, 1)
+        flat = (advantage.view(-1, self.settings.group) == 0).all(1)
+        figures["zero_variance"] = (float(flat.sum()), len(flat))
+        return figures
 
     @contextmanager
     def ready_to_decode(self) -> Iterator[None]:
@@ -266,30 +271,6 @@ class GrpoStage:
         if due and first_process():
             tokenizer = self.rollouts.coder.tokenizer
             write_samples(self.settings.run, step + 1, completions, advantage.tolist(), tokenizer)
-
-
-def completion_figures(completions: Sequence[Completion]) -> dict[str, tuple[float, float]]:
-    """Sums and numbers of what is logged of completions."""
-    columns: dict[str, list[float]] = {}
-    for completion in completions:
-        reward = completion.reward
-        passes = max(1, completion.generation.forward_passes)
-        values = {
-            "reward": reward.total,
-            "format": reward.format,
-            "pass_rate": reward.pass_rate,
-            "solved": float(reward.solved),
-            "length": completion.length,
-            "tokens_per_forward": completion.length / passes,
-            **completion.ar_ness,
-        }
-        for name, value in values.items():
-            known = columns.setdefault(name, [])
-            if not math.isnan(value):  # AR-ness of a single token
-                known.append(value)
-    figures = {name: (sum(values), float(len(values))) for name, values in columns.items()}
-    figures["grading_seconds"] = (sum(completion.reward.seconds for completion in completions), 1.0)
-    return figures
 
 
 def usable(exercises: Sequence[Exercise], name: str) -> list[Exercise]:

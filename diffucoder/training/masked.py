@@ -6,20 +6,21 @@ optimisers (`trainer`), the formulas (`diffusion`).
 All noise of a row is keyed by (seed, step, row): how a step is cut into micro-batches and processes changes nothing.
 """
 
+import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
-from typing import Literal, NamedTuple, Protocol
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from diffucoder.diffusion import annealed_attention, corrupt, keyed_generator, loss_weights, sample_time
-from diffucoder.training.trainer import Batch, Figures, MicroBatch, Terms, whole_batches
+from diffucoder.training.settings import Normaliser, Times
+from diffucoder.training.trainer import Batch, Figures, MicroBatch, Terms
 
 HELD_OUT = -1  # stands for the step in the key of held-out noise, which is the same at every evaluation
-_TIME, _ATTENTION, _ROW, _CUT = range(4)  # the last number of a key: what is drawn
-_CUTS = 3  # prefixes of each held-out row: one token a forward pass tells little
+_TIME, _ATTENTION, _ROW = range(3)  # the last number of a key: what is drawn
 
 
 class Row(NamedTuple):
@@ -51,8 +52,8 @@ class Objective:
     batch: int  # rows of a step, over all micro-batches and processes
     first_scorable: int = 1  # tokens before it are never hidden (`Denoiser.first_scorable`)
     eps: float = 1e-3
-    time: Literal["uniform", "stratified", "antithetic"] = "stratified"
-    normaliser: str = "length"
+    time: Times = "stratified"
+    normaliser: Normaliser = "length"
     anneal_steps: int = 0
     autoregressive: bool = False
 
@@ -74,20 +75,14 @@ class MaskedStage:
 
     shown: tuple[str, ...] = ()
 
-    def __init__(
-        self,
-        objective: Objective,
-        rows: Rows,
-        held_out: Rows | None,
-        held_out_rows: int,
-        held_out_at: Sequence[float] = (),
-    ) -> None:
-        """`held_out_at` are noise levels to measure on their own, beside the loss."""
+    def __init__(self, objective: Objective, rows: Rows, held_out: Rows | None, held_out_rows: int) -> None:
+        """`held_out_rows` is rounded up to whole steps: then every process has as many of them."""
         self.objective = objective
         self.rows = rows
         self.held_out_source = held_out
-        self.held_out_at = held_out_at
-        self.held_out_rows = whole_batches(held_out_rows, objective.batch) if held_out is not None else 0
+        self.held_out_rows = 0
+        if held_out is not None:
+            self.held_out_rows = math.ceil(held_out_rows / objective.batch) * objective.batch
 
     def begin(self) -> dict[str, Tensor]:
         """Checkpoints need no tensors of this stage: rows and noise are functions of the step."""
@@ -119,52 +114,17 @@ class MaskedStage:
         return Terms(loss, {"unweighted": (cost.detach().sum(), scored), "accuracy": (right.detach().sum(), scored)})
 
     def held_out(self, model: nn.Module, shares: Sequence[range]) -> Iterator[Figures]:
-        """The loss of held-out rows; then figures for each of `held_out_at`, and for the first token after a prefix."""
+        """The loss of each micro-batch of held-out rows."""
         for micro in self.held_out_micro_batches(shares):
             terms = self.loss(model, micro)
             yield {"loss": (terms.loss, micro.count), **terms.figures}
-        for name, micro in self.by_level(shares):
-            yield {name: self.loss(model, micro).figures["unweighted"]}
 
-    def held_out_micro_batches(self, shares: Sequence[range], level: float | None = None) -> list[MaskedMicro]:
-        """Held-out rows, always with the same noise, full attention and the `length` normaliser.
-
-        Noise levels are drawn as in training, or all are `level`.
-        """
+    def held_out_micro_batches(self, shares: Sequence[range]) -> list[MaskedMicro]:
+        """Held-out rows, always with the same noise, full attention and the `length` normaliser."""
         if self.held_out_source is None:
             return []
         times = self._times(HELD_OUT, self.held_out_rows)
-        if level is not None:
-            times = torch.full((self.held_out_rows,), level)
         return [self._noised(self.held_out_source, HELD_OUT, share, times, "length") for share in shares]
-
-    def by_level(self, shares: Sequence[range]) -> Iterator[tuple[str, MaskedMicro]]:
-        """Held-out rows at each noise level of `held_out_at`, and after clean prefixes, which is the parent's task."""
-        if not self.held_out_at:
-            return
-        for level in self.held_out_at:
-            for micro in self.held_out_micro_batches(shares, level):
-                yield f"at_{level:g}", micro
-        hidden = self.held_out_micro_batches(shares, 1.0)
-        for number in range(_CUTS):
-            for share, micro in zip(shares, hidden, strict=True):
-                yield "after_prefix", self._after_prefix(micro, share, number)
-
-    def _after_prefix(self, micro: MaskedMicro, share: range, number: int) -> MaskedMicro:
-        """Of rows in which everything is hidden, restore a prefix, and score the first token after it alone."""
-        noisy = micro.noisy.clone()
-        scored = []
-        for at, index in enumerate(share):
-            hidden = (micro.rows[:, 0] == at).nonzero()[:, 0]  # (h,) which of the M are in this row
-            noise = keyed_generator(self.objective.seed, number, index, _CUT)
-            cut = int(torch.randint(len(hidden), (), generator=noise))
-            prefix = hidden[:cut]
-            noisy[at, micro.rows[prefix, 1]] = micro.targets[prefix]
-            scored.append(hidden[cut])
-        first = torch.stack(scored)
-        return replace(
-            micro, noisy=noisy, rows=micro.rows[first], targets=micro.targets[first], weights=micro.weights[first]
-        )
 
     def _times(self, step: int, rows: int) -> Tensor:
         """Noise levels of all rows of the step, (rows,): strata span processes and micro-batches."""

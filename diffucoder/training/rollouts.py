@@ -42,10 +42,19 @@ class Completion:
         return min(len(self.generation.tokens) + 1, len(self.generation.trace.steps))
 
     @property
-    def ar_ness(self) -> dict[str, float]:
-        """Local and global AR-ness@1 of these tokens; nan for a single one."""
+    def figures(self) -> dict[str, float]:
+        """What is logged of it; AR-ness@1 is nan for a single token."""
         order = commit_order(self.generation.trace.steps[: self.length])
-        return {"local_ar_ness": local_ar_ness(order, 1), "global_ar_ness": global_ar_ness(order, 1)}
+        return {
+            "reward": self.reward.total,
+            "format": self.reward.format,
+            "pass_rate": self.reward.pass_rate,
+            "solved": float(self.reward.solved),
+            "length": float(self.length),
+            "tokens_per_forward": self.length / max(1, self.generation.forward_passes),
+            "local_ar_ness": local_ar_ness(order, 1),
+            "global_ar_ness": global_ar_ness(order, 1),
+        }
 
 
 class Rollouts:
@@ -75,7 +84,7 @@ class Rollouts:
     ) -> tuple[list[Completion], dict[str, float]]:
         """One completion for each exercise, and the seconds that it took; `numbers` fix their random numbers.
 
-        `waiting_seconds` are those of grading, after the last completion was decoded.
+        `waiting_seconds` are spent on grading after decoding; `grading_seconds` are those of all programs, added up.
         """
         began = time.perf_counter()
         generations: list[Generation] = []
@@ -93,6 +102,7 @@ class Rollouts:
                 for exercise, generation, future in zip(exercises, generations, rewards, strict=True)
             ]
         seconds = {"decoding_seconds": decoded_at - began, "waiting_seconds": time.perf_counter() - decoded_at}
+        seconds["grading_seconds"] = sum(completion.reward.seconds for completion in completions)
         return completions, seconds
 
     def decode(self, exercises: Sequence[Exercise], params: DecodingParams, numbers: Sequence[int]) -> list[Generation]:
@@ -112,7 +122,7 @@ class Rollouts:
         seconds = settings.test_seconds
         if settings.rewards == "paper":
             seconds *= len(exercise.tests)
-        graded = reward(
+        return reward(
             generation.text,
             exercise.tests,
             self.sandbox,
@@ -121,9 +131,6 @@ class Rollouts:
             tests_weight=settings.tests_weight,
             limits=Limits(seconds=seconds),
         )
-        if settings.all_or_nothing and not graded.solved:
-            return replace(graded, total=settings.format_weight * graded.format)
-        return graded
 
 
 def prompt_ids(tokenizer: Tokenizer, request: str, longest: int, *, chat: bool = True) -> list[int]:

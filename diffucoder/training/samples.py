@@ -22,25 +22,21 @@ def write_samples(
     for number, (completion, advantage) in enumerate(zip(completions, advantages, strict=True)):
         exercise = completion.exercise
         trace = completion.generation.trace
-        reward = completion.reward
         tokens = trace.tokens[trace.prompt_length :][: completion.length]
         line = {
             "step": step,
             "id": exercise.id,
             "prompt": exercise.prompt,
             "completion": completion.generation.text,
-            "reward": reward.total,
-            "format": reward.format,
-            "pass_rate": reward.pass_rate,
-            "status": reward.status,
-            "detail": reward.detail,
+            "status": completion.reward.status,
+            "detail": completion.reward.detail,
             "advantage": round(advantage, 6),
             "forward_passes": completion.generation.forward_passes,
             "tokens": [tokenizer.decode([token], skip_special=False) for token in tokens],
             "steps": trace.steps[: completion.length],
         }
-        for name, value in completion.ar_ness.items():
-            line[name] = None if math.isnan(value) else round(value, 4)  # JSON has no nan
+        for name, value in completion.figures.items():
+            line[name] = None if math.isnan(value) else round(value, 6)  # JSON has no nan
         lines.append(line)
         traces.append(replace(trace, id=f"{exercise.id}#{number}"))
         verdicts.append({"task_id": exercise.id, "sample": number, "passed": completion.reward.solved})

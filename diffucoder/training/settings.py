@@ -13,6 +13,13 @@ from diffucoder.config import Settings
 from diffucoder.decoding.params import DecodingParams
 
 Share = Annotated[float, Field(ge=0, lt=1)]
+Sources = Annotated[tuple[str, ...], BeforeValidator(lambda given: (given,) if isinstance(given, str) else given)]
+Dtype = Literal["bfloat16", "float32"]
+Times = Literal["uniform", "stratified", "antithetic"]
+Normaliser = Literal["length", "masked", "masked_micro"]
+Estimator = Literal["coupled", "decoupled", "full_mask", "d1"]
+Baseline = Literal["mean", "leave_one_out"]
+Reduction = Literal["token", "sequence", "length"]
 
 T = TypeVar("T")
 MAY_CHANGE = "a resumed run may change it"
@@ -37,9 +44,7 @@ class TrainSettings(Settings):
     clip: float = Field(default=1.0, gt=0, description="largest gradient norm")
     ema: float = Field(default=0.0, ge=0, lt=1, description="decay of the averaged weights that are exported; 0: off")
     bf16: bool = Field(default=True, description="bfloat16 autocast over float32 weights")
-    gradient_checkpointing: MayChange[bool] = Field(
-        default=False, description="recompute layers in the backward pass: less memory"
-    )
+    gradient_checkpointing: MayChange[bool] = Field(default=False, description="recompute layers, to save memory")
     lora_rank: int = Field(default=0, ge=0, description="rank of adapters trained alone, merged on export; 0: off")
     lora_alpha: float = Field(default=16.0, gt=0, description="scale of the adapters, over their rank")
     lora_targets: tuple[str, ...] = Field(
@@ -50,15 +55,8 @@ class TrainSettings(Settings):
     save_every: MayChange[int] = Field(default=500, ge=1, description="steps between checkpoints")
     keep: MayChange[int] = Field(default=2, ge=1, description="checkpoints kept")
     evaluate_every: MayChange[int] = Field(default=0, ge=0, description="steps between evaluations; 0: at the end only")
-    trackers: MayChange[tuple[str, ...]] = Field(
-        default=(), description="accelerate trackers, such as tensorboard or wandb"
-    )
-    export_dtype: MayChange[Literal["bfloat16", "float32"]] = Field(
-        default="bfloat16", description="of the finished model"
-    )
-
-
-Sources = Annotated[tuple[str, ...], BeforeValidator(lambda given: (given,) if isinstance(given, str) else given)]
+    trackers: MayChange[tuple[str, ...]] = Field(default=(), description="of accelerate, such as tensorboard or wandb")
+    export_dtype: MayChange[Dtype] = Field(default="bfloat16", description="of the finished model")
 
 
 class DataSettings(TrainSettings):
@@ -73,10 +71,6 @@ class DataSettings(TrainSettings):
 class TextSettings(DataSettings):
     """What the stages that train on text share."""
 
-    held_out_at: MayChange[tuple[Annotated[float, Field(gt=0, le=1)], ...]] = Field(
-        default=(),
-        description="noise levels whose held-out losses are logged too, with that of the token after a prefix",
-    )
     cache: MayChange[Path] = Field(default=Path("runs/data"), description="folder that keeps tokenised data")
 
 
@@ -85,13 +79,9 @@ class DiffusionSettings(TextSettings):
 
     shifted: bool | None = Field(default=None, description="row i scores token i + 1; default: as the model says")
     tied: bool = Field(default=False, description="train embeddings and head, equal at the start, as one matrix")
-    time: Literal["uniform", "stratified", "antithetic"] = Field(
-        default="stratified", description="how noise levels are drawn over the rows of a step"
-    )
+    time: Times = Field(default="stratified", description="how noise levels are drawn over the rows of a step")
     eps: float = Field(default=1e-3, gt=0, lt=1, description="lowest noise level")
-    normaliser: Literal["length", "masked", "masked_micro"] = Field(
-        default="masked", description="what the weighted sum is divided by; masked_micro is as released"
-    )
+    normaliser: Normaliser = Field(default="masked", description="divisor of the loss; masked_micro is as released")
     infill: float = Field(default=0.0, ge=0, le=1, description="share of rows in which only random spans are noised")
 
 
@@ -130,14 +120,10 @@ class SftSettings(DiffusionSettings):
     steps: int = Field(default=0, ge=0, description="optimiser steps; 0: as many as `epochs` take")
     epochs: float = Field(default=5.0, gt=0, description="passes over the data, if steps is 0")
     length: int = Field(default=2048, ge=8, description="tokens of a row; longer examples are left out and counted")
-    padding: Literal["fixed", "flexible"] = Field(
-        default="fixed", description="pad rows to `length`, or to the longest row of their step"
-    )
+    padding: Literal["fixed", "flexible"] = Field(default="fixed", description="to `length`, or the step's longest row")
     spare: int = Field(default=0, ge=0, description="flexible: most pads added after the longest row of a step")
     spare_share: float = Field(default=0.25, ge=0, le=1, description="share of steps that get spare pads")
-    ramp: float = Field(
-        default=0.2, ge=0, le=1, description="share of steps over which requests become clean; 0: always clean"
-    )
+    ramp: float = Field(default=0.2, ge=0, le=1, description="share of steps until all requests are left clean")
 
     @model_validator(mode="after")
     def _spare_is_for_flexible(self) -> Self:
@@ -164,55 +150,35 @@ class GrpoSettings(DataSettings):
     prompt_tokens: int = Field(default=200, ge=8, description="longest prompt; of a longer request the end is kept")
     chat: bool = Field(default=True, description="put requests into the chat template; false: continue them")
     decoding: RolloutParams = Field(default=RolloutParams(), description="how completions are decoded")
-    decode_batch: int = Field(
-        default=64, ge=1, description="completions decoded together, graded while the next are decoded"
-    )
+    decode_batch: int = Field(default=64, ge=1, description="completions decoded together; then they are graded")
 
     rewards: Literal["robust", "paper"] = Field(default="robust", description="how strictly the format is read")
     format_weight: float = Field(default=0.5, ge=0, description="reward of the right format")
     tests_weight: float = Field(default=2.0, ge=0, description="reward of passing all tests, or of their share")
-    all_or_nothing: bool = Field(default=False, description="reward tests only if all of them pass")
-    test_seconds: float = Field(
-        default=5.0, gt=0, description="for all tests of a completion together; under paper rewards for each"
-    )
+    test_seconds: float = Field(default=5.0, gt=0, description="for all tests of a completion; rewards=paper: for each")
     workers: MayChange[int] = Field(default=0, ge=0, description="programs run at a time; 0: one a core")
 
-    advantage: Literal["mean", "leave_one_out"] = Field(
-        default="mean", description="baseline of a reward: the mean of its group, or of the others in it"
-    )
+    advantage: Baseline = Field(default="mean", description="reward minus the mean of the group, or of its others")
     scale_rewards: bool = Field(default=False, description="divide advantages by their group's standard deviation")
-    negative_weight: float = Field(
-        default=1.0, ge=0, le=1, description="weight of completions worse than their group; 0: ignore them"
-    )
+    negative_weight: float = Field(default=1.0, ge=0, le=1, description="of completions worse than their group")
 
-    estimator: Literal["coupled", "decoupled", "full_mask", "d1"] = Field(
-        default="coupled", description="how a token's log-probability is scored"
-    )
+    estimator: Estimator = Field(default="coupled", description="how a token's log-probability is scored")
     pairs: int = Field(default=1, ge=1, description="pairs of masks of coupled and decoupled (lambda)")
     mask_ratio: tuple[Share, Share] = Field(default=(0.2, 0.8), description="range of the mask ratios")
     ratio_per: Literal["row", "step"] = Field(default="row", description="one mask ratio a completion, or for all")
-    group_masks: bool = Field(
-        default=False, description="use the same masks for all completions of a problem: what they share cancels"
-    )
+    group_masks: bool = Field(default=False, description="same masks for all completions of a problem")
     prompt_mask: Share = Field(default=0.15, description="d1: share of prompt tokens hidden")
-    score_temperature: float = Field(default=1.0, gt=0, description="of the distribution that scores completions")
-    score_padding: bool = Field(
-        default=False, description="score the pads after an answer too, which say where it ends; paper: false"
-    )
+    score_padding: bool = Field(default=False, description="score pads too, which say where answers end; paper: false")
 
     iterations: int = Field(default=2, ge=1, description="optimiser steps on one batch of completions (mu)")
     epsilon_low: float = Field(default=0.5, gt=0, lt=1, description="ratios are clipped below 1 minus this")
     epsilon_high: float = Field(default=0.5, gt=0, description="ratios are clipped above 1 plus this")
     ratio: Literal["token", "sequence"] = Field(default="token", description="of each token, or a completion's mean")
-    reduction: Literal["token", "sequence", "length"] = Field(
-        default="token", description="loss per token of the step, per completion, or per decoding.new_tokens"
-    )
+    reduction: Reduction = Field(default="token", description="loss per token, completion or decoding.new_tokens")
     kl: float = Field(default=0.01, ge=0, description="weight of the KL divergence from the reference (beta)")
     reference_every: int = Field(default=64, ge=0, description="steps between updates of the reference; 0: never")
     reference_mix: float = Field(default=1.0, ge=0, le=1, description="share of the policy in an updated reference")
-    samples_every: MayChange[int] = Field(
-        default=50, ge=1, description="steps between completions written to samples.jsonl"
-    )
+    samples_every: MayChange[int] = Field(default=50, ge=1, description="steps between lines of samples.jsonl")
 
     @model_validator(mode="after")
     def _groups_fit(self) -> Self:

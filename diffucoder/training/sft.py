@@ -122,7 +122,7 @@ def sft(settings: SftSettings) -> Path:
     settings = settings.model_copy(update={"steps": rows.steps})
     held_out = rows_of("held_out", settings.held_out) if settings.held_out else None
     objective = masked_objective(settings, denoiser, tokenizer)
-    stage = MaskedStage(objective, rows, held_out, settings.held_out_rows, settings.held_out_at)
+    stage = MaskedStage(objective, rows, held_out, settings.held_out_rows)
     return train_and_export(denoiser, tokenizer, stage, settings)
 
 

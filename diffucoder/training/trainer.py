@@ -101,7 +101,7 @@ class Trainer:
         if settings.ema:
             self.average = copy_of_trained(self._whole_model())
         self._state = checkpoints.State(self.model, self.optimizer.optimizer, self.average, stage.begin())
-        self._signal = 0  # the signal that this process received
+        self._signal: int = 0  # the signal that this process received
         self._stopping = False  # whether any process received one
         self._window: dict[str, list[float]] = defaultdict(list)  # figures since the last line of the log
         self._logged_at = time.monotonic()
@@ -268,11 +268,6 @@ def schedule(step: int, settings: TrainSettings) -> float:
     return settings.final_lr + (1 - settings.final_lr) * 0.5 * (1 + math.cos(math.pi * done))
 
 
-def whole_batches(rows: int, batch: int) -> int:
-    """`rows` rounded up to whole batches: then every process has as many of them."""
-    return math.ceil(rows / batch) * batch
-
-
 # --- trained weights -------------------------------------------------------------------------------------------------
 
 
@@ -300,7 +295,8 @@ def swap_trained(model: nn.Module, other: dict[str, Tensor]) -> None:
 
 def _optimizer(model: Denoiser, settings: TrainSettings) -> torch.optim.AdamW:
     """AdamW that decays matrices only."""
-    matrices, others = [], []
+    matrices: list[nn.Parameter] = []
+    others: list[nn.Parameter] = []
     for _, parameter in trained_parameters(model):
         (matrices if parameter.ndim > 1 else others).append(parameter)
     groups = [{"params": matrices, "weight_decay": settings.weight_decay}, {"params": others, "weight_decay": 0.0}]
@@ -341,8 +337,8 @@ def _stop_on_signals(trainer: Trainer) -> Iterator[None]:
         signal.signal(number, handlers[number])
 
     if threading.current_thread() is threading.main_thread():
-        for number in (signal.SIGINT, signal.SIGTERM):
-            handlers[number] = signal.signal(number, request_stop)
+        for stop in (signal.SIGINT, signal.SIGTERM):
+            handlers[stop] = signal.signal(stop, request_stop)
     try:
         yield
     finally:

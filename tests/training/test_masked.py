@@ -32,10 +32,10 @@ class ScriptedRows:
         return Row(tokens, torch.arange(length) >= self.clean)
 
 
-def stage_of(rows: ScriptedRows, held_out_rows: int = 0, levels: Sequence[float] = (), **fields: Any) -> MaskedStage:
+def stage_of(rows: ScriptedRows, held_out_rows: int = 0, **fields: Any) -> MaskedStage:
     """Over `rows`, which are its held-out rows too; `fields` are of `Objective`."""
     objective = Objective(**{"mask_id": MASK, "pad_id": PAD, "seed": 0, "batch": BATCH, **fields})
-    return MaskedStage(objective, rows, rows if held_out_rows else None, held_out_rows, levels)
+    return MaskedStage(objective, rows, rows if held_out_rows else None, held_out_rows)
 
 
 def whole_step(stage: MaskedStage, step: int) -> MaskedMicro:
@@ -221,48 +221,3 @@ def test_held_out_rows_come_in_whole_steps() -> None:
 def test_without_held_out_rows_there_is_nothing_to_measure() -> None:
     stage = stage_of(ScriptedRows(9))
     assert (stage.held_out_rows, stage.held_out_micro_batches([range(8)])) == (0, [])
-
-
-# --- held-out figures by noise level ---------------------------------------------------------------------------------
-
-
-def levels_of(stage: MaskedStage, model: Any) -> dict[str, list[tuple[float, int]]]:
-    """The (sum, number) pairs of every figure that has no loss beside it."""
-    found: dict[str, list[tuple[float, int]]] = {}
-    for figures in stage.held_out(model, [range(4), range(4, 8)]):
-        if "loss" not in figures:
-            for name, (value, number) in figures.items():
-                found.setdefault(name, []).append((float(value), int(number)))
-    return found
-
-
-def test_held_out_levels_hide_that_share_and_prefixes_score_one_token_each(tiny: Denoiser) -> None:
-    rows = ScriptedRows(120)
-    found = levels_of(stage_of(rows, 8, (0.2, 0.9)), tiny)
-    assert set(found) == {"at_0.2", "at_0.9", "after_prefix"}
-    shares = {name: sum(number for _, number in pairs) / (8 * 119) for name, pairs in found.items()}
-    assert 0.1 < shares["at_0.2"] < 0.3
-    assert 0.8 < shares["at_0.9"] < 1.0
-    assert sum(number for _, number in found["after_prefix"]) == 3 * 8
-    assert levels_of(stage_of(rows, 8, (0.2, 0.9)), tiny) == found  # always the same noise
-    assert levels_of(stage_of(rows, 8), tiny) == {}
-
-
-def test_behind_a_prefix_all_else_is_hidden(tiny: Denoiser) -> None:
-    class Watched:
-        def __init__(self) -> None:
-            self.seen: list[tuple[Tensor, Tensor]] = []
-
-        def __call__(self, tokens: Tensor, *, rows: Tensor, **options: Any) -> Any:
-            self.seen.append((tokens, rows))
-            return tiny(tokens, rows=rows, **options)
-
-    watched, rows = Watched(), ScriptedRows(30, clean=4)
-    levels_of(stage_of(rows, 8, (1.0,)), watched)
-    for tokens, scored in watched.seen[-6:]:  # three cuts of two micro-batches
-        assert scored[:, 0].tolist() == [0, 1, 2, 3]
-        for row, position in scored.tolist():
-            assert position >= 4
-            assert (tokens[row, position:] == MASK).all()
-            assert not (tokens[row, :position] == MASK).any()
-    assert len({tuple(scored[:, 1].tolist()) for _, scored in watched.seen[-6:]}) > 1
