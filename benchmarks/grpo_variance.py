@@ -24,7 +24,7 @@ from torch import Tensor
 from diffucoder import DecodingParams, DiffuCoder
 from diffucoder.diffusion import Estimator, keyed_generator, score_views
 from diffucoder.problems import problems
-from diffucoder.training.objectives import Completed, collate, token_scores
+from diffucoder.training.objectives import CompletionBatch, collate, token_scores
 from diffucoder.training.rollouts import prompt_ids
 
 DOCS = Path(__file__).parents[1] / "docs"
@@ -73,7 +73,7 @@ def main(
     print("\n\n".join(parts))
 
 
-def completions(coder: DiffuCoder, count: int, new_tokens: int, temperature: float) -> Completed:
+def completions(coder: DiffuCoder, count: int, new_tokens: int, temperature: float) -> CompletionBatch:
     """What the model writes for hard problems, one completion each."""
     tokenizer, drawn = coder.tokenizer, list(problems("dev", count, seed=11, hard=True))
     prompts = [prompt_ids(tokenizer, problem.prompt, 128) for problem in drawn]
@@ -81,7 +81,7 @@ def completions(coder: DiffuCoder, count: int, new_tokens: int, temperature: flo
     return collate(coder.decode(coder.canvas_of_ids(prompts, new_tokens), params), pad_id=tokenizer.pad_id)
 
 
-def views_of(batch: Completed, draw: int, estimator: Estimator):  # type: ignore[no-untyped-def]  # as score_views
+def views_of(batch: CompletionBatch, draw: int, estimator: Estimator):  # type: ignore[no-untyped-def]  # as score_views
     """The views of one draw of masks, one pair."""
     rows = len(batch.tokens)
     ratios = torch.stack([torch.rand(1, 2, generator=keyed_generator(1, draw, row)) for row in range(rows)], 1)
@@ -92,7 +92,7 @@ def views_of(batch: Completed, draw: int, estimator: Estimator):  # type: ignore
 
 
 @torch.no_grad()
-def terms(coder: DiffuCoder, batch: Completed, draws: int, estimator: Estimator) -> Tensor:
+def terms(coder: DiffuCoder, batch: CompletionBatch, draws: int, estimator: Estimator) -> Tensor:
     """(D, 2, N) the masked terms M l / t of both masks of a pair, for each scored token."""
     found = []
     for at in track(range(draws), description=estimator):
@@ -104,7 +104,7 @@ def terms(coder: DiffuCoder, batch: Completed, draws: int, estimator: Estimator)
 
 
 @torch.no_grad()
-def one_pass(coder: DiffuCoder, batch: Completed, draws: int, estimator: Estimator) -> Tensor:
+def one_pass(coder: DiffuCoder, batch: CompletionBatch, draws: int, estimator: Estimator) -> Tensor:
     """(D, N) scores of an estimator that takes one pass."""
     views = (views_of(batch, at, estimator) for at in range(draws))
     return torch.stack(

@@ -1,10 +1,10 @@
 """Stage 4: coupled-GRPO, reinforcement learning on problems with tests (DiffuCoder §5, appendix B.1).
 
-A round (`GrpoStage.batches`): the model writes `group` completions for each problem; their programs are tested; a
-completion's advantage says how much better it is than its group; `iterations` optimiser steps then raise the scores of
+A round (`GrpoStage.batches`): the model writes `group` completions for each problem, and their programs are tested. A
+completion's advantage says how much better it is than its group. Then `iterations` optimiser steps raise the scores of
 the better ones. The score of a token stands for its log-probability and comes from a few noisy views of the completion
-(`diffusion.score_views`). The step, the row and the seed fix its masks: they are the same for the policy, for the
-that wrote the completion and for the reference.
+(`diffusion.score_views`). The step, the row and the seed fix the masks. They are the same for the policy, for the
+policy that wrote the completion and for the reference.
 
 Differences from the released trainer, each a defect there: every optimiser step draws masks of its own; prompts keep
 their padding mask, positions and header; generators are private; metrics are means over tokens; a KL weight works with
@@ -14,7 +14,7 @@ one iteration; held-out problems are evaluated. `ratio_per="step"`, `advantage="
 
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -54,7 +54,7 @@ _MASKS, _RATIOS = 40, 41  # the last number of a key of noise: what is drawn
 class GrpoMicroBatch(MicroBatch):
     """Completions that one forward pass learns from."""
 
-    batch: objectives.Completed
+    batch: objectives.CompletionBatch
     views: list[View]
     advantage: Tensor  # (B,)
     weight: Tensor  # (B, T)
@@ -97,7 +97,7 @@ class GrpoStage:
             completions, seconds = self.rollouts.of_round(self.exercises, number, rows)  # roll out, reward
         advantage = self.advantages(completions, rows)
         began = time.perf_counter()
-        updates = self.scored_micro_batches(step, shares, completions, advantage)
+        updates = self.scored_micro_batches(step, shares, dict(zip(rows, completions, strict=True)), advantage)
         seconds["scoring_seconds"] = time.perf_counter() - began
         figures = self.figures(completions, advantage, seconds)
         figures["scored_share"] = (sum(len(micro.advantage) for micro in updates[0]), len(rows))
@@ -118,17 +118,15 @@ class GrpoStage:
         return gains.where(gains > 0, settings.negative_weight * gains)
 
     def scored_micro_batches(
-        self, step: int, shares: Sequence[range], completions: Sequence[Completion], advantage: Tensor
+        self, step: int, shares: Sequence[range], completions: Mapping[int, Completion], advantage: Tensor
     ) -> list[list[GrpoMicroBatch]]:
         """The micro-batches of each update of a round, with the scores that the loss compares the policy's with."""
         updates = []
         for iteration in range(self.settings.iterations):
             micros = []
-            first = 0
             for share in shares:
-                part = completions[first : first + len(share)]
-                first += len(share)
-                micro = self.micro_batch(step + iteration, share, part, advantage)
+                written = [completions[row] for row in share]
+                micro = self.micro_batch(step + iteration, share, written, advantage)
                 if iteration:  # the first update starts from the very policy that wrote the completions
                     micro = replace(micro, old=self.score_now(micro))
                 micros.append(micro)
@@ -164,7 +162,7 @@ class GrpoStage:
         tokens = batch.tokens.numel() * len(views)
         return GrpoMicroBatch(count, tokens, batch, views, advantage, weight)
 
-    def views(self, step: int, share: range, batch: objectives.Completed) -> list[View]:
+    def views(self, step: int, share: range, batch: objectives.CompletionBatch) -> list[View]:
         """The masks of an optimiser step, keyed by it and the row, or the row's problem."""
         settings = self.settings
         low, high = settings.mask_ratio

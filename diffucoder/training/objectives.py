@@ -77,7 +77,7 @@ def reduction_weights(scored: Tensor, new_tokens: int, *, reduction: str) -> tup
 
 
 @dataclass(frozen=True)
-class Completed:
+class CompletionBatch:
     """Completions after their prompts, left-padded."""
 
     tokens: Tensor  # (B, T) int64
@@ -85,13 +85,13 @@ class Completed:
     completion: Tensor  # (B, T) bool
     scored: Tensor  # (B, T) bool: up to and including the first terminator, or the pads after it too
 
-    def select(self, rows: Tensor) -> "Completed":
+    def select(self, rows: Tensor) -> "CompletionBatch":
         """Some of the rows."""
         valid = None if self.valid is None else self.valid[rows]
-        return Completed(self.tokens[rows], valid, self.completion[rows], self.scored[rows])
+        return CompletionBatch(self.tokens[rows], valid, self.completion[rows], self.scored[rows])
 
 
-def collate(generations: Sequence[Generation], *, pad_id: int, score_padding: bool = False) -> Completed:
+def collate(generations: Sequence[Generation], *, pad_id: int, score_padding: bool = False) -> CompletionBatch:
     """Prompts and canvases as tensors, prompts left-padded to the longest.
 
     What is scored ends with the first terminator, or with `score_padding` at the canvas's end.
@@ -110,11 +110,11 @@ def collate(generations: Sequence[Generation], *, pad_id: int, score_padding: bo
     valid = position >= torch.tensor(starts)[:, None]  # (B, T)
     completion = (position >= longest).expand_as(valid)
     scored = completion if score_padding else completion & (position < torch.tensor(ends)[:, None])
-    return Completed(tokens, None if valid.all() else valid, completion, scored)
+    return CompletionBatch(tokens, None if valid.all() else valid, completion, scored)
 
 
 def token_scores(
-    model: nn.Module, batch: Completed, views: Sequence[View], *, mask_id: int, temperature: float = 1.0
+    model: nn.Module, batch: CompletionBatch, views: Sequence[View], *, mask_id: int, temperature: float = 1.0
 ) -> Tensor:
     """The score of every token that is scored, (B, T) float32, 0 elsewhere: one forward pass over all views at once.
 

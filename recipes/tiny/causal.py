@@ -25,7 +25,7 @@ from diffucoder.grading.sandbox import Sandbox
 from diffucoder.models.denoiser import Denoiser, set_causal
 from diffucoder.training.exercises import Exercise, read_exercises
 from diffucoder.training.grpo import GrpoStage, usable
-from diffucoder.training.objectives import Completed
+from diffucoder.training.objectives import CompletionBatch
 from diffucoder.training.rollouts import Rollouts
 from diffucoder.training.run import load_start, train_and_export
 from diffucoder.training.settings import GrpoSettings
@@ -89,7 +89,7 @@ class CausalRollouts(Rollouts):
 class CausalStage(GrpoStage):
     """One view without masks scores every token: its log-probability is exact."""
 
-    def views(self, step: int, share: range, batch: Completed) -> list[View]:
+    def views(self, step: int, share: range, batch: CompletionBatch) -> list[View]:
         return [View(torch.zeros_like(batch.completion), batch.completion.float())]
 
 

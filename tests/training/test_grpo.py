@@ -31,7 +31,7 @@ from diffucoder.problems import problems as problems_of_tiny
 from diffucoder.training.exercises import Exercise, write_exercises
 from diffucoder.training.grpo import GrpoMicroBatch, GrpoStage, grpo, usable
 from diffucoder.training.objectives import (
-    Completed,
+    CompletionBatch,
     advantages,
     clipped_loss,
     collate,
@@ -122,7 +122,7 @@ def test_the_coupled_score_by_hand() -> None:
     everything = torch.ones(1, 2, dtype=torch.bool)
     first = torch.tensor([[True, False]])
     views = [View(everything, everything / 2), View(first, first / (0.5 * 2)), View(~first, ~first / (0.5 * 2))]
-    batch = Completed(torch.zeros(1, 2, dtype=torch.long), None, everything, everything)
+    batch = CompletionBatch(torch.zeros(1, 2, dtype=torch.long), None, everything, everything)
     model = Scripted(torch.tensor([[-2.0, -3.0], [-1.0, -7.0], [-7.0, -0.5]]))
     torch.testing.assert_close(token_scores(model, batch, views, mask_id=1), torch.tensor([[-2.0, -2.0]]))
 
@@ -304,6 +304,14 @@ def test_a_run_killed_in_mid_iteration_goes_on_bit_for_bit(fields: Fields) -> No
     assert same(weights(killed["run"]), weights(fields["run"]))
     told = [line["step"] for line in lines(killed["run"], "samples.jsonl")]
     assert told == [line["step"] for line in lines(fields["run"], "samples.jsonl")]
+
+
+@pytest.mark.usefixtures("_scripted")
+def test_a_run_is_not_continued_with_another_way_of_decoding(fields: Fields) -> None:
+    grpo(GrpoSettings(**{**fields, "steps": 2}))
+    changed = {"decoding": {"new_tokens": 12, "steps": 6}, "resume": True}
+    with pytest.raises(ConfigError, match=r"decoding.steps=6 but the run in .* began with 4; set it back"):
+        grpo(GrpoSettings(**{**fields, "steps": 2, **changed}))
 
 
 @pytest.mark.usefixtures("_scripted")

@@ -77,6 +77,12 @@ def test_position_zero_is_never_hidden_nor_counted() -> None:
     assert micro.count == BATCH * 19
 
 
+def test_a_model_that_scores_position_zero_has_it_hidden_too() -> None:
+    micro = whole_step(stage_of(ScriptedRows(20), eps=1 - 1e-6, first_scorable=0), 0)
+    assert (micro.noisy == MASK).all()
+    assert micro.count == BATCH * 20
+
+
 def test_times_have_one_row_in_every_slice_however_the_step_is_cut() -> None:
     rows = ScriptedRows(600)
     stage = stage_of(rows, batch=16, eps=1e-6, normaliser="length")

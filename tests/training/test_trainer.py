@@ -231,6 +231,13 @@ def test_a_run_is_not_continued_with_other_settings(tmp_path: Path) -> None:
     _reset()
 
 
+def test_counts_are_exact_beyond_what_float32_holds(tmp_path: Path) -> None:
+    settings = TrainSettings(**{**worker.DEFAULTS, "run": tmp_path / "run"})
+    trainer = Trainer(worker.model(), worker.stage(settings), settings)
+    assert trainer._sum([2**24 + 1, 0.5]) == [2**24 + 1, 0.5]
+    trainer.close()
+
+
 def test_a_stopped_run_writes_a_checkpoint_first(tmp_path: Path) -> None:
     fields: Fields = {"run": tmp_path / "run", "steps": 10_000, "save_every": 10_000}
     path = tmp_path / "fields.json"
