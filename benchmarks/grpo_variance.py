@@ -78,7 +78,8 @@ def completions(coder: DiffuCoder, count: int, new_tokens: int, temperature: flo
     tokenizer, drawn = coder.tokenizer, list(problems("dev", count, seed=11, hard=True))
     prompts = [prompt_ids(tokenizer, problem.prompt, 128) for problem in drawn]
     params = DecodingParams(steps=new_tokens // 2, temperature=temperature, new_tokens=new_tokens)
-    return collate(coder.decode(coder.canvas_of_ids(prompts, new_tokens), params), pad_id=tokenizer.pad_id)
+    requests = [coder.request_of_ids(ids, params, sample=number) for number, ids in enumerate(prompts)]
+    return collate([results[0] for results in coder.run(requests)], pad_id=tokenizer.pad_id)
 
 
 def views_of(batch: CompletionBatch, draw: int, estimator: Estimator):  # type: ignore[no-untyped-def]  # as score_views

@@ -292,7 +292,7 @@ def _training_help(kind: type[TrainSettings]) -> str:
     lines = []
     for name, field in all_settings(kind):
         default = "" if field.is_required() else f" [{field.default}]"
-        lines.append(f"{name}{default}: {' '.join((field.description or '').split())}")
+        lines.append(f"{name}{default}: {field.description}")
     summary = (kind.__doc__ or "").splitlines()[0]
     return f"{summary}\n\nSettings, in RECIPE or as --set name=value:\n\n\b\n" + "\n".join(lines)
 

@@ -91,11 +91,6 @@ class Denoiser(nn.Module):
         return int(self.config.max_position_embeddings)
 
     @property
-    def first_scorable(self) -> int:
-        """The first position that the model can score: a shifted one has nothing to score token 0 from."""
-        return 1 if self.shifted else 0
-
-    @property
     def pad_id(self) -> int:
         """What fills slots that `valid` marks False: the config's pad, else its end of text, else the mask."""
         pad = self.config.pad_token_id

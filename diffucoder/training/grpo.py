@@ -23,7 +23,7 @@ import torch
 from rich.console import Console
 from torch import Tensor, nn
 
-from diffucoder.decoding.generate import DiffuCoder
+from diffucoder.decoding.coder import DiffuCoder
 from diffucoder.diffusion import View, keyed_generator, score_views
 from diffucoder.errors import ConfigError
 from diffucoder.grading.asserts import parse
@@ -250,7 +250,7 @@ class GrpoStage:
         dtype = torch.bfloat16 if self.settings.bf16 else self.denoiser.dtype
         self.denoiser.eval()
         try:
-            with gathered(self.denoiser), self.denoiser.lean_snapshot(dtype):
+            with gathered(self.denoiser), self.denoiser.fast_snapshot(dtype):
                 yield
         finally:
             self.denoiser.train()

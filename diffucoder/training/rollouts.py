@@ -10,11 +10,9 @@ other completions of its batch change what it is drawn from.
 import time
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
-import torch
-
-from diffucoder.decoding.generate import DiffuCoder, Generation
+from diffucoder.decoding.coder import DiffuCoder, Generation
 from diffucoder.decoding.params import DecodingParams
 from diffucoder.decoding.trace import commit_order, global_ar_ness, local_ar_ness
 from diffucoder.errors import ConfigError
@@ -107,9 +105,10 @@ class Rollouts:
 
     def decode(self, exercises: Sequence[Exercise], params: DecodingParams, numbers: Sequence[int]) -> list[Generation]:
         """One answer to each exercise."""
-        prompts = [self.prompt_ids(exercise) for exercise in exercises]
-        canvas = replace(self.coder.canvas_of_ids(prompts, params.new_tokens), sample=torch.tensor(numbers))
-        return self.coder.decode(canvas, params)
+        requests = []
+        for exercise, number in zip(exercises, numbers, strict=True):
+            requests.append(self.coder.request_of_ids(self.prompt_ids(exercise), params, sample=number))
+        return [results[0] for results in self.coder.run(requests)]
 
     def prompt_ids(self, exercise: Exercise) -> list[int]:
         """The tokens of an exercise's prompt."""

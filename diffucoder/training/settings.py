@@ -139,6 +139,11 @@ class RolloutParams(DecodingParams):
     top_p: float | None = Field(default=0.95, gt=0, le=1, description="draw from the likeliest tokens of this mass")
     new_tokens: int = Field(default=256, ge=1, description="length of a completion's canvas")
 
+    def replace(self, **changes: object) -> DecodingParams:
+        """Plain settings with `changes`, which keep the defaults of this class."""
+        defaults = {name: getattr(self, name) for name in RolloutParams.__annotations__}
+        return super().replace(**{**defaults, **changes})
+
 
 class GrpoSettings(DataSettings):
     """Stage 4: coupled-GRPO on problems with tests (DiffuCoder §5 and appendix B.1). `batch` counts completions."""

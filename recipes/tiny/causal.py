@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from diffucoder.config import load_settings
-from diffucoder.decoding.generate import DiffuCoder, Generation
+from diffucoder.decoding.coder import DiffuCoder, Generation
 from diffucoder.decoding.params import DecodingParams
 from diffucoder.decoding.trace import Trace
 from diffucoder.diffusion import View, keyed_generator
@@ -83,7 +83,8 @@ class CausalRollouts(Rollouts):
             model=self.coder.name,
         )
         text = tokenizer.decode(answer[:end])
-        return Generation(text, (text,), tuple(answer[:end]), length, 0.0, "stop" if ends else "length", trace)
+        reason = "stop" if ends else "length"
+        return Generation(0, text, (text,), tuple(answer[:end]), length, 0.0, reason, trace)
 
 
 class CausalStage(GrpoStage):

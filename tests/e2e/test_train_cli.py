@@ -75,7 +75,7 @@ def test_help_lists_every_setting_with_its_default_and_what_it_is(cli: Run, stag
     for name, field in all_settings(STAGES[stage]):
         assert field.description, name
         default = "" if field.is_required() else f" [{field.default}]"
-        assert f"{name}{default}: {' '.join(field.description.split())}" in printed
+        assert f"{name}{default}: {field.description}" in printed
 
 
 # --- recipes ---------------------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from time import process_time
 
 import pytest
 
-from diffucoder.decoding.generate import Generation
+from diffucoder.decoding.coder import Generation
 from diffucoder.decoding.trace import Trace
 from diffucoder.errors import SandboxError
 from diffucoder.evaluation.evalplus import correct
@@ -274,7 +274,7 @@ def test_what_is_told_of_a_failure_can_be_printed_and_stored(program: str, box: 
 def test_a_failure_that_is_told_of_can_be_written_down(tmp_path: Path, box: Sandbox) -> None:
     given = reward("```python\ndef f(x):\n    raise ValueError('\\ud800')\n```\n", ["assert f(1) == 2"], box)
     trace = Trace(tokens=[1, 2], prompt_length=1, steps=[0], confidence=[1], log_probs=[0], forward_passes=1)
-    answer = Generation("x", ("x",), (2,), 1, 0.0, "length", trace)
+    answer = Generation(0, "x", ("x",), (2,), 1, 0.0, "length", trace)
     write_samples(tmp_path, 1, [Completion(Exercise("a", "p", ()), answer, given)], [0.0], load_tokenizer(None))
     assert "ValueError" in (tmp_path / "samples.jsonl").read_text(encoding="utf-8")
 

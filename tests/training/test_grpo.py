@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from diffucoder.analysis.order import read_runs
-from diffucoder.decoding.generate import DiffuCoder, Generation
+from diffucoder.decoding.coder import DiffuCoder, Generation
 from diffucoder.decoding.trace import Trace, read_traces
 from diffucoder.diffusion import View
 from diffucoder.errors import ConfigError, SandboxError
@@ -403,7 +403,7 @@ def generation(prompt: list[int], answer: list[int], length: int, text: str = ""
         log_probs=[],
         forward_passes=1,
     )
-    return Generation(text, (text,), tuple(answer[:length]), 1, 0.0, "stop", trace)
+    return Generation(0, text, (text,), tuple(answer[:length]), 1, 0.0, "stop", trace)
 
 
 @pytest.mark.usefixtures("_scripted")
@@ -543,6 +543,14 @@ def test_rollout_settings_reach_decoding_and_rewards(stage: Any) -> None:
 
 
 @pytest.mark.usefixtures("_scripted")
+def test_completions_may_be_decoded_by_the_fast_preset(stage: Any) -> None:
+    made = stage(decoding={"preset": "fast", "new_tokens": 12})
+    params = made.rollouts.params
+    assert (params.cache, params.entropy_bound, params.temperature, params.top_p) == ("delayed", 0.01, 1.2, 0.95)
+    assert first_micro_batch(made).batch.completion.sum() == 8 * 12
+
+
+@pytest.mark.usefixtures("_scripted")
 def test_held_out_answers_are_greedy(stage: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     made, seen = stage(), []
     write = Rollouts.write
@@ -552,17 +560,22 @@ def test_held_out_answers_are_greedy(stage: Any, monkeypatch: pytest.MonkeyPatch
 
 
 @pytest.mark.usefixtures("_scripted")
-def test_decoding_in_training_is_lean_and_sees_the_newest_weights(stage: Any) -> None:
+def test_decoding_in_training_is_fast_and_sees_the_newest_weights(stage: Any) -> None:
     made = stage()
     tokens = torch.tensor([[5, 6, 7, made.denoiser.mask_id]])
     with torch.no_grad():
         for parameter in made.denoiser.parameters():
             parameter.mul_(1.3)
         plain = made.denoiser(tokens)
+        every = torch.ones_like(tokens, dtype=torch.bool)
+        wanted = torch.tensor([[0, 1], [0, 2], [0, 3]])
         with made.ready_to_decode():
-            assert made.denoiser._lean is not None
-            torch.testing.assert_close(made.denoiser(tokens), plain, atol=1e-4, rtol=1e-4)
-    assert made.denoiser._lean is None
+            assert made.denoiser.has_fast_layers
+            (fast,) = made.denoiser.score(
+                tokens, valid=every, feed=every, wanted=wanted, reduce=lambda logits, chunk: logits
+            )
+    torch.testing.assert_close(fast, plain[0, 1:], atol=1e-4, rtol=1e-4)
+    assert not made.denoiser.has_fast_layers
 
 
 def test_steep_ratios_give_numbers() -> None:
@@ -625,6 +638,7 @@ def test_tests_that_a_program_could_tamper_with_are_left_out_and_counted(capsys:
         ({"decoding": {"num_samples": 2}}, "decoding.num_samples=2 cannot be set for training"),
         ({"decoding": {"stop": ("x",)}}, r"decoding.stop=\('x',\) cannot be set for training"),
         ({"decoding": {"cache": "delayed"}, "lora_rank": 2}, "decoding.cache='delayed' does not work with lora_rank"),
+        ({"decoding": {"preset": "fast"}, "lora_rank": 2}, "decoding.cache='delayed' does not work with lora_rank"),
         ({"temperature": 1.0}, "unknown setting 'temperature'; did you mean 'decoding.temperature'"),
         ({"decoding_steps": 8}, "unknown setting 'decoding_steps'; did you mean 'decoding.steps'"),
         ({"prompt_tokens": 4000}, r"prompt_tokens \+ decoding.new_tokens=4012 exceeds the model's context"),
