@@ -87,8 +87,7 @@ def views_of(batch: CompletionBatch, draw: int, estimator: Estimator):  # type: 
     rows = len(batch.tokens)
     ratios = torch.stack([torch.rand(1, 2, generator=keyed_generator(1, draw, row)) for row in range(rows)], 1)
     noise = [keyed_generator(2, draw, row) for row in range(rows)]
-    valid = torch.ones_like(batch.completion) if batch.valid is None else batch.valid
-    prompt = valid & ~batch.completion
+    prompt = batch.valid & ~batch.completion
     return score_views(batch.completion, prompt, 0.2 + 0.6 * ratios, noise, estimator=estimator)
 
 

@@ -16,7 +16,7 @@ from diffucoder.diffusion import keyed_generator, random_spans
 from diffucoder.tokenizer import Tokenizer
 from diffucoder.training.data import TokenStore, epoch_index, prepare
 from diffucoder.training.masked import HELD_OUT, MaskedStage, Objective, Row
-from diffucoder.training.run import check_length, load_start, masked_objective, train_and_export
+from diffucoder.training.run import check_length, load_start, objective_of, train_and_export
 from diffucoder.training.settings import AdaptSettings, PretrainSettings
 
 _ORDER, _SHAPE = 10, 11  # the last number of a key of noise: what is drawn
@@ -84,7 +84,7 @@ def adapt(settings: AdaptSettings) -> Path:
     stage = packed_stage(
         settings,
         tokenizer,
-        masked_objective(settings, denoiser, tokenizer, anneal_steps=settings.anneal_steps),
+        objective_of(settings, denoiser, tokenizer),
         random_length=settings.random_length,
         clean_prefix=settings.clean_prefix,
         infill=settings.infill,

@@ -171,13 +171,13 @@ class GrpoStage:
         for row in share:
             number = row // settings.group if settings.group_masks else row
             masks.append(keyed_generator(settings.seed, step, number, _MASKS))
-            drawn_for = -1 if settings.ratio_per == "step" else number
-            noise = keyed_generator(settings.seed, step, drawn_for, _RATIOS)
+            if settings.ratio_per == "step":
+                number = -1
+            noise = keyed_generator(settings.seed, step, number, _RATIOS)
             ratios.append(low + (high - low) * torch.rand(settings.pairs, 2, generator=noise))  # (L, 2)
-        prompt = ~batch.completion if batch.valid is None else batch.valid & ~batch.completion
         return score_views(
             batch.completion,
-            prompt,
+            batch.valid & ~batch.completion,
             torch.stack(ratios, 1),  # (L, B, 2)
             masks,
             estimator=settings.estimator,

@@ -81,14 +81,13 @@ class CompletionBatch:
     """Completions after their prompts, left-padded."""
 
     tokens: Tensor  # (B, T) int64
-    valid: Tensor | None  # (B, T) bool; None if no row is padded
+    valid: Tensor  # (B, T) bool: False on padding
     completion: Tensor  # (B, T) bool
     scored: Tensor  # (B, T) bool: up to and including the first terminator, or the pads after it too
 
     def select(self, rows: Tensor) -> "CompletionBatch":
         """Some of the rows."""
-        valid = None if self.valid is None else self.valid[rows]
-        return CompletionBatch(self.tokens[rows], valid, self.completion[rows], self.scored[rows])
+        return CompletionBatch(self.tokens[rows], self.valid[rows], self.completion[rows], self.scored[rows])
 
 
 def collate(generations: Sequence[Generation], *, pad_id: int, score_padding: bool = False) -> CompletionBatch:
@@ -109,13 +108,13 @@ def collate(generations: Sequence[Generation], *, pad_id: int, score_padding: bo
     position = torch.arange(tokens.shape[1])  # (T,)
     valid = position >= torch.tensor(starts)[:, None]  # (B, T)
     completion = (position >= longest).expand_as(valid)
-    scored = completion if score_padding else completion & (position < torch.tensor(ends)[:, None])
-    return CompletionBatch(tokens, None if valid.all() else valid, completion, scored)
+    scored = completion
+    if not score_padding:
+        scored = completion & (position < torch.tensor(ends)[:, None])
+    return CompletionBatch(tokens, valid, completion, scored)
 
 
-def token_scores(
-    model: nn.Module, batch: CompletionBatch, views: Sequence[View], *, mask_id: int, temperature: float = 1.0
-) -> Tensor:
+def token_scores(model: nn.Module, batch: CompletionBatch, views: Sequence[View], *, mask_id: int) -> Tensor:
     """The score of every token that is scored, (B, T) float32, 0 elsewhere: one forward pass over all views at once.
 
     A score stands for a token's log-probability: a weighted sum over the views (`diffusion.score_views`).
@@ -127,9 +126,9 @@ def token_scores(
 
     def log_prob(logits: Tensor, chunk: slice) -> Tensor:
         target = targets[chunk].to(logits.device)
-        return -F.cross_entropy(logits.float() / temperature, target, reduction="none")  # (m,)
+        return -F.cross_entropy(logits.float(), target, reduction="none")  # (m,)
 
-    valid = None if batch.valid is None else batch.valid.repeat(len(views), 1)
+    valid = batch.valid.repeat(len(views), 1)
     log_probs = model(tokens, valid=valid, rows=wanted.nonzero(), reduce=log_prob)  # (M,)
     weighted = log_probs * weight[wanted].to(log_probs.device)
     sums = torch.zeros(wanted.shape, device=weighted.device, dtype=torch.float32)

@@ -12,8 +12,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 from diffucoder.models.denoiser import Denoiser
 from diffucoder.tokenizer import Tokenizer
 from diffucoder.training.adapt import packed_stage
-from diffucoder.training.masked import Objective
-from diffucoder.training.run import check_length, train_and_export
+from diffucoder.training.run import check_length, objective_of, train_and_export
 from diffucoder.training.settings import PretrainSettings
 
 
@@ -22,26 +21,23 @@ def pretrain(settings: PretrainSettings) -> Path:
     tokenizer = Tokenizer.load(settings.tokenizer)
     denoiser = fresh_model(settings, tokenizer)
     check_length(denoiser, "context", settings.context)
-    objective = Objective(
-        mask_id=tokenizer.mask_id,
-        pad_id=tokenizer.pad_id,
-        seed=settings.seed,
-        batch=settings.batch,
-        autoregressive=True,
-    )
+    objective = objective_of(settings, denoiser, tokenizer, autoregressive=True)
     return train_and_export(denoiser, tokenizer, packed_stage(settings, tokenizer, objective), settings, parent=True)
 
 
 def fresh_model(settings: PretrainSettings, tokenizer: Tokenizer) -> Denoiser:
     """A Qwen2-shaped model of random weights, a function of the seed, with the tokenizer's ids."""
     heads = settings.hidden // 64
+    key_heads = heads
+    if heads % 2 == 0:  # grouped attention
+        key_heads = heads // 2
     config = Qwen2Config(
         vocab_size=tokenizer.vocab_size,
         hidden_size=settings.hidden,
         intermediate_size=settings.intermediate,
         num_hidden_layers=settings.layers,
         num_attention_heads=heads,
-        num_key_value_heads=heads // 2 if heads % 2 == 0 else heads,
+        num_key_value_heads=key_heads,
         max_position_embeddings=settings.positions,
         rope_theta=10_000.0,
         tie_word_embeddings=False,

@@ -23,7 +23,6 @@ from diffucoder.grading.sandbox import Limits, Sandbox
 Style = Literal["robust", "paper"]
 
 _RELEASED = re.compile(r"(?:(?!```).)*```python\n((?:(?!```).)*)```\n", re.DOTALL)
-_FIRST_BLOCK = re.compile(r"```python\n(.*?)```", re.DOTALL)
 _STATEMENTS = (  # that define, assign or decide something
     *(ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Assign, ast.AugAssign),
     *(ast.For, ast.While, ast.If, ast.With, ast.Try, ast.TryStar, ast.Match),
@@ -50,15 +49,16 @@ class Reward:
 def format_reward(completion: str, style: Style = "robust") -> float:
     """1.0 for a program where the style wants it, 0.5 for one with a syntax error, 0.0 for anything else."""
     if style == "paper":
-        match = _RELEASED.fullmatch(completion)
-        if match is None:
+        block = _RELEASED.fullmatch(completion)
+        if block is None:
             return 0.0
-        return 1.0 if _parses(match[1].strip()) else 0.5
+        return 1.0 if _parses(block[1].strip()) else 0.5
     program = program_from(completion)
     if _parses(program):
         return float(_does_something(program))
-    broken = "```" in completion and program.strip()
-    return 0.5 if broken else 0.0
+    if "```" in completion and program.strip():
+        return 0.5
+    return 0.0
 
 
 def reward(
@@ -76,11 +76,9 @@ def reward(
     if form < 1:
         detail = "syntax error" if form else "no program in the required form"
         return Reward(format_weight * form, form, 0.0, "format", detail, 0.0)
-    if style == "robust":
-        program = program_from(completion)
-    else:
-        block = _FIRST_BLOCK.search(completion)
-        program = block[1] if block else ""
+    program = program_from(completion)
+    if style == "paper" and (block := _RELEASED.fullmatch(completion)):
+        program = block[1]
     verdict = grade(program, tests, limits or Limits(), sandbox=sandbox)
     rate = verdict.pass_rate
     if style == "paper" and any(test.status == "timeout" for test in verdict.tests):

@@ -3,6 +3,7 @@
 For: what all stages have in common. Not for: the loop (`trainer`), the objective (`masked`, `objectives`).
 """
 
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from diffucoder.models.denoiser import Denoiser
 from diffucoder.tokenizer import Tokenizer
 from diffucoder.training.checkpoints import load_model, read_run_settings
 from diffucoder.training.masked import Objective
-from diffucoder.training.settings import DiffusionSettings, GrpoSettings, TrainSettings
+from diffucoder.training.settings import DiffusionSettings, GrpoSettings, TextSettings, TrainSettings
 from diffucoder.training.trainer import Stage, Trainer
 
 
@@ -25,8 +26,10 @@ def load_start(settings: DiffusionSettings | GrpoSettings) -> tuple[Denoiser, To
     Weights are in float32, or in bfloat16 if only adapters are trained. An autoregressive parent gets the tokenizer's
     mask. The folder of an unfinished run stands for its newest checkpoint.
     """
-    frozen = settings.lora_rank > 0
-    denoiser, tokenizer = open_model(settings.model, torch.bfloat16 if frozen and settings.bf16 else torch.float32)
+    dtype = torch.float32
+    if settings.lora_rank and settings.bf16:
+        dtype = torch.bfloat16
+    denoiser, tokenizer = open_model(settings.model, dtype)
     if isinstance(settings, DiffusionSettings) and settings.shifted is not None:
         denoiser.shifted = settings.shifted
     if settings.tied:
@@ -39,15 +42,14 @@ def open_model(source: str | Path | None, dtype: torch.dtype) -> tuple[Denoiser,
 
     ConfigError for a run without a whole checkpoint, CheckpointError as `load_denoiser`.
     """
-    settings = None if source is None else read_run_settings(Path(source))
-    if source is None or settings is None:
-        tokenizer = load_tokenizer(source)
-        return load_denoiser(source, mask_id=tokenizer.mask_id, dtype=dtype, device="cpu"), tokenizer
-    denoiser, tokenizer = open_model(settings["model"], dtype)  # which may be a run's folder itself
-    load_model(Path(source), denoiser)
-    if settings.get("shifted") is not None:
-        denoiser.shifted = settings["shifted"]
-    return denoiser, tokenizer
+    if source is not None and (settings := read_run_settings(Path(source))):
+        denoiser, tokenizer = open_model(settings["model"], dtype)  # which may be a run's folder itself
+        load_model(Path(source), denoiser)
+        if settings.get("shifted") is not None:
+            denoiser.shifted = settings["shifted"]
+        return denoiser, tokenizer
+    tokenizer = load_tokenizer(source)
+    return load_denoiser(source, mask_id=tokenizer.mask_id, dtype=dtype, device="cpu"), tokenizer
 
 
 def _tie(denoiser: Denoiser) -> None:
@@ -67,20 +69,17 @@ def check_length(denoiser: Denoiser, name: str, tokens: int) -> None:
         raise ConfigError(f"{name}={tokens} exceeds the model's context of {longest}; lower it to {longest} or less")
 
 
-def masked_objective(
-    settings: DiffusionSettings, denoiser: Denoiser, tokenizer: Tokenizer, *, anneal_steps: int = 0
+def objective_of(
+    settings: TextSettings, denoiser: Denoiser, tokenizer: Tokenizer, *, autoregressive: bool = False
 ) -> Objective:
-    """The masked objective of a stage."""
+    """The masked objective of a stage: of its settings those that an `Objective` has too."""
+    shared = settings.model_dump(include={field.name for field in fields(Objective)})
     return Objective(
         mask_id=tokenizer.mask_id,
         pad_id=tokenizer.pad_id,
         first_scorable=denoiser.first_scorable,
-        seed=settings.seed,
-        batch=settings.batch,
-        eps=settings.eps,
-        time=settings.time,
-        normaliser=settings.normaliser,
-        anneal_steps=anneal_steps,
+        autoregressive=autoregressive,
+        **shared,
     )
 
 
@@ -91,10 +90,11 @@ def train_and_export(
 
     Called again on a finished run it writes the model again. ConfigError if the settings do not fit the run folder.
     """
-    adapters = _with_adapters(denoiser, settings) if settings.lora_rank else None
+    if settings.lora_rank:
+        adapters = _with_adapters(denoiser, settings)
     trainer = Trainer(denoiser, stage, settings)
     trained = trainer.train()
-    if adapters is not None:
+    if settings.lora_rank:
         adapters.merge_and_unload()
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)  # gathered if it is sharded
     state: dict[str, Any] = get_model_state_dict(trained, options=options)  # tensors, though torch's type is wider
@@ -113,9 +113,8 @@ def _with_adapters(denoiser: Denoiser, settings: TrainSettings) -> Any:  # Any: 
     """Put low-rank adapters into the model's layers, in place, and freeze everything else (peft)."""
     from peft import LoraConfig, get_peft_model
 
-    config = LoraConfig(
-        r=settings.lora_rank, lora_alpha=settings.lora_alpha, target_modules=list(settings.lora_targets)
-    )
+    layers = list(settings.lora_targets)
+    config = LoraConfig(r=settings.lora_rank, lora_alpha=settings.lora_alpha, target_modules=layers)
     with torch.random.fork_rng():
         torch.manual_seed(settings.seed)  # peft draws from the global generator
         try:

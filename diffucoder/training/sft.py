@@ -19,7 +19,7 @@ from diffucoder.models.denoiser import grow_vocabulary
 from diffucoder.training.data import TokenStore, epoch_index, prepare
 from diffucoder.training.masked import HELD_OUT, MaskedStage, Row
 from diffucoder.training.processes import first_process
-from diffucoder.training.run import check_length, load_start, masked_objective, train_and_export
+from diffucoder.training.run import check_length, load_start, objective_of, train_and_export
 from diffucoder.training.settings import SftSettings
 
 _ORDER, _SHAPE, _SPARE, _GROUP = 20, 21, 22, 23  # the last number of a key of noise: what is drawn
@@ -45,7 +45,9 @@ class ChatRows:
             raise ConfigError(f"length={settings.length} is shorter than every example; raise it")
         # an epoch has only the examples that fit
         self.steps = settings.steps or max(1, int(settings.epochs * len(self.fitting)) // settings.batch)
-        self.group = _GROUPED if settings.padding == "flexible" else 1  # steps whose rows are drawn together
+        self.group = 1  # steps whose rows are drawn together
+        if settings.padding == "flexible":
+            self.group = _GROUPED
         self._drawn = lru_cache(maxsize=2)(self._draw)  # rows of a group of steps are requested one by one
 
     def width(self, step: int) -> int:
@@ -65,7 +67,9 @@ class ChatRows:
         """The padded example. What may be hidden is the answer, or everything, or spans of the answer."""
         settings = self.settings
         held_out = step == HELD_OUT
-        examples = self.fitting if held_out else self._examples(step)
+        examples = self.fitting
+        if not held_out:
+            examples = self._examples(step)
         ids, answer = self.store.example(int(examples[index % len(examples)]))
         tokens = torch.full((self.width(step),), self.pad_id)
         tokens[: len(ids)] = torch.from_numpy(ids)
@@ -82,7 +86,9 @@ class ChatRows:
     def _clean_share(self, step: int) -> float:
         """Share of rows whose request stays clean: from 0 to 1 over the first `ramp` of the steps."""
         ramp = self.settings.ramp * self.steps
-        return min(1.0, step / ramp) if ramp else 1.0
+        if step >= ramp:
+            return 1.0
+        return step / ramp
 
     def _examples(self, step: int) -> Array:
         """The examples of the step's rows, (batch,)."""
@@ -121,7 +127,7 @@ def sft(settings: SftSettings) -> Path:
     rows = rows_of("data", settings.data)
     settings = settings.model_copy(update={"steps": rows.steps})
     held_out = rows_of("held_out", settings.held_out) if settings.held_out else None
-    objective = masked_objective(settings, denoiser, tokenizer)
+    objective = objective_of(settings, denoiser, tokenizer)
     stage = MaskedStage(objective, rows, held_out, settings.held_out_rows)
     return train_and_export(denoiser, tokenizer, stage, settings)
 
@@ -130,11 +136,10 @@ def _report_left_out(rows: ChatRows, setting: str) -> None:
     """Print one line about the examples that are too long, from the first process."""
     lengths = rows.store.lengths
     limit = rows.settings.length
-    left_out = len(lengths) - len(rows.fitting)
-    if left_out and first_process():
-        first = int(np.argmax(lengths > limit))
-        message = (
-            f"left out {left_out:,} of {len(lengths):,} examples of {setting}, which are longer than length={limit}; "
-            f"the first is number {first + 1}, with {lengths[first]:,} tokens"
-        )
+    too_long = np.flatnonzero(lengths > limit)
+    if len(too_long) and first_process():
+        first = too_long[0]
+        left_out = f"left out {len(too_long):,} of {len(lengths):,} examples of {setting}"
+        message = f"{left_out}, which are longer than length={limit}; the first is number {first + 1}"
+        message += f", with {lengths[first]:,} tokens"
         Console(stderr=True).print(message, markup=False, highlight=False, soft_wrap=True)

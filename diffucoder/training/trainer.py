@@ -211,17 +211,16 @@ class Trainer:
         for name, (value, number) in figures.items():
             value = torch.as_tensor(value, dtype=torch.float32, device=self.accelerator.device).detach()
             if name in sums:
-                before, items = sums[name]
-                sums[name] = (before + value, items + number)
-            else:
-                sums[name] = (value, number)
+                value = sums[name][0] + value
+                number = sums[name][1] + number
+            sums[name] = (value, number)
 
     def _means(self, sums: _Sums) -> dict[str, float]:
         """The mean of each figure over all processes."""
         if not sums:
             return {}
-        values = torch.stack([value for value, _ in sums.values()]).tolist()  # one device synchronisation
-        totals = self._sum([*values, *(number for _, number in sums.values())])
+        values, numbers = zip(*sums.values(), strict=True)
+        totals = self._sum([*torch.stack(values).tolist(), *numbers])  # one device synchronisation
         return {name: totals[at] / max(totals[len(sums) + at], 1) for at, name in enumerate(sums)}
 
     def _log(self, figures: Mapping[str, float]) -> None:

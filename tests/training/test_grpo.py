@@ -122,7 +122,7 @@ def test_the_coupled_score_by_hand() -> None:
     everything = torch.ones(1, 2, dtype=torch.bool)
     first = torch.tensor([[True, False]])
     views = [View(everything, everything / 2), View(first, first / (0.5 * 2)), View(~first, ~first / (0.5 * 2))]
-    batch = CompletionBatch(torch.zeros(1, 2, dtype=torch.long), None, everything, everything)
+    batch = CompletionBatch(torch.zeros(1, 2, dtype=torch.long), everything, everything, everything)
     model = Scripted(torch.tensor([[-2.0, -3.0], [-1.0, -7.0], [-7.0, -0.5]]))
     torch.testing.assert_close(token_scores(model, batch, views, mask_id=1), torch.tensor([[-2.0, -2.0]]))
 
