@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from diffucoder.analysis.settings import Conventions
-from diffucoder.config import load_settings
+from diffucoder.config import all_settings, load_settings
 from diffucoder.decoding.params import DecodingParams
 from diffucoder.errors import ConfigError, DiffuCoderError, PromptError
 from diffucoder.options import with_options
@@ -282,7 +282,7 @@ def _add_training_stages() -> None:
 def _training_help(kind: type[TrainSettings]) -> str:
     """What the stage is, and every setting with its default."""
     lines = []
-    for name, field in kind.model_fields.items():
+    for name, field in all_settings(kind):
         default = "" if field.is_required() else f" [{field.default}]"
         lines.append(f"{name}{default}: {field.description}")
     summary = (kind.__doc__ or "").splitlines()[0]
@@ -304,12 +304,12 @@ def _train(
     except ModuleNotFoundError as error:
         raise ConfigError(f'training needs {error.name}; install it: pip install "diffucoder[train]"') from None
     folder = function(settings)
-    from diffucoder.training.processes import first_process, leave
+    from diffucoder.training.processes import exit_worker, first_process
 
     if first_process():  # every process of a distributed run comes here
         then = f"convert {folder} START" if stage == "pretrain" else f"generate --model {folder} ..."
         print(f"model in {folder}; try: diffucoder {then}")
-    leave()
+    exit_worker()
 
 
 _add_training_stages()

@@ -316,10 +316,10 @@ def test_the_folder_of_a_run_stands_for_its_newest_checkpoint(
 def test_a_run_that_holds_no_whole_model_yet_is_one_line(lab: Lab, parent: Path, tmp_path: Path) -> None:
     adapters = tmp_path / "adapters"
     adapt(settings(lab, parent, adapters, lora_rank=2))
-    with pytest.raises(ConfigError, match="holds no whole model of the shape the run began with"):
+    with pytest.raises(ConfigError, match="does not hold a whole model of the shape the run began with"):
         adapt(settings(lab, adapters, tmp_path / "run"))
     shutil.rmtree(adapters / "checkpoints")
-    with pytest.raises(ConfigError, match="has no whole checkpoint yet; go on with it, or name a model's folder"):
+    with pytest.raises(ConfigError, match="has no whole checkpoint yet; resume it, or name a model's folder"):
         adapt(settings(lab, adapters, tmp_path / "run"))
     (adapters / "settings.json").write_text("{half")
     with pytest.raises(ConfigError, match=r"settings\.json cannot be read .*; name another run's folder, or a model's"):
