@@ -50,7 +50,7 @@ from diffucoder.serving.protocol import (
     EditRequest,
     FillRequest,
     InfillRequest,
-    Sampling,
+    SamplingRequest,
     StreamOptions,
     TokenizeRequest,
 )
@@ -319,7 +319,7 @@ _KINDS = {"cmpl": "text_completion", "chatcmpl": "chat.completion.chunk", "fill"
 
 def _streamed(
     server: Server,
-    asked: Sampling,
+    asked: SamplingRequest,
     request: generate.Request,
     prefix: str,
     whole: Callable[[Generation], Json] | None = None,
