@@ -83,6 +83,7 @@ class Event(NamedTuple):
 
     row: int
     step: Step  # of (1, length of the row)
+    settled: list[int]  # the ids of the answer's beginning that no later step can change
 
 
 class Job:
@@ -330,9 +331,12 @@ class Engine:
                     continue
                 if job.started is None:
                     job.started = began
-                if job.watched and not job.send(Event(row.number, step)):
-                    self.end(job)
-                elif row.sequence.finish_reason is not None:
+                if job.watched:
+                    event = Event(row.number, step, job.request.settled(row.sequence))
+                    if not job.send(event):  # the client's event loop is closed
+                        self.end(job)
+                        continue
+                if row.sequence.finish_reason is not None:
                     self._free_slot(row)
                     job.unfinished -= 1
                     if job.unfinished == 0:

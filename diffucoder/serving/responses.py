@@ -13,9 +13,7 @@ import uuid
 from collections.abc import AsyncIterator, Iterator, Sequence
 from typing import Any
 
-from diffucoder.decoding.canvas import leftmost
 from diffucoder.decoding.coder import HOLE_LENGTHS, DiffuCoder, Generation, Request, before_stops
-from diffucoder.decoding.step import Step
 from diffucoder.decoding.trace import Trace, as_json
 from diffucoder.errors import DiffuCoderError
 from diffucoder.grading.extract import program_from
@@ -40,38 +38,26 @@ def token_text(coder: DiffuCoder, token: int) -> str:
 
 
 class SettledText:
-    """The text of one row that no later step can change, from the left, given out piece by piece."""
+    """The text of one row that no later step can change, given out piece by piece from the left."""
 
-    def __init__(self, tokenizer: Tokenizer, request: Request, row: int) -> None:
-        """`row` is a row of the request's canvas."""
-        masked = request.canvas.masked[row, request.canvas.valid[row]]  # (T,)
+    def __init__(self, tokenizer: Tokenizer, stops: Sequence[str]) -> None:
+        """`stops` are the strings that end the text."""
         self.tokenizer = tokenizer
-        self.stops = request.params.stop
-        self.ends = {request.canvas.mask_id, *tokenizer.terminator_ids}
-        self.start = int(leftmost(masked[None]))
-        self.length = int(masked.sum())  # of a hole; known text may follow it
-        self.may_change = request.params.revoke > 0  # then nothing is settled before the end
+        self.stops = stops
         self.sent = ""
 
-    def add(self, step: Step) -> str:
-        """Return what a step has settled beyond the text returned before."""
-        if self.may_change:
-            return ""
-        settled: list[int] = []
-        for token in step.canvas[0, self.start : self.start + self.length].tolist():
-            if token in self.ends:
-                break
-            settled.append(token)
-        text = self.tokenizer.decode(settled).rstrip("\ufffd")  # the first bytes of a character that is not complete
+    def add(self, settled: list[int]) -> str:
+        """Return the text of the `settled` ids beyond what was returned before."""
+        text = self.tokenizer.decode(settled).rstrip("\ufffd")  # the first bytes of an incomplete character
         text = before_stops(text, self.stops)
-        text = text[: len(text) - self._length_of_half_stop(text)]
+        text = text[: len(text) - self._half_stop(text)]
         if not text.startswith(self.sent):
             return ""
         fresh = text[len(self.sent) :]
         self.sent = text
         return fresh
 
-    def _length_of_half_stop(self, text: str) -> int:
+    def _half_stop(self, text: str) -> int:
         """How many characters at the end may be the beginning of a stop string."""
         longest = max((len(stop) for stop in self.stops), default=1) - 1
         for length in range(min(longest, len(text)), 0, -1):
@@ -215,12 +201,11 @@ class Stream:
         self.coder = answer.coder
         self.job = job
         self.options = answer.body.stream_options or StreamOptions()
-        self.indices: list[int] = answer.request.canvas.sample.tolist()  # of the choice that each row belongs to
-        self.settled: dict[int, SettledText] = {}  # of each choice
-        lengths_are_tried = len(set(self.indices)) < len(self.indices)  # the text is then not known before the end
-        if answer.piece("") and not lengths_are_tried:
-            for row, index in enumerate(self.indices):
-                self.settled[index] = SettledText(answer.coder.tokenizer, answer.request, row)
+        self.settled: list[SettledText] = []  # of each choice; none if text is not sent before the end
+        request = answer.request
+        if answer.piece("") and request.streams and not request.params.revoke:
+            for _ in range(request.answers):
+                self.settled.append(SettledText(answer.coder.tokenizer, request.params.stop))
 
     async def events(self) -> AsyncIterator[str]:
         """Yield the events. An error is one of them, since it comes too late for a status."""
@@ -238,26 +223,25 @@ class Stream:
 
     def _first_chunks(self) -> Iterator[str]:
         if isinstance(self.answer, ChatAnswer):
-            for index in sorted(set(self.indices)):
+            for index in range(self.answer.request.answers):
                 yield self._choice(index, {"delta": {"role": "assistant", "content": ""}})
         if self.options.denoise:
-            for row in range(len(self.indices)):
+            for row in range(len(self.job.sequences)):
                 yield self._chunk(denoise={"row": row, "canvas": self._canvas(row)})
 
     def _step_chunks(self, event: Event) -> Iterator[str]:
         if self.options.denoise:
             yield self._chunk(denoise=self._committed(event))
-        index = self.indices[event.row]
-        if index in self.settled:
-            text = self.settled[index].add(event.step)
+        if self.settled:
+            text = self.settled[event.row].add(event.settled)
             if text:
-                yield self._choice(index, self.answer.piece(text))
+                yield self._choice(event.row, self.answer.piece(text))
 
     def _last_chunks(self) -> Iterator[str]:
         results = self.job.results_now()
         for result in results:
             rest = result.text
-            if result.index in self.settled:
+            if self.settled:
                 rest = rest[len(self.settled[result.index].sent) :]
             content = self.answer.piece(rest) or self.answer.choice(result)
             if self.options.denoise:
@@ -295,9 +279,9 @@ class Stream:
         return {**head, "committed": committed, "revoked": revoked}
 
     def _row(self, result: Generation) -> int:
-        """The row that a result was made of."""
-        traces = [sequence.trace(self.coder.name) for sequence in self.job.sequences]
-        return traces.index(result.trace)
+        """The row that a result was made of: the only one, or that of the length that was kept."""
+        rows = range(result.index, len(self.job.sequences), self.answer.request.answers)
+        return next(row for row in rows if self.job.sequences[row].trace(self.coder.name) == result.trace)
 
 
 def _event(content: Json) -> str:
