@@ -98,36 +98,22 @@ def _invalid_body(error: RequestValidationError) -> ApiError:
 
 
 class BodyLimit:
-    """ASGI middleware that reads a body whole, and rejects one that is too large before it is read to the end."""
+    """ASGI middleware that stops reading a body that is too large, whatever length it declares."""
 
     def __init__(self, app: ASGIApp, max_bytes: int) -> None:
         self.app = app
         self.max_bytes = max_bytes
-        self.too_large = ApiError(413, f"the request is over {max_bytes:,} bytes; send less").response
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass a request on with its whole body, or answer 413."""
-        if scope["type"] != "http":
-            await self.app(scope, receive, send)
-            return
-        declared = dict(scope["headers"]).get(b"content-length", b"0")
-        if declared.isdigit() and int(declared) > self.max_bytes:
-            await self.too_large(scope, receive, send)
-            return
-        body = b""
-        more = True
-        while more:
+        """Pass a request on; the route that reads too much of it gets an HTTPException, which is answered with 413."""
+        received = 0
+
+        async def receive_counted() -> Message:
+            nonlocal received
             message = await receive()
-            if message["type"] == "http.disconnect":
-                return
-            body += message.get("body", b"")
-            more = message.get("more_body", False)
-            if len(body) > self.max_bytes:
-                await self.too_large(scope, receive, send)
-                return
-        unread: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
+            received += len(message.get("body", b""))
+            if received > self.max_bytes:
+                raise HTTPException(413, f"the request is over {self.max_bytes:,} bytes; send less")
+            return message
 
-        async def receive_whole() -> Message:
-            return unread.pop() if unread else await receive()
-
-        await self.app(scope, receive_whole, send)
+        await self.app(scope, receive_counted, send)

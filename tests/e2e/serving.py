@@ -1,11 +1,14 @@
-"""A server as a process of its own."""
+"""A server as a process of its own, and waiting that does not depend on how busy the machine is."""
 
 import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+
+PATIENCE = 300.0  # seconds for anything that only a fault or a very busy machine can hold up
 
 
 @contextmanager
@@ -16,16 +19,24 @@ def serving(*options: str, **environment: str) -> Iterator[tuple[str, "subproces
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=env)
     try:
         assert process.stderr is not None
-        said = ""
+        output = ""
         for line in process.stderr:
-            said += line
-            if found := re.search(r"listening on (http://\S+),", line):
-                yield found[1], process
+            output += line
+            if address := re.search(r"listening on (http://\S+),", line):
+                yield address[1], process
                 break
         else:
-            raise AssertionError(f"the server did not start: {said}")
+            raise AssertionError(f"the server did not start: {output}")
     finally:
         process.kill()
         process.wait()
         if process.stderr is not None:
             process.stderr.close()
+
+
+def wait(condition: Callable[[], bool]) -> None:
+    """Wait until `condition` holds; fail after PATIENCE."""
+    began = time.monotonic()
+    while not condition():
+        assert time.monotonic() - began < PATIENCE
+        time.sleep(0.05)
