@@ -181,10 +181,8 @@ class Engine:
         Unless it is `watched` its steps make no events, which saves waking the event loop.
         """
         with self._changed:
-            if not self._thread.is_alive():
-                raise ClosingError("the engine has stopped; see the server's log, and restart it")
-            if self._closing:
-                raise ClosingError("the server is shutting down; try another, or again in a moment")
+            if not self.alive:
+                raise ClosingError("the server is shutting down, or its engine has stopped; try again in a moment")
             waiting = self._count_waiting()
             free = max(0, self.batch_limit - len(self._running))  # slots, which requests get before the next pass
             if waiting >= self.settings.max_waiting + free:
@@ -271,27 +269,37 @@ class Engine:
     def _work(self) -> None:
         """Run passes until the engine is closed and no job is left. However this ends, no client is left waiting."""
         try:
-            while rows := self._next_rows():
-                self._advance(rows)
+            while self._run_pass():
+                pass
         except BaseException:
             log.exception("the engine stopped")
         with self._changed:
             self._closing = True
             self._end_all(FailedError("this request failed: the engine stopped; the server's log has the reason"))
 
+    def _run_pass(self) -> bool:
+        """Run the next pass, once there is a job; False if the engine is closed and no job is left."""
+        rows = self._next_rows()
+        if rows:
+            self._advance(rows)
+        return bool(rows)
+
     def _next_rows(self) -> list[_Row]:
         """Wait for jobs, and return the rows of the next pass; none once the engine is closed and no job is left."""
         with self._changed:
-            while True:
-                for job in self._ended:  # not before the pass is over that may use their cache rows
-                    for sequence in job.sequences:
-                        sequence.release()
-                self._ended.clear()
-                if self._jobs or self._closing:
-                    break
+            self._release_ended()
+            while not self._jobs and not self._closing:
                 self._changed.wait()
+                self._release_ended()
             self._fill_slots()
             return list(self._running)
+
+    def _release_ended(self) -> None:
+        """Release the cache rows of jobs that have ended. Only between passes, since a pass may use them."""
+        for job in self._ended:
+            for sequence in job.sequences:
+                sequence.release()
+        self._ended.clear()
 
     def _advance(self, rows: list[_Row]) -> None:
         """Run one forward pass for `rows`. If it fails, run one for each row alone."""

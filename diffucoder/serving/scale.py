@@ -102,7 +102,8 @@ def _resources(settings: ScaleSettings) -> dict[str, Any]:
         cpus = (os.cpu_count() or 1) // most
     gpus = settings.gpus
     if gpus is None and settings.device != "cpu" and torch.cuda.is_available():
-        gpus = 1 / math.ceil(most / torch.cuda.device_count())  # 3 replicas on 2 GPUs: half a GPU each
+        sharing = math.ceil(most / torch.cuda.device_count())  # 3 replicas on 2 GPUs: half a GPU each
+        gpus = int(1e4 / sharing) / 1e4  # Ray counts in steps of 1e-4
     return {"num_cpus": cpus, "num_gpus": gpus or 0}
 
 
