@@ -6,7 +6,11 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
+from functools import partial
+from typing import Any
+
+import httpx
 
 PATIENCE = 300.0  # seconds for anything that only a fault or a very busy machine can hold up
 
@@ -32,6 +36,22 @@ def serving(*options: str, **environment: str) -> Iterator[tuple[str, "subproces
         process.wait()
         if process.stderr is not None:
             process.stderr.close()
+
+
+get = partial(httpx.get, timeout=PATIENCE)
+post = partial(httpx.post, timeout=PATIENCE)
+
+
+def stream(url: str, body: Any) -> AbstractContextManager[httpx.Response]:
+    """A request whose answer is read as it comes."""
+    return httpx.stream("POST", url, json=body, timeout=PATIENCE)
+
+
+def figure(url: str, name: str) -> float:
+    """One of the figures of `/metrics`."""
+    match = re.search(rf"^diffucoder_{name} (\S+)$", get(f"{url}/metrics").text, re.MULTILINE)
+    assert match is not None
+    return float(match[1])
 
 
 def wait(condition: Callable[[], bool]) -> None:
