@@ -20,24 +20,12 @@ from fastapi.staticfiles import StaticFiles
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
-from diffucoder.decoding.coder import DiffuCoder, Generation, Request
+from diffucoder.decoding.coder import DiffuCoder, Generation, Request, Span
 from diffucoder.errors import ConfigError
-from diffucoder.serving import protocol
+from diffucoder.serving import protocol, responses
 from diffucoder.serving.edge import ApiError, BodyLimit, add_error_handlers, require_key
 from diffucoder.serving.engine import STATS, Engine, Job
-from diffucoder.serving.responses import (
-    EMPTY,
-    Answer,
-    ChatAnswer,
-    CompletionAnswer,
-    EditAnswer,
-    FillAnswer,
-    Json,
-    Stream,
-    fit_into_context,
-    infill_answer,
-    token_text,
-)
+from diffucoder.serving.responses import Answer, Json, Stream, token_text
 from diffucoder.serving.settings import ServerSettings
 
 _ERRORS: dict[int | str, Json] = {
@@ -196,14 +184,14 @@ def _openai_routes(server: Server) -> APIRouter:
             request = coder.request(body.prompt, params, chat=False)
         else:
             request = coder.infill_request(body.prompt, body.suffix, params, length=body.max_tokens)
-        return await server.reply(CompletionAnswer(coder, request, body), http)
+        return await server.reply(responses.CompletionAnswer(coder, request, body), http)
 
     @router.post("/v1/chat/completions", responses=_STREAMS, response_model=None)
     async def chat(body: protocol.ChatRequest, http: fastapi.Request) -> Json | Response:
         server.check_model(body.model)
         messages = [message.plain() for message in body.messages]
         request = coder.request(messages, body.params(server.settings.decoding))
-        return await server.reply(ChatAnswer(coder, request, body), http)
+        return await server.reply(responses.ChatAnswer(coder, request, body), http)
 
     return router
 
@@ -217,30 +205,31 @@ def _own_routes(server: Server) -> APIRouter:
         """Fill every hole of a text, all of them jointly; a stream has the text in its last chunk."""
         server.check_model(body.model)
         request = coder.fill_request(body.text, body.params(server.settings.decoding))
-        return await server.reply(FillAnswer(coder, request, body), http)
+        return await server.reply(responses.FillAnswer(coder, request, body), http)
 
-    @router.post("/v1/edit", response_model=None)
-    async def edit(body: protocol.EditRequest, http: fastapi.Request) -> Json | Response:
+    @router.post("/v1/edit")
+    async def edit(body: protocol.EditRequest, http: fastapi.Request) -> Json:
         """Rewrite spans of a text while the rest is frozen, or change it by an instruction."""
         server.check_model(body.model)
         params = body.params(server.settings.decoding)
         if body.instruction is None:
-            request = coder.edit_request(body.text, body.spans, params)
+            spans = [Span(span.start, span.end, span.tokens) for span in body.spans]
+            request = coder.edit_request(body.text, spans, params)
         else:
             request = coder.request(f"{body.instruction}\n\n```python\n{body.text}\n```", params)
-        return await server.reply(EditAnswer(coder, request, body), http)
+        return responses.EditAnswer(coder, request, body).whole(await server.results(request, http))
 
     @router.post("/infill")
     async def infill(body: protocol.InfillRequest, http: fastapi.Request) -> Json | list[Json]:
         """Infill as llama.cpp does, for editor plug-ins."""
         server.check_model(body.model)
         params = body.params(server.settings.decoding)
-        results = [EMPTY] * body.n_cmpl
+        results = [responses.EMPTY] * body.n_cmpl
         if body.n_predict != 0:
             most = None if body.n_predict == -1 else body.n_predict
-            prefix, suffix = fit_into_context(coder, body)
+            prefix, suffix = responses.fit_into_context(coder, body)
             results = await server.results(coder.infill_request(prefix, suffix, params, most=most), http)
-        answers = [infill_answer(coder, result, body.response_fields) for result in results]
+        answers = [responses.infill_answer(coder, result, body.response_fields) for result in results]
         return answers if body.n_cmpl > 1 else answers[0]
 
     @router.post("/tokenize")

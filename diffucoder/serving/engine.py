@@ -278,21 +278,17 @@ class Engine:
             self._end_all(FailedError("this request failed: the engine stopped; the server's log has the reason"))
 
     def _run_pass(self) -> bool:
-        """Run the next pass, once there is a job; False if the engine is closed and no job is left."""
-        rows = self._next_rows()
-        if rows:
-            self._advance(rows)
-        return bool(rows)
-
-    def _next_rows(self) -> list[_Row]:
-        """Wait for jobs, and return the rows of the next pass; none once the engine is closed and no job is left."""
+        """Wait for jobs, and run a forward pass; False once the engine is closed and no job is left."""
         with self._changed:
             self._release_ended()
             while not self._jobs and not self._closing:
                 self._changed.wait()
                 self._release_ended()
             self._fill_slots()
-            return list(self._running)
+            rows = list(self._running)
+        if rows:
+            self._advance(rows)
+        return bool(rows)
 
     def _release_ended(self) -> None:
         """Release the cache rows of jobs that have ended. Only between passes, since a pass may use them."""

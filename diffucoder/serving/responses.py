@@ -17,17 +17,9 @@ from diffucoder.decoding.coder import HOLE_LENGTHS, DiffuCoder, Generation, Requ
 from diffucoder.decoding.trace import Trace, as_json
 from diffucoder.errors import DiffuCoderError
 from diffucoder.grading.extract import program_from
+from diffucoder.serving import protocol
 from diffucoder.serving.edge import api_error
 from diffucoder.serving.engine import Event, Job
-from diffucoder.serving.protocol import (
-    ChatRequest,
-    CompletionRequest,
-    EditRequest,
-    InfillRequest,
-    SamplingRequest,
-    StreamOptions,
-)
-from diffucoder.tokenizer import Tokenizer
 
 Json = dict[str, Any]  # Any: what is sent as JSON
 
@@ -37,33 +29,16 @@ def token_text(coder: DiffuCoder, token: int) -> str:
     return coder.tokenizer.decode([token], skip_special=False)
 
 
-class SettledText:
-    """The text of one row that no later step can change, given out piece by piece from the left."""
-
-    def __init__(self, tokenizer: Tokenizer, stops: Sequence[str]) -> None:
-        """`stops` are the strings that end the text."""
-        self.tokenizer = tokenizer
-        self.stops = stops
-        self.sent = ""
-
-    def add(self, settled: list[int]) -> str:
-        """Return the text of the `settled` ids beyond what was returned before."""
-        text = self.tokenizer.decode(settled).rstrip("\ufffd")  # the first bytes of an incomplete character
-        text = before_stops(text, self.stops)
-        text = text[: len(text) - self._half_stop(text)]
-        if not text.startswith(self.sent):
-            return ""
-        fresh = text[len(self.sent) :]
-        self.sent = text
-        return fresh
-
-    def _half_stop(self, text: str) -> int:
-        """How many characters at the end may be the beginning of a stop string."""
-        longest = max((len(stop) for stop in self.stops), default=1) - 1
-        for length in range(min(longest, len(text)), 0, -1):
-            if any(stop.startswith(text[-length:]) for stop in self.stops):
-                return length
-        return 0
+def settled_text(request: Request, settled: list[int]) -> str:
+    """The text of the `settled` ids of an answer, as far as neither later tokens nor a stop string can change it."""
+    text = request.tokenizer.decode(settled).rstrip("\ufffd")  # the first bytes of an incomplete character
+    text = before_stops(text, request.params.stop)
+    held_back = 0  # characters that may be the beginning of a stop string
+    for stop in request.params.stop:
+        for length in range(1, len(stop)):
+            if text.endswith(stop[:length]):
+                held_back = max(held_back, length)
+    return text[: len(text) - held_back]
 
 
 class Answer:
@@ -72,9 +47,9 @@ class Answer:
     id_prefix: str
     kind: str
     chunk_kind: str
-    body: SamplingRequest
+    body: protocol.SamplingRequest
 
-    def __init__(self, coder: DiffuCoder, request: Request, body: SamplingRequest) -> None:
+    def __init__(self, coder: DiffuCoder, request: Request, body: protocol.SamplingRequest) -> None:
         """Answer `body`, which `request` decodes."""
         self.coder = coder
         self.request = request
@@ -126,7 +101,7 @@ class ChatAnswer(Answer):
     id_prefix = "chatcmpl"
     kind = "chat.completion"
     chunk_kind = "chat.completion.chunk"
-    body: ChatRequest
+    body: protocol.ChatRequest
 
     def choice(self, result: Generation) -> Json:
         logprobs = None
@@ -144,7 +119,7 @@ class CompletionAnswer(Answer):
 
     id_prefix = "cmpl"
     kind = chunk_kind = "text_completion"
-    body: CompletionRequest
+    body: protocol.CompletionRequest
 
     def choice(self, result: Generation) -> Json:
         echoed = self.body.prompt if self.body.echo else ""
@@ -184,7 +159,7 @@ class EditAnswer(Answer):
     """`/v1/edit`."""
 
     id_prefix = kind = "edit"
-    body: EditRequest
+    body: protocol.EditRequest
 
     def choice(self, result: Generation) -> Json:
         text = result.text if self.body.instruction is None else program_from(result.text)
@@ -199,13 +174,11 @@ class Stream:
     def __init__(self, answer: Answer, job: Job) -> None:
         self.answer = answer
         self.coder = answer.coder
+        self.request = answer.request
         self.job = job
-        self.options = answer.body.stream_options or StreamOptions()
-        self.settled: list[SettledText] = []  # of each choice; none if text is not sent before the end
-        request = answer.request
-        if answer.piece("") and request.streams and not request.params.revoke:
-            for _ in range(request.answers):
-                self.settled.append(SettledText(answer.coder.tokenizer, request.params.stop))
+        self.options = answer.body.stream_options or protocol.StreamOptions()
+        self.grows = bool(answer.piece("")) and self.request.streams and not self.request.params.revoke
+        self.sent = [""] * self.request.answers  # the text of each choice until now
 
     async def events(self) -> AsyncIterator[str]:
         """Yield the events. An error is one of them, since it comes too late for a status."""
@@ -223,7 +196,7 @@ class Stream:
 
     def _first_chunks(self) -> Iterator[str]:
         if isinstance(self.answer, ChatAnswer):
-            for index in range(self.answer.request.answers):
+            for index in range(self.request.answers):
                 yield self._choice(index, {"delta": {"role": "assistant", "content": ""}})
         if self.options.denoise:
             for row in range(len(self.job.sequences)):
@@ -232,17 +205,17 @@ class Stream:
     def _step_chunks(self, event: Event) -> Iterator[str]:
         if self.options.denoise:
             yield self._chunk(denoise=self._committed(event))
-        if self.settled:
-            text = self.settled[event.row].add(event.settled)
-            if text:
-                yield self._choice(event.row, self.answer.piece(text))
+        if self.grows:
+            text = settled_text(self.request, event.settled)
+            sent = self.sent[event.row]  # a row is a choice here
+            if text != sent and text.startswith(sent):
+                self.sent[event.row] = text
+                yield self._choice(event.row, self.answer.piece(text[len(sent) :]))
 
     def _last_chunks(self) -> Iterator[str]:
         results = self.job.results_now()
         for result in results:
-            rest = result.text
-            if self.settled:
-                rest = rest[len(self.settled[result.index].sent) :]
+            rest = result.text[len(self.sent[result.index]) :]
             content = self.answer.piece(rest) or self.answer.choice(result)
             if self.options.denoise:
                 content |= {"row": self._row(result), "trace": as_json(result.trace)}
@@ -258,7 +231,7 @@ class Stream:
 
     def _canvas(self, row: int) -> list[str | None]:
         """The text of each token before the first step, from the first hole on; None for a mask."""
-        canvas = self.answer.request.canvas
+        canvas = self.request.canvas
         tokens = canvas.tokens[row, canvas.valid[row]][self.job.sequences[row].first_hole :].tolist()
         return [None if token == canvas.mask_id else token_text(self.coder, token) for token in tokens]
 
@@ -280,7 +253,7 @@ class Stream:
 
     def _row(self, result: Generation) -> int:
         """The row that a result was made of: the only one, or that of the length that was kept."""
-        rows = range(result.index, len(self.job.sequences), self.answer.request.answers)
+        rows = range(result.index, len(self.job.sequences), self.request.answers)
         return next(row for row in rows if self.job.sequences[row].trace(self.coder.name) == result.trace)
 
 
@@ -290,20 +263,14 @@ def _event(content: Json) -> str:
 
 # --- llama.cpp's /infill ---------------------------------------------------------------------------------------------
 
+_NO_TRACE = Trace(tokens=[], prompt_length=0, steps=[], confidence=[], log_probs=[], forward_passes=0)
 # the answer to a request that is to write nothing
 EMPTY = Generation(
-    text="",
-    pieces=(),
-    tokens=(),
-    forward_passes=0,
-    seconds=0.0,
-    finish_reason="length",
-    trace=Trace(tokens=[], prompt_length=0, steps=[], confidence=[], log_probs=[], forward_passes=0),
-    index=0,
+    index=0, text="", pieces=(), tokens=(), forward_passes=0, seconds=0.0, finish_reason="length", trace=_NO_TRACE
 )
 
 
-def fit_into_context(coder: DiffuCoder, body: InfillRequest) -> tuple[str, str]:
+def fit_into_context(coder: DiffuCoder, body: protocol.InfillRequest) -> tuple[str, str]:
     """Return prefix and suffix, cut to what the model can read.
 
     The text next to the cursor comes first. Text from elsewhere goes before the prefix if there is room.
