@@ -6,6 +6,7 @@ Not for: the fields of a request (`protocol`) or the routes (`app`).
 import secrets
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+from typing import Any
 
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
@@ -28,10 +29,14 @@ class ApiError(Exception):
     headers: dict[str, str] | None = None
 
     @property
+    def body(self) -> dict[str, Any]:
+        """The JSON of the answer, and of an event in a stream."""
+        return {"error": {"message": self.message, "type": self.kind, "param": self.param, "code": None}}
+
+    @property
     def response(self) -> JSONResponse:
         """The HTTP answer."""
-        error = {"message": self.message, "type": self.kind, "param": self.param, "code": None}
-        return JSONResponse({"error": error}, self.status, self.headers)
+        return JSONResponse(self.body, self.status, self.headers)
 
 
 def require_key(key: str) -> Callable[[Request], Awaitable[None]]:

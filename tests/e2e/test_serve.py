@@ -393,6 +393,18 @@ def test_a_full_server_says_when_to_come_again() -> None:
         assert {answer.result().status_code for answer in accepted} == {200}
 
 
+def test_the_deadline_ends_an_answer_with_a_status_and_a_stream_with_an_event() -> None:
+    with serving("--limit", "deadline=0.05") as (url, _):
+        whole = post(f"{url}/v1/completions", json=LONG)
+        assert whole.status_code == 408
+        with stream(f"{url}/v1/completions", {**LONG, "stream": True}) as answer:
+            lines = [line.removeprefix("data: ") for line in answer.iter_lines() if line]
+        assert lines.pop() == "[DONE]"
+        assert json.loads(lines[-1]) == whole.json()
+        assert whole.json()["error"]["type"] == "timeout_error"
+        assert figure(url, "late_total") == 2
+
+
 def test_a_terminated_server_answers_what_it_accepted() -> None:
     with serving() as (url, process), ThreadPoolExecutor(3) as pool:
         accepted = [pool.submit(post, f"{url}/v1/completions", json=LONG) for _ in range(3)]
