@@ -20,13 +20,13 @@ from typing import Annotated, Any
 
 import torch
 import typer
+from diffucoder.decoding.generate import Generation
 from tiny_accuracy import key_of, written
 from torch import Tensor
 
 from diffucoder import DecodingParams, DiffuCoder
 from diffucoder.bench import matmul_rate, operations
 from diffucoder.config import load_settings
-from diffucoder.decoding.generate import Generation
 from diffucoder.grading.extract import program_from
 from diffucoder.grading.grade import grade_many
 from diffucoder.problems import Problem, problems

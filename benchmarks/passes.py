@@ -26,13 +26,13 @@ from typing import Annotated, Any
 
 import torch
 import typer
+from diffucoder.decoding.denoise import denoise
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
 
 from diffucoder import DecodingParams, Denoiser, load_denoiser
 from diffucoder.bench import matmul_rate, median_seconds, operations
 from diffucoder.decoding.canvas import Canvas
-from diffucoder.decoding.denoise import denoise
 from diffucoder.decoding.sampling import Rules, propose
 from diffucoder.models.checkpoint import load_tokenizer
 from diffucoder.models.denoiser import set_causal

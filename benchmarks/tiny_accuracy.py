@@ -19,12 +19,12 @@ from typing import Annotated, Any
 
 import torch
 import typer
+from diffucoder.decoding.generate import Generation
 from rich.progress import track
 from transformers import AutoModelForCausalLM
 
 from diffucoder import DecodingParams, DiffuCoder
 from diffucoder.config import load_settings
-from diffucoder.decoding.generate import Generation
 from diffucoder.decoding.trace import commit_order, global_ar_ness, local_ar_ness
 from diffucoder.grading.extract import program_from
 from diffucoder.grading.grade import grade_many

@@ -8,6 +8,7 @@ from typing import Any, Literal
 import numpy as np
 import pytest
 import torch
+from diffucoder.decoding.denoise import Step, denoise
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -25,7 +26,6 @@ from diffucoder.analysis.order import (
     read_runs,
     token_classes,
 )
-from diffucoder.decoding.denoise import Step, denoise
 from diffucoder.decoding.trace import Trace, record, write_traces
 from diffucoder.errors import ConfigError
 from diffucoder.problems import problems
