@@ -29,8 +29,8 @@ from statistics import mean, stdev
 from typing import Annotated, Any
 
 import typer
-
 from diffucoder.problems import problems
+
 from diffucoder.training.exercises import Exercise, write_exercises
 
 HERE = Path(__file__).parent

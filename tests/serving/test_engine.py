@@ -17,7 +17,6 @@ from diffucoder import Canvas, DecodingParams, DiffuCoder
 from diffucoder.decoding import tuning
 from diffucoder.decoding.denoise import DecodeState, advance
 from diffucoder.decoding.generate import Generation, Request
-from diffucoder.problems import problems
 from diffucoder.serving.engine import (
     BusyError,
     ClosingError,
@@ -28,6 +27,7 @@ from diffucoder.serving.engine import (
     apart,
 )
 from diffucoder.serving.settings import EngineSettings
+from recipes.tiny.problems import problems
 
 MASK, POISON = 9, 7
 

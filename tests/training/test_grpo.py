@@ -25,7 +25,6 @@ from diffucoder.errors import ConfigError, SandboxError
 from diffucoder.grading.sandbox import Sandbox, isolation
 from diffucoder.models.checkpoint import load_denoiser, load_tokenizer
 from diffucoder.models.denoiser import set_causal
-from diffucoder.problems import problems as problems_of_tiny
 from diffucoder.training.exercises import Exercise, write_exercises
 from diffucoder.training.grpo import (
     Batch,
@@ -43,6 +42,7 @@ from diffucoder.training.grpo import (
 from diffucoder.training.rewards import Reward
 from diffucoder.training.rollouts import Completion, Rollouts, prompt_ids
 from diffucoder.training.settings import GrpoSettings
+from recipes.tiny.problems import problems as problems_of_tiny
 
 ROOT = Path(__file__).parents[2]
 Fields = dict[str, Any]  # Any: each setting has its own type, checked by pydantic
