@@ -15,6 +15,7 @@ from typing import Any
 from diffucoder.files import append_jsonl, read_whole_lines
 
 ROOT = Path(__file__).parents[1]
+TRAIN = ("-m", "diffucoder.cli", "train")
 
 
 class RunFolder:
@@ -45,11 +46,11 @@ class RunFolder:
         minutes = round((time.monotonic() - began) / 60, 2)
         append_jsonl(self.folder / "minutes.jsonl", [{"what": name, "minutes": minutes}])
 
-    def train(self, name: str, stage: str, recipe: Path, settings: Mapping[str, Any]) -> Path:
-        """Run `diffucoder train STAGE RECIPE` into the folder `name`, or resume it; return its model."""
+    def train(self, name: str, program: Sequence[object], recipe: Path, settings: Mapping[str, Any]) -> Path:
+        """Run a training program (`TRAIN` and a stage) into the folder `name`, or resume it; return its model."""
         model = self.folder / name / "model"
         if not (model / "tokenizer_config.json").exists():
-            command = ["-m", "diffucoder.cli", "train", stage, recipe, "--resume", "--set", f"run={self.folder / name}"]
+            command = [*program, recipe, "--resume", "--set", f"run={self.folder / name}"]
             for key, value in settings.items():
                 command += ["--set", f"{key}={setting_text(value)}"]
             self.run(name, command, processes=self.processes)

@@ -2,11 +2,12 @@
 
     python recipes/tiny/grpo.py                                       # every arm and seed, hours
     python recipes/tiny/grpo.py --arms coupled --seeds 0 --jobs 1     # one run
+    python recipes/tiny/grpo.py --arms causal --parent runs/tiny/parent/model   # the parent that `make tiny` leaves
     python recipes/tiny/grpo.py --report                              # the report of finished runs
 
-Every run is a `diffucoder train grpo` command, which is printed. `--jobs 2` does two runs at a time, with one thread
-each. You can stop the laboratory at any moment and call it again to go on. The result of a finished run goes to
-benchmarks/results/grpo/; delete its file to repeat the run. The report goes to docs/grpo.md.
+Every run is a command that is printed: `diffucoder train grpo`, or causal.py. `--jobs 2` does two runs at a time, with
+one thread each. You can stop the laboratory at any moment and call it again to go on. The result of a finished run goes
+to benchmarks/results/grpo/; delete its file to repeat the run. The report goes to docs/grpo.md.
 
 Problems are chains of three blocks in lower case. Everything that the model was tuned on begins with a capital; in
 lower case it solves a third fewer of the same problems. Training uses the train split, curves the dev split, and the
@@ -34,7 +35,7 @@ from diffucoder.files import write_json, write_jsonl
 sys.path.append(str(Path(__file__).parents[2]))
 
 from recipes.report import drawing, provenance, table, update_page
-from recipes.runner import ROOT, RunFolder
+from recipes.runner import ROOT, TRAIN, RunFolder
 from recipes.tiny.problems import problems
 
 HERE = Path(__file__).parent
@@ -46,10 +47,12 @@ ARMS = {
     "decoupled": "as many passes, independent masks",
     "full_mask": "everything hidden, one pass",
     "d1": "everything hidden, and 15 % of the prompt",
+    "causal": "ordinary GRPO of the autoregressive parent",
 }
 # Steps of an arm in the time of one coupled step. A score takes three forward passes, one in `full_mask` and `d1`.
 # Measured: decoding and grading a completion cost 6.8 passes of learning, and a third of the completions is learnt from
-STEPS_IN_TIME = {"coupled": 1.0, "decoupled": 1.0, "full_mask": 1.27, "d1": 1.27}
+# (the causal arm gets as many completions).
+STEPS_IN_TIME = {"coupled": 1.0, "decoupled": 1.0, "full_mask": 1.27, "d1": 1.27, "causal": 1.0}
 # How the test problems are asked: as in training (lower case, drawn), greedily, and greedily with capitals
 RULE = ("--set", f"threshold={DECODING['threshold']}")
 WAYS = {
@@ -92,10 +95,11 @@ Runs = dict[str, list[Result]]  # by arm
 
 
 def main(
-    arms: Annotated[str, typer.Option(help="arms to run, separated by commas")] = ",".join(ARMS),
+    arms: Annotated[str, typer.Option(help="arms to run, separated by commas")] = "coupled,decoupled,full_mask,d1",
     seeds: Annotated[str, typer.Option(help="seeds of every arm")] = "0,1,2",
     folder: Annotated[Path, typer.Option(help="run folder")] = ROOT / "runs" / "tiny-grpo",
     model: Annotated[str | None, typer.Option(help="where to start; default: the shipped model")] = None,
+    parent: Annotated[str | None, typer.Option(help="where the arm causal starts: an autoregressive model")] = None,
     jobs: Annotated[int, typer.Option(min=1, help="runs at a time, one thread each; 1: all threads")] = 2,
     count: Annotated[int, typer.Option(help="test problems behind each figure")] = 2000,
     report: Annotated[bool, typer.Option("--report", help="only write the report")] = False,
@@ -105,11 +109,15 @@ def main(
     for name in names:
         if name not in ARMS:
             raise typer.BadParameter(f"arm {name!r} is not one of {', '.join(ARMS)}")
+        if name == "causal" and parent is None and not report:
+            raise typer.BadParameter("the arm causal needs --parent; make tiny leaves one in runs/tiny/parent/model")
     if not report:
-        lab = Lab(RunFolder(folder, threads=1 if jobs > 1 else None), model, count)
+        lab = Lab(RunFolder(folder, threads=1 if jobs > 1 else None), model, parent, count)
         make_data(folder)
         RESULTS.mkdir(parents=True, exist_ok=True)
-        tasks: list[Callable[[], None]] = [lab.measure_start]
+        tasks: list[Callable[[], None]] = [partial(lab.measure, "start", model)]
+        if parent is not None:
+            tasks.append(partial(lab.measure, "parent", parent))
         for seed in seeds.split(","):
             tasks += [partial(lab.run, name, int(seed)) for name in names]
         run_side_by_side(tasks, jobs)
@@ -119,13 +127,18 @@ def main(
 
 
 def make_data(folder: Path) -> None:
-    """Write exercises of the train split, and of the dev split for the curves."""
+    """Write exercises of the train split, and of the dev split for the curves; `_base` as the parent is asked."""
     for split, count in (("train", 20_000), ("dev", 1000)):
         path = folder / f"{split}.jsonl"
         if not path.exists():
-            drawn = problems(split, count, seed=5, hard=True)
-            rows = ({"id": f"{split}/{n}", "prompt": p.prompt.lower(), "tests": p.tests} for n, p in enumerate(drawn))
-            write_jsonl(path, rows)
+            chat = []
+            base = []
+            for number, problem in enumerate(problems(split, count, seed=5, hard=True)):
+                row = {"id": f"{split}/{number}", "prompt": problem.prompt.lower(), "tests": problem.tests}
+                chat.append(row)
+                base.append({**row, "prompt": f"# {row['prompt']}\n"})
+            write_jsonl(folder / f"{split}_base.jsonl", base)
+            write_jsonl(path, chat)
 
 
 def run_side_by_side(tasks: Sequence[Callable[[], None]], jobs: int) -> None:
@@ -143,13 +156,15 @@ class Lab:
     """Runs the arms in one folder and keeps what the report needs."""
 
     runs: RunFolder
-    model: str | None  # where every arm starts; None: the shipped model
+    model: str | None  # where the arms start; None: the shipped model
+    parent: str | None  # where the arm causal starts
     count: int
 
-    def measure_start(self) -> None:
-        path = RESULTS / "start.json"
+    def measure(self, name: str, model: str | None) -> None:
+        """What a model solves before training."""
+        path = RESULTS / f"{name}.json"
         if not path.exists():
-            write_json(path, {"solved": self.solve("start", self.model)})
+            write_json(path, {"solved": self.solve(name, model)})
 
     def run(self, arm: str, seed: int) -> None:
         """Train one arm with one seed, and measure its model."""
@@ -157,30 +172,35 @@ class Lab:
         path = RESULTS / f"{name}.json"
         if path.exists():
             return
+        causal = arm == "causal"
+        data = "_base.jsonl" if causal else ".jsonl"
         settings: dict[str, Any] = {
-            "data": self.runs.folder / "train.jsonl",
-            "held_out": self.runs.folder / "dev.jsonl",
-            "estimator": arm,
+            "data": self.runs.folder / f"train{data}",
+            "held_out": self.runs.folder / f"dev{data}",
             "seed": seed,
             "steps": steps_of(arm),
             "workers": self.runs.threads or 0,
         }
-        if self.model:
-            settings["model"] = self.model
-        model = self.runs.train(name, "grpo", HERE / "grpo.toml", settings)
+        program: tuple[object, ...] = (*TRAIN, "grpo")
+        if causal:
+            program = (HERE / "causal.py",)
+            settings |= {"model": self.parent, "chat": False, "score_padding": False}  # the parent writes no pads
+        else:
+            settings["estimator"] = arm
+            if self.model:
+                settings["model"] = self.model
+        model = self.runs.train(name, program, HERE / "grpo.toml", settings)
         write_json(path, {"curve": self.runs.metrics(name), "solved": self.solve(name, model)})
 
     def solve(self, name: str, model: str | Path | None) -> dict[str, Any]:
         """What a model solves, drawn; start and coupled also by steps, the start and the first seed in all ways."""
         solved: dict[str, Any] = {}
         full = str(DECODING["steps"])
+        hard = ["--hard", *(["--causal", "--base"] if name.startswith(("causal", "parent")) else [])]
         for way, options in WAYS.items():
             if way == "drawn" or name in ("start", "coupled-0"):
-                count = str(self.count)
-                figures = self.runs.solve(
-                    f"{name}.{way}", model, ["--hard", "--count", count, "--steps", full, *options]
-                )
-                solved[way] = figures[full]
+                count = ["--count", str(self.count)]
+                solved[way] = self.runs.solve(f"{name}.{way}", model, [*hard, *count, "--steps", full, *options])[full]
         if name.startswith(("start", "coupled")):
             count = str(min(self.count, STEPS_COUNT))
             options = ("--hard", "--lower", "--count", count, "--steps", ",".join(STEPS))
@@ -200,7 +220,7 @@ def steps_of(arm: str) -> int:
 def report_runs() -> None:
     """Write tables and curves of all finished runs."""
     start = Result.read("start")
-    runs: Runs = {}
+    runs: Runs = {}  # in the order of ARMS
     for arm in ARMS:
         paths = sorted(RESULTS.glob(f"{arm}-*.json"))
         if paths:
@@ -223,16 +243,19 @@ def learning_table(start: Result, runs: Runs) -> str:
     rows: list[list[object]] = [["start", "", "", "", start.share("drawn"), "", ""]]
     coupled = {result.seed: result for result in runs.get("coupled", [])}
     for arm, results in runs.items():
+        if arm == "causal":  # the last arm
+            start = Result.read("parent")
+            rows.append(["parent", "", "", "", start.share("drawn"), "", ""])
         pairs: list[Pair] = []
         for result in results:
-            if result.seed in coupled and arm != "coupled":
+            if result.seed in coupled and arm not in ("coupled", "causal"):
                 pair = (coupled[result.seed].verdicts("drawn"), result.verdicts("drawn"))
                 pairs.append(pair)
         minutes = mean(result.seconds() for result in results) / 60
         learnt = mean(line["scored_share"] for result in results for line in result.curve)
         gains = [*gain_cells(start, results, "drawn"), interval(pairs)]
         rows.append([f"{arm}: {ARMS[arm]}", steps_of(arm), f"{minutes:.0f}", f"{learnt:.0%}", *gains])
-    head = ["arm", "steps", "minutes a run", "learnt from", "pass@1 of each seed", "against the start"]
+    head = ["arm", "steps", "minutes a run", "learnt from", "pass@1 of each seed", "against its start"]
     return table([*head, "against coupled"], rows)
 
 

@@ -3,6 +3,7 @@
     python recipes/tiny/lab.py lab                  # parent -> adaptation -> mid-training -> instruction tuning
     python recipes/tiny/lab.py lab --ablations      # adaptation against its alternatives, from the same parent
     python recipes/tiny/lab.py tiny --processes 2   # the shipped model
+    python recipes/tiny/lab.py tiny --parent-only   # only its parent, 15 minutes: for the arm causal of grpo.py
 
 Every stage is a `diffucoder` command, which is printed; you can run each of them by hand. You can stop the laboratory
 at any moment and call it again to go on. Budgets are in budgets.toml, the stages' settings in the files beside it. The
@@ -21,7 +22,7 @@ import typer
 sys.path.append(str(Path(__file__).parents[2]))
 
 from recipes.report import drawing, provenance, table, update_page
-from recipes.runner import ROOT, RunFolder
+from recipes.runner import ROOT, TRAIN, RunFolder
 
 HERE = Path(__file__).parent
 STAGES = ("parent", "adapt", "mid", "sft")
@@ -63,7 +64,11 @@ class Lab:
             **self.budget.get(recipe, {}),
             **settings,
         }
-        return self.runs.train(name, stage, HERE / f"{recipe}.toml", values)
+        return self.runs.train(name, (*TRAIN, stage), HERE / f"{recipe}.toml", values)
+
+    def train_parent(self) -> Path:
+        """The autoregressive model that every stage begins with."""
+        return self.train("parent", "pretrain", "parent", "corpus", tokenizer=self.data / "tokenizer")
 
     def solve(self, name: str, model: Path, *options: str, steps: str) -> dict[str, Any]:
         count = str(self.budget["solve"])
@@ -85,12 +90,15 @@ def main(
     folder: Annotated[Path | None, typer.Option(help="run folder; default runs/tiny-BUDGET")] = None,
     processes: Annotated[int, typer.Option(help="training processes; several need as many cores")] = 1,
     ablations: Annotated[bool, typer.Option("--ablations", help="compare adaptation with its alternatives")] = False,
+    parent_only: Annotated[bool, typer.Option("--parent-only", help="train the parent, without a report")] = False,
 ) -> None:
     """Run the laboratory, or go on with it, and write its report."""
     folder = folder or ROOT / "runs" / ("tiny" if budget == "tiny" else f"tiny-{budget}")
     lab = Lab(budget, folder, processes)
     lab.make_data()
-    if ablations:
+    if parent_only:
+        print(f"parent in {lab.train_parent()}")
+    elif ablations:
         compare_arms(lab)
         report_arms(lab)
     else:
@@ -99,7 +107,7 @@ def main(
 
 def adapt_parent(lab: Lab) -> tuple[Path, Path, Path]:
     """The parent, the denoiser that it becomes, and that denoiser after stage 1."""
-    parent = lab.train("parent", "pretrain", "parent", "corpus", tokenizer=lab.data / "tokenizer")
+    parent = lab.train_parent()
     start = lab.runs.convert(parent, "start")
     return parent, start, lab.train("adapt", "adapt", "adapt", "corpus", model=start)
 
