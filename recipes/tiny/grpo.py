@@ -53,15 +53,11 @@ ARMS = {
 # Measured: decoding and grading a completion cost 6.8 passes of learning, and a third of the completions is learnt from
 # (the causal arm gets as many completions).
 STEPS_IN_TIME = {"coupled": 1.0, "decoupled": 1.0, "full_mask": 1.27, "d1": 1.27, "causal": 1.0}
-# How the test problems are asked: as in training (lower case, drawn), greedily, and greedily with capitals
-RULE = ("--set", f"threshold={DECODING['threshold']}")
-WAYS = {
-    "drawn": ("--lower", *RULE, "--set", f"temperature={DECODING['temperature']}"),
-    "greedy": ("--lower", *RULE),
-    "capitals": RULE,
-}
-STEPS = ("64", "32", "16")
-STEPS_COUNT = 400  # problems behind the figures at each number of steps
+# How the test problems are asked and decoded: as in training
+ASKED = (
+    *("--hard", "--lower", "--steps", str(DECODING["steps"])),
+    *("--set", f"threshold={DECODING['threshold']}", "--set", f"temperature={DECODING['temperature']}"),
+)
 STUDENT = {1: 12.71, 2: 4.30, 3: 3.18, 4: 2.78}  # 97.5 % quantiles, by degrees of freedom
 
 Pair = tuple[NDArray[np.int_], NDArray[np.int_]]  # verdicts of the same problems: before, after
@@ -69,26 +65,24 @@ Pair = tuple[NDArray[np.int_], NDArray[np.int_]]  # verdicts of the same problem
 
 @dataclass(frozen=True)
 class Result:
-    """What a run gave: verdicts (a string of 0 and 1) and AR-ness for each way of asking, and its metrics."""
+    """What a run gave."""
 
     seed: str
-    solved: dict[str, dict[str, Any]]
-    curve: list[dict[str, float]]
+    verdicts: NDArray[np.int_]  # of the test problems
+    curve: list[dict[str, float]]  # its metrics
 
     @classmethod
     def read(cls, name: str) -> "Result":
         content = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
-        return cls(name.rpartition("-")[2], content["solved"], content.get("curve", []))
+        verdicts = np.array(list(content["solved"]["drawn"]["solved"]), dtype=int)
+        return cls(name.rpartition("-")[2], verdicts, content.get("curve", []))
 
-    def verdicts(self, way: str) -> NDArray[np.int_]:
-        return np.array(list(self.solved[way]["solved"]), dtype=int)
-
-    def share(self, way: str) -> str:
-        return f"{self.solved[way]['share']:.1%}"
+    def share(self) -> str:
+        return f"{self.verdicts.mean():.1%}"
 
     def seconds(self) -> float:
         """What the steps took, without steps that a stop made the run repeat."""
-        return sum(line["tokens"] / line["tokens_per_second"] for line in self.curve)
+        return sum([line["tokens"] / line["tokens_per_second"] for line in self.curve])
 
 
 Runs = dict[str, list[Result]]  # by arm
@@ -160,17 +154,19 @@ class Lab:
     parent: str | None  # where the arm causal starts
     count: int
 
-    def measure(self, name: str, model: str | None) -> None:
-        """What a model solves before training."""
+    def measure(self, name: str, model: str | Path | None, curve: list[dict[str, Any]] | None = None) -> None:
+        """Keep what a model solves, and the metrics of the run that made it."""
         path = RESULTS / f"{name}.json"
         if not path.exists():
-            write_json(path, {"solved": self.solve(name, model)})
+            left_to_right = ["--causal", "--base"] if name.startswith(("causal", "parent")) else []
+            options = [*ASKED, "--count", str(self.count), *left_to_right]
+            figures = self.runs.solve(name, model, options)[str(DECODING["steps"])]
+            write_json(path, {"curve": curve or [], "solved": {"drawn": figures}})
 
     def run(self, arm: str, seed: int) -> None:
         """Train one arm with one seed, and measure its model."""
         name = f"{arm}-{seed}"
-        path = RESULTS / f"{name}.json"
-        if path.exists():
+        if (RESULTS / f"{name}.json").exists():
             return
         causal = arm == "causal"
         data = "_base.jsonl" if causal else ".jsonl"
@@ -190,22 +186,7 @@ class Lab:
             if self.model:
                 settings["model"] = self.model
         model = self.runs.train(name, program, HERE / "grpo.toml", settings)
-        write_json(path, {"curve": self.runs.metrics(name), "solved": self.solve(name, model)})
-
-    def solve(self, name: str, model: str | Path | None) -> dict[str, Any]:
-        """What a model solves, drawn; start and coupled also by steps, the start and the first seed in all ways."""
-        solved: dict[str, Any] = {}
-        full = str(DECODING["steps"])
-        hard = ["--hard", *(["--causal", "--base"] if name.startswith(("causal", "parent")) else [])]
-        for way, options in WAYS.items():
-            if way == "drawn" or name in ("start", "coupled-0"):
-                count = ["--count", str(self.count)]
-                solved[way] = self.runs.solve(f"{name}.{way}", model, [*hard, *count, "--steps", full, *options])[full]
-        if name.startswith(("start", "coupled")):
-            count = str(min(self.count, STEPS_COUNT))
-            options = ("--hard", "--lower", "--count", count, "--steps", ",".join(STEPS))
-            solved |= self.runs.solve(f"{name}.steps", model, options)
-        return solved
+        self.measure(name, model, self.runs.metrics(name))
 
 
 def steps_of(arm: str) -> int:
@@ -228,70 +209,31 @@ def report_runs() -> None:
     figures = ROOT / "docs" / "grpo"
     draw(figures / "learning.svg", runs, "held_out_pass@1", f"pass@1 of {RECIPE['held_out_rows']} dev problems")
     draw(figures / "reward.svg", runs, "reward", "reward")
-    coupled = runs.get("coupled", [])
-    sections = {
-        "run": provenance("python recipes/tiny/grpo.py", f"pass@1 of {len(start.verdicts('drawn'))} test problems"),
-        "learning": learning_table(start, runs),
-        "ways": ways_table(start, coupled),
-        "steps": steps_table(start, coupled),
-    }
-    update_page(ROOT / "docs" / "grpo.md", sections)
+    run = provenance("python recipes/tiny/grpo.py", f"pass@1 of {len(start.verdicts)} test problems")
+    update_page(ROOT / "docs" / "grpo.md", {"run": run, "learning": learning_table(start, runs)})
 
 
 def learning_table(start: Result, runs: Runs) -> str:
     """What each arm gains over the start, and over the coupled arm with the same seeds."""
-    rows: list[list[object]] = [["start", "", "", "", start.share("drawn"), "", ""]]
+    rows: list[list[object]] = [["start", "", "", "", start.share(), "", ""]]
     coupled = {result.seed: result for result in runs.get("coupled", [])}
     for arm, results in runs.items():
         if arm == "causal":  # the last arm
             start = Result.read("parent")
-            rows.append(["parent", "", "", "", start.share("drawn"), "", ""])
+            rows.append(["parent", "", "", "", start.share(), "", ""])
         pairs: list[Pair] = []
         for result in results:
             if result.seed in coupled and arm not in ("coupled", "causal"):
-                pair = (coupled[result.seed].verdicts("drawn"), result.verdicts("drawn"))
+                pair = (coupled[result.seed].verdicts, result.verdicts)
                 pairs.append(pair)
         minutes = mean(result.seconds() for result in results) / 60
         learnt = mean(line["scored_share"] for result in results for line in result.curve)
-        gains = [*gain_cells(start, results, "drawn"), interval(pairs)]
-        rows.append([f"{arm}: {ARMS[arm]}", steps_of(arm), f"{minutes:.0f}", f"{learnt:.0%}", *gains])
+        shares = ", ".join([result.share() for result in results])
+        gain = interval([(start.verdicts, result.verdicts) for result in results])
+        row = [f"{arm}: {ARMS[arm]}", steps_of(arm), f"{minutes:.0f}", f"{learnt:.0%}", shares, gain, interval(pairs)]
+        rows.append(row)
     head = ["arm", "steps", "minutes a run", "learnt from", "pass@1 of each seed", "against its start"]
     return table([*head, "against coupled"], rows)
-
-
-def ways_table(start: Result, coupled: list[Result]) -> str:
-    """The coupled arm before and after, for each way of asking."""
-    rows = []
-    for way in WAYS:
-        measured = [result for result in coupled if way in result.solved]
-        rows.append([way, start.share(way), *gain_cells(start, measured, way)])
-    return table(["way", "start", "coupled: pass@1 of each seed", "gain"], rows)
-
-
-def gain_cells(start: Result, results: list[Result], way: str) -> list[str]:
-    """What each seed solves one way, and the gain over the start."""
-    pairs = [(start.verdicts(way), result.verdicts(way)) for result in results]
-    return [", ".join(result.share(way) for result in results), interval(pairs)]
-
-
-def steps_table(start: Result, coupled: list[Result]) -> str:
-    """What fewer steps cost before and after training, on the same problems, and the order of decoding."""
-    rows = []
-    for name, results in (("start", [start]), ("coupled", coupled)):
-        if not results:
-            continue
-        solved = {steps: np.stack([result.verdicts(steps)[:STEPS_COUNT] for result in results]) for steps in STEPS}
-        whole = solved["64"].mean()
-        cells = [name, f"{whole:.1%}"]
-        for steps in STEPS[1:]:
-            share = solved[steps].mean()
-            loss = interval(list(zip(solved["64"], solved[steps], strict=True)))
-            cells += [f"{share:.1%}", f"{loss} ({share / whole - 1:+.0%})"]
-        for measure in ("local", "global"):
-            cells.append(f"{mean(result.solved['64'][measure] for result in results):.3f}")
-        rows.append(cells)
-    head = ["model", "64 steps", "32 steps", "loss (of 64)", "16 steps", "loss (of 64)", "local AR-ness", "global"]
-    return table(head, rows)
 
 
 def interval(pairs: Sequence[Pair]) -> str:

@@ -92,7 +92,7 @@ def test_a_laboratory_that_is_stopped_begins_nothing_more() -> None:
 
 def test_the_seconds_of_a_run_are_those_of_its_steps() -> None:
     curve = [{"tokens": 300, "tokens_per_second": 100.0}, {"tokens": 50, "tokens_per_second": 25.0}]
-    assert grpo.Result("0", {}, curve).seconds() == 5.0
+    assert grpo.Result("0", np.array([]), curve).seconds() == 5.0
 
 
 def test_the_exercises_are_hard_problems_in_lower_case(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
