@@ -12,7 +12,7 @@ autoregressive models too; the laboratories use it.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean
 from typing import Annotated, Any
@@ -21,21 +21,19 @@ import torch
 import typer
 from common import RESULTS, key_of, machine, solved
 from rich.progress import track
-from transformers import AutoModelForCausalLM
 
 from diffucoder import DecodingParams, DiffuCoder, Generation
 from diffucoder.config import load_settings
 from diffucoder.decoding.trace import commit_order, global_ar_ness, local_ar_ness
 from diffucoder.files import append_jsonl, read_whole_lines, write_json, write_jsonl
 from diffucoder.grading.extract import program_from
-from diffucoder.models.checkpoint import load_tokenizer
+from diffucoder.models.checkpoint import load_denoiser, load_tokenizer
 from recipes.report import provenance, table, update_page, wilson
 from recipes.tiny.problems import Problem, problems
 
 Answer = dict[str, Any]  # text, passes, tokens, and AR-ness where there is an order
 SEED = 1  # of the problems
 BATCH = 32  # requests decoded together
-Model = Callable[[Sequence[str], DecodingParams], list[Answer]]
 
 
 def main(
@@ -56,14 +54,15 @@ def main(
     prompts = [problem.prompt.lower() if lower else problem.prompt for problem in drawn]
     if base:
         prompts = [f"# {prompt}\n" for prompt in prompts]  # as recipes/tiny/data.py writes documents
-    ask = causal_model(model) if causal else denoiser(model, chat=not base)
+    coder = load_causal(model) if causal else DiffuCoder.load(model)
+    fixed = ["block=1"] if causal else []
     kind = f"{split}{'-hard' * hard}{'-lower' * lower}-{SEED}-{'base' if base else 'chat'}"
     rows = []
     shares = {}
     for number in steps.split(","):
-        params = load_settings(DecodingParams, overrides=[*(changes or ()), f"steps={number}"])
+        params = load_settings(DecodingParams, overrides=[*(changes or ()), *fixed, f"steps={number}"])
         name = "-".join([key_of(model), kind, str(params.new_tokens), number, *(changes or ())])
-        answers = answer_all(ask, prompts, params, run / f"{name}.jsonl")
+        answers = answer_all(coder, prompts, params, run / f"{name}.jsonl", chat=not base)
         passed = solved([answer["text"] for answer in answers], drawn)
         shares[number] = {
             "share": mean(passed),
@@ -84,13 +83,13 @@ def main(
     update_page(RESULTS / "tiny_accuracy.md" if standard else run / "tiny_accuracy.md", sections)
 
 
-def denoiser(model: str | None, *, chat: bool) -> Model:
-    coder = DiffuCoder.load(model)
+def load_causal(model: str | None) -> DiffuCoder:
+    """An autoregressive model: it attends to the left only, and the blocks of one position are filled in order."""
+    from recipes.tiny.causal import CausalModel  # late: it brings training
 
-    def ask(prompts: Sequence[str], params: DecodingParams) -> list[Answer]:
-        return [answer_of(result) for result in coder.generate_batch(prompts, params, chat=chat)]
-
-    return ask
+    tokenizer = load_tokenizer(model)
+    parent = load_denoiser(model, dtype=torch.float32, mask_id=tokenizer.mask_id)
+    return DiffuCoder(CausalModel(parent.model, mask_id=parent.mask_id), tokenizer)
 
 
 def answer_of(result: Generation) -> Answer:
@@ -103,44 +102,16 @@ def answer_of(result: Generation) -> Answer:
     return answer
 
 
-def causal_model(model: str | None) -> Model:
-    """Left to right by transformers, up to the first end of text; sampled at `temperature`, greedy at 0."""
-    parent = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
-    tokenizer = load_tokenizer(model)
-    stops = tokenizer.terminator_ids
-
-    def ask(prompts: Sequence[str], params: DecodingParams) -> list[Answer]:
-        ids = [tokenizer.encode(prompt, special=False) for prompt in prompts]
-        width = max(map(len, ids))
-        tokens = torch.tensor([[tokenizer.pad_id] * (width - len(row)) + row for row in ids])  # (B, P), left-padded
-        torch.manual_seed(params.seed)
-        sampling: dict[str, Any] = {"do_sample": False}
-        if params.temperature:
-            sampling = {"do_sample": True, "temperature": params.temperature, "top_k": 0}
-        written = parent.generate(
-            input_ids=tokens,
-            attention_mask=(tokens != tokenizer.pad_id).long(),
-            max_new_tokens=params.new_tokens,
-            eos_token_id=sorted(stops),
-            pad_token_id=tokenizer.pad_id,
-            **sampling,
-        )[:, width:]
-        answers = []
-        for row in written.tolist():
-            end = next((at for at, token in enumerate(row) if token in stops), len(row))
-            answers.append({"text": tokenizer.decode(row[:end]), "passes": end + 1, "tokens": end})
-        return answers
-
-    return ask
-
-
-def answer_all(ask: Model, prompts: Sequence[str], params: DecodingParams, path: Path) -> list[Answer]:
+def answer_all(
+    coder: DiffuCoder, prompts: Sequence[str], params: DecodingParams, path: Path, *, chat: bool
+) -> list[Answer]:
     """An answer to each prompt: those that `path` has already, then the others, which are added to it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     answers = read_whole_lines(path)
     write_jsonl(path, answers)  # a stop may have cut the last line short
     for start in track(range(len(answers), len(prompts), BATCH), description=f"{params.steps} steps"):
-        fresh = ask(prompts[start : start + BATCH], params)
+        results = coder.generate_batch(prompts[start : start + BATCH], params, chat=chat)
+        fresh = [answer_of(result) for result in results]
         append_jsonl(path, fresh)
         answers += fresh
     return answers[: len(prompts)]
