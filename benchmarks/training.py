@@ -4,12 +4,10 @@
     python benchmarks/training.py --threads 1 --steps 3  # one thread, fewer steps to take the median of
 
 Each row is a process of its own, in which the project's Trainer takes real steps of the masked objective on random
-tokens. The time covers a whole step: noise, forward, backward, clipping, AdamW. The ceiling beside it is the best
-matmul of the same dtype in the same process: 2048 cubed, or one of the model's own products.
-
-There are two counts of work. 6 N tokens is the usual one, where N is the parameters that multiply (all but the input
-embedding). The other counts what is computed: the head at scored positions only, and attention. The last rows show what
-keeping logits in chunks saves. The tables go to benchmarks/results/training.md.
+tokens. The time covers a whole step: noise, forward, backward, clipping, AdamW. The work is counted as 6 N operations a
+token, where N is the parameters that multiply (all but the input embedding). The ceiling beside it is a matmul of 2048
+cubed of the same dtype in the same process. The last rows show what keeping logits in chunks saves. The tables go to
+benchmarks/results/training.md.
 """
 
 import multiprocessing
@@ -22,7 +20,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
-from statistics import median
+from statistics import mean, median
 from typing import Annotated
 
 import torch
@@ -30,7 +28,7 @@ import typer
 from common import RESULTS, commit, machine, synchronize
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from diffucoder.bench import median_seconds
+from diffucoder.bench import matmul_rate
 from diffucoder.diffusion import keyed_generator
 from diffucoder.models.denoiser import CHUNK_ELEMENTS, Denoiser
 from diffucoder.training.masked import MaskedStage, Objective, Row
@@ -66,8 +64,7 @@ class Measured:
     parameters: int
     multiplying: int  # N: without the input embedding
     seconds: float  # of a step, the median
-    counted: float  # operations of a step: the head where it is applied, and attention
-    ceiling: float  # operations a second of the best matmul
+    ceiling: float  # operations a second of a matmul
     scored: float  # positions of a step that have logits
     before: int  # bytes, peak until the first step begins
     peak: int  # bytes, peak after the last step
@@ -148,17 +145,12 @@ def measure(job: Job) -> Measured:
     with tempfile.TemporaryDirectory() as folder:
         run = Path(folder) / "run"
         Trainer(model, stage, TrainSettings(run=run, steps=steps, batch=job.batch, lr=1e-4, bf16=job.bf16)).train()
-    scored = sum(stage.scored[WARM_UP:]) / (job.steps + 1)
-    tokens = job.batch * job.context
-    head = job.vocabulary * job.hidden
-    attention = 12.0 * job.layers * job.hidden * job.context * tokens  # two products forward, four backward
     return Measured(
         parameters=sum(sizes.values()),
         multiplying=multiplying,
         seconds=median([end - begin for begin, end in pairwise(stage.begun[WARM_UP:])]),
-        counted=6.0 * ((multiplying - head) * tokens + head * scored) + attention,
-        ceiling=ceiling(job, model.device),
-        scored=scored,
+        ceiling=matmul_rate(torch.bfloat16 if job.bf16 else torch.float32, model.device, 2048),
+        scored=mean(stage.scored),
         before=stage.peaks[0],
         peak=stage.peaks[-1],
     )
@@ -184,25 +176,6 @@ def build(job: Job) -> Denoiser:
     return denoiser
 
 
-def ceiling(job: Job, device: torch.device) -> float:
-    """Operations a second of the best product: a cube, or a layer's or the head's, as the model has them."""
-    tokens = job.batch * job.context
-    dtype = torch.bfloat16 if job.bf16 else torch.float32
-    rates = []
-    for rows, inner, columns in (
-        (2048, 2048, 2048),
-        (tokens, job.hidden, job.intermediate),
-        (tokens, job.intermediate, job.hidden),
-        (tokens, job.hidden, job.hidden),
-        (min(tokens // 2, CHUNK_ELEMENTS // job.vocabulary), job.hidden, job.vocabulary),
-    ):
-        left = torch.randn(rows, inner, device=device).to(dtype)
-        right = torch.randn(columns, inner, device=device).to(dtype)  # as linear layers keep their weights
-        seconds = median_seconds(lambda left=left, right=right: left @ right.T, device, 5)
-        rates.append(2.0 * rows * inner * columns / seconds)
-    return max(rates)
-
-
 def peak_memory() -> int:
     """Bytes: of the device if there is one, else of the process, with everything that it has loaded."""
     if torch.cuda.is_available():
@@ -221,11 +194,10 @@ def speed_table(measured: list[tuple[Job, Measured]]) -> str:
         tokens = job.batch * job.context
         cells = [job.name, dtype_of(job), f"{result.parameters / 1e6:.1f} M", f"{result.multiplying / 1e6:.1f} M"]
         cells += [f"{1e3 * result.seconds:.0f} ms", f"{tokens / result.seconds:,.0f}"]
-        for operations in (6.0 * result.multiplying * tokens, result.counted):
-            rate = operations / result.seconds
-            cells += [f"{rate / 1e9:,.0f} GFLOP/s", f"{rate / result.ceiling:.0%}"]
+        rate = 6.0 * result.multiplying * tokens / result.seconds
+        cells += [f"{rate / 1e9:,.0f} GFLOP/s", f"**{rate / result.ceiling:.0%}**"]
         rows.append([*cells, f"{result.ceiling / 1e9:,.0f} GFLOP/s", size(result.peak)])
-    head = ["model", "dtype", "parameters", "N", "step", "tokens/s", "6·N·tokens", "share", "computed", "share"]
+    head = ["model", "dtype", "parameters", "N", "step", "tokens/s", "6·N·tokens", "share"]
     return table([*head, "ceiling", "peak memory"], rows)
 
 
