@@ -245,17 +245,12 @@ def convert(
     gguf: Annotated[
         bool, typer.Option("--gguf", help="write a diffusion model as a dream GGUF, for llama.cpp")
     ] = False,
-    int8: Annotated[
-        bool, typer.Option("--int8", help="write a diffusion model in eight bits, in files under 16 MiB")
-    ] = False,
     dtype: Annotated[
         str | None, typer.Option(help="float32, bfloat16, float16, with --gguf also q8_0; the model's own if left out")
     ] = None,
     revision: Annotated[str | None, typer.Option(help="branch, tag or commit of a hub id")] = None,
 ) -> None:
-    """Make a denoiser of an autoregressive model, or a GGUF file or a small copy of a denoiser."""
-    if int8 and (gguf or pad or dtype):
-        raise ConfigError("--int8 writes a model as it is, in eight bits; leave out --gguf, --pad and --dtype")
+    """Make a denoiser of an autoregressive model, or a GGUF file of a denoiser."""
     if gguf != (out.suffix == ".gguf"):
         rule = "no .gguf file" if gguf else "a .gguf file, which only --gguf writes"
         raise ConfigError(
@@ -266,15 +261,13 @@ def convert(
             "--pad adds a token to a parent and --gguf writes a model as it is; convert first, then export"
         )
     from diffucoder.models.convert import convert as convert_parent
-    from diffucoder.models.convert import export, shrink
+    from diffucoder.models.convert import export
 
-    if int8:
-        denoiser = shrink(source, out, revision=revision)
-    elif gguf:
+    if gguf:
         denoiser = export(source, out, dtype=dtype, revision=revision)
     else:
         denoiser = convert_parent(source, out, pad=pad, dtype=_dtype(dtype), revision=revision)
-    kind = "dream GGUF" if gguf else "denoiser in eight bits" if int8 else "denoiser, untrained"
+    kind = "dream GGUF" if gguf else "denoiser, untrained"
     size = sum(p.numel() for p in denoiser.parameters()) / 1e6
     print(f"{out}: {kind}, {size:.1f} M parameters, mask at {denoiser.mask_id} of {denoiser.vocab_size} tokens")
 
