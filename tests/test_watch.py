@@ -7,15 +7,15 @@ from typing import Any
 
 import pytest
 import torch
-from diffucoder.decoding.denoise import denoise
 from rich.console import Console
 from rich.style import Style
 from rich.text import Text
 
 from diffucoder import Canvas, DecodingParams, Denoiser, Step
-from diffucoder.problems import problems
+from diffucoder.decoding.step import denoise
 from diffucoder.tokenizer import PLACEHOLDER, Tokenizer
 from diffucoder.watch import CanvasView, progress, watch
+from recipes.tiny.problems import problems
 
 
 @pytest.fixture(scope="module")

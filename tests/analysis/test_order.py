@@ -28,8 +28,8 @@ from diffucoder.analysis.order import (
 )
 from diffucoder.decoding.trace import Trace, record, write_traces
 from diffucoder.errors import ConfigError
-from diffucoder.problems import problems
 from diffucoder.tokenizer import Tokenizer
+from recipes.tiny.problems import problems
 
 STEPS = st.lists(st.integers(-1, 12), min_size=1, max_size=24)
 CONVENTIONS = st.builds(
