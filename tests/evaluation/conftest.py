@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from diffucoder.errors import SandboxError
-from diffucoder.evaluation.benchmarks import Task
+from diffucoder.evaluation.benchmarks import Calls, Task
 from diffucoder.grading.sandbox import Sandbox
 
 
@@ -37,6 +37,5 @@ def half() -> Task:
         prompt='def half(x):\n    """Half of x."""\n',
         request="Half of x.",
         canonical=HALF,
-        base=((2,), (4,)),
-        plus=((1,), (0.3,)),
+        tests=Calls(base=((2,), (4,)), plus=((1,), (0.3,))),
     )
