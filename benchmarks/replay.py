@@ -21,8 +21,9 @@ from rich.console import Console
 from rich.progress import track
 
 from diffucoder.evaluation.benchmarks import Task, load
-from diffucoder.evaluation.evaluate import cache_folder, grade_samples, split_by_imports
-from diffucoder.evaluation.samples import Sample, read_samples
+from diffucoder.evaluation.judge import grade_samples, split_by_imports
+from diffucoder.evaluation.samples import read_samples
+from diffucoder.files import Json, cache_folder
 from diffucoder.grading.sandbox import Sandbox
 
 RESULTS = Path(__file__).parent / "results" / "replay.md"
@@ -81,7 +82,7 @@ def progress(things: Iterable[Any], count: int, what: str) -> Iterable[Any]:
     return track(things, what, count, console=Console(stderr=True))
 
 
-def compare(verdicts: Sequence[Sample], published: dict[str, Any]) -> Iterable[tuple[str, bool, bool, Sample]]:
+def compare(verdicts: Sequence[Json], published: dict[str, Any]) -> Iterable[tuple[str, bool, bool, Json]]:
     """(what, published, ours, our verdict) for every published verdict; `what` is a task, and which of its verdicts."""
     for verdict in verdicts:
         theirs = published[verdict["task_id"]][0]
@@ -90,12 +91,12 @@ def compare(verdicts: Sequence[Sample], published: dict[str, Any]) -> Iterable[t
                 yield f"{verdict['task_id']} {kind}", theirs[kind] == "pass", bool(verdict[own]), verdict
 
 
-def difference(benchmark: str, what: str, theirs: bool, ours: bool, verdict: Sample) -> str:
+def difference(benchmark: str, what: str, theirs: bool, ours: bool, verdict: Json) -> str:
     words = {True: "pass", False: "fail"}
     return f"* {benchmark}, {what}: published {words[theirs]}, here {words[ours]}. {why(verdict)}"
 
 
-def why(verdict: Sample) -> str:
+def why(verdict: Json) -> str:
     """What is known of a task, else nothing, and what the grader said."""
     said = " ".join(verdict["detail"][:200].split()).replace("|", "\\|")
     return f"{KNOWN.get(verdict['task_id'], 'Unexplained.')}{f' Told: {said}' if said else ''}"
@@ -104,11 +105,11 @@ def why(verdict: Sample) -> str:
 def row(
     benchmark: str,
     tasks: Sequence[Task],
-    verdicts: Sequence[Sample],
+    verdicts: Sequence[Json],
     published: dict[str, Any],
     compared: int,
     differ: int,
-    canonical: Sequence[Sample],
+    canonical: Sequence[Json],
 ) -> str:
     def share(key: str) -> str:
         return f"{100 * sum(bool(verdict[key]) for verdict in verdicts) / len(verdicts):.2f}"

@@ -22,7 +22,7 @@ from typing import Annotated
 import typer
 
 from diffucoder.evaluation.benchmarks import load
-from diffucoder.evaluation.evaluate import grade_samples
+from diffucoder.evaluation.judge import grade_samples
 from diffucoder.evaluation.samples import read_samples
 from diffucoder.grading.grade import grade
 from diffucoder.grading.sandbox import Sandbox, isolation, run

@@ -77,9 +77,10 @@ def _parameter(name: str, field: FieldInfo, *, positional: bool) -> inspect.Para
     default = inspect.Parameter.empty if field.is_required() else field.default
     parts = get_args(kind)
     if get_origin(kind) is tuple:  # repeatable
-        kind = list[get_args(parts[0])[0] if get_origin(parts[0]) is Annotated else parts[0]]
+        item: Any = get_args(parts[0])[0] if get_origin(parts[0]) is Annotated else parts[0]
+        kind = list[item]
         default = []
-    elif Literal in map(get_origin, (kind, *parts)):
+    elif any(get_origin(part) is Literal for part in (kind, *parts)):
         kind = str | None  # pydantic names the choices when a value is wrong
     if positional:
         about: Any = typer.Argument(help=field.description)

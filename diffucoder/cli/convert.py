@@ -27,9 +27,7 @@ def convert(
     """Make a denoiser of an autoregressive model, or a GGUF file of a denoiser."""
     if gguf != (out.suffix == ".gguf"):
         rule = "is not a .gguf file" if gguf else "is a .gguf file, which only --gguf writes"
-        raise ConfigError(
-            f"OUT={str(out)!r} {rule}; write diffucoder convert SOURCE FOLDER, or SOURCE OUT.gguf --gguf"
-        )
+        raise ConfigError(f"OUT={str(out)!r} {rule}; write diffucoder convert SOURCE FOLDER, or SOURCE OUT.gguf --gguf")
     if gguf and pad:
         raise ConfigError(
             "--pad adds a token to a parent and --gguf writes a model as it is; convert first, then export"

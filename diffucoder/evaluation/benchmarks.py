@@ -192,7 +192,7 @@ def _tiny(row: _Row) -> Task:
 
 def _libraries(*programs: str) -> tuple[str, ...]:
     """Names of the packages that `programs` import, without the standard library."""
-    names = set()
+    names = set[str]()
     for program in programs:
         for node in ast.walk(parsed(program)):
             if isinstance(node, ast.Import):

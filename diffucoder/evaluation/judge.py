@@ -229,19 +229,19 @@ def references(
     Raises ConfigError if a published solution fails.
     """
     known: dict[str, Reference] = {}
-    missing: list[tuple[Task, Calls]] = []
+    missing = []
     for task in tasks:
         if isinstance(task.tests, Calls):
             stored = _read_reference(_reference_path(task, task.tests, cache))
             if stored is None:
-                missing.append((task, task.tests))
+                missing.append(task)
             else:
                 known[task.task_id] = stored
     if missing:
         with ThreadPoolExecutor(sandbox.workers) as pool:
-            results = pool.map(lambda pair: _compute_reference(*pair, sandbox, cache), missing)
+            results = pool.map(lambda task: _compute_reference(task, sandbox, cache), missing)
             computed = progress(results, len(missing), "published solutions run")
-            for (task, _), reference in zip(missing, computed, strict=True):
+            for task, reference in zip(missing, computed, strict=True):
                 known[task.task_id] = reference
     return known
 
@@ -261,10 +261,11 @@ def _read_reference(path: Path) -> Reference | None:
         return None
 
 
-def _compute_reference(task: Task, tests: Calls, sandbox: Sandbox, cache: Path) -> Reference:
-    calls = [Call(f"{task.entry_point}(*_)", row, _REFERENCE_SECONDS) for row in tests.inputs]
+def _compute_reference(task: Task, sandbox: Sandbox, cache: Path) -> Reference:
+    assert isinstance(task.tests, Calls)
+    calls = [Call(f"{task.entry_point}(*_)", row, _REFERENCE_SECONDS) for row in task.tests.inputs]
     limits = Limits(seconds=10 * _REFERENCE_SECONDS, memory=MEMORY, output=_MOST_OUTPUT, processes=32)
-    values, stored, seconds = list[Any](), list[Any](), list[float]()
+    values, seconds = list[Any](), list[float]()
     for number, outcome in enumerate(call(task.canonical, calls, limits, sandbox=sandbox), 1):
         if outcome.status != "ok":
             raise ConfigError(
@@ -272,10 +273,9 @@ def _compute_reference(task: Task, tests: Calls, sandbox: Sandbox, cache: Path) 
                 "fetch the benchmark's data again"
             )
         values.append(outcome.value)
-        stored.append(to_data(outcome.value))
-        seconds.append(outcome.seconds)
-    text = json.dumps({"values": stored, "seconds": [round(time, 6) for time in seconds]})
-    path = _reference_path(task, tests, cache)
+        seconds.append(round(outcome.seconds, 6))
+    text = json.dumps({"values": list(map(to_data, values)), "seconds": seconds})
+    path = _reference_path(task, task.tests, cache)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_text(path, text)
     return Reference(tuple(values), tuple(seconds), len(text))

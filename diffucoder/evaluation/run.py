@@ -27,9 +27,9 @@ if TYPE_CHECKING:
 
 
 def evaluate(settings: EvaluateSettings, progress: Progress = silent) -> Iterator[tuple[Json, Path | None]]:
-    """Evaluate a model, one run for each of `settings.sweep()`, or a file of samples. Yield each report and its folder.
+    """Yield the report and the folder of each run: one for each of `settings.sweep()`, or one on a file of samples.
 
-    The folder is None where the samples came from a file. Raises ConfigError where the settings, the benchmark's files or a run folder do not fit.
+    The folder is None for samples from a file. Raises ConfigError where settings, files or a run folder do not fit.
     """
     tasks = load(settings.benchmark, settings.data)
     if all(task.tests is None for task in tasks):
@@ -59,11 +59,11 @@ def record_orders(settings: OrderSettings, progress: Progress = silent) -> list[
 
     Answers are graded where the prompts have tests. Raises ConfigError as `evaluate` does.
     """
+    folders = list(settings.traces)
     if settings.prompts is None:
-        return list(settings.traces)
+        return folders
     tasks = load(settings.prompts, settings.data)
     sweep = settings.sweep()
-    folders = []
     with Sandbox(unsafe=settings.unsafe) as sandbox:
         evaluation = Evaluation(settings.prompts, tasks, sandbox, cache_folder(), settings.limit, progress)
         shown = task_settings(settings.prompts, settings.limit, ())
@@ -71,11 +71,10 @@ def record_orders(settings: OrderSettings, progress: Progress = silent) -> list[
             source = None if name == "tiny" else name
             coder = _load_model(source, settings)
             for params in sweep:
-                generator = Generator(coder, params, settings.raw, settings.batch, traces=True, maps=settings.maps)
+                generator = Generator(coder, params, settings.raw, settings.batch, maps=settings.maps)
                 run_settings = shown | model_settings(generator, source)
-                folder = default_folder(settings.folder, run_settings)
-                evaluation.of_model(generator, folder, run_settings)
-                folders.append(folder)
+                folders.append(default_folder(settings.folder, run_settings))
+                evaluation.of_model(generator, folders[-1], run_settings)
     return folders
 
 
@@ -151,7 +150,7 @@ def task_settings(benchmark: str, limit: int | None, packages: Sequence[Path]) -
 def model_settings(generator: Generator, source: str | None) -> Json:
     """Return the settings that decide the answers of the model from `source`."""
     coder = generator.coder
-    settings: Json = {"maps": generator.maps} if generator.traces else {}
+    settings: Json = {} if generator.maps is None else {"maps": generator.maps}
     return settings | {
         "model": coder.name,
         "weights": weights_hash(source),

@@ -33,23 +33,24 @@ class Generator:
     params: "DecodingParams"
     raw: bool = False
     batch: int = 8  # tasks decoded together
-    traces: bool = False  # whether to keep traces, with the entropies of the first step
-    maps: int = 0  # tasks, from the first on, whose traces have the entropies of all steps
+    maps: int | None = None  # keep traces; those of so many tasks have the entropies of all steps, others of the first
 
     def samples(self, tasks: Sequence[Task], path: Path, progress: Progress = silent) -> list[Json]:
         """Return `params.num_samples` samples for every task: those that `path` has, and new ones, appended to it."""
         done = self._finished_batches(tasks, path)
-        if self.traces:
-            self._drop_other_traces(path.with_name("traces.jsonl"), done)
+        traces = path.with_name("traces.jsonl")
+        if self.maps is not None:
+            names = {_trace_id(sample) for sample in done}
+            write_jsonl(traces, [line for line in read_whole_lines(traces) if line.get("id") in names])
         starts = range(len(done) // self.params.num_samples, len(tasks), self.batch)
         for start in progress(starts, len(starts), "batches generated"):
-            samples, traces = list[Json](), list[Json]()
+            samples, trace_lines = list[Json](), list[Json]()
             for sample, trace in self._answer(tasks[start : start + self.batch], self._steps_with_entropies(start)):
                 samples.append(sample)
-                if trace is not None:
-                    traces.append(_trace_line(sample, trace))
-            if self.traces:  # first, so that every sample in the file has its trace
-                append_jsonl(path.with_name("traces.jsonl"), traces)
+                if trace is not None and self.maps is not None:
+                    trace_lines.append(_trace_line(sample, trace))
+            if self.maps is not None:  # first, so that every sample in the file has its trace
+                append_jsonl(traces, trace_lines)
             append_jsonl(path, samples)
             done += samples
         return done
@@ -67,12 +68,8 @@ class Generator:
         write_jsonl(path, done)
         return done
 
-    def _drop_other_traces(self, path: Path, done: Sequence[Json]) -> None:
-        names = {_trace_id(sample) for sample in done}
-        write_jsonl(path, [line for line in read_whole_lines(path) if line.get("id") in names])
-
     def _steps_with_entropies(self, start: int) -> int:
-        if not self.traces:
+        if self.maps is None:
             return 0
         return _ALL_STEPS if start < self.maps else 1
 

@@ -12,19 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from diffucoder import Canvas, DecodingParams, Denoiser, DiffuCoder
-from diffucoder.analysis.order import (
-    GLOBAL,
-    LOCAL,
-    Answer,
-    Conventions,
-    Run,
-    analyse,
-    ar_ness,
-    labelled,
-    mean_map,
-    read_runs,
-    token_classes,
-)
+from diffucoder.analysis.order import analyse, mean_map
+from diffucoder.analysis.runs import GLOBAL, LOCAL, Answer, Run, ar_ness, labelled, read_runs
+from diffucoder.analysis.settings import Conventions
+from diffucoder.analysis.tokens import token_classes
 from diffucoder.decoding.denoise import Step, denoise
 from diffucoder.decoding.trace import Trace, record, write_traces
 from diffucoder.errors import ConfigError
