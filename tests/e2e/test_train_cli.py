@@ -192,7 +192,7 @@ def test_a_process_trains_and_says_where_the_model_is(settings: list[str], tmp_p
         (["sft", *said(run="x", data=["y"], lr=1, spare=4)], ["error: spare=4 needs padding='flexible'"]),
         (["sft", *said(run="x", data=["/no/such"], lr=1, length=64)], ["'/no/such' is no folder and no file"]),
         (["sft", *said(run="x", data=["y"], lr=1)], ["length=2048 exceeds the model's context of 512"]),
-        (["sft", *said(run="x", data=["y"], lr=1, model="nobody")], ["model 'nobody' is no folder"]),
+        (["sft", *said(run="x", data=["y"], lr=1, model="nobody")], ["model 'nobody' is not a folder"]),
         (["adapt", "/no/such.toml"], ["settings file '/no/such.toml' cannot be read"]),
         (["adapt", "--steps", "3"], ["No such option", "--steps", "train adapt --help"]),
         (["grow"], ["No such command 'grow'", "train --help"]),

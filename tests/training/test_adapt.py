@@ -245,7 +245,7 @@ def test_data_that_fill_no_row_are_one_line(lab: Lab, parent: Path, tmp_path: Pa
 
 
 def test_a_model_that_is_none_is_one_line(lab: Lab, tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="'/no/such/folder' is no folder"):
+    with pytest.raises(CheckpointError, match="'/no/such/folder' is not a folder"):
         adapt(settings(lab, Path("/no/such/folder"), tmp_path / "run"))
 
 

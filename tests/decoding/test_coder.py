@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from diffucoder import DecodingParams, Denoiser, DiffuCoder, Generation
-from diffucoder.decoding.generate import HOLE_LENGTHS
+from diffucoder.decoding.coder import HOLE_LENGTHS
 from diffucoder.errors import CheckpointError, ConfigError, PromptError, SandboxError
 from diffucoder.grading.extract import program_from
 from diffucoder.grading.grade import grade
@@ -318,8 +318,8 @@ def test_no_special_token_stands_in_a_hot_fill(coder: DiffuCoder) -> None:
         (lambda coder: coder.fill("x = <|hole:0|>"), "is malformed; write <|hole|>, or <|hole:12|>"),
         (lambda coder: coder.fill("x = <|hole:999|>"), "exceed the model's context"),
         (lambda coder: coder.infill("", SUFFIX), "prefix is empty"),
-        (lambda coder: coder.infill(PREFIX, SUFFIX, length=0), "length=0 is no hole; give at least 1 token"),
-        (lambda coder: coder.infill(PREFIX, SUFFIX, length=-3), "length=-3 is no hole"),
+        (lambda coder: coder.infill(PREFIX, SUFFIX, length=0), "length=0 is not a hole; give at least 1 token"),
+        (lambda coder: coder.infill(PREFIX, SUFFIX, length=-3), "length=-3 is not a hole"),
     ],
 )
 def test_what_cannot_be_decoded_is_refused(
