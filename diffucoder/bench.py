@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from diffucoder.decoding.canvas import Canvas
-from diffucoder.decoding.denoise import denoise
 from diffucoder.decoding.params import DecodingParams
+from diffucoder.decoding.step import denoise
 from diffucoder.errors import ConfigError
 from diffucoder.models.denoiser import Denoiser
 
@@ -58,19 +58,21 @@ def bench(
     ids = torch.randint(model.vocab_size, (batch, prompt_tokens), generator=generator)
     ids = torch.where(ids == model.mask_id, (model.mask_id + 1) % model.vocab_size, ids).to(model.device)
     canvas = Canvas.from_prompts(ids, new_tokens=new_tokens, mask_id=model.mask_id)
-    rows = canvas.masked.nonzero()
+    tokens = canvas.tokens.cpu()
+    valid = torch.ones_like(tokens, dtype=torch.bool)
+    wanted = canvas.masked.cpu().nonzero()  # (M, 2)
 
     def forward() -> None:
-        model(canvas.tokens, rows=rows, reduce=lambda logits, _: logits.argmax(-1))
+        model.score(tokens, valid=valid, feed=valid, wanted=wanted, reduce=lambda logits, _: logits.argmax(-1))
 
     forward_seconds = median_seconds(forward, model.device, repeats)
     start = time.perf_counter()
     passes = len(list(denoise(model, canvas, DecodingParams())))
     decoding_seconds = time.perf_counter() - start
-    flops = operations(model, canvas.tokens, rows)
+    flops = operations(model, tokens, wanted)
     return BenchResult(
         parameters=sum(parameter.numel() for parameter in model.parameters()),
-        dtype=str(model.compute_dtype).removeprefix("torch."),
+        dtype=str(model.dtype).removeprefix("torch."),
         device=str(model.device),
         threads=torch.get_num_threads(),
         batch=batch,
@@ -78,7 +80,7 @@ def bench(
         forward_ms=1e3 * forward_seconds,
         forward_flops=flops,
         flops_per_second=flops / forward_seconds,
-        matmul_flops_per_second=matmul_rate(model.compute_dtype, model.device),
+        matmul_flops_per_second=matmul_rate(model.dtype, model.device),
         tokens_per_second=batch * new_tokens / decoding_seconds,
         tokens_per_forward=new_tokens / passes,
     )

@@ -33,8 +33,8 @@ def with_options(
     parameters = sorted([*own, *made], key=lambda parameter: parameter.kind)
 
     def wrapped(**options: Any) -> None:  # Any: whatever typer parsed
-        chosen = {name: options.pop(name) for name in fields}
-        command(**{into: _build(of, chosen)}, **options)
+        settings = _build(of, {name: options.pop(name) for name in fields})
+        command(**{into: settings}, **options)
 
     wrapped.__name__ = command.__name__
     wrapped.__doc__ = command.__doc__
@@ -56,13 +56,15 @@ def _flat_fields(kind: type[Settings], without: tuple[str, ...]) -> dict[str, Fi
     return fields | {name: field for name, field in inner_fields.items() if name not in fields}
 
 
-def _build(kind: type[Settings], chosen: dict[str, Any]) -> Settings:
-    """Make `kind` of the values in `chosen`, and take them out of it. Raises ConfigError."""
-    values = {name: chosen.pop(name) for name in kind.model_fields if name in chosen}
+def _build(kind: type[Settings], options: dict[str, Any]) -> Settings:
+    """Make `kind` of the options that were given; the class decides about the others. Raises ConfigError."""
+    values = {}
     for name, field in kind.model_fields.items():
         inner = _settings_class(field)
         if inner is not None:
-            values[name] = _build(inner, chosen)
+            values[name] = _build(inner, {key: options[key] for key in options if key not in kind.model_fields})
+        elif options.get(name) not in (None, []):
+            values[name] = options[name]
     return kind(**values)
 
 
@@ -72,21 +74,24 @@ def _settings_class(field: FieldInfo) -> type[Settings] | None:
 
 
 def _parameter(name: str, field: FieldInfo, *, positional: bool) -> inspect.Parameter:
-    """Return the parameter of a command for one field, as typer reads it. Values are checked by the settings class."""
+    """Return the parameter of a command for one field, as typer reads it; None or an empty list if it is not given."""
     kind: Any = field.annotation  # Any: annotations are not all plain types
-    default = inspect.Parameter.empty if field.is_required() else field.default
     parts = get_args(kind)
+    names = [f"--{name}"] if kind is bool else []  # else typer adds --no-...
     if get_origin(kind) is tuple:  # repeatable
         item: Any = get_args(parts[0])[0] if get_origin(parts[0]) is Annotated else parts[0]
         kind = list[item]
-        default = []
     elif any(get_origin(part) is Literal for part in (kind, *parts)):
-        kind = str | None  # pydantic names the choices when a value is wrong
+        kind = str  # the settings class names the choices when a value is wrong
     if positional:
+        default = inspect.Parameter.empty if field.is_required() else None
         about: Any = typer.Argument(help=field.description)
-        return inspect.Parameter(
-            name, inspect.Parameter.POSITIONAL_OR_KEYWORD, default=default, annotation=Annotated[kind, about]
-        )
-    names = [f"--{name}"] if kind is bool else []  # without a --no-... of its own
-    about = typer.Option(*names, help=field.description, show_default=default not in (None, [], False))
-    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, about])
+        place = inspect.Parameter.POSITIONAL_OR_KEYWORD
+        return inspect.Parameter(name, place, default=default, annotation=Annotated[kind, about])
+    text = str(field.description)
+    if not any(field.default is value for value in (None, False, ())):
+        text += f" [default: {field.default}]"
+    about = typer.Option(*names, help=text, show_default=False)
+    return inspect.Parameter(
+        name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind | None, about]
+    )

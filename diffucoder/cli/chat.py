@@ -22,14 +22,14 @@ def chat(
             return
         messages.append({"role": "user", "content": line})
         try:
-            canvas = coder.canvas([messages], params)
+            request = coder.request(messages, params)
         except PromptError:
             if len(messages) == 1:
                 raise
             messages = messages[-1:]
             print("(the conversation outgrew the model's context; starting again)", file=sys.stderr)
-            canvas = coder.canvas([messages], params)
-        result = decode(coder, canvas, params, watched=watch)[0]
+            request = coder.request(messages, params)
+        [result] = decode(coder, request, watched=watch)
         print_answer(result, coder, as_json=False)
         messages.append({"role": "assistant", "content": result.text})
 

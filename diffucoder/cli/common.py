@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from diffucoder.decoding.params import DecodingParams
 from diffucoder.errors import ConfigError, PromptError
 
 if TYPE_CHECKING:
@@ -15,8 +14,7 @@ if TYPE_CHECKING:
 
     import torch
 
-    from diffucoder.decoding.canvas import Canvas
-    from diffucoder.decoding.generate import DiffuCoder, Generation
+    from diffucoder.decoding.coder import DiffuCoder, Generation, Request
 
 Model = Annotated[
     str | None, typer.Option(help="folder, hub id, or name from `diffucoder models`; the shipped model if left out")
@@ -52,7 +50,7 @@ def read_text(text: str | None, file: Path | None) -> str:
 
 def load_model(model: str | None, dtype: str | None, device: str | None) -> "DiffuCoder":
     """Load a model; None is the shipped one."""
-    from diffucoder.decoding.generate import DiffuCoder
+    from diffucoder.decoding.coder import DiffuCoder
 
     return DiffuCoder.load(model, dtype=torch_dtype(dtype), device=device)
 
@@ -69,20 +67,21 @@ def torch_dtype(name: str | None) -> "torch.dtype | None":
     return dtype
 
 
-def decode(coder: "DiffuCoder", canvas: "Canvas", params: DecodingParams, *, watched: bool) -> "list[Generation]":
-    """Decode a canvas, with the live view or a progress bar on standard error."""
+def decode(coder: "DiffuCoder", request: "Request", *, watched: bool) -> "list[Generation]":
+    """Return the answers to a request. Show the live view, or a progress bar on a terminal, on standard error."""
     from rich.console import Console
 
-    from diffucoder.watch import CanvasView, progress, watch
+    from diffucoder.watch import progress, watch
 
     console = Console(stderr=True)
     if watched:
-        view = CanvasView(coder.tokenizer, canvas.masked[0])
-        return coder.decode(canvas, params, through=lambda steps: watch(steps, view, console))
-    if not console.is_terminal:
-        return coder.decode(canvas, params)
-    wanted = int(canvas.masked.sum()) * params.num_samples
-    return coder.decode(canvas, params, through=lambda steps: progress(steps, wanted, console))
+        shown = watch(request, coder.tokenizer, console)
+    elif console.is_terminal:
+        shown = progress(request, console)
+    else:
+        return coder.run([request])[0]
+    with shown as on_step:
+        return coder.run([request], on_step=on_step)[0]
 
 
 def print_answer(result: "Generation", coder: "DiffuCoder", *, as_json: bool) -> None:

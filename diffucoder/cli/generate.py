@@ -25,10 +25,9 @@ def generate(
     params: DecodingParams,
 ) -> None:
     """Answer a request with code."""
-    request = read_text(prompt, file)
+    text = read_text(prompt, file)
     coder = load_model(model, dtype, device)
-    canvas = coder.canvas([request], params, chat=not raw)
-    results = decode(coder, canvas, params, watched=watch)
+    results = decode(coder, coder.request(text, params, chat=not raw), watched=watch)
     for result in results:
         print_answer(result, coder, as_json=as_json)
     if trace is not None:

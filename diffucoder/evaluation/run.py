@@ -23,7 +23,7 @@ from diffucoder.files import Json, cache_folder, write_json
 from diffucoder.grading.sandbox import Sandbox
 
 if TYPE_CHECKING:
-    from diffucoder.decoding.generate import DiffuCoder
+    from diffucoder.decoding.coder import DiffuCoder
 
 
 def evaluate(settings: EvaluateSettings, progress: Progress = silent) -> Iterator[tuple[Json, Path | None]]:
@@ -81,7 +81,7 @@ def record_orders(settings: OrderSettings, progress: Progress = silent) -> list[
 def _load_model(source: str | None, settings: RunSettings) -> "DiffuCoder":
     import torch  # here, because grading does without it
 
-    from diffucoder.decoding.generate import DiffuCoder
+    from diffucoder.decoding.coder import DiffuCoder
 
     dtype = getattr(torch, settings.dtype) if settings.dtype else None
     return DiffuCoder.load(source, dtype=dtype, device=settings.device)

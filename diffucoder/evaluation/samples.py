@@ -6,8 +6,9 @@ short is generated again as a whole, so that a run that was stopped gives the sa
 """
 
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,7 +19,7 @@ from diffucoder.evaluation.programs import solution
 from diffucoder.files import Json, append_jsonl, parse_json_line, read_lines, read_whole_lines, write_jsonl
 
 if TYPE_CHECKING:
-    from diffucoder.decoding.generate import DiffuCoder, Generation
+    from diffucoder.decoding.coder import DiffuCoder, Generation, Request
     from diffucoder.decoding.params import DecodingParams
     from diffucoder.decoding.trace import Trace
 
@@ -47,7 +48,7 @@ class Generator:
             samples, trace_lines = list[Json](), list[Json]()
             for sample, trace in self._answer(tasks[start : start + self.batch], self._steps_with_entropies(start)):
                 samples.append(sample)
-                if trace is not None and self.maps is not None:
+                if trace is not None:
                     trace_lines.append(_trace_line(sample, trace))
             if self.maps is not None:  # first, so that every sample in the file has its trace
                 append_jsonl(traces, trace_lines)
@@ -73,68 +74,51 @@ class Generator:
             return 0
         return _ALL_STEPS if start < self.maps else 1
 
-    def _answer(self, tasks: Sequence[Task], entropies: int = 0) -> list[tuple[Json, "Trace | None"]]:
-        """Decode one batch: samples with their traces."""
-        samples: list[tuple[Json, Trace | None]] = []
-        if any(task.suffix for task in tasks):
-            for task in tasks:
-                samples += self._infill(task)
-            return samples
-        prompts = [self._prompt(task) for task in tasks]
-        try:
-            canvas = self.coder.canvas(prompts, self.params, chat=False)
-        except PromptError as error:
-            if len(tasks) == 1:
-                return self._unanswered(tasks[0], error)
-            for task in tasks:
-                samples += self._answer([task], entropies)
-            return samples
-        results = self.coder.decode(canvas, self.params, entropies=entropies)
-        for index, result in enumerate(results):
-            task = tasks[index // self.params.num_samples]
-            program = solution(task, result.text, continues_prompt=self.raw)
-            answer = {"solution": program, "text": result.text}
-            sample = _sample(task, index % self.params.num_samples, answer, result, result.seconds / len(results))
-            samples.append((sample, result.trace))
-        return samples
+    def _answer(self, tasks: Sequence[Task], entropies: int) -> "Iterator[tuple[Json, Trace | None]]":
+        """Decode one batch. Yield each sample with its trace."""
+        requests: dict[str, list[Request]] = {}
+        failures: dict[str, str] = {}
+        for task in tasks:
+            try:
+                requests[task.task_id] = self._requests(task)
+            except PromptError as error:  # a prompt that the model cannot take counts as not solved
+                failures[task.task_id] = f"not asked: {error}"
+        results = iter(self.coder.run(list(chain(*requests.values())), entropies=entropies))
+        for task in tasks:
+            if task.task_id in failures:
+                for number in range(self.params.num_samples):
+                    cost = {"tokens": 0, "forward_passes": 0, "finish_reason": failures[task.task_id], "seconds": 0}
+                    yield {"task_id": task.task_id, "sample": number, "solution": "", **cost}, None
+                continue
+            generations = list(chain(*islice(results, len(requests[task.task_id]))))
+            share = len(requests) * len(generations)
+            for number, generation in enumerate(generations):
+                yield self._sample(task, number, generation, generation.seconds / share), generation.trace
 
-    def _prompt(self, task: Task) -> str:
-        if self.raw:
-            return task.prompt
-        return self.coder.tokenizer.chat(task.request) + task.prefill
-
-    def _infill(self, task: Task) -> list[tuple[Json, "Trace | None"]]:
-        samples: list[tuple[Json, Trace | None]] = []
+    def _requests(self, task: Task) -> "list[Request]":
+        """Return what answers a task, with `params.num_samples` results together. Raises PromptError."""
+        if not task.suffix:
+            prompt = task.prompt if self.raw else self.coder.tokenizer.chat(task.request) + task.prefill
+            return [self.coder.request(prompt, self.params, chat=False)]
+        requests = []
         for number in range(self.params.num_samples):
             params = self.params.replace(num_samples=1, seed=self.params.seed + number, stop=())
-            try:
-                result = self.coder.infill(task.prompt, task.suffix, params=params)
-            except PromptError as error:
-                return self._unanswered(task, error)
-            sample = _sample(task, number, {"completion": result.text}, result, result.seconds)
-            samples.append((sample, result.trace))
-        return samples
+            requests.append(self.coder.infill_request(task.prompt, task.suffix, params))
+        return requests
 
-    def _unanswered(self, task: Task, error: PromptError) -> list[tuple[Json, "Trace | None"]]:
-        """A task whose prompt the model cannot take counts as not solved."""
-        reason = f"not asked: {error}"
-        samples: list[tuple[Json, Trace | None]] = []
-        for number in range(self.params.num_samples):
-            cost = {"tokens": 0, "forward_passes": 0, "finish_reason": reason, "seconds": 0}
-            samples.append(({"task_id": task.task_id, "sample": number, "solution": "", **cost}, None))
-        return samples
-
-
-def _sample(task: Task, number: int, answer: Mapping[str, str], result: "Generation", seconds: float) -> Json:
-    return {
-        "task_id": task.task_id,
-        "sample": number,
-        **answer,
-        "tokens": len(result.tokens),
-        "forward_passes": result.forward_passes,
-        "finish_reason": result.finish_reason,
-        "seconds": round(seconds, 4),
-    }
+    def _sample(self, task: Task, number: int, result: "Generation", seconds: float) -> Json:
+        answer = {"completion": result.text}
+        if not task.suffix:
+            answer = {"solution": solution(task, result.text, continues_prompt=self.raw), "text": result.text}
+        return {
+            "task_id": task.task_id,
+            "sample": number,
+            **answer,
+            "tokens": len(result.tokens),
+            "forward_passes": result.forward_passes,
+            "finish_reason": result.finish_reason,
+            "seconds": round(seconds, 4),
+        }
 
 
 def _trace_id(sample: Json) -> str:

@@ -1,6 +1,6 @@
 """Settings of `diffucoder evaluate` and `diffucoder order`. No torch: the command line makes its options of them."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -34,15 +34,17 @@ class RunSettings(Settings):
         """Return the decoding settings of each run. Raises ConfigError for a value that cannot be one."""
         runs = []
         for policy in self.policies:
-            for steps in _numbers("steps", self.steps, int) or [self.decoding.steps]:
-                for temperature in _numbers("temperature", self.temperature, float) or [self.decoding.temperature]:
-                    runs.append(self.decoding.replace(policy=policy, steps=steps, temperature=temperature))
+            for steps in _numbers("steps", self.steps, int):
+                for temperature in _numbers("temperature", self.temperature, float):
+                    changes = {"policy": policy, "steps": steps, "temperature": temperature}
+                    given = {name: value for name, value in changes.items() if value is not None}
+                    runs.append(self.decoding.replace(**given))
         return runs
 
     @property
-    def policies(self) -> list[str]:
-        """Policies to compare."""
-        return [self.decoding.policy]
+    def policies(self) -> Sequence[str | None]:
+        """Policies to compare; None: that of `decoding`."""
+        return (None,)
 
 
 class EvaluateSettings(RunSettings):
@@ -99,15 +101,15 @@ class OrderSettings(RunSettings):
         return self.run or Path("runs/order") / Path(self.prompts or "traces").stem
 
     @property
-    def policies(self) -> list[str]:
-        """Policies to compare."""
-        return self.policy.split(",") if self.policy else super().policies
+    def policies(self) -> Sequence[str | None]:
+        """Policies to compare; None: that of `decoding`."""
+        return self.policy.split(",") if self.policy else (None,)
 
 
 def _numbers(name: str, text: str | None, kind: Callable[[str], Any]) -> list[Any]:
-    """Return the numbers in `text`, which are separated by commas. Raises ConfigError."""
+    """Return the numbers in `text`, which are separated by commas; None where there is no text. Raises ConfigError."""
     if not text:
-        return []
+        return [None]
     try:
         return [kind(part) for part in text.split(",")]
     except ValueError:
