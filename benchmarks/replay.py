@@ -23,7 +23,7 @@ from rich.progress import track
 from diffucoder.evaluation.benchmarks import Task, load
 from diffucoder.evaluation.judge import grade_samples, split_by_imports
 from diffucoder.evaluation.samples import read_samples
-from diffucoder.files import Json, cache_folder
+from diffucoder.files import Json
 from diffucoder.grading.sandbox import Sandbox
 
 RESULTS = Path(__file__).parent / "results" / "replay.md"
@@ -63,9 +63,9 @@ def main(
             known = {task.task_id for task in runnable}
             every = read_samples(folder / f"{name}-samples.jsonl.gz", tasks)
             samples = [sample for sample in every if sample["task_id"] in known]
-            verdicts = grade_samples(tasks, samples, sandbox, cache=cache_folder(), progress=progress)
+            verdicts = grade_samples(tasks, samples, sandbox, progress=progress)
             solutions = [{"task_id": task.task_id, "sample": 0, "solution": task.canonical} for task in runnable]
-            canonical = grade_samples(tasks, solutions, sandbox, cache=cache_folder(), progress=progress)
+            canonical = grade_samples(tasks, solutions, sandbox, progress=progress)
         published = json.loads(gzip.decompress((folder / f"{name}-results.json.gz").read_bytes()))["eval"]
         compared = list(compare(verdicts, published))
         differ = [each for each in compared if each[1] != each[2]]

@@ -11,7 +11,6 @@ The table goes to benchmarks/results/sandbox.md.
 import os
 import platform
 import subprocess
-import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -85,11 +84,10 @@ def bare(_: int) -> object:
 def graded(box: Sandbox, data: Path, path: Path) -> str:
     tasks = load("humaneval+", data)
     samples = read_samples(path, tasks)
-    with tempfile.TemporaryDirectory() as folder:
-        grade_samples(tasks, samples, box, cache=Path(folder))  # finds what the published solutions give
-        began = time.perf_counter()
-        grade_samples(tasks, samples, box, cache=Path(folder))
-        seconds = time.perf_counter() - began
+    grade_samples(tasks, samples, box)  # the results of the published solutions are in the cache afterwards
+    began = time.perf_counter()
+    grade_samples(tasks, samples, box)
+    seconds = time.perf_counter() - began
     return f"| HumanEval+ sample graded | {len(samples)} | {seconds:.1f} | **{len(samples) / seconds:.1f}** | |"
 
 

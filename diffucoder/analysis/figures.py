@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure  # without pyplot: no window, no state
 
@@ -78,13 +79,10 @@ def _new_figure(count: int) -> tuple[Figure, list[Axes]]:
 
 def _band(axes: Axes, x: Sequence[float], rows: Sequence[Mapping[str, Any]], label: str) -> None:
     """Draw a line through the means, within their intervals; where there are none the line breaks."""
-    values: dict[str, list[float]] = {"mean": [], "low": [], "high": []}
-    for row in rows:
-        for key, column in values.items():
-            column.append(row[key] if row[key] is not None else float("nan"))
-    marker = "o" if len(x) < 20 else ""
-    [line] = axes.plot(x, values["mean"], marker=marker, markersize=3, linewidth=1.2, label=label)
-    axes.fill_between(x, values["low"], values["high"], alpha=0.15, color=line.get_color(), linewidth=0)
+    bounds = [(row["mean"], row["low"], row["high"]) for row in rows]
+    mean, low, high = np.array(bounds, dtype=float).reshape(-1, 3).T  # None becomes nan
+    [line] = axes.plot(x, mean, marker="o" if len(x) < 20 else "", markersize=3, linewidth=1.2, label=label)
+    axes.fill_between(x, low, high, alpha=0.15, color=line.get_color(), linewidth=0)
 
 
 def _rows(run: Json, name: str, ks: Iterable[int]) -> list[Json]:

@@ -12,13 +12,13 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from diffucoder.errors import ConfigError
 from diffucoder.evaluation.benchmarks import Asserts, Calls, Script, Task
 from diffucoder.evaluation.evalplus import MEMORY, correct, time_limit, total_limit
 from diffucoder.evaluation.programs import whole_program
-from diffucoder.files import Json, append_jsonl, read_whole_lines, write_jsonl, write_text
+from diffucoder.files import Json, append_jsonl, cache_folder, read_whole_lines, write_jsonl, write_text
 from diffucoder.grading.grade import Call, call, grade
 from diffucoder.grading.harness import plain as to_data
 from diffucoder.grading.plain import from_data, short
@@ -64,12 +64,6 @@ class Reference:
     size: int = 0  # bytes of all values, as they are stored
 
 
-class _CallResult(NamedTuple):
-    passed: bool
-    status: str
-    detail: str
-
-
 def silent(items: Iterable[Any], count: int, what: str) -> Iterable[Any]:
     """Show no progress."""
     return items
@@ -84,7 +78,6 @@ def grade_samples(
     sandbox: Sandbox,
     *,
     path: Path | None = None,
-    cache: Path,
     progress: Progress = silent,
 ) -> list[Json]:
     """Return a verdict for every sample, in order. `path` keeps them as they come; verdicts in it are not repeated."""
@@ -95,7 +88,7 @@ def grade_samples(
     waiting = samples[len(verdicts) :]
     by_id = {task.task_id: task for task in tasks}
     needed = dict.fromkeys(sample["task_id"] for sample in waiting)
-    known = references([by_id[task_id] for task_id in needed], sandbox, cache, progress)
+    known = references([by_id[task_id] for task_id in needed], sandbox, progress)
 
     def verdict_on(sample: Json) -> Json:
         task = by_id[sample["task_id"]]
@@ -158,18 +151,22 @@ def judge(task: Task, program: str, reference: Reference | None, sandbox: Sandbo
 
 def _judge_calls(task: Task, tests: Calls, program: str, reference: Reference, sandbox: Sandbox) -> Judged:
     count = len(tests.base)
-    base = _run_calls(task, tests, slice(0, count), program, reference, sandbox)
+    status, detail = _run_calls(task, tests, slice(0, count), program, reference, sandbox)
+    base = status == "ok"
     if tests.plus is None:
-        return Judged(base.passed, base.passed, None, base.status, base.detail, trusted=True)
-    plus = _run_calls(task, tests, slice(count, count + len(tests.plus)), program, reference, sandbox)
-    first = plus if base.passed else base
-    return Judged(base.passed and plus.passed, base.passed, plus.passed, first.status, first.detail, trusted=True)
+        return Judged(base, base, None, status, detail, trusted=True)
+    plus_status, plus_detail = _run_calls(task, tests, slice(count, None), program, reference, sandbox)
+    plus = plus_status == "ok"
+    if base:
+        status = plus_status
+        detail = plus_detail
+    return Judged(base and plus, base, plus, status, detail, trusted=True)
 
 
 def _run_calls(
     task: Task, tests: Calls, part: slice, program: str, reference: Reference, sandbox: Sandbox
-) -> _CallResult:
-    """Call the program with a part of its inputs, and compare the results."""
+) -> tuple[str, str]:
+    """Call the program with a part of its inputs. Return "ok", or the status and detail of the first wrong result."""
     rows = tests.inputs[part]
     expected = reference.values[part]
     seconds = reference.seconds[part]
@@ -183,12 +180,12 @@ def _run_calls(
     for number, (outcome, row, value) in enumerate(zip(outcomes, rows, expected, strict=False), part.start + 1):
         where = f"input {number}: {task.entry_point}{short(row)}"
         if outcome.status != "ok":
-            return _CallResult(False, outcome.status, f"{where}: {outcome.detail}")
+            return outcome.status, f"{where}: {outcome.detail}"
         if not correct(task.task_id, row, value, outcome.value, tests.atol, in_order=tests.in_order):
-            return _CallResult(False, "failed", f"{where} gave {short(outcome.value)}, not {short(value)}")
+            return "failed", f"{where} gave {short(outcome.value)}, not {short(value)}"
     if len(outcomes) < len(rows):  # an input without an outcome is a failure
-        return _CallResult(False, "killed", f"input {part.start + len(outcomes) + 1}: there is no outcome")
-    return _CallResult(True, "ok", "")
+        return "killed", f"input {part.start + len(outcomes) + 1}: there is no outcome"
+    return "ok", ""
 
 
 def _script_tests(task: Task, script: Script) -> list[str]:
@@ -221,35 +218,30 @@ def check_asserts(code: str, entry_point: str) -> list[str]:
 # --- published solutions ---------------------------------------------------------------------------------------------
 
 
-def references(
-    tasks: Sequence[Task], sandbox: Sandbox, cache: Path, progress: Progress = silent
-) -> dict[str, Reference]:
-    """Return the reference of each task with inputs, by id, from the cache or the sandbox.
-
-    Raises ConfigError if a published solution fails.
-    """
+def references(tasks: Sequence[Task], sandbox: Sandbox, progress: Progress = silent) -> dict[str, Reference]:
+    """Return the reference of each task with inputs, from the cache or the sandbox. Raises ConfigError if one fails."""
     known: dict[str, Reference] = {}
     missing = []
     for task in tasks:
         if isinstance(task.tests, Calls):
-            stored = _read_reference(_reference_path(task, task.tests, cache))
+            stored = _read_reference(_reference_path(task, task.tests))
             if stored is None:
                 missing.append(task)
             else:
                 known[task.task_id] = stored
     if missing:
         with ThreadPoolExecutor(sandbox.workers) as pool:
-            results = pool.map(lambda task: _compute_reference(task, sandbox, cache), missing)
+            results = pool.map(lambda task: _compute_reference(task, sandbox), missing)
             computed = progress(results, len(missing), "published solutions run")
             for task, reference in zip(missing, computed, strict=True):
                 known[task.task_id] = reference
     return known
 
 
-def _reference_path(task: Task, tests: Calls, cache: Path) -> Path:
+def _reference_path(task: Task, tests: Calls) -> Path:
     content = repr((task.canonical, task.entry_point, tests.base, tests.plus or ()))
     key = hashlib.sha256(content.encode()).hexdigest()[:16]
-    return cache / "references" / f"{task.task_id.replace('/', '-')}-{key}.json"
+    return cache_folder() / "references" / f"{task.task_id.replace('/', '-')}-{key}.json"
 
 
 def _read_reference(path: Path) -> Reference | None:
@@ -261,7 +253,7 @@ def _read_reference(path: Path) -> Reference | None:
         return None
 
 
-def _compute_reference(task: Task, sandbox: Sandbox, cache: Path) -> Reference:
+def _compute_reference(task: Task, sandbox: Sandbox) -> Reference:
     assert isinstance(task.tests, Calls)
     calls = [Call(f"{task.entry_point}(*_)", row, _REFERENCE_SECONDS) for row in task.tests.inputs]
     limits = Limits(seconds=10 * _REFERENCE_SECONDS, memory=MEMORY, output=_MOST_OUTPUT, processes=32)
@@ -275,7 +267,7 @@ def _compute_reference(task: Task, sandbox: Sandbox, cache: Path) -> Reference:
         values.append(outcome.value)
         seconds.append(round(outcome.seconds, 6))
     text = json.dumps({"values": list(map(to_data, values)), "seconds": seconds})
-    path = _reference_path(task, task.tests, cache)
+    path = _reference_path(task, task.tests)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_text(path, text)
     return Reference(tuple(values), tuple(seconds), len(text))

@@ -19,7 +19,7 @@ from diffucoder.evaluation.report import report, tokens_per_second
 from diffucoder.evaluation.run_folder import content_hash, default_folder, open_run_folder, run_key, weights_hash
 from diffucoder.evaluation.samples import Generator, read_samples
 from diffucoder.evaluation.settings import EvaluateSettings, OrderSettings, RunSettings
-from diffucoder.files import Json, cache_folder, write_json
+from diffucoder.files import Json, write_json
 from diffucoder.grading.sandbox import Sandbox
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ def evaluate(settings: EvaluateSettings, progress: Progress = silent) -> Iterato
             f"{settings.benchmark!r} has no tests to evaluate answers by; use diffucoder order to look at their order"
         )
     with Sandbox(settings.workers, packages=settings.packages, unsafe=settings.unsafe) as sandbox:
-        evaluation = Evaluation(settings.benchmark, tasks, sandbox, cache_folder(), settings.limit, progress)
+        evaluation = Evaluation(settings.benchmark, tasks, sandbox, settings.limit, progress)
         shown = task_settings(settings.benchmark, settings.limit, settings.packages)
         if settings.samples is not None:
             shown["samples"] = content_hash(settings.samples)
@@ -65,7 +65,7 @@ def record_orders(settings: OrderSettings, progress: Progress = silent) -> list[
     tasks = load(settings.prompts, settings.data)
     sweep = settings.sweep()
     with Sandbox(unsafe=settings.unsafe) as sandbox:
-        evaluation = Evaluation(settings.prompts, tasks, sandbox, cache_folder(), settings.limit, progress)
+        evaluation = Evaluation(settings.prompts, tasks, sandbox, settings.limit, progress)
         shown = task_settings(settings.prompts, settings.limit, ())
         for name in settings.model or ("tiny",):
             source = None if name == "tiny" else name
@@ -94,7 +94,6 @@ class Evaluation:
     name: str
     tasks: Sequence[Task]
     sandbox: Sandbox
-    cache: Path  # of the results of published solutions
     limit: int | None = None  # number of tasks, from the first on
     progress: Progress = silent
 
@@ -124,7 +123,7 @@ class Evaluation:
         path = run / "verdicts.jsonl" if run else None
         judged = {task.task_id for task in self.tasks if task.tests is not None}
         graded = [sample for sample in samples if sample["task_id"] in judged]
-        verdicts = grade_samples(self.tasks, graded, self.sandbox, path=path, cache=self.cache, progress=self.progress)
+        verdicts = grade_samples(self.tasks, graded, self.sandbox, path=path, progress=self.progress)
         content = report(self.name, self.tasks[: self.limit], samples, verdicts, settings, skipped)
         if run:
             write_json(run / "report.json", content)

@@ -36,8 +36,8 @@ def file(tmp_path: Path) -> Path:
     return path
 
 
-def test_the_figures_are_those_of_the_verdicts(tasks: list[Task], file: Path, sandbox: Sandbox, cache: Path) -> None:
-    told = Evaluation("test", tasks, sandbox, cache).of_samples(file, None, {"why": "test"})
+def test_the_figures_are_those_of_the_verdicts(tasks: list[Task], file: Path, sandbox: Sandbox) -> None:
+    told = Evaluation("test", tasks, sandbox).of_samples(file, None, {"why": "test"})
     assert told["pass@1"] == pytest.approx((1 + 0.5 + 0) / 3)
     assert told["base_pass@1"] == pytest.approx((1 + 1 + 0.5) / 3)
     assert "pass@5" not in told
@@ -50,7 +50,7 @@ def test_the_figures_are_those_of_the_verdicts(tasks: list[Task], file: Path, sa
 
 
 def test_tasks_without_samples_and_tasks_that_cannot_run_are_told(
-    tasks: list[Task], file: Path, sandbox: Sandbox, cache: Path
+    tasks: list[Task], file: Path, sandbox: Sandbox
 ) -> None:
     more = [
         *tasks[:1],
@@ -58,21 +58,21 @@ def test_tasks_without_samples_and_tasks_that_cannot_run_are_told(
         tasks[2],
         replace(tasks[2], task_id="Test/3"),
     ]
-    told = Evaluation("test", more, sandbox, cache).of_samples(file, None, {})
+    told = Evaluation("test", more, sandbox).of_samples(file, None, {})
     assert (told["tasks"], told["missing"]) == (2, ["Test/3"])
     assert told["skipped"] == {"Test/1": "needs nobody_made_this"}
 
 
-def test_a_limit_takes_the_first_tasks(tasks: list[Task], file: Path, sandbox: Sandbox, cache: Path) -> None:
-    told = Evaluation("test", tasks, sandbox, cache, limit=1).of_samples(file, None, {})
+def test_a_limit_takes_the_first_tasks(tasks: list[Task], file: Path, sandbox: Sandbox) -> None:
+    told = Evaluation("test", tasks, sandbox, limit=1).of_samples(file, None, {})
     assert (told["tasks"], told["pass@1"], told["missing"]) == (1, 1.0, [])
 
 
 @pytest.mark.parametrize("lines", range(7))
 def test_a_stop_after_any_verdict_changes_no_byte_of_the_report(
-    tasks: list[Task], file: Path, sandbox: Sandbox, cache: Path, tmp_path: Path, lines: int
+    tasks: list[Task], file: Path, sandbox: Sandbox, tmp_path: Path, lines: int
 ) -> None:
-    evaluation = Evaluation("test", tasks, sandbox, cache)
+    evaluation = Evaluation("test", tasks, sandbox)
     evaluation.of_samples(file, tmp_path / "whole", {})
     verdicts = (tmp_path / "whole" / "verdicts.jsonl").read_text().splitlines(keepends=True)
     open_run_folder(tmp_path / "stopped", run_key({}))
@@ -83,9 +83,7 @@ def test_a_stop_after_any_verdict_changes_no_byte_of_the_report(
         assert (tmp_path / "stopped" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
 
-def test_what_is_graded_is_not_graded_again(
-    tasks: list[Task], file: Path, sandbox: Sandbox, cache: Path, tmp_path: Path
-) -> None:
+def test_what_is_graded_is_not_graded_again(tasks: list[Task], file: Path, sandbox: Sandbox, tmp_path: Path) -> None:
     samples = read_samples(file, tasks)
     heard: list[tuple[int, str]] = []
 
@@ -95,19 +93,19 @@ def test_what_is_graded_is_not_graded_again(
 
     def graded() -> list[Json]:
         path = tmp_path / "verdicts.jsonl"
-        return grade_samples(tasks, samples, sandbox, path=path, cache=cache, progress=progress)  # type: ignore[arg-type]
+        return grade_samples(tasks, samples, sandbox, path=path, progress=progress)  # type: ignore[arg-type]
 
     assert graded() == graded()
     assert heard == [(3, "published solutions run"), (6, "samples graded"), (0, "samples graded")]
 
 
 def test_verdicts_of_other_tasks_are_not_taken_for_those_of_these(
-    tasks: list[Task], file: Path, sandbox: Sandbox, cache: Path, tmp_path: Path
+    tasks: list[Task], file: Path, sandbox: Sandbox, tmp_path: Path
 ) -> None:
     fewer = [replace(tasks[0], libraries=("nobody_made_this",)), *tasks[1:]]  # as before --packages was given
-    Evaluation("test", fewer, sandbox, cache).of_samples(file, tmp_path / "run", {})
-    told = Evaluation("test", tasks, sandbox, cache).of_samples(file, tmp_path / "run", {})
-    assert told == Evaluation("test", tasks, sandbox, cache).of_samples(file, None, {})
+    Evaluation("test", fewer, sandbox).of_samples(file, tmp_path / "run", {})
+    told = Evaluation("test", tasks, sandbox).of_samples(file, tmp_path / "run", {})
+    assert told == Evaluation("test", tasks, sandbox).of_samples(file, None, {})
     assert (told["tasks"], told["pass@1"]) == (3, pytest.approx(0.5))
 
 
