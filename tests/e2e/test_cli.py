@@ -133,7 +133,7 @@ def test_chat_forgets_rather_than_outgrow_the_context(cli: Run) -> None:
     lines = f"{REQUEST * 10}\n" * 2
     outcome = cli("chat", "--new-tokens", 280, "--steps", 1, "--dtype", "float32", stdin=lines)
     assert outcome.code == 0
-    assert outcome.err == "(the conversation outgrew the model's context; starting anew)\n"
+    assert outcome.err == "(the conversation outgrew the model's context; starting again)\n"
 
 
 def test_models_lists_what_is_here_and_what_can_be_fetched_with_licences(cli: Run) -> None:
@@ -176,7 +176,7 @@ def test_bench_prints_figures_for_people_and_for_programs(cli: Run) -> None:
         (["--num-samples", 0], ["num_samples=0"]),
         (["--seed", -1], ["seed=-1"]),
         (["--stop", ""], ["stop.0=''"]),
-        (["--dtype", "int3"], ["dtype='int3' is not known; use one of float32, bfloat16, float16, int8"]),
+        (["--dtype", "int3"], ["dtype='int3' is not known; use one of float32, bfloat16, float16"]),
         (["--device", "abacus"], ["device='abacus' is not on this machine; use 'cpu'"]),
         (["--device", "meta"], ["device='meta' is not on this machine"]),
         (["--model", "nobody"], ["model 'nobody' is not a folder", "cpgrpo"]),
