@@ -13,11 +13,11 @@ _HOME = {
     "Canvas": "diffucoder.decoding.canvas",
     "DecodingParams": "diffucoder.decoding.params",
     "Denoiser": "diffucoder.models.denoiser",
-    "DiffuCoder": "diffucoder.decoding.generate",
+    "DiffuCoder": "diffucoder.decoding.coder",
     "DiffuCoderError": "diffucoder.errors",
-    "Generation": "diffucoder.decoding.generate",
-    "Step": "diffucoder.decoding.denoise",
-    "denoise": "diffucoder.decoding.denoise",
+    "Generation": "diffucoder.decoding.coder",
+    "Step": "diffucoder.decoding.step",
+    "denoise": "diffucoder.decoding.step",
     "load_denoiser": "diffucoder.models.checkpoint",
 }
 __all__ = sorted(_HOME)

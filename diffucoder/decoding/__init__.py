@@ -3,6 +3,6 @@
 For: choosing which masked positions to commit, with which tokens, and watching it happen.
 Not for: what a forward pass is (`models`), or losses (`diffusion`).
 
-Data flows one way: `Canvas` → `denoise` → `Step`s. `denoise` loops over `advance`, the only decoding step there is.
-To add a policy: a name in `params.POLICIES`, its confidence in `sampling`, or its choice of positions in `policies`.
+Data flows one way: `Request` → `Sequence`s → `advance`, the only decoding step there is → `Step`s and results.
+To add an order or a rule: a class in `policies` and a name in `params`; a cache: the same in `caching`.
 """

@@ -1,10 +1,11 @@
 """The canvas: rows of tokens, some of them masked, that decoding fills in.
 
 For: laying out prompts, holes, frozen text and padding as tensors, and refusing what cannot be decoded.
-Not for: text (`generate`, `tokenizer`), or how it is filled (`DecodingParams`).
+Not for: text (`coder`, `tokenizer`), or how it is filled (`DecodingParams`).
 
 Shapes: B rows of T positions. A position is padding (`valid` False, only on the left), masked (holds `mask_id`) or
-known. Masks may stand anywhere but first: the whole row counts, so a mask within a prompt is a hole and is filled too.
+known. Masks may be anywhere that the model can score (`Denoiser.first_scorable`): the whole row counts, so a mask
+within a prompt is a hole and is filled too.
 """
 
 from dataclasses import dataclass, replace
@@ -23,9 +24,10 @@ class Canvas:
     valid: Tensor  # (B, T) bool, False on left padding
     sample: Tensor  # (B,) int64: which sample of its prompt a row is; with the seed it fixes the row's random numbers
     mask_id: int
-    pad_id: int | None = None  # fills what is left behind a terminator; None leaves the masks there
-    terminators: tuple[int, ...] = ()  # ids that end a row once nothing before them is masked (preset `exact`)
-    forbidden: tuple[int, ...] = ()  # ids never proposed, besides the mask (preset `exact`)
+    pad_id: int | None = None  # fills what is left after a terminator; None leaves the masks there
+    terminators: tuple[int, ...] = ()  # ids that end a row once nothing before them is masked (not `reference`)
+    forbidden: tuple[int, ...] = ()  # ids never proposed, besides the mask (not `reference`)
+    proposable: int | None = None  # ids from this one on are never proposed (not `reference`); None = all may be
 
     def __post_init__(self) -> None:
         shape = _matrix("tokens", self.tokens)
@@ -37,10 +39,6 @@ class Canvas:
             raise PromptError(f"row {_first(padded_inside)} has padding right of a token; pad on the left only")
         if not self.masked.any():
             raise PromptError(f"no position holds the mask id {self.mask_id}: nothing to decode; add new_tokens")
-        opens_masked = (self.masked & (self.valid.cumsum(-1) == 1)).any(-1)  # (B,)
-        if opens_masked.any():
-            row = _first(opens_masked)
-            raise PromptError(f"row {row} begins with a mask, which has nothing to its left; put a token before it")
 
     @classmethod
     def from_prompts(
@@ -53,8 +51,9 @@ class Canvas:
         pad_id: int | None = None,
         terminators: tuple[int, ...] = (),
         forbidden: tuple[int, ...] = (),
+        proposable: int | None = None,
     ) -> "Canvas":
-        """Left-padded prompts (B, P), `valid` False on padding, with `new_tokens` masks behind each; 0 = holes only."""
+        """Left-padded prompts (B, P), `valid` False on padding, with `new_tokens` masks after each; 0 = holes only."""
         shape = _matrix("input_ids", input_ids)
         if new_tokens < 0:
             raise PromptError(f"new_tokens={new_tokens} is negative; give 0 to fill only the masks within the prompts")
@@ -69,6 +68,7 @@ class Canvas:
             pad_id=pad_id,
             terminators=tuple(terminators),
             forbidden=tuple(forbidden),
+            proposable=proposable,
         )
 
     @property
@@ -87,18 +87,33 @@ class Canvas:
         )
 
     def end(self, tokens: Tensor) -> Tensor:
-        """(B,) position of the first terminator that decoding put into `tokens` (B, T) of this canvas; T where none."""
-        terminators = torch.tensor(self.terminators, dtype=torch.long, device=tokens.device)
-        return leftmost(self.masked.to(tokens.device) & torch.isin(tokens, terminators))
+        """(B,) where the answers in `tokens` (B, T) of this canvas end, see `answer_end`."""
+        return answer_end(tokens, self.masked.to(tokens.device), self.terminators)
+
+    def check_scorable(self, first: int) -> None:
+        """PromptError where a row has a mask before its position `first`, the first one that the model can score."""
+        early = (self.masked & (self.valid.cumsum(-1) <= first)).any(-1)  # (B,)
+        if early.any():
+            row = _first(early)
+            raise PromptError(f"row {row} begins with a mask, which has nothing to its left; put a token before it")
 
 
-def leftmost(found: Tensor) -> Tensor:
-    """(B,) position of the first True of each row of `found` (B, T); T where there is none."""
-    return torch.nn.functional.pad(found, (0, 1), value=True).int().argmax(-1)  # the first of equals
+def answer_end(tokens: Tensor, holes: Tensor, terminators: tuple[int, ...]) -> Tensor:
+    """(B,) position of the first terminator that decoding put into the `holes` (B, T) of `tokens`; T where none.
+
+    The only place that decides where an answer ends, apart from stop strings, which are looked for in text (`coder`).
+    """
+    ends = torch.tensor(terminators, dtype=torch.long, device=tokens.device)
+    return leftmost(holes & torch.isin(tokens, ends))
+
+
+def leftmost(matches: Tensor) -> Tensor:
+    """(B,) position of the first True of each row of `matches` (B, T); T where there is none."""
+    return torch.nn.functional.pad(matches, (0, 1), value=True).int().argmax(-1)  # the first of equals
 
 
 def _matrix(name: str, tokens: Tensor) -> torch.Size:
-    """The (rows, length) shape of a tensor of ids; PromptError where it is no such tensor."""
+    """The (rows, length) shape of a tensor of ids; PromptError for any other tensor."""
     if tokens.ndim != 2 or tokens.is_floating_point() or tokens.numel() == 0:
         raise PromptError(f"{name} is {tokens.dtype} of shape {tuple(tokens.shape)}; give ids of shape (rows, length)")
     return tokens.shape

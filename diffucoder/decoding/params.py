@@ -8,7 +8,8 @@ Three presets share all settings:
 * `reference`: what `diffusion_generate` of the released Dream and DiffuCoder code does, token for token at temperature
   0 and in distribution above it: its time grid with the empty first step, and arithmetic in the model's own dtype.
   Rows do not depend on each other here either, where the release counts masks by the mean of the batch.
-* `fast`: `exact`, and settings that were found to cost no quality, chosen by what is quickest here (`tuning`).
+* `fast`: `exact` with a constant set of settings that are faster and cost little quality (docs/decoding.md has the
+  table): `FAST`. What the user sets stays as set.
 """
 
 from difflib import get_close_matches
@@ -27,13 +28,26 @@ class DecodingParams(Settings):
     """Settings of one request; vary them with `replace`. Raises ConfigError naming value, rule and way out."""
 
     preset: Literal["exact", "reference", "fast"] = "exact"
-    """`exact` mends the released sampler's defects; `reference` reproduces them; `fast` commits what is sure at once"""
+    """`exact` corrects the released sampler's faults; `reference` reproduces it; `fast` is exact with two speed-ups"""
+
+    # how many steps, and what a text ends with
 
     steps: int | None = Field(default=None, ge=1)
     """denoising steps, each one forward pass; None = one for each masked token"""
 
-    policy: Policy = "entropy"
-    """which positions to commit first: random, surest token, widest margin between the best two, or least entropy"""
+    new_tokens: int = Field(default=64, ge=1)
+    """masks after a prompt: the longest answer; for text-level generation (a canvas brings its own)"""
+
+    num_samples: int = Field(default=1, ge=1)
+    """samples of each canvas row, which become consecutive rows"""
+
+    stop: tuple[Annotated[str, Field(min_length=1)], ...] = ()
+    """end a text before the first of these strings; for text-level generation"""
+
+    seed: int = Field(default=0, ge=0)
+    """fixes the result, together with the number of the sample"""
+
+    # sampling: which token a position proposes
 
     temperature: float = Field(default=0.0, ge=0, allow_inf_nan=False)
     """randomness of the tokens, and above 0 of their order, which is judged after tempering; 0 = the likeliest token"""
@@ -44,93 +58,64 @@ class DecodingParams(Settings):
     top_k: int | None = Field(default=None, ge=1)
     """propose only this many of the likeliest tokens; None = all"""
 
+    # order: which positions go first
+
+    policy: Policy = "entropy"
+    """which positions to commit first: random, max_prob, margin (gap between the best two) or entropy (lowest)"""
+
     policy_temperature: float = Field(default=0.0, ge=0, allow_inf_nan=False)
-    """randomness of the order: positions drawn by confidence / this, without replacement; 0 = the surest"""
-
-    threshold: float | None = Field(default=None, gt=0, le=1)
-    """commit also every token at least this probable; for the policy margin, of at least this margin (Fast-dLLM)"""
-
-    factor: float | None = Field(default=None, gt=0)
-    """commit also the n most probable tokens, the most for which (n + 1)(1 - p of the nth) < this (Fast-dLLM)"""
-
-    entropy_bound: float | None = Field(default=None, ge=0)
-    """commit also the tokens of least entropy, whose entropies without the largest add up to this (EB-Sampler)"""
-
-    ar_bound: float | None = Field(default=None, ge=0)
-    """an entropy bound of this times the local AR-ness until now: wide as long as tokens come one behind the other"""
-
-    adaptive: bool = False
-    """commit also every token more probable than those committed so far are on average (Saber)"""
-
-    revoke: float = Field(default=0.0, ge=0, lt=1)
-    """mask again this share of as many tokens as a step commits: those that lost most probability since (Saber)"""
+    """temperature for sampling positions by confidence; 0 = always the most confident"""
 
     block: int | None = Field(default=None, ge=1)
     """fill the canvas in blocks of this many positions from left to right, any order within; None = one block"""
 
-    horizon: int | None = Field(default=None, ge=1)
-    """show the model only this many positions from the first mask on, and the last; None = the whole canvas"""
+    # rule: what a step may commit beyond its schedule
 
-    drafts: int = Field(default=0, ge=0)
-    """commitments guessed ahead and checked by one pass: the same result in fewer, wider passes (self-speculation)"""
+    threshold: float | None = Field(default=None, gt=0, le=1)
+    """also commit every token at least this probable; for the policy margin, of at least this margin (Fast-dLLM)"""
 
-    branches: int = Field(default=1, ge=1)
-    """canvases looked at in one pass, with another token each, of which the surest goes on (LoPA); 1 = none but one"""
+    factor: float | None = Field(default=None, gt=0)
+    """also commit the n most probable tokens, for the largest n with (n + 1)(1 - p of the nth) < this (Fast-dLLM)"""
+
+    entropy_bound: float | None = Field(default=None, ge=0)
+    """also commit tokens of low entropy while their sum, without the largest, is at most this (EB-Sampler)"""
+
+    revoke: float = Field(default=0.0, ge=0, lt=1)
+    """mask again this share of as many tokens as a step commits: those that lost most probability since (Saber)"""
+
+    # cache: what a pass does not compute again
 
     cache: Literal["none", "prefix", "dual", "delayed"] = "none"
-    """what passes do not compute anew: keys and values left of the block, of all outside it (Fast-dLLM), or of every
-    token from the second pass on after the one that committed it (dKV-Cache)"""
-
-    refresh_every: int | None = Field(default=None, ge=1)
-    """steps until a cache is computed anew; None = when a block begins"""
-
-    vicinity: int = Field(default=0, ge=0)
-    """positions on either side of the block that a cache leaves out, too (dInfer)"""
-
-    cache_delay: int = Field(default=0, ge=0)
-    """steps into a block for which the block before it is not taken from the cache (d3LLM)"""
+    """key/value caching: none, prefix (left of the block), dual (outside it), delayed (each token once committed)"""
 
     eps: float = Field(default=1e-3, gt=0, lt=1)
     """end of the time grid of the `reference` preset, which runs from 1 down to this"""
 
-    seed: int = Field(default=0, ge=0)
-    """fixes the result, together with the number of the sample"""
-
-    new_tokens: int = Field(default=64, ge=1)
-    """masks put behind a prompt; for text-level generation: a canvas brings its own"""
-
-    num_samples: int = Field(default=1, ge=1)
-    """samples of each canvas row, which become consecutive rows"""
-
-    stop: tuple[Annotated[str, Field(min_length=1)], ...] = ()
-    """end a text before the first of these strings; for text-level generation"""
-
     @model_validator(mode="after")
     def _settings_fit(self) -> Self:
-        names = ("threshold", "factor", "entropy_bound", "ar_bound")
-        rules = [name for name in names if getattr(self, name) is not None]
-        rules += ["adaptive"] if self.adaptive else []
-        changed = [name for name in _EXACT_ONLY if getattr(self, name) != type(self).model_fields[name].default]
-        if self.preset == "reference" and changed:
-            raise ValueError(f"{changed[0]} is no setting of the reference preset; use preset='exact'")
+        if self.preset == "reference":
+            for name in _NOT_REFERENCE:
+                if getattr(self, name) != type(self).model_fields[name].default:
+                    raise ValueError(f"{name} is not a setting of the reference preset; use preset='exact'")
+        rules = [name for name in _RULES if getattr(self, name) is not None]
         if len(rules) > 1:
             raise ValueError(f"{rules[0]} and {rules[1]} are two rules for what a step commits; choose one")
-        if rules and rules[0] in ("entropy_bound", "ar_bound") and self.policy != "entropy":
-            raise ValueError(f"{rules[0]} goes by the policy 'entropy', not {self.policy!r}; use threshold or factor")
-        others = {"branches": self.branches > 1, "revoke": self.revoke > 0, "adaptive": self.adaptive}
-        others["ar_bound"] = self.ar_bound is not None  # how much is committed hangs on the order until then
-        others["a delayed cache"] = self.cache == "delayed"  # what it keeps depends on the passes that led there
-        other = next((name for name, there in others.items() if there), "")
-        if self.drafts and other:
-            raise ValueError(f"drafts={self.drafts} cannot foresee steps under {other}; drop one of them")
+        if self.entropy_bound is not None and self.policy != "entropy":
+            raise ValueError(f"entropy_bound needs the policy 'entropy', not {self.policy!r}; use threshold or factor")
         if self.cache in ("prefix", "dual") and self.block is None:
             raise ValueError(f"cache={self.cache!r} is kept for a block; give block, 32 for example")
-        if self.cache == "delayed" and (self.vicinity or self.cache_delay):
-            name = "vicinity" if self.vicinity else "cache_delay"
-            raise ValueError(f"{name} is measured from the block of a cache, and 'delayed' has none; drop one of them")
-        if self.cache != "none" and self.horizon is not None:
-            raise ValueError(f"horizon={self.horizon} and cache={self.cache!r} both narrow the pass; choose one")
+        if self.preset == "fast":
+            self._fill_in_fast()
         return self
+
+    def _fill_in_fast(self) -> None:
+        """Set what the preset `fast` stands for, except where the user has decided otherwise."""
+        given = self.model_fields_set
+        if not given & {*_RULES, "steps"}:
+            rule = "entropy_bound" if self.policy == "entropy" else "threshold"
+            self.__dict__[rule] = FAST[rule]  # not a field that the user has set: `replace` decides again
+        if not given & {"cache", "block"}:
+            self.__dict__["cache"] = FAST["cache"]
 
     @property
     def stochastic(self) -> bool:
@@ -139,20 +124,22 @@ class DecodingParams(Settings):
 
     def replace(self, **changes: Any) -> "DecodingParams":  # Any: each field has its own type, checked by pydantic
         """These settings with `changes`, validated (pydantic's own `model_copy` does not validate)."""
-        return DecodingParams(**{**self.model_dump(), **changes})
+        return DecodingParams(**{**self.model_dump(exclude_unset=True), **changes})
 
     @classmethod
     def from_dream(cls, **dream: Any) -> "DecodingParams":  # Any: as they are passed to `diffusion_generate`
         """The `reference` preset from sampling arguments of Dream's `diffusion_generate`, and its defaults."""
         for name in dream:
             if name in _NOT_SAMPLING:
-                raise ConfigError(f"{name!r} of diffusion_generate is no sampling argument; use {_NOT_SAMPLING[name]}")
+                instead = _NOT_SAMPLING[name]
+                raise ConfigError(f"{name!r} of diffusion_generate is not a sampling argument; use {instead}")
             if name not in _DREAM_DEFAULTS:
                 close = get_close_matches(name, _DREAM_DEFAULTS, n=1)
                 hint = f"did you mean {close[0]!r}?" if close else f"known: {', '.join(sorted(_DREAM_DEFAULTS))}"
                 raise ConfigError(f"unknown argument {name!r} of diffusion_generate; {hint}")
         arguments = {**_DREAM_DEFAULTS, **dream}
-        alg, policy_temperature = arguments.pop("alg"), arguments.pop("alg_temp")
+        alg = arguments.pop("alg")
+        policy_temperature = arguments.pop("alg_temp")
         if alg not in _DREAM_POLICIES:
             raise ConfigError(f"alg={alg!r} is not one of Dream's: {', '.join(_DREAM_POLICIES)}")
         return cls(
@@ -164,10 +151,11 @@ class DecodingParams(Settings):
         )
 
 
-_EXACT_ONLY = (
-    *("threshold", "factor", "entropy_bound", "ar_bound", "adaptive", "revoke"),
-    *("block", "horizon", "drafts", "branches", "cache"),
-)
+FAST: dict[str, Any] = {"entropy_bound": 0.01, "threshold": 0.99, "cache": "delayed"}  # Any: types of the fields
+"""What the preset `fast` adds: one rule (threshold where the policy is not entropy) and a cache."""
+
+_RULES = ("threshold", "factor", "entropy_bound")
+_NOT_REFERENCE = (*_RULES, "revoke", "block", "cache")
 _DREAM_POLICIES: dict[str, Policy] = {
     "origin": "random",
     "maskgit_plus": "max_prob",

@@ -1,42 +1,131 @@
-"""Policies: which masked positions are committed now, and how many.
+"""Policies: in which order masked positions are committed, and how many by each step.
 
-For: pure functions of (B, T) tensors, from confidence to the set of positions. Not for: how confidence comes about
-(`sampling`).
+For: small objects with pure functions of (R, T) tensors, R rows of T positions. Not for: logits (`sampling`).
 
-Three ideas a newcomer needs. A *schedule* is laid down when a request begins: what each step commits, as a count
-(preset `exact`) or as a share of what is masked (`reference`). A *priority* orders the positions within a step: the
-confidence itself, perturbed by Gumbel noise where the order is random, or noise alone. A *rule* lets a step commit more
-than the schedule asks for: everything the model is sure enough of.
+Three ideas a newcomer needs. A *schedule* says how many tokens are due at each step: a count, or for the preset
+`reference` a share of what is masked. An *order* gives each position a priority: how confident the model is, perturbed
+by Gumbel noise if the order is random, or noise alone. A *rule* commits what is due in that order, and may commit more:
+everything the model is confident enough of. To add one: a class, an entry in `order_of` or `rule_of`, and a name or a
+setting in `params`.
 """
+
+from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from diffucoder.decoding.params import DecodingParams
 
-
-def schedule(masked: int, params: DecodingParams) -> Tensor:
-    """What each step commits of a row with `masked` masks: (steps,) fp32 counts, or shares for the reference preset."""
-    steps = max(masked, 1) if params.steps is None else params.steps
-    return shares(steps, params.eps) if params.preset == "reference" else quotas(masked, steps)
+# --- schedules -------------------------------------------------------------------------------------------------------
 
 
-def quotas(masked: int, steps: int) -> Tensor:
-    """(min(steps, masked),) fp32 counts that add up to `masked`: even, the remainder on the first steps."""
-    steps = min(steps, masked)
-    step = torch.arange(steps)
-    return (masked // max(steps, 1) + (step < masked % max(steps, 1))).float()
+class Schedule(Protocol):
+    """How many of a row's masks are to be committed, step by step."""
+
+    steps: int
+
+    def due(self, step: int, left: int) -> float:
+        """What `step` is to commit of the `left` masks that are there before it: a count, or a probability."""
 
 
-def shares(steps: int, eps: float) -> Tensor:
-    """(steps,) fp32 shares of the remaining masks, as released: 1 - s/t on a time grid from 1 to `eps`; at last, all.
+class Quotas:
+    """Equal counts that add up to `masked`, the remainder in the first steps; at least one a step."""
+
+    def __init__(self, masked: int, steps: int | None) -> None:
+        self.masked = masked
+        self.steps = min(masked if steps is None else steps, masked)
+
+    def due(self, step: int, left: int) -> float:
+        """What is missing to the count that the schedule has after `step`."""
+        done = step + 1
+        scheduled = self.masked // self.steps * done + min(done, self.masked % self.steps)
+        return max(1, min(scheduled, self.masked) - (self.masked - left))
+
+
+class ReleasedShares:
+    """Shares of the remaining masks, as released: 1 - s/t on a time grid from 1 to `eps`; in the last step, all.
 
     Rounded down to counts they commit nothing in the first step and several in the last when steps = tokens.
     """
-    time = torch.linspace(1, eps, steps + 1)
-    share = 1 - time[1:] / time[:-1]
-    share[-1] = 1
-    return share
+
+    def __init__(self, masked: int, steps: int | None, eps: float, *, independent: bool) -> None:
+        """`independent`: each mask is committed with that probability, in place of that share of them."""
+        self.steps = max(masked, 1) if steps is None else steps
+        self.independent = independent
+        time = torch.linspace(1, eps, self.steps + 1)
+        self.shares = 1 - time[1:] / time[:-1]  # (steps,)
+        self.shares[-1] = 1
+
+    def due(self, step: int, left: int) -> float:
+        """The share of `step`, or the count that it rounds down to."""
+        share = self.shares[step]
+        return float(share) if self.independent else float((share * left).floor())
+
+
+def schedule_of(params: DecodingParams, masked: int) -> Schedule:
+    """The schedule that `params` ask for, for a row of so many masks."""
+    if params.preset == "reference":
+        return ReleasedShares(masked, params.steps, params.eps, independent=params.policy == "random")
+    return Quotas(masked, params.steps)
+
+
+# --- orders ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Order:
+    """Most probable token first; the base of all orders."""
+
+    temperature: float = 0.0
+
+    def confidence(self, probabilities: Tensor, chosen: Tensor) -> Tensor:
+        """(M,) how confident the model is, given `probabilities` (M, V) and those of the chosen tokens, (M,)."""
+        return chosen
+
+    def priority(self, confidence: Tensor, uniform: Tensor) -> Tensor:
+        """(R, T), larger goes first, from `confidence` and uniform random numbers in [0, 1), (R, T) each."""
+        if not self.temperature:
+            return confidence
+        return confidence / self.temperature + gumbel(uniform)
+
+
+class MarginOrder(Order):
+    """Widest gap between the two most probable tokens first."""
+
+    def confidence(self, probabilities: Tensor, chosen: Tensor) -> Tensor:
+        """(M,) the gap."""
+        best = probabilities.topk(2, -1).values
+        return best[:, 0] - best[:, 1]
+
+
+class EntropyOrder(Order):
+    """Lowest entropy first."""
+
+    def confidence(self, probabilities: Tensor, chosen: Tensor) -> Tensor:
+        """(M,) the negative entropy in nats, computed as in the released code."""
+        return (probabilities + 1e-10).log_().mul_(probabilities).sum(-1)
+
+
+class RandomOrder(Order):
+    """Any position first."""
+
+    def priority(self, confidence: Tensor, uniform: Tensor) -> Tensor:
+        """(R, T) the random numbers themselves."""
+        return uniform
+
+
+_ORDERS: dict[str, type[Order]] = {
+    "random": RandomOrder,
+    "max_prob": Order,
+    "margin": MarginOrder,
+    "entropy": EntropyOrder,
+}
+
+
+def order_of(params: DecodingParams) -> Order:
+    """The order that `params` ask for."""
+    return _ORDERS[params.policy](params.policy_temperature)
 
 
 def gumbel(uniform: Tensor) -> Tensor:
@@ -48,53 +137,128 @@ def gumbel(uniform: Tensor) -> Tensor:
     return -(-uniform.clamp(min=torch.finfo(uniform.dtype).tiny).log()).log()
 
 
-def commit(priority: Tensor, masked: Tensor, budget: Tensor) -> Tensor:
-    """Each row's `budget` (B,) masked positions of highest `priority` (B, T), ties to the left: (B, T) bool."""
-    finite = priority.clamp(min=torch.finfo(priority.dtype).min)  # so that every masked position precedes the others
-    order = finite.masked_fill(~masked, -torch.inf).argsort(dim=-1, descending=True, stable=True)  # (B, T)
-    chosen = torch.arange(masked.shape[1]) < budget[:, None]  # (B, T), by rank
-    return masked & chosen.scatter(1, order, chosen)
+# --- rules -----------------------------------------------------------------------------------------------------------
 
 
-def surer_than(probability: Tensor, masked: Tensor, least: Tensor) -> Tensor:
-    """Masked positions of at least the probability (or margin) `least` (B,): (B, T) bool. Fast-dLLM's threshold."""
-    return masked & (probability >= least[:, None])
+@dataclass(frozen=True, eq=False)
+class Candidates:
+    """What a rule decides about: R rows of T positions."""
+
+    open: Tensor  # (R, T) bool: positions that may be committed now
+    priority: Tensor  # (R, T) by the order
+    confidence: Tensor  # (R, T) by the order, without its noise
+    probability: Tensor  # (R, T) of the proposed tokens
+    due: Tensor  # (R,) by the schedule
 
 
-def within_factor(probability: Tensor, masked: Tensor, factor: Tensor) -> Tensor:
-    """Each row's n most probable masked positions, for the largest n with (n + 1)(1 - p of the nth) < `factor` (B,).
+class Rule(Protocol):
+    """What a step commits."""
+
+    def commit(self, candidates: Candidates) -> Tensor:
+        """(R, T) bool, a part of what is open."""
+
+
+@dataclass(frozen=True)
+class ScheduleRule:
+    """What is due, in order of priority, and nothing else."""
+
+    def commit(self, candidates: Candidates) -> Tensor:
+        """(R, T) bool."""
+        return highest(candidates.priority, candidates.open, candidates.due)
+
+
+@dataclass(frozen=True)
+class ThresholdRule:
+    """Also every token of at least this probability, or this confidence (Fast-dLLM's threshold)."""
+
+    least: float
+    by_confidence: bool
+
+    def commit(self, candidates: Candidates) -> Tensor:
+        """(R, T) bool."""
+        value = candidates.confidence if self.by_confidence else candidates.probability
+        due = highest(candidates.priority, candidates.open, candidates.due)
+        return due | (candidates.open & (value >= self.least))
+
+
+@dataclass(frozen=True)
+class FactorRule:
+    """Also each row's n most probable tokens, for the largest n with (n + 1)(1 - p of the nth) < `factor`.
 
     Fast-dLLM (arXiv 2505.22618, §3.3): with every p above 1 - 1/(n + 1) committing together picks what one after the
     other would.
     """
-    ordered = probability.masked_fill(~masked, -1).sort(dim=-1, descending=True, stable=True)  # (B, T) by rank
-    rank = torch.arange(1, masked.shape[1] + 1, device=masked.device)  # (T,)
-    fits = (rank + 1) * (1 - ordered.values) < factor[:, None]  # (B, T); what is not masked has 1 - p = 2
-    most = (fits * rank).amax(-1, keepdim=True)  # (B, 1)
-    return masked & torch.zeros_like(masked).scatter(1, ordered.indices, rank <= most)
+
+    factor: float
+
+    def commit(self, candidates: Candidates) -> Tensor:
+        """(R, T) bool."""
+        open_ = candidates.open
+        ordered = candidates.probability.masked_fill(~open_, -1).sort(dim=-1, descending=True, stable=True)
+        rank = torch.arange(1, open_.shape[1] + 1)  # (T,)
+        fits = (rank + 1) * (1 - ordered.values) < self.factor  # (R, T) by rank; what is not open has 1 - p = 2
+        most = (fits * rank).amax(-1, keepdim=True)  # (R, 1)
+        within = torch.zeros_like(open_).scatter(1, ordered.indices, rank <= most)
+        return highest(candidates.priority, open_, candidates.due) | (open_ & within)
 
 
-def within_entropy(entropy: Tensor, masked: Tensor, bound: Tensor) -> Tensor:
-    """Each row's masked positions of least `entropy` (B, T), whose sum without the largest is at most `bound` (B,).
+@dataclass(frozen=True)
+class EntropyBoundRule:
+    """Also each row's tokens of least entropy, whose entropies without the largest add up to at most `bound`.
 
     The entropy-bounded sampler (arXiv 2505.24857): the sum bounds what is lost by taking tokens as independent.
     """
-    ordered = entropy.masked_fill(~masked, torch.inf).sort(dim=-1, stable=True)  # (B, T) by rank
-    before = ordered.values.cumsum(-1).roll(1, -1)  # (B, T) sum of those before; the first has none
-    before[:, 0] = 0
-    return masked & torch.zeros_like(masked).scatter(1, ordered.indices, before <= bound[:, None])
+
+    bound: float
+
+    def commit(self, candidates: Candidates) -> Tensor:
+        """(R, T) bool."""
+        open_ = candidates.open
+        ordered = (-candidates.confidence).masked_fill(~open_, torch.inf).sort(dim=-1, stable=True)  # (R, T) by rank
+        before = ordered.values.cumsum(-1).roll(1, -1)  # (R, T) sum of those before; the first has none
+        before[:, 0] = 0
+        within = torch.zeros_like(open_).scatter(1, ordered.indices, before <= self.bound)
+        return highest(candidates.priority, open_, candidates.due) | (open_ & within)
 
 
-def commit_released(priority: Tensor, masked: Tensor, budget: Tensor) -> Tensor:
-    """As `commit`, but with ties broken by `torch.topk`, as released: they are common in bf16."""
-    priority = priority.masked_fill(~masked, -torch.inf)
-    committed = torch.zeros_like(masked)
-    for count in set(budget.tolist()):  # topk breaks ties differently for each count
-        rows = (budget == count).nonzero()  # (b, 1)
-        committed[rows, priority[rows[:, 0]].topk(count, -1).indices] = True
-    return committed & masked
+@dataclass(frozen=True)
+class ReleasedRule:
+    """What is due, with ties broken by `torch.topk`, as released: they are common in bf16."""
+
+    def commit(self, candidates: Candidates) -> Tensor:
+        """(R, T) bool."""
+        priority = candidates.priority.masked_fill(~candidates.open, -torch.inf)
+        committed = torch.zeros_like(candidates.open)
+        for row, due in enumerate(candidates.due.long().tolist()):
+            committed[row, priority[row].topk(due).indices] = True
+        return committed & candidates.open
 
 
-def commit_randomly(uniform: Tensor, masked: Tensor, share: Tensor) -> Tensor:
-    """The released `origin`: every masked position commits by itself, with probability `share` (B,)."""
-    return masked & (uniform < share[:, None])
+@dataclass(frozen=True)
+class ReleasedRandomRule:
+    """The released `origin`: every open position is committed by itself, with the probability that is due."""
+
+    def commit(self, candidates: Candidates) -> Tensor:
+        """(R, T) bool."""
+        return candidates.open & (candidates.priority < candidates.due[:, None])
+
+
+def rule_of(params: DecodingParams) -> Rule:
+    """The rule that `params` ask for."""
+    if params.preset == "reference":
+        return ReleasedRandomRule() if params.policy == "random" else ReleasedRule()
+    if params.threshold is not None:
+        return ThresholdRule(params.threshold, by_confidence=params.policy == "margin")
+    if params.factor is not None:
+        return FactorRule(params.factor)
+    if params.entropy_bound is not None:
+        return EntropyBoundRule(params.entropy_bound)
+    return ScheduleRule()
+
+
+def highest(priority: Tensor, open_: Tensor, count: Tensor) -> Tensor:
+    """Each row's `count` (R,) open positions of highest `priority` (R, T), ties to the left: (R, T) bool."""
+    finite = priority.clamp(min=torch.finfo(priority.dtype).min)  # so that every open position precedes the others
+    ranked = finite.masked_fill(~open_, -torch.inf).argsort(dim=-1, descending=True, stable=True)  # (R, T)
+    chosen = torch.arange(open_.shape[1]) < count[:, None]  # (R, T), by rank
+    return open_ & chosen.scatter(1, ranked, chosen)

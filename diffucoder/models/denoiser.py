@@ -1,6 +1,6 @@
 """The Denoiser: a transformers causal language model made bidirectional, whose row i scores token i.
 
-For: one forward pass over canvases, with padding, annealed attention, and logits for wanted rows only.
+For: scoring positions of canvases, with padding, annealed attention, and logits for wanted positions only.
 Not for: reading checkpoints (`checkpoint`), corrupting or losses (`diffusion`), choosing tokens (`decoding`).
 
 Two ideas a newcomer needs:
@@ -8,7 +8,11 @@ Two ideas a newcomer needs:
 * **Bidirectional.** transformers' own classes attend both ways once `config.is_causal` and each attention module's
   `is_causal` are False; so set they are bit-equal to Dream's released model, and no modelling code is kept here.
 * **The shift.** The weights come from next-token models, so the hidden state at i-1 predicts token i. This module moves
-  rows so that row i scores token i, and nothing else in the project knows about it.
+  rows so that row i scores token i. Nothing else in the project knows about it: whoever feeds parts of a canvas asks
+  `needed_for` and `scorable`.
+
+There are two ways through the model. `forward` runs transformers' layers, with gradients when they are enabled: for
+training, and for the released arithmetic. `score` runs `FastLayers`, with or without a cache: for decoding.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -20,11 +24,12 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from diffucoder.errors import CheckpointError
-from diffucoder.models.lean import CanvasCache, Fed, LeanBody
-from diffucoder.models.projections import Project, int8_projection, packable, packed_projection, round_rows
+from diffucoder.models.cache import KVCache
+from diffucoder.models.layers import FastLayers, Project, flat_positions, plan_layout
 
 SUPPORTED_TYPES = ("qwen2", "qwen3", "llama")  # plain softmax attention, logits = lm_head(hidden), nothing in between
 CHUNK_ELEMENTS = 3 * 2**23  # logits alive at once under `reduce`: 48 MiB in bf16, 165 rows of Qwen's vocabulary
+COMPILED_STEP = 64  # compiled layers are fed multiples of so many tokens
 
 Reduced = Tensor | tuple[Tensor, ...]
 Reduce = Callable[[Tensor, slice], Reduced]
@@ -44,10 +49,8 @@ class Denoiser(nn.Module):
         self.shifted = shifted
         self._no_split_modules = model._no_split_modules  # what accelerate shards by: the layers
         self.chunk_elements = CHUNK_ELEMENTS
-        self._lean: LeanBody | None = None
-        self._int8 = self._packed = False  # what the lean body is made of
-        self.compiled = False  # decoding keeps to a few shapes, which are compiled
-        self.proposable: int = self.vocab_size  # how many leading ids decoding may propose; fewer where some are spare
+        self._fast: FastLayers | None = None
+        self.compiled = False  # the fast layers are compiled, and fed few shapes
 
     @classmethod
     def from_causal_lm(cls, model: Any, *, mask_id: int, shifted: bool = True) -> "Denoiser":
@@ -104,66 +107,144 @@ class Denoiser(nn.Module):
     @property
     def device(self) -> torch.device:
         """Where the weights are, and where results come out."""
-        return next(self.parameters()).device if self._lean is None else self._lean.device
+        return next(self.parameters()).device if self._fast is None else self._fast.device
 
     @property
     def dtype(self) -> torch.dtype:
         """The dtype of the weights, and of the logits outside autocast."""
         return self.model.get_input_embeddings().weight.dtype  # type: ignore[no-any-return]  # model is Any
 
-    @property
-    def compute_dtype(self) -> torch.dtype:
-        """The dtype that decoding multiplies weights in: theirs, or int8."""
-        return torch.int8 if self._int8 else self.dtype
+    # --- which positions a score needs ---
 
-    def use_lean(self, *, int8: bool = False, packed: bool = False, compiled: bool = False) -> None:
-        """Decode by the lean body from now on, where the architecture has one; training goes by transformers' layers.
+    @property
+    def first_scorable(self) -> int:
+        """The first position of a canvas that the model can score: 1 for shifted models, else 0."""
+        return 1 if self.shifted else 0
+
+    def needed_for(self, positions: Tensor) -> Tensor:
+        """The positions that a pass must be fed to score `positions`, (..., T) bool each."""
+        if not self.shifted:
+            return positions
+        return nn.functional.pad(positions[..., 1:], (0, 1))
+
+    def scorable(self, fed: Tensor) -> Tensor:
+        """Those of the positions `fed` that a pass over them can score, (..., T) bool each."""
+        if not self.shifted:
+            return fed
+        return fed & nn.functional.pad(fed[..., :-1], (1, 0))
+
+    # --- decoding ---
+
+    @property
+    def has_fast_layers(self) -> bool:
+        """Whether decoding runs by `FastLayers`, which a cache needs."""
+        return self._fast is not None
+
+    @property
+    def cache(self) -> KVCache:
+        """The cache of the fast layers. CheckpointError for a model without them."""
+        if self._fast is None:
+            self.use_fast_layers()
+        if self._fast is None:
+            raise CheckpointError(
+                f"this {self.config.model_type!r} model has no cache for its layers (adapters, or RoPE by length); "
+                "use cache='none'"
+            )
+        return self._fast.cache
+
+    def use_fast_layers(self, *, compiled: bool = False) -> None:
+        """Decode by `FastLayers` from now on, where they support the architecture.
 
         The model's projections become views of joined weights. Call it again after putting other modules in place.
-        `packed` goes by a copy of them laid out for this CPU, where that is possible and small (`packable`): for
-        weights that nothing changes any more. With `int8` it multiplies a copy of them in eight bits: CheckpointError
-        where there is no CPU or no lean body to do so. `compiled` has torch compile layers and sampler, for which
-        decoding pads what it feeds to a few shapes: CheckpointError where there is no lean body.
+        `compiled` has torch compile the layers, for which passes are padded to a few shapes: CheckpointError where the
+        architecture is not supported.
         """
-        fit = packed and not int8 and not compiled and packable(self.model)
-        lean = LeanBody.of(
-            self.model, copy=int8_projection if int8 else packed_projection if fit else None, centred=fit
-        )
-        if int8 and (lean is None or self.device.type != "cpu"):
-            what = f"a {self.config.model_type!r} model on {self.device.type}"
-            raise CheckpointError(f"{what} cannot be decoded in int8, plain layers on a CPU can; use bfloat16")
+        self._fast = FastLayers(self.model) if FastLayers.supports(self.model) else None
+        self.compiled = compiled
         if compiled:
-            if lean is None:
-                raise CheckpointError(f"a {self.config.model_type!r} model has no lean body to compile; leave it out")
-            lean.compile()
-        self._lean, self._int8, self._packed, self.compiled = lean, int8, packed, compiled
+            if self._fast is None:
+                kind = self.config.model_type
+                raise CheckpointError(f"a {kind!r} model has no layers to compile; use compiled=False")
+            self._fast.compile()
 
     @contextmanager
-    def lean_snapshot(self, dtype: torch.dtype) -> Iterator[None]:
-        """Decode by a lean copy of the weights as they are now, in `dtype`: what a model in training writes with."""
-        before, self._lean = self._lean, LeanBody.of(self.model, dtype=dtype)
+    def fast_snapshot(self, dtype: torch.dtype) -> Iterator[None]:
+        """Decode by a copy of the weights as they are now, in `dtype`: for a model that is being trained."""
+        before = self._fast
+        self._fast = FastLayers(self.model, dtype) if FastLayers.supports(self.model) else None
         try:
             yield
         finally:
-            self._lean = before
-
-    def new_cache(self, lengths: Tensor) -> CanvasCache:
-        """An empty cache for canvases of `lengths` (B,). CheckpointError for a model without a lean body."""
-        if self._lean is None:
-            self.use_lean()
-        if self._lean is None:
-            raise CheckpointError(
-                f"this {self.config.model_type!r} model has no cache for its layers; use cache='none'"
-            )
-        return self._lean.new_cache(lengths)
+            self._fast = before
 
     def _apply(self, fn: Any, recurse: bool = True) -> "Denoiser":  # Any: as torch has it
-        """As ever: weights that are moved or cast take the lean body's place, which is made anew."""
-        lean, self._lean = self._lean, None
+        """Move or cast the weights, then read the fast layers again."""
+        fast = self._fast
+        self._fast = None
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # torch leaves it untyped
-        if lean is not None:
-            self.use_lean(int8=self._int8, packed=self._packed, compiled=self.compiled)
+        if fast is not None:
+            self.use_fast_layers(compiled=self.compiled)
         return self
+
+    @torch.no_grad()
+    def score(
+        self,
+        tokens: Tensor,
+        *,
+        valid: Tensor,
+        feed: Tensor,
+        wanted: Tensor,
+        reduce: Reduce,
+        cache_rows: Sequence[int] | None = None,
+        released: bool = False,
+    ) -> tuple[Tensor, ...]:
+        """Reduce the logits of some positions of canvases, computing only what is fed. For decoding.
+
+        tokens (R, T) int64, `valid` (R, T) bool False on left padding, and `feed` (R, T) bool are on the host. `wanted`
+        (M, 2) int64 are (row, position) pairs, each `scorable` from what is fed. With `cache_rows` (one for each
+        canvas, acquired from `cache`) positions that are not fed are seen as they were when they were fed last;
+        without, everything valid must be fed. `released` computes by transformers' layers, as the released code does.
+        Returns the results of `reduce`, one row for each wanted position, (M, ...) each.
+        """
+        fast = self._fast
+        if fast is None or released or self.config.is_causal:
+            assert cache_rows is None, "a cache belongs to fast layers"
+            reduced = self(tokens, valid=valid, rows=wanted, reduce=reduce)
+            return reduced if isinstance(reduced, tuple) else (reduced,)
+        positions = (valid.long().cumsum(-1) - 1).clamp(min=0)  # (R, T)
+        fed = flat_positions(feed, self._feed_step())  # (N,)
+        layout = plan_layout(
+            feed,
+            fed,
+            positions,
+            device=fast.device,
+            cache=None if cache_rows is None else fast.cache,
+            cache_rows=cache_rows or (),
+            static=self.compiled,
+        )
+        with _without_autocast(fast.device):  # the layers are of one dtype
+            hidden = fast(
+                tokens.flatten()[fed].to(fast.device),
+                positions.flatten()[fed].to(fast.device),
+                layout,
+                longest=int(positions.max()) + 1,
+            )  # (N, H)
+            index_of = feed.flatten().cumsum(0) - 1  # (R * T,) of each fed position among the N
+            row, position = self._sources(wanted, valid).unbind(-1)
+            source = index_of[row * tokens.shape[1] + position]  # (M,)
+            return self._reduced(hidden[source.to(fast.device)], fast.head, reduce)
+
+    def _feed_step(self) -> int:
+        """Passes are fed multiples of so many tokens.
+
+        For bfloat16 on CPUs oneDNN compiles a kernel for each size of a matrix product that it meets: a millisecond,
+        and half a megabyte that it keeps. Compiled layers are compiled for each size as well.
+        """
+        if self.compiled:
+            return COMPILED_STEP
+        return 8 if self.dtype == torch.bfloat16 and self.device.type == "cpu" else 1
+
+    # --- training ---
 
     def forward(
         self,
@@ -171,102 +252,64 @@ class Denoiser(nn.Module):
         *,
         valid: Tensor | None = None,
         attention: Tensor | None = None,
-        positions: Tensor | None = None,
-        cache: CanvasCache | None = None,
-        places: Sequence[int] | None = None,
         rows: Tensor | None = None,
         reduce: Reduce | None = None,
-        released: bool = False,
     ) -> Reduced:
         """Score positions of `tokens` (B, T) int64: row i of the result holds the logits of token i.
 
-        `valid` (B, T) bool is False on left padding; leave it out where nothing is padded, which saves a look at the
-        device. What padded positions score means nothing, but is finite. `attention` bool, (T, T) or (B, T, T),
-        True where query (row) may see key (column), narrows full attention; a lower triangle is the autoregressive
-        model. The first real position has no neighbour to its left and is scored from itself: put a real token there.
-
-        Part of a canvas may be fed alone: `positions` (B, T) int64 are then the places in it, increasing along a row;
-        with a `cache` the rest is seen as it was when it was fed last, and `places` are the B rows of it that the
-        canvases have, the first ones where left out. Row i scores its token only where position i - 1
-        is fed right before it. `released` computes by transformers' own layers, bit for bit as the release does.
+        `valid` (B, T) bool is False on left padding; leave it out where nothing is padded, which saves a device
+        synchronisation. What padded positions score means nothing, but is finite. `attention` bool, (T, T) or
+        (B, T, T), True where query (row) may see key (column), narrows full attention; a lower triangle is the
+        autoregressive model. The first real position of a shifted model is scored from itself: put a real token there.
 
         Returns (B, T, V) logits in the model's dtype; with `rows` (M, 2) int64 of (row, position) pairs only those,
         (M, V). With `reduce`, its results instead, one row for each logit row, (B, T, ...) or (M, ...): it is called
         on chunks of at most `chunk_elements` logits, so the whole never exists, in training either.
         """
-        # Asked here, where the tensors may still be on the host: nothing below waits for the device
-        longest = tokens.shape[1] if positions is None else int(positions.max()) + 1
-        if valid is not None and bool(valid.all()):
+        if valid is not None and bool(valid.all()):  # read before it moves: it may still be on the host
             valid = None
-        narrow = self._packed and self.device.type == "cpu" and len(tokens) == 1
-        more = round_rows(tokens.shape[1]) - tokens.shape[1] if narrow else 0
-        if more and positions is not None and rows is not None:
-            real = torch.ones_like(tokens, dtype=torch.bool) if valid is None else valid
-            tokens, positions, valid = (nn.functional.pad(each, (more, 0)) for each in (tokens, positions, real))
-            rows = rows + rows.new_tensor([0, more])
-        lean = self._lean
-        plain = lean is None or torch.is_grad_enabled() or released or self.config.is_causal
-        # Nor do real tokens wait for padding; what is compiled keeps to its shapes
-        fed = None
-        if not plain:
-            mask = None if cache is not None else _mask(tokens, valid, attention)[0]
-            packed = len(tokens) > 1 and valid is not None and not self.compiled
-            fed = Fed.of(
-                tokens,
-                valid,
-                mask=mask,
-                cache=cache,
-                places=places or range(len(tokens)),
-                positions=positions,
-                packed=packed,
-                split=packed and self.device.type == "cpu",  # where a call costs less than what it leaves out
-            ).to(self.device)
-        # Where the model is, wherever they come from: no copy where they are there already
-        tokens = tokens.to(self.device)
-        given = (valid, attention, positions, rows)
-        valid, attention, positions, rows = (None if t is None else t.to(self.device) for t in given)
-        if lean is None or plain:
-            assert cache is None, "new_cache makes a lean body, which decodes"
-            head = self.model.get_output_embeddings()
-            mask, counted = _mask(tokens, valid, attention)
-            body = self.model.base_model  # the layers and final norm, without the head
-            hidden = body(
-                input_ids=tokens,
-                attention_mask=mask,
-                position_ids=counted if positions is None else positions,
-                use_cache=False,
-            ).last_hidden_state  # (B, T, H)
-        else:
-            head = lean.head
-            positions = _counted(valid) if positions is None and valid is not None else positions
-            with _without_autocast(self.device):  # it is of one dtype
-                hidden = lean(tokens, positions=positions, longest=longest, fed=fed)  # (B, T, H)
-        hidden = self._aligned(hidden, valid, rows)  # (B, T, H) or (M, H)
+        device = self.device
+        valid = None if valid is None else valid.to(device)
+        attention = None if attention is None else attention.to(device)
+        rows = None if rows is None else rows.to(device)
+        mask, positions = _mask_and_positions(valid, attention)
+        body = self.model.base_model  # the layers and final norm, without the head
+        hidden = body(
+            input_ids=tokens.to(device), attention_mask=mask, position_ids=positions, use_cache=False
+        ).last_hidden_state  # (B, T, H)
+        head = self.model.get_output_embeddings()
+        # (B, T, H), or (M, H) of the wanted rows
+        hidden = self._aligned(hidden, valid) if rows is None else hidden[tuple(self._sources(rows, valid).T)]
         if reduce is None:
             return head(hidden)  # type: ignore[no-any-return]  # the model is Any
         results = self._reduced(hidden.flatten(0, -2), head, reduce)  # each (B * T, ...) or (M, ...)
-        # (M, ...) as they are: FSDP2 warns of views among what it returns
-        shaped = results if rows is not None else tuple(r.reshape(*hidden.shape[:-1], *r.shape[1:]) for r in results)
-        return shaped if len(shaped) > 1 else shaped[0]
+        if rows is None:  # (M, ...) stay as they are: FSDP2 warns of views among what it returns
+            results = tuple(result.reshape(*hidden.shape[:-1], *result.shape[1:]) for result in results)
+        return results if len(results) > 1 else results[0]
 
-    def _aligned(self, hidden: Tensor, valid: Tensor | None, rows: Tensor | None) -> Tensor:
-        """The hidden state that scores each wanted position: (B, T, H) -> (B, T, H), or (M, H) with `rows`."""
-        batch, length = hidden.shape[:2]
+    # --- the shift ---
+
+    def _sources(self, wanted: Tensor, valid: Tensor | None) -> Tensor:
+        """The (row, position) pairs (M, 2) whose hidden states score the pairs `wanted` (M, 2)."""
         if not self.shifted:
-            return hidden if rows is None else hidden[rows[:, 0], rows[:, 1]]
-        # a row's first real token has no real left neighbour: like token 0, it reads itself, padded or not
-        if rows is not None:
-            row, position = rows.unbind(-1)  # (M,) each
-            left = (position - 1).clamp(min=0)
-            return hidden[row, left if valid is None else left.where(valid[row, left], position)]
-        source = torch.arange(length, device=hidden.device).expand(batch, length)  # (B, T)
-        real = torch.ones_like(source, dtype=torch.bool) if valid is None else valid
-        source = source - nn.functional.pad(real[:, :-1], (1, 0)).long()
+            return wanted
+        row, position = wanted.unbind(-1)
+        left = (position - 1).clamp(min=0)
+        if valid is not None:  # a row's first real token has no real left neighbour: it reads itself, padded or not
+            left = left.where(valid[row, left], position)
+        return torch.stack([row, left], -1)
+
+    def _aligned(self, hidden: Tensor, valid: Tensor | None) -> Tensor:
+        """The hidden state that scores each position: (B, T, H) -> (B, T, H)."""
+        batch, length = hidden.shape[:2]
+        row = torch.arange(batch, device=hidden.device).repeat_interleave(length)
+        position = torch.arange(length, device=hidden.device).repeat(batch)
+        source = self._sources(torch.stack([row, position], -1), valid)[:, 1].view(batch, length)  # (B, T)
         return hidden.gather(1, source[..., None].expand_as(hidden))
 
     def _reduced(self, hidden: Tensor, head: Project, reduce: Reduce) -> tuple[Tensor, ...]:
         """`reduce` over the logits of `hidden` (N, H), chunk by chunk: tensors of N rows each."""
-        size = max(1, self.chunk_elements // (self.vocab_size if self._lean is None else self._lean.vocab_size))
+        size = max(1, self.chunk_elements // self.vocab_size)
         starts = range(0, max(len(hidden), 1), size)  # no rows is still one (empty) chunk: it gives shapes and dtypes
 
         def part(chunk_hidden: Tensor, chunk: slice) -> Reduced:
@@ -275,10 +318,12 @@ class Denoiser(nn.Module):
         parts = []
         for start in starts:
             chunk = slice(start, min(start + size, len(hidden)))
-            # With gradients each chunk's logits would stay alive until backward: compute them again there instead.
-            again = torch.is_grad_enabled() and len(starts) > 1
-            out = checkpoint(part, hidden[chunk], chunk, use_reentrant=False) if again else part(hidden[chunk], chunk)
-            parts.append(out if isinstance(out, tuple) else (out,))
+            if torch.is_grad_enabled() and len(starts) > 1:
+                # Each chunk's logits would stay alive until backward: compute them again there instead
+                result = checkpoint(part, hidden[chunk], chunk, use_reentrant=False)
+            else:
+                result = part(hidden[chunk], chunk)
+            parts.append(result if isinstance(result, tuple) else (result,))
         return tuple(torch.cat(column) for column in zip(*parts, strict=True))
 
 
@@ -296,23 +341,20 @@ def set_causal(model: Any, causal: bool) -> None:
             module.is_causal = causal
 
 
-def _mask(tokens: Tensor, valid: Tensor | None, attention: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+def _mask_and_positions(valid: Tensor | None, attention: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
     """Attention mask (B or 1, 1, T, T) bool, True = visible, and position ids (B, T); None where nothing narrows."""
-    mask = None if attention is None else attention[None] if attention.ndim == 2 else attention  # (B or 1, T, T)
+    mask = attention  # (B or 1, T, T)
+    if attention is not None and attention.ndim == 2:
+        mask = attention[None]
     positions = None
     if valid is not None:
-        # a key is seen where both key and query are real
-        positions = _counted(valid)
-        both = valid[:, None, :] & valid[:, :, None]  # (B, T, T)
+        # Dream counts real tokens; padding is at position 1
+        positions = (valid.long().cumsum(-1) - 1).masked_fill(~valid, 1)
+        both = valid[:, None, :] & valid[:, :, None]  # (B, T, T): a key is seen where both key and query are real
         mask = both if mask is None else mask & both
         # A query that sees nothing is NaN in some attention kernels. Padding sees itself, and nobody sees padding.
         mask = mask | torch.diag_embed(~valid)
     return (None if mask is None else mask[:, None]), positions
-
-
-def _counted(valid: Tensor) -> Tensor:
-    """(B, T) position ids as Dream has them: they count real tokens, padding sits at 1."""
-    return (valid.long().cumsum(-1) - 1).masked_fill(~valid, 1)
 
 
 @torch.no_grad()

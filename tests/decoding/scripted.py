@@ -15,41 +15,49 @@ Score = Callable[[Tensor, Tensor], Tensor]  # (tokens (B, T), place in the row (
 
 
 class Scripted:
-    """Looks like a Denoiser to `advance`; `fed` holds the shape of every batch it was given."""
+    """Looks like a Denoiser to `advance`; `fed` holds the shape of every batch it was given.
 
-    def __init__(
-        self, score: Score, *, proposable: int = VOCABULARY, dtype: torch.dtype = torch.float32, chunk: int = 5
-    ) -> None:
+    Like a shifted model it scores a position only if the one to its left is fed too.
+    """
+
+    first_scorable = 1
+
+    def __init__(self, logits_of: Score, *, dtype: torch.dtype = torch.float32, chunk: int = 5) -> None:
         """`chunk` rows of logits at once: few, so that chunks matter."""
-        self.score, self.proposable, self.dtype, self.chunk = score, proposable, dtype, chunk
+        self.logits_of, self.dtype, self.chunk = logits_of, dtype, chunk
         self.device = torch.device("cpu")
         self.mask_id = MASK
-        self.compiled = False
         self.fed: list[tuple[int, ...]] = []
 
-    def __call__(
+    def needed_for(self, positions: Tensor) -> Tensor:
+        return torch.nn.functional.pad(positions[..., 1:], (0, 1))
+
+    def scorable(self, fed: Tensor) -> Tensor:
+        return fed & torch.nn.functional.pad(fed[..., :-1], (1, 0))
+
+    def score(
         self,
         tokens: Tensor,
         *,
-        valid: Tensor | None,
-        rows: Tensor,
+        valid: Tensor,
+        feed: Tensor,
+        wanted: Tensor,
         reduce: Callable[[Tensor, slice], tuple[Tensor, ...]],
-        positions: Tensor | None = None,
-        cache: None = None,
-        places: None = None,
+        cache_rows: None = None,
         released: bool = False,
     ) -> tuple[Tensor, ...]:
+        assert torch.equal(feed, valid), "there is no cache"
         self.fed.append(tuple(tokens.shape))
-        wanted = self.logits(tokens, valid, positions)[rows[:, 0], rows[:, 1]]  # (M, V)
-        chunks = [slice(start, start + self.chunk) for start in range(0, max(len(rows), 1), self.chunk)]
-        parts = [reduce(wanted[chunk], chunk) for chunk in chunks]
+        logits = self.logits(tokens, valid)[wanted[:, 0], wanted[:, 1]]  # (M, V)
+        chunks = [slice(start, start + self.chunk) for start in range(0, max(len(wanted), 1), self.chunk)]
+        parts = [reduce(logits[chunk], chunk) for chunk in chunks]
         return tuple(torch.cat(column) for column in zip(*parts, strict=True))
 
-    def logits(self, tokens: Tensor, valid: Tensor | None = None, positions: Tensor | None = None) -> Tensor:
-        """(B, T, V) scores, the same for a row however it is padded; `positions` where parts of it are left out."""
+    def logits(self, tokens: Tensor, valid: Tensor | None = None) -> Tensor:
+        """(B, T, V) scores, the same for a row however it is padded."""
         valid = torch.ones_like(tokens, dtype=torch.bool) if valid is None else valid
-        place = valid.cumsum(-1) - 1 if positions is None else positions
-        return self.score(tokens.where(valid, MASK), place).to(self.dtype)  # unknown, as what lies beyond the edge
+        place = valid.cumsum(-1) - 1
+        return self.logits_of(tokens.where(valid, MASK), place).to(self.dtype)  # unknown, as what is beyond the edge
 
 
 def rugged(tokens: Tensor, place: Tensor) -> Tensor:

@@ -4,9 +4,11 @@ from typing import Any
 
 import pytest
 import torch
-from scripted import MASK, PAD, canvas
+from scripted import MASK, PAD, Scripted, canvas, rugged
 
 from diffucoder.decoding.canvas import Canvas
+from diffucoder.decoding.params import DecodingParams
+from diffucoder.decoding.step import denoise
 from diffucoder.errors import PromptError
 
 
@@ -39,9 +41,6 @@ def test_int32_ids_and_masks_of_ones_are_understood() -> None:
     ("ids", "changes", "said"),
     [
         ([[1, 2]], {"valid": [[True, False]]}, "row 0 has padding right of a token"),
-        ([[1, 2], [MASK, 2]], {}, "row 1 begins with a mask"),
-        ([[1, MASK]], {"valid": [[False, True]]}, "row 0 begins with a mask"),
-        ([[1, 2]], {"valid": [[False, False]]}, "row 0 begins with a mask"),
         ([[1, 2]], {"new_tokens": 0}, "nothing to decode"),
         ([[1, 2]], {"new_tokens": -1}, "new_tokens=-1"),
         ([[1, 2]], {"valid": [[True]]}, "does not fit"),
@@ -56,6 +55,25 @@ def test_what_cannot_be_decoded_is_refused(ids: list[Any], changes: dict[str, An
         changes = {**changes, "valid": torch.tensor(changes["valid"])}
     with pytest.raises(PromptError, match=said):
         Canvas.from_prompts(torch.tensor(ids), **{"new_tokens": 2, "mask_id": MASK, **changes})
+
+
+@pytest.mark.parametrize(
+    ("ids", "changes", "said"),
+    [
+        ([[1, 2], [MASK, 2]], {}, "row 1 begins with a mask"),
+        ([[1, MASK]], {"valid": [[False, True]]}, "row 0 begins with a mask"),
+        ([[1, 2]], {"valid": [[False, False]]}, "row 0 begins with a mask"),
+    ],
+    ids=str,
+)
+def test_masks_that_a_shifted_model_cannot_score_are_refused(ids: Any, changes: dict[str, Any], said: str) -> None:
+    changes = {name: torch.tensor(value) for name, value in changes.items()}
+    made = Canvas.from_prompts(torch.tensor(ids), new_tokens=2, mask_id=MASK, **changes)
+    made.check_scorable(0)  # a model without the shift scores them all
+    with pytest.raises(PromptError, match=said):
+        made.check_scorable(1)
+    with pytest.raises(PromptError, match=said):
+        next(denoise(Scripted(rugged), made, DecodingParams()))  # type: ignore[arg-type]
 
 
 def test_a_canvas_of_ones_own_must_fit_together() -> None:

@@ -37,16 +37,49 @@ def test_a_bad_setting_is_refused_in_one_line(settings: dict[str, Any], said: st
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        ({"ar_bound": 0.1, "entropy_bound": 0.1}, "entropy_bound and ar_bound are two rules"),
-        ({"ar_bound": 0.1, "policy": "max_prob"}, "ar_bound goes by the policy 'entropy', not 'max_prob'"),
-        ({"ar_bound": 0.1, "drafts": 3}, "drafts=3 cannot foresee steps under ar_bound"),
-        ({"ar_bound": 0.1, "preset": "reference"}, "ar_bound is no setting of the reference preset"),
+        ({"threshold": 0.1, "entropy_bound": 0.1}, "threshold and entropy_bound are two rules"),
+        ({"entropy_bound": 0.1, "policy": "max_prob"}, "entropy_bound needs the policy 'entropy', not 'max_prob'"),
+        ({"cache": "dual"}, "cache='dual' is kept for a block; give block"),
+        ({"entropy_bound": 0.1, "preset": "reference"}, "entropy_bound is not a setting of the reference preset"),
+        ({"revoke": 0.1, "preset": "reference"}, "revoke is not a setting of the reference preset"),
     ],
     ids=str,
 )
-def test_what_does_not_go_with_the_bound_by_ar_ness_is_said(settings: dict[str, Any], said: str) -> None:
+def test_settings_that_do_not_fit_together_are_refused(settings: dict[str, Any], said: str) -> None:
     with pytest.raises(ConfigError, match=said):
         DecodingParams(**settings)
+
+
+# --- the preset fast: a constant set of settings
+
+
+@pytest.mark.parametrize(
+    ("settings", "filled_in"),
+    [
+        ({}, {"entropy_bound": 0.01, "cache": "delayed"}),
+        ({"policy": "margin"}, {"threshold": 0.99, "cache": "delayed"}),
+        ({"steps": 8}, {"entropy_bound": None, "cache": "delayed"}),
+        ({"factor": 1.0}, {"entropy_bound": None, "factor": 1.0, "cache": "delayed"}),
+        ({"entropy_bound": 0.5}, {"entropy_bound": 0.5, "cache": "delayed"}),
+        ({"entropy_bound": None}, {"entropy_bound": None, "cache": "delayed"}),
+        ({"cache": "none"}, {"entropy_bound": 0.01, "cache": "none"}),
+        ({"block": 16}, {"entropy_bound": 0.01, "cache": "none"}),
+        ({"revoke": 0.5}, {"entropy_bound": 0.01, "cache": "delayed", "revoke": 0.5}),
+    ],
+    ids=str,
+)
+def test_fast_fills_in_what_is_not_given(settings: dict[str, Any], filled_in: dict[str, Any]) -> None:
+    params = DecodingParams(preset="fast", **settings)
+    assert {name: getattr(params, name) for name in filled_in} == filled_in
+
+
+def test_what_fast_fills_in_is_decided_again_when_settings_are_replaced() -> None:
+    fast = DecodingParams(preset="fast", temperature=0.3)
+    assert fast.replace(policy="margin").threshold == 0.99
+    assert fast.replace(policy="margin").entropy_bound is None
+    assert fast.replace(steps=4).entropy_bound is None
+    assert fast.replace(preset="exact") == DecodingParams(temperature=0.3)
+    assert DecodingParams(**fast.model_dump()) == fast  # as a trace holds them
 
 
 def test_a_setting_is_refused_on_the_command_line_too() -> None:

@@ -7,8 +7,8 @@ import pytest
 import torch
 from scripted import MASK, Scripted, canvas, released, rugged
 
-from diffucoder.decoding.denoise import DecodeState, advance, denoise
 from diffucoder.decoding.params import DecodingParams
+from diffucoder.decoding.step import Sequence, advance, denoise
 from diffucoder.models.denoiser import Denoiser
 
 
@@ -22,7 +22,7 @@ def test_every_recorded_step_is_reproduced(dream_tiny: Denoiser, recordings: lis
 
 def test_recorded_requests_are_reproduced_in_one_batch_of_all(dream_tiny: Denoiser, recordings: list[Any]) -> None:
     rows = [(recording, row) for recording in recordings for row in range(len(recording.sequences))]
-    states = [DecodeState(recording.canvas, recording.params, row=row) for recording, row in rows]
+    states = [Sequence(recording.canvas, recording.params, row=row) for recording, row in rows]
     while active := [state for state in states if state.finish_reason is None]:
         advance(dream_tiny, active)
     for state, (recording, row) in zip(states, rows, strict=True):

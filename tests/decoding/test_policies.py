@@ -11,26 +11,52 @@ from torch import Tensor
 
 from diffucoder.decoding.params import DecodingParams
 from diffucoder.decoding.policies import (
-    commit,
-    commit_randomly,
-    commit_released,
+    Candidates,
+    EntropyBoundRule,
+    FactorRule,
+    Quotas,
+    ReleasedRandomRule,
+    ReleasedRule,
+    ReleasedShares,
+    Rule,
+    Schedule,
+    ScheduleRule,
+    ThresholdRule,
     gumbel,
-    quotas,
-    schedule,
-    shares,
-    surer_than,
-    within_entropy,
-    within_factor,
+    schedule_of,
 )
 
 
-def released_counts(masked: int, steps: int, eps: float = 1e-3) -> list[int]:
-    """What each step of the reference preset commits, one row's masks being all there is."""
+def counts_of(schedule: Schedule, masked: int) -> list[int]:
+    """What each step commits, one row's masks being all there is."""
     left, counts = masked, []
-    for share in shares(steps, eps):
-        counts.append(int((share * left).floor()))
+    for step in range(schedule.steps):
+        counts.append(int(schedule.due(step, left)))
         left -= counts[-1]
     return counts
+
+
+def released_counts(masked: int, steps: int, eps: float = 1e-3) -> list[int]:
+    """What each step of the reference preset commits."""
+    return counts_of(ReleasedShares(masked, steps, eps, independent=False), masked)
+
+
+def commit(rule: Rule, priority: Tensor, masked: Tensor, due: Tensor) -> Tensor:
+    """What a rule commits by a priority that is the confidence and the probability too."""
+    return rule.commit(Candidates(masked, priority, priority, priority, due))
+
+
+def by_schedule(priority: Tensor, masked: Tensor, due: Tensor) -> Tensor:
+    return commit(ScheduleRule(), priority, masked, due)
+
+
+def as_released(priority: Tensor, masked: Tensor, due: Tensor) -> Tensor:
+    return commit(ReleasedRule(), priority, masked, due)
+
+
+def beyond_schedule(rule: Rule, values: Tensor, masked: Tensor) -> Tensor:
+    """What a rule commits if nothing is due."""
+    return commit(rule, values, masked, torch.zeros(len(values)))
 
 
 @pytest.mark.parametrize(
@@ -58,22 +84,41 @@ def test_the_reference_schedule_is_the_published_one(masked: int, steps: int, co
 
 @given(masked=st.integers(0, 300), steps=st.integers(1, 300))
 def test_exact_quotas_are_even_and_add_up(masked: int, steps: int) -> None:
-    counts = quotas(masked, steps)
-    assert counts.sum() == masked
-    assert len(counts) == min(masked, steps)
-    assert masked == 0 or counts.max() - counts.min() <= 1
-    assert counts.tolist() == sorted(counts.tolist(), reverse=True)
+    schedule = Quotas(masked, steps)
+    counts = counts_of(schedule, masked)
+    assert sum(counts) == masked
+    assert schedule.steps == len(counts) == min(masked, steps)
+    assert masked == 0 or max(counts) - min(counts) <= 1
+    assert counts == sorted(counts, reverse=True)
+
+
+@given(masked=st.integers(1, 60), steps=st.integers(1, 60), more=st.lists(st.integers(0, 5), max_size=60))
+def test_quotas_owe_what_the_schedule_has_by_then_and_always_one(masked: int, steps: int, more: list[int]) -> None:
+    schedule = Quotas(masked, steps)
+    even = counts_of(schedule, masked)
+    done = 0
+    for step, extra in zip(range(schedule.steps), more, strict=False):
+        left = masked - done
+        if left:
+            assert schedule.due(step, left) == max(1, sum(even[: step + 1]) - done)
+            done = min(masked, done + int(schedule.due(step, left)) + extra)
 
 
 def test_without_steps_each_masked_token_has_its_own() -> None:
-    assert schedule(5, DecodingParams()).tolist() == [1] * 5
-    assert len(schedule(5, DecodingParams(preset="reference"))) == 5
+    assert counts_of(schedule_of(DecodingParams(), 5), 5) == [1] * 5
+    assert schedule_of(DecodingParams(preset="reference"), 5).steps == 5
+
+
+def test_a_schedule_of_a_billion_steps_is_not_laid_out() -> None:
+    schedule = Quotas(10, 10**9)
+    assert schedule.steps == 10
+    assert counts_of(schedule, 10) == [1] * 10
 
 
 def test_the_surest_masked_positions_are_committed() -> None:
     confidence = torch.tensor([[0.9, 0.1, 0.8, 0.7], [0.1, 0.2, 0.3, 0.4]])
     masked = torch.tensor([[False, True, True, True], [True, True, True, False]])
-    for choose in (commit, commit_released):
+    for choose in (by_schedule, as_released):
         assert choose(confidence, masked, torch.tensor([2, 1])).int().tolist() == [[0, 0, 1, 1], [0, 0, 1, 0]]
         assert not choose(confidence, masked, torch.tensor([0, 0])).any()
 
@@ -81,14 +126,14 @@ def test_the_surest_masked_positions_are_committed() -> None:
 def test_ties_go_to_the_left_however_a_row_is_padded() -> None:
     confidence, masked = torch.ones(1, 40), torch.ones(1, 40, dtype=torch.bool)
     masked[:, :7] = False
-    assert commit(confidence, masked, torch.tensor([3])).nonzero()[:, 1].tolist() == [7, 8, 9]
+    assert by_schedule(confidence, masked, torch.tensor([3])).nonzero()[:, 1].tolist() == [7, 8, 9]
 
 
 def test_the_released_choice_among_equals_is_torchs() -> None:
     confidence = torch.randint(0, 3, (6, 33), generator=torch.Generator().manual_seed(0)).float()
     masked = torch.ones_like(confidence, dtype=torch.bool)
     budget = torch.tensor([1, 4, 4, 9, 30, 1])
-    chosen = commit_released(confidence, masked, budget)
+    chosen = as_released(confidence, masked, budget)
     for row, count in enumerate(budget.tolist()):
         assert set(chosen[row].nonzero()[:, 0].tolist()) == set(confidence[row].topk(count).indices.tolist())
 
@@ -96,12 +141,12 @@ def test_the_released_choice_among_equals_is_torchs() -> None:
 @given(st.lists(st.sampled_from([-float("inf"), -1e38, 0.0, 1.0, float("inf"), float("nan")]), min_size=3, max_size=9))
 def test_a_budget_is_met_whatever_the_confidence(confidence: list[float]) -> None:
     masked = torch.arange(len(confidence))[None] > 0
-    chosen = commit(torch.tensor([confidence]), masked, torch.tensor([2]))
+    chosen = by_schedule(torch.tensor([confidence]), masked, torch.tensor([2]))
     assert chosen.sum() == 2
     assert not chosen[0, 0]
 
 
-@pytest.mark.parametrize("choose", [commit, commit_released])
+@pytest.mark.parametrize("choose", [by_schedule, as_released])
 def test_gumbel_noise_draws_without_replacement(choose: Callable[..., torch.Tensor]) -> None:
     samples, scores = 40_000, torch.tensor([1.0, 0.0, -1.0, 0.5])
     noise = gumbel(torch.rand(samples, 4, generator=torch.Generator().manual_seed(0)))
@@ -123,7 +168,7 @@ def test_origin_commits_each_position_by_itself() -> None:
     uniform = torch.rand(2, 10_000, generator=torch.Generator().manual_seed(0))
     masked = torch.ones_like(uniform, dtype=torch.bool)
     masked[:, ::2] = False
-    chosen = commit_randomly(uniform, masked, torch.tensor([0.3, 1.0]))
+    chosen = commit(ReleasedRandomRule(), uniform, masked, torch.tensor([0.3, 1.0]))
     assert not (chosen & ~masked).any()
     assert abs(chosen[0].sum() / 5_000 - 0.3) < 0.03
     assert chosen[1].sum() == 5_000
@@ -143,14 +188,15 @@ def laid_out(values: list[float], masked: list[bool]) -> tuple[Tensor, Tensor]:
 def test_a_threshold_takes_what_reaches_it(values: list[float], masked: list[bool], least: float) -> None:
     probability, where = laid_out(values, masked)
     level = torch.tensor([least])
-    taken = surer_than(probability, where, level)[0].tolist()
-    assert taken == [m and p >= level for p, m in zip(probability[0], where[0], strict=True)]
+    for by_confidence in (False, True):
+        taken = beyond_schedule(ThresholdRule(least, by_confidence), probability, where)[0].tolist()
+        assert taken == [m and p >= level for p, m in zip(probability[0], where[0], strict=True)]
 
 
 @given(SURENESS, MASKED, st.sampled_from([0.3, 1.0, 2.0]))
 def test_a_factor_takes_the_largest_number_that_fits(values: list[float], masked: list[bool], factor: float) -> None:
     probability, where = laid_out(values, masked)
-    taken = within_factor(probability, where, torch.tensor([factor]))
+    taken = beyond_schedule(FactorRule(factor), probability, where)
     ordered = sorted(probability[where].tolist(), reverse=True)
     single = torch.tensor(ordered, dtype=torch.float32)
     number = max([n for n in range(1, len(ordered) + 1) if (n + 1) * (1 - single[n - 1]) < factor], default=0)
@@ -162,7 +208,7 @@ def test_a_factor_takes_the_largest_number_that_fits(values: list[float], masked
 @given(st.lists(st.floats(0, 3), min_size=1, max_size=7), MASKED, st.floats(0, 4))
 def test_an_entropy_bound_holds_without_the_largest(values: list[float], masked: list[bool], bound: float) -> None:
     entropy, where = laid_out(values, masked)
-    taken = within_entropy(entropy, where, torch.tensor([bound]))
+    taken = beyond_schedule(EntropyBoundRule(bound), -entropy, where)
     ordered = sorted(entropy[where].tolist())
     cumulated = torch.tensor([0.0, *ordered]).cumsum(0)[:-1] if ordered else torch.tensor([])
     assert int(taken.sum()) == int((cumulated <= bound).sum())
@@ -173,4 +219,4 @@ def test_an_entropy_bound_holds_without_the_largest(values: list[float], masked:
 def test_a_factor_of_one_with_equal_probabilities_is_the_papers_rule() -> None:
     for n in range(1, 6):  # (n + 1) epsilon <= 1, with confidence above 1 - epsilon
         probability = torch.full((1, n), 1 - 0.99 / (n + 1))
-        assert within_factor(probability, torch.ones(1, n, dtype=torch.bool), torch.tensor([1.0])).all()
+        assert beyond_schedule(FactorRule(1.0), probability, torch.ones(1, n, dtype=torch.bool)).all()

@@ -3,17 +3,29 @@
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from scripted import MASK, Scripted, canvas, rugged, sure_of
 
-from diffucoder.decoding.denoise import denoise
+from diffucoder.decoding.canvas import Canvas
 from diffucoder.decoding.params import DecodingParams
-from diffucoder.decoding.trace import Trace, global_ar_ness, local_ar_ness, read_traces, record, write_traces
+from diffucoder.decoding.sequence import Sequence
+from diffucoder.decoding.step import decode, denoise
+from diffucoder.decoding.trace import Trace, global_ar_ness, local_ar_ness, read_traces, write_traces
 from diffucoder.errors import ConfigError
 
 MIXED = [5, 6, 7, 2, 3, 4, 1]
+
+
+def traces_of(model: Any, start: Canvas, params: DecodingParams, name: str = "") -> list[Trace]:
+    """The trace of each row and sample of a canvas."""
+    start = start.repeat(params.num_samples)
+    sequences = [Sequence(start, params, row=row) for row in range(len(start.tokens))]
+    for _ in decode(model, sequences):
+        pass
+    return [sequence.trace(name) for sequence in sequences]
 
 
 def test_left_to_right_is_1() -> None:
@@ -53,7 +65,7 @@ def test_a_scripted_policy_has_the_ar_ness_of_its_order(direction: int, local: f
         canvas([1, 2], new_tokens=30),
         DecodingParams(),
     )
-    [trace] = record(denoise(model, start, params), start, params=params)
+    [trace] = traces_of(model, start, params)
     assert trace.order == sorted(trace.order, reverse=direction < 0)
     assert local_ar_ness(trace.order, 1) == local
     assert global_ar_ness(trace.order, 1) == overall
@@ -62,7 +74,7 @@ def test_a_scripted_policy_has_the_ar_ness_of_its_order(direction: int, local: f
 def test_tokens_of_one_step_count_from_left_to_right() -> None:
     model = Scripted(sure_of(lambda place: -place))
     start, params = canvas([1, 2], new_tokens=4), DecodingParams(steps=2)
-    [trace] = record(denoise(model, start, params), start, params=params)
+    [trace] = traces_of(model, start, params)
     assert trace.steps == [1, 1, 0, 0]
     assert trace.order == [4, 5, 2, 3]
 
@@ -71,7 +83,7 @@ def test_a_trace_holds_what_happened() -> None:
     params = DecodingParams(policy="max_prob", num_samples=2)
     start = canvas([1, MASK, 3], [4], new_tokens=2, terminators=(2,))
     steps = list(denoise(Scripted(rugged), start, params))
-    traces = record(steps, start, params=params, model="scripted")
+    traces = traces_of(Scripted(rugged), start, params, "scripted")
     assert [trace.prompt_length for trace in traces] == [1, 1, 1, 1]
     assert [len(trace.tokens) for trace in traces] == [5, 5, 3, 3]
     assert traces[0].steps[1] == -1  # the known token between two holes
@@ -90,7 +102,7 @@ def test_a_trace_holds_what_happened() -> None:
 def test_what_was_filled_behind_a_terminator_has_no_step() -> None:
     start, params = canvas([1, 1], new_tokens=4, terminators=(3,)), DecodingParams()
     model = Scripted(sure_of(lambda place: place))
-    [trace] = record(denoise(model, start, params), start, params=params)
+    [trace] = traces_of(model, start, params)
     assert (trace.steps, trace.forward_passes, trace.order) == ([0, 1, -1, -1], 2, [2, 3])
 
 
@@ -117,6 +129,7 @@ def test_traces_are_written_and_read(tmp_path: Path) -> None:
     ("change", "said"),
     [
         ({"version": 1}, "version 1"),
+        ({"version": 2}, "version 2"),
         ({"format": "other"}, "'other'"),
         ({"colour": "red"}, "fields"),
     ],
@@ -133,5 +146,5 @@ def test_what_is_no_trace_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "traces.jsonl"
     for text in ("hello", "[]", "{}", '"text"'):
         path.write_text(text)
-        with pytest.raises(ConfigError, match="is no diffucoder-trace line"):
+        with pytest.raises(ConfigError, match="is not a diffucoder-trace line"):
             read_traces(path)

@@ -11,13 +11,18 @@ from time import process_time
 import pytest
 from machine import in_time, wait_for
 
+from diffucoder.decoding.coder import Generation
+from diffucoder.decoding.trace import Trace
 from diffucoder.errors import SandboxError
 from diffucoder.evaluation.evalplus import correct
 from diffucoder.grading.asserts import parse
 from diffucoder.grading.grade import Call, Outcome, call, grade
 from diffucoder.grading.sandbox import DEFAULT_LIMITS, Limits, Sandbox
-from diffucoder.training import samples
+from diffucoder.models.checkpoint import load_tokenizer
+from diffucoder.training.exercises import Exercise
 from diffucoder.training.rewards import reward
+from diffucoder.training.rollouts import Completion
+from diffucoder.training.samples import write_samples
 
 
 @pytest.fixture(scope="module")
@@ -278,9 +283,10 @@ def test_what_is_told_of_a_failure_can_be_printed_and_stored(program: str, box: 
 
 def test_a_failure_that_is_told_of_can_be_written_down(tmp_path: Path, box: Sandbox) -> None:
     given = reward("```python\ndef f(x):\n    raise ValueError('\\ud800')\n```\n", ["assert f(1) == 2"], box)
-    line = {"step": 1, "prompt": "p", "reward": 0.0, "advantage": 0.0, "pass_rate": 0.0, "tokens": ["x"], "steps": [0]}
-    samples.write(tmp_path, [{**line, "status": given.status, "detail": given.detail}])
-    assert "ValueError" in (tmp_path / "samples.html").read_text(encoding="utf-8")
+    trace = Trace(tokens=[1, 2], prompt_length=1, steps=[0], confidence=[1], log_probs=[0], forward_passes=1)
+    answer = Generation(0, "x", ("x",), (2,), 1, 0.0, "length", trace)
+    write_samples(tmp_path, 1, [Completion(Exercise("a", "p", ()), answer, given)], [0.0], load_tokenizer(None))
+    assert "ValueError" in (tmp_path / "samples.jsonl").read_text(encoding="utf-8")
 
 
 # Memory that no limit counts, and who dies where memory runs out

@@ -1,0 +1,75 @@
+"""Constraints and verifiers: what may be committed, and what is taken back.
+
+For: the two hooks of a decoding step after order and rule have chosen. A constraint may veto or replace commitments; a
+verifier may mask earlier ones again. Both see one sequence at a time. Not for: order and rules (`policies`).
+"""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+from torch import Tensor
+
+from diffucoder.decoding.params import DecodingParams
+from diffucoder.decoding.policies import highest
+
+if TYPE_CHECKING:
+    from diffucoder.decoding.sequence import Proposals, Sequence
+
+
+@dataclass(frozen=True, eq=False)
+class Decision:
+    """What a step commits to a sequence."""
+
+    committed: Tensor  # (T,) bool
+    tokens: Tensor  # (T,) ids, read where committed
+    log_prob: Tensor  # (T,) of those tokens
+
+
+class Constraint(Protocol):
+    """Decides whether the chosen tokens may be committed. It must leave at least one commitment to each step."""
+
+    candidates: int  # how many of the most probable ids of each position it wants to choose from
+
+    def allow(self, sequence: "Sequence", proposals: "Proposals", decision: Decision) -> Decision:
+        """The decision with vetoes and replacements, given the proposals of the sequence, (T,) each."""
+
+
+class Verifier(Protocol):
+    """Decides which earlier commitments are masked again."""
+
+    def verify(self, sequence: "Sequence") -> Tensor:
+        """(T,) bool: positions whose committed tokens are scored again, where the pass can score them."""
+
+    def revoke(self, sequence: "Sequence", proposals: "Proposals", decision: Decision) -> Tensor:
+        """(T,) bool: commitments to take back; fewer than the step commits, so that decoding ends."""
+
+
+class LostProbability:
+    """Take back the commitments that lost most probability since they were scored last (after Saber).
+
+    At most `share` of as many as the step commits.
+    """
+
+    def __init__(self, share: float) -> None:
+        self.share = share
+        self._scored: Tensor | None = None  # (T,) log-probability of each commitment when it was scored last
+
+    def verify(self, sequence: "Sequence") -> Tensor:
+        """(T,) bool: everything that decoding fills."""
+        return sequence.holes
+
+    def revoke(self, sequence: "Sequence", proposals: "Proposals", decision: Decision) -> Tensor:
+        """(T,) bool."""
+        before = torch.zeros_like(proposals.log_prob) if self._scored is None else self._scored
+        lost = (before - proposals.log_prob).masked_fill(~proposals.verified, 0)
+        most = torch.tensor([int(self.share * int(decision.committed.sum()))])
+        revoked = highest(lost[None], lost[None] > 0, most)[0]
+        scored = proposals.log_prob.where(proposals.verified, before)
+        self._scored = decision.log_prob.where(decision.committed, scored)
+        return revoked
+
+
+def verifier_of(params: DecodingParams) -> Verifier | None:
+    """The verifier that `params` ask for."""
+    return LostProbability(params.revoke) if params.revoke else None

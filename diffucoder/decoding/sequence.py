@@ -1,0 +1,279 @@
+"""Sequence: one request in progress, a row of a canvas and everything that decides what becomes of it.
+
+For: what a request keeps between decoding steps, and what a step does to it. Not for: forward passes (`step`).
+
+A sequence owns its tokens without padding, its settings as small objects (order, rule, cache plan, constraint,
+verifier), its random numbers, its cache row and its history. So it comes out the same alone and in company.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from diffucoder.decoding.caching import cache_plan_of
+from diffucoder.decoding.canvas import Canvas, answer_end, leftmost
+from diffucoder.decoding.constraints import Constraint, Decision, verifier_of
+from diffucoder.decoding.params import DecodingParams
+from diffucoder.decoding.policies import order_of, rule_of, schedule_of
+from diffucoder.decoding.sampling import Sampler
+from diffucoder.decoding.trace import Trace, pack_entropies
+from diffucoder.models.cache import KVCache
+from diffucoder.models.denoiser import Denoiser
+
+Until = Callable[[Tensor], bool]
+"""Whether to end a row now, given the ids (n,) from its first hole to its first position that is still masked."""
+
+
+@dataclass(frozen=True, eq=False)
+class Step:
+    """What one step did to B rows of T positions."""
+
+    index: int  # of this step, from 0
+    canvas: Tensor  # (B, T) tokens after this step
+    committed: Tensor  # (B, T) bool, unmasked by this step
+    revoked: Tensor | None  # (B, T) bool, masked again by this step; None where no row revokes
+    confidence: Tensor  # (B, T) score of each commitment, by the row's policy; 0 elsewhere
+    forward_passes: int  # spent so far
+    log_prob: Tensor  # (B, T) log-probability of each commitment when it was made; 0 elsewhere
+    entropy: Tensor | None = None  # (B, T) nats, of each position before this step; nan where none was scored
+
+
+@dataclass(frozen=True, eq=False)
+class Proposals:
+    """What a pass proposes for R rows of T positions, or (without R) for one sequence; 0 where nothing was scored."""
+
+    open: Tensor  # (R, T) bool: masked, and may be committed now
+    verified: Tensor  # (R, T) bool: committed tokens that were scored again
+    tokens: Tensor  # (R, T) ids: the proposal where open, else the token that is there
+    confidence: Tensor  # (R, T) by the row's order
+    log_prob: Tensor  # (R, T) of these tokens
+    entropy: Tensor  # (R, T) nats; nan where it is not wanted
+    candidates: Tensor  # (R, T, k) the most probable ids, best first; k = 0 where no constraint wants them
+    candidate_log_probs: Tensor  # (R, T, k)
+
+    def of(self, row: int, length: int) -> "Proposals":
+        """Those of one row, without its padding."""
+        return Proposals(
+            self.open[row, -length:],
+            self.verified[row, -length:],
+            self.tokens[row, -length:],
+            self.confidence[row, -length:],
+            self.log_prob[row, -length:],
+            self.entropy[row, -length:],
+            self.candidates[row, -length:],
+            self.candidate_log_probs[row, -length:],
+        )
+
+
+class Sequence:
+    """One request in progress. It belongs to whoever calls `advance`, which alone changes it."""
+
+    def __init__(
+        self,
+        canvas: Canvas,
+        params: DecodingParams,
+        *,
+        row: int = 0,
+        until: Until | None = None,
+        entropies: int = 0,
+        constraint: Constraint | None = None,
+    ) -> None:
+        """Take up one `row` of a canvas. Its random numbers depend on `params.seed` and its sample index alone.
+
+        `until` may end it early. Its first `entropies` steps record the entropy of every open position.
+        """
+        self.canvas = canvas
+        self.params = params
+        self.row = row
+        self.until = until
+        self.entropies = entropies
+        self.tokens = canvas.tokens[row][canvas.valid[row]].cpu()  # (T,)
+        self.holes = self.tokens == canvas.mask_id  # (T,) bool: what is to be filled
+        self.first_hole = int(leftmost(self.holes[None]))
+        masked = int(self.holes.sum())
+        self.schedule = schedule_of(params, masked)
+        self.order = order_of(params)
+        self.rule = rule_of(params)
+        self.sampler = Sampler.of(
+            params, mask_id=canvas.mask_id, forbidden=canvas.forbidden, proposable=canvas.proposable
+        )
+        self.cache_plan = cache_plan_of(params)
+        self.constraint = constraint
+        self.verifier = verifier_of(params)
+        self.finish_reason: Literal["stop", "length"] | None = None if masked else "length"
+        self.forward_passes = 0
+        self._until_saw = self.first_hole
+        # SeedSequence mixes (seed, sample), so that neighbouring seeds and samples share nothing
+        mixed = np.random.SeedSequence((params.seed, int(canvas.sample[row]))).generate_state(1, np.uint64)
+        self._generator = torch.Generator().manual_seed(int(mixed[0]))
+        self._uniform: Tensor | None = None
+        self._cache: tuple[KVCache, int] | None = None
+        self._committed_by = torch.full_like(self.tokens, -1)  # (T,) the step that committed each; -1 = none did
+        self._confidence = torch.zeros(len(self.tokens))  # (T,) of each commitment
+        self._log_prob = torch.zeros(len(self.tokens))  # (T,)
+        self._revoked: list[list[int]] = []
+        self._entropies: list[Tensor] = []  # (T,) each
+        self._last_commitment = 0  # passes until then
+
+    # --- where it is ---
+
+    @property
+    def masked(self) -> Tensor:
+        """(T,) bool: what is still masked."""
+        return self.tokens == self.canvas.mask_id
+
+    @property
+    def settled(self) -> int:
+        """The first position that is still masked; T if none is. Without a verifier nothing before it changes."""
+        return int(leftmost(self.masked[None]))
+
+    @property
+    def answer_end(self) -> int:
+        """Where the answer ends: at the first terminator that decoding wrote; T without one."""
+        return int(answer_end(self.tokens[None], self.holes[None], self.canvas.terminators))
+
+    @property
+    def block(self) -> int:
+        """The number of the block at work: the first one with a mask."""
+        if self.params.block is None:
+            return 0
+        return (self.settled - self.first_hole) // self.params.block
+
+    def block_bounds(self) -> tuple[int, int]:
+        """The positions of the block at work: from, to."""
+        size = self.params.block or len(self.tokens)
+        start = self.first_hole + self.block * size
+        return start, min(start + size, len(self.tokens))
+
+    # --- what a pass needs ---
+
+    @property
+    def released(self) -> bool:
+        """Whether it is decoded by the released code's arithmetic."""
+        return self.sampler.released
+
+    @property
+    def wants_entropy(self) -> bool:
+        """Whether the next step records entropies."""
+        return self.forward_passes < self.entropies
+
+    @property
+    def uniform(self) -> Tensor:
+        """(2, T) uniform numbers in [0, 1) of the next step, for tokens and for the order."""
+        if not self.params.stochastic:
+            return torch.zeros(2, len(self.tokens))
+        if self._uniform is None:  # a number for every position, masked or not: padding and past do not matter
+            self._uniform = torch.rand(2, len(self.tokens), generator=self._generator)
+        return self._uniform
+
+    def due(self) -> float:
+        """What the schedule wants of the next step."""
+        return self.schedule.due(self.forward_passes, int(self.masked.sum()))
+
+    def acquire(self, model: Denoiser) -> int:
+        """Its row of the model's cache. CheckpointError for a model without one."""
+        if self._cache is None:
+            cache = model.cache
+            self._cache = cache, cache.acquire(len(self.tokens))
+        return self._cache[1]
+
+    def release(self) -> None:
+        """Give the cache row back. Without it the next step computes everything again."""
+        if self._cache is not None:
+            cache, row = self._cache
+            cache.release(row)
+            self._cache = None
+            self.cache_plan = cache_plan_of(self.params)
+
+    # --- what a step does ---
+
+    def apply(self, proposals: Proposals, chosen: Tensor) -> Step:
+        """Commit the `chosen` (T,) of the `proposals` ((T,) each), as constraint and verifier allow."""
+        decision = Decision(chosen, proposals.tokens, proposals.log_prob)
+        if self.constraint is not None:
+            decision = self.constraint.allow(self, proposals, decision)
+        committed = decision.committed
+        revoked = None
+        if self.verifier is not None:
+            revoked = self.verifier.revoke(self, proposals, decision)
+        self.cache_plan.passed(self)
+        before = self.tokens
+        self.tokens = decision.tokens.where(committed, before)
+        if revoked is not None:
+            self.tokens = self.tokens.masked_fill(revoked, self.canvas.mask_id)
+        entropy = proposals.entropy if self.wants_entropy else None
+        self.forward_passes += 1
+        self._uniform = None
+        self._finish_if_over()
+        step = Step(
+            index=self.forward_passes - 1,
+            canvas=self.tokens[None],
+            committed=committed[None],
+            revoked=None if revoked is None else revoked[None],
+            # Not by products: a token that has become impossible has minus infinity
+            confidence=proposals.confidence.masked_fill(~committed, 0)[None],
+            forward_passes=self.forward_passes,
+            log_prob=decision.log_prob.masked_fill(~committed, 0)[None],
+            entropy=None if entropy is None else entropy[None],
+        )
+        self._remember(step, before)
+        return step
+
+    def _finish_if_over(self) -> None:
+        """Set `finish_reason` once nothing before the answer's end is masked, or `until` says so.
+
+        The reference preset knows no terminators: it takes all its steps.
+        """
+        settled = self.settled
+        stopped = self.answer_end < settled
+        over = stopped or settled == len(self.tokens)
+        if self.released:
+            over = self.forward_passes == self.schedule.steps
+        if self.until is not None and settled > self._until_saw:
+            self._until_saw = settled
+            if self.until(self.tokens[self.first_hole : settled]):
+                over = stopped = True
+        if over:
+            self.finish_reason = "stop" if stopped else "length"
+            if self.canvas.pad_id is not None:
+                self.tokens = self.tokens.masked_fill(self.masked, self.canvas.pad_id)
+            self.release()
+
+    # --- what has been done ---
+
+    def _remember(self, step: Step, before: Tensor) -> None:
+        """Note a step in the history; `before` (T,) are the tokens that it found."""
+        committed = step.committed[0]
+        self._committed_by[committed] = step.index
+        self._confidence = step.confidence[0].where(committed, self._confidence)
+        self._log_prob = step.log_prob[0].where(committed, self._log_prob)
+        if committed.any():
+            self._last_commitment = step.forward_passes
+        if step.revoked is not None:
+            for position in step.revoked[0].nonzero()[:, 0].tolist():
+                token = int(before[position])
+                made = int(self._committed_by[position])
+                self._revoked.append([position - self.first_hole, token, made, step.index])
+            self._committed_by[step.revoked[0]] = -1
+        if step.entropy is not None:
+            self._entropies.append(step.entropy[0])
+
+    def trace(self, model: str = "") -> Trace:
+        """What was done until now, as a trace; `model` is the name that it gives the model."""
+        start = self.first_hole
+        return Trace(
+            tokens=self.tokens.tolist(),
+            prompt_length=start,
+            steps=self._committed_by[start:].tolist(),
+            confidence=[float(f"{value:.4g}") for value in self._confidence[start:].tolist()],
+            log_probs=[round(value, 4) for value in self._log_prob[start:].tolist()],
+            forward_passes=self._last_commitment,
+            params=self.params.model_dump(mode="json"),
+            model=model,
+            revoked=self._revoked,
+            entropies=pack_entropies([entropy[start:] for entropy in self._entropies]),
+        )

@@ -1,0 +1,75 @@
+"""KVCache: keys and values of the sequences being decoded, one row each.
+
+For: rows that are acquired and released one by one, and that grow in number and length as needed. Not for: deciding
+which positions are computed again (`decoding.caching`).
+
+Slot i of a row holds position i of its canvas. A forward pass writes the positions it is fed and reads whole rows, so
+the first pass over a row that was just acquired must feed every position.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+class KVCache:
+    """Keys and values (P, S, heads, D) of each layer: P rows of S slots. Without rows in use it holds no memory."""
+
+    def __init__(self, layers: int, heads: int, head_dim: int, *, dtype: torch.dtype, device: torch.device) -> None:
+        """An empty cache for a model of so many `layers` and key `heads`."""
+        empty = torch.zeros(0, 0, heads, head_dim, dtype=dtype, device=device)
+        self.keys = [empty for _ in range(layers)]
+        self.values = [empty for _ in range(layers)]
+        self._lengths: list[int] = []  # of each row's canvas; 0 where the row is free
+
+    @property
+    def rows(self) -> int:
+        """P: rows in use or free."""
+        return len(self._lengths)
+
+    @property
+    def slots(self) -> int:
+        """S: the longest canvas that fits."""
+        return self.keys[0].shape[1]
+
+    @property
+    def in_use(self) -> int:
+        """Rows that somebody has acquired and not released."""
+        return self.rows - self._lengths.count(0)
+
+    def acquire(self, length: int) -> int:
+        """A free row for a canvas of `length` positions. The cache grows when it must, keeping what it holds."""
+        row = self._lengths.index(0) if 0 in self._lengths else self.rows
+        if row == self.rows or length > self.slots:
+            rows = max(1, 2 * self.rows) if row == self.rows else self.rows
+            self._grow(rows, max(length, self.slots))
+        self._lengths[row] = length
+        return row
+
+    def release(self, row: int) -> None:
+        """Give a row back. The last one to go frees the memory."""
+        self._lengths[row] = 0
+        if not self.in_use:
+            self._lengths = []
+            self.keys = [layer[:0, :0].clone() for layer in self.keys]
+            self.values = [layer[:0, :0].clone() for layer in self.values]
+
+    def lengths(self, rows: Sequence[int]) -> list[int]:
+        """The canvas lengths of some rows; 1 for a free row, so that attention over it is defined."""
+        return [max(1, self._lengths[row]) for row in rows]
+
+    def _grow(self, rows: int, slots: int) -> None:
+        # All or nothing: when memory runs out, the cache is as it was
+        keys = [_grown(layer, rows, slots) for layer in self.keys]
+        values = [_grown(layer, rows, slots) for layer in self.values]
+        self.keys = keys
+        self.values = values
+        self._lengths += [0] * (rows - self.rows)
+
+
+def _grown(layer: Tensor, rows: int, slots: int) -> Tensor:
+    """A copy of `layer` (P, S, heads, D) with more rows and slots, zeros in the new ones."""
+    grown = layer.new_zeros(rows, slots, *layer.shape[2:])
+    grown[: layer.shape[0], : layer.shape[1]] = layer
+    return grown
