@@ -5,8 +5,9 @@ Python 3.9 and later.
 
     fork server   process 1 of bubblewrap's namespaces: a warm interpreter that forks for every job it receives
     supervisor    process 1 of the job's namespaces (user, pid, mount, ipc): mounts a new /proc, /tmp, /dev/shm and
-                  /dev/pts, drops all capabilities, takes the limits and a system call filter, and forks the program;
-                  ends when the program ends or the host hangs up, and all of its namespaces with it
+                  /dev/pts, drops all capabilities, takes a system call filter, forks the program, collects its output,
+                  enforces the limits and reports to the host; ends when the program ends or the host hangs up, and all
+                  of its namespaces with it
     program       has all of that from its supervisor; it is `__main__`
 
 A program cannot name the fork server, nor trace, read or kill the supervisor, which is process 1. Its processes, files

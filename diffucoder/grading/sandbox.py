@@ -51,7 +51,7 @@ _ENVIRONMENT = {"PATH": "/usr/bin:/bin", "LANG": "C.UTF-8", "PYTHONHASHSEED": "0
 class Limits:
     """What one run may use."""
 
-    seconds: float = 5.0  # on the clock, start-up included
+    seconds: float = 5.0  # on the clock, from the start of the program
     memory: int = 512 << 20  # bytes of address space, per process
     output: int = 64 << 10  # bytes of stdout, and as many of stderr
     files: int = 16 << 20  # bytes of the working folder, and of one file
@@ -279,10 +279,11 @@ class _Worker:
                 "seconds": limits.seconds,
                 "output": limits.output,
             }
-            self._start(job)
-            return self._finish(limits)
+            self._send(job)
+            return self._receive(limits)
 
-    def _start(self, job: dict[str, Any]) -> None:
+    def _send(self, job: dict[str, Any]) -> None:
+        """Send a job and wait until its program has started."""
         try:
             self.control.settimeout(_START)
             self.control.sendall(marshal.dumps(job, 2))
@@ -294,7 +295,7 @@ class _Worker:
         reason = _last_line(self.errors) or "no reason given"
         raise SandboxError(reason if reason.startswith("bwrap") else f"the sandbox did not start: {reason}")
 
-    def _finish(self, limits: Limits) -> ExecutionResult:
+    def _receive(self, limits: Limits) -> ExecutionResult:
         """Read the report that `forkserver.watch` writes, and that the job is gone."""
         begin = time.monotonic()
         try:
