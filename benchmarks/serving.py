@@ -3,9 +3,10 @@
     python benchmarks/serving.py                                  # four minutes, on a quiet machine
     python benchmarks/serving.py --seconds 5 --requests 200       # a trial
 
-In one run, on the shipped model and requests of the dev split: one client at a time, `--clients` at once for
-`--seconds`, and beside them what batches reach without a server. Then 200 clients that leave at a random moment,
-`--requests` requests for the memory, and a SIGTERM while clients wait. The table goes to benchmarks/results/serving.md.
+In one run, on the shipped model and requests of the dev split: one client at a time, then `--clients` at once for
+`--seconds`, and for comparison the throughput of batches without a server. Then 200 clients that leave at a random
+moment, `--requests` requests for the memory, and a SIGTERM while clients wait. The table is written to
+benchmarks/results/serving.md.
 """
 
 import asyncio
@@ -40,30 +41,30 @@ class Load:
     """What clients saw."""
 
     statuses: Counter[int] = field(default_factory=Counter)
-    seconds: list[float] = field(default_factory=list)  # of answered requests
+    latencies: list[float] = field(default_factory=list)  # seconds, of answered requests
     tokens: int = 0
-    took: float = 0.0
+    seconds: float = 0.0
 
     @property
     def rate(self) -> float:
         """Tokens a second."""
-        return self.tokens / self.took
+        return self.tokens / self.seconds
 
     @property
-    def told(self) -> str:
-        """Statuses with their numbers."""
+    def summary(self) -> str:
+        """How often each status came."""
         return ", ".join(f"{count:,} × {status}" for status, count in sorted(self.statuses.items()))
 
 
 def main(
-    seconds: Annotated[float, typer.Option(help="of load")] = 60.0,
-    clients: Annotated[int, typer.Option(help="that ask at once")] = 64,
-    requests: Annotated[int, typer.Option(help="behind the memory figure")] = 2000,
-    preset: Annotated[str, typer.Option(help="of decoding")] = "fast",
+    seconds: Annotated[float, typer.Option(help="seconds of load")] = 60.0,
+    clients: Annotated[int, typer.Option(help="clients that send requests at once")] = 64,
+    requests: Annotated[int, typer.Option(help="requests before memory is measured")] = 2000,
+    preset: Annotated[str, typer.Option(help="preset of decoding")] = "fast",
 ) -> None:
     """Start a server, load it, and write the table."""
     prompts = [problem.prompt for problem in problems("dev", 500, seed=7)]
-    without = ceiling(prompts, preset)
+    ceiling = batch_rate(prompts, preset)
     url, process = start(preset)
     try:
         asyncio.run(load(url, prompts, 1, 3.0))  # warm
@@ -71,43 +72,48 @@ def main(
         many = asyncio.run(load(url, prompts, clients, seconds))
         before = state(process.pid)
         asyncio.run(leave(url, prompts, 200))
-        idle = settled(url)
+        idle = wait_until_idle(url)
         after = state(process.pid)
         memory = []
         for _ in range(4):
             asyncio.run(load(url, prompts, 16, 1e9, requests // 4))
-            memory.append(state(process.pid)["VmRSS"] // 1024)
+            memory.append(str(state(process.pid)["VmRSS"] // 1024))
         ended = asyncio.run(terminate(url, prompts, process))
     finally:
         process.kill()
-    late = 1e3 * quantiles(many.seconds, n=100)[98]
+    p50 = 1e3 * median(many.latencies)
+    p99 = 1e3 * quantiles(many.latencies, n=100)[98]
+    speedup = f"{many.rate / one.rate:.1f} × one, {many.rate / ceiling:.0%} of the batches"
     rows = [
-        ("batches of 16 without a server", f"{without:.0f} tokens/s", ""),
-        ("one client at a time", f"{one.rate:.0f} tokens/s", f"median {1e3 * median(one.seconds):.0f} ms"),
+        ("batches of 16 without a server", f"{ceiling:.0f} tokens/s", ""),
+        ("one client at a time", f"{one.rate:.0f} tokens/s", f"median {1e3 * median(one.latencies):.0f} ms"),
         (
             f"{clients} clients for {seconds:.0f} s",
-            f"{many.rate:.0f} tokens/s ({many.rate / one.rate:.1f} × one, {many.rate / without:.0%} of the batches)",
-            f"p50 {1e3 * median(many.seconds):.0f} ms, p99 {late:.0f} ms; {many.told}",
+            f"{many.rate:.0f} tokens/s ({speedup})",
+            f"p50 {p50:.0f} ms, p99 {p99:.0f} ms; {many.summary}",
         ),
         (
             "200 clients that leave",
             f"{idle['running']:.0f} running, {idle['waiting']:.0f} waiting afterwards",
             f"threads {before['Threads']} → {after['Threads']}",
         ),
-        (f"{requests:,} requests", f"{', '.join(map(str, memory))} MiB", "resident after each quarter"),
+        (f"{requests:,} requests", f"{', '.join(memory)} MiB", "resident after each quarter"),
         ("SIGTERM while 32 clients wait", ended, ""),
     ]
     RESULTS.write_text(report(rows, preset), encoding="utf-8")
     print(RESULTS.read_text(encoding="utf-8"))
 
 
-def ceiling(prompts: list[str], preset: str) -> float:
+def batch_rate(prompts: list[str], preset: str) -> float:
     """Tokens a second of full batches, in this process."""
-    coder, params = DiffuCoder.load(), DecodingParams(preset=preset)  # type: ignore[arg-type]  # it checks
-    coder.generate_batch(prompts[:BATCH], params)
-    began, tokens = time.perf_counter(), 0
-    for at in range(0, 8 * BATCH, BATCH):
-        tokens += sum(len(result.tokens) for result in coder.generate_batch(prompts[at : at + BATCH], params))
+    coder = DiffuCoder.load()
+    params = DecodingParams(preset=preset)  # type: ignore[arg-type]  # pydantic checks it
+    coder.generate_batch(prompts[:BATCH], params)  # warm-up
+    began = time.perf_counter()
+    tokens = 0
+    for start in range(0, 8 * BATCH, BATCH):
+        for result in coder.generate_batch(prompts[start : start + BATCH], params):
+            tokens += len(result.tokens)
     return tokens / (time.perf_counter() - began)
 
 
@@ -117,32 +123,33 @@ def start(preset: str) -> tuple[str, "subprocess.Popen[str]"]:
     process = subprocess.Popen([*command, "--limit", f"max_batch={BATCH}"], stderr=subprocess.PIPE, text=True)
     assert process.stderr is not None
     for line in process.stderr:
-        if found := re.search(r"listening on (http://\S+),", line):
-            return found[1], process
+        if address := re.search(r"listening on (http://\S+),", line):
+            return address[1], process
     raise SystemExit("the server did not start")
 
 
 async def load(url: str, prompts: list[str], clients: int, seconds: float, most: int = 10**9) -> Load:
-    """So many clients that ask one request after the other, for so long, or `most` requests in all."""
-    seen, left = Load(), iter(range(most))
+    """Let `clients` send one request after the other, for so many seconds, or `most` requests in all."""
+    seen = Load()
+    left = iter(range(most))
     began = time.monotonic()
 
     async def client(number: int, http: httpx.AsyncClient) -> None:
         draw = random.Random(number)
         while time.monotonic() - began < seconds and next(left, None) is not None:
-            asked = {"messages": [{"role": "user", "content": draw.choice(prompts)}], "max_tokens": 64}
-            at = time.monotonic()
-            answer = await http.post(f"{url}/v1/chat/completions", json=asked, timeout=120)
+            body = {"messages": [{"role": "user", "content": draw.choice(prompts)}], "max_tokens": 64}
+            sent = time.monotonic()
+            answer = await http.post(f"{url}/v1/chat/completions", json=body, timeout=300)
             seen.statuses[answer.status_code] += 1
             if answer.status_code == 200:
-                seen.seconds.append(time.monotonic() - at)
+                seen.latencies.append(time.monotonic() - sent)
                 seen.tokens += answer.json()["usage"]["completion_tokens"]
             else:
                 await asyncio.sleep(min(1.0, float(answer.headers.get("retry-after", 1))))
 
     async with httpx.AsyncClient(limits=httpx.Limits(max_connections=clients)) as http:
         await asyncio.gather(*(client(number, http) for number in range(clients)))
-    seen.took = time.monotonic() - began
+    seen.seconds = time.monotonic() - began
     return seen
 
 
@@ -151,21 +158,23 @@ async def leave(url: str, prompts: list[str], count: int) -> None:
     draw = random.Random(0)
 
     async def client(stream: bool, patience: float) -> None:
-        asked = {"messages": [{"role": "user", "content": draw.choice(prompts)}], "max_tokens": 200, "stream": stream}
-        asked["decoding"] = {"preset": "exact"}
+        body = {"messages": [{"role": "user", "content": draw.choice(prompts)}], "max_tokens": 200, "stream": stream}
+        body["decoding"] = {"preset": "exact"}
         async with httpx.AsyncClient() as http:
             with suppress(asyncio.TimeoutError, httpx.HTTPError):
-                await asyncio.wait_for(http.post(f"{url}/v1/chat/completions", json=asked, timeout=60), patience)
+                await asyncio.wait_for(http.post(f"{url}/v1/chat/completions", json=body, timeout=60), patience)
 
     for _ in range(0, count, 20):
         await asyncio.gather(*(client(draw.random() < 0.5, draw.uniform(0.01, 1.0)) for _ in range(20)))
 
 
-def settled(url: str) -> dict[str, float]:
+def wait_until_idle(url: str) -> dict[str, float]:
     """The engine's figures once nothing is left to do, or after ten seconds."""
+    figures: dict[str, float] = {}
     for _ in range(100):
-        told = httpx.get(f"{url}/metrics").text
-        figures = {n: float(re.search(rf"^diffucoder_{n} (\S+)", told, re.M)[1]) for n in ("running", "waiting")}  # type: ignore[index]
+        text = httpx.get(f"{url}/metrics").text
+        for name in ("running", "waiting"):
+            figures[name] = number(rf"^diffucoder_{name} (\S+)", text)
         if not any(figures.values()):
             break
         time.sleep(0.1)
@@ -174,19 +183,30 @@ def settled(url: str) -> dict[str, float]:
 
 def state(process: int) -> dict[str, int]:
     """Threads, and KiB in memory, of a process."""
-    told = Path(f"/proc/{process}/status").read_text()
-    return {name: int(re.search(rf"^{name}:\s+(\d+)", told, re.M)[1]) for name in ("Threads", "VmRSS")}  # type: ignore[index]
+    text = Path(f"/proc/{process}/status").read_text()
+    return {name: int(number(rf"^{name}:\s+(\d+)", text)) for name in ("Threads", "VmRSS")}
+
+
+def number(pattern: str, text: str) -> float:
+    """What the group of a pattern matches in a text that has it."""
+    match = re.search(pattern, text, re.MULTILINE)
+    assert match is not None, pattern
+    return float(match[1])
 
 
 async def terminate(url: str, prompts: list[str], process: "subprocess.Popen[str]") -> str:
     """What 32 clients get whose requests were accepted when the server is told to stop."""
-    asked = [{"messages": [{"role": "user", "content": prompt}], "max_tokens": 64} for prompt in prompts[:32]]
+    posts = []
     async with httpx.AsyncClient(limits=httpx.Limits(max_connections=64)) as http:
-        posts = [asyncio.create_task(http.post(f"{url}/v1/chat/completions", json=each, timeout=60)) for each in asked]
-        await asyncio.sleep(0.5)  # all of them are there
+        for prompt in prompts[:32]:
+            body = {"messages": [{"role": "user", "content": prompt}], "max_tokens": 64}
+            posts.append(asyncio.create_task(http.post(f"{url}/v1/chat/completions", json=body, timeout=300)))
+        await asyncio.sleep(0.5)  # all of them have arrived
         process.send_signal(signal.SIGTERM)
         answers = await asyncio.gather(*posts, return_exceptions=True)
-    statuses = Counter(str(a.status_code) if isinstance(a, httpx.Response) else type(a).__name__ for a in answers)
+    statuses: Counter[str] = Counter()
+    for answer in answers:
+        statuses[str(answer.status_code) if isinstance(answer, httpx.Response) else type(answer).__name__] += 1
     return ", ".join(f"{count} × {status}" for status, count in statuses.items()) + f"; exit {process.wait(30)}"
 
 
