@@ -24,9 +24,8 @@ from torch import Tensor
 from diffucoder import DecodingParams, DiffuCoder
 from diffucoder.diffusion import Estimator, keyed_generator, score_views
 from diffucoder.problems import problems
-from diffucoder.training.exercises import Exercise
-from diffucoder.training.grpo import Batch, collate, score
-from diffucoder.training.rollouts import Completion, prompt_ids
+from diffucoder.training.objectives import CompletionBatch, collate, token_scores
+from diffucoder.training.rollouts import prompt_ids
 
 DOCS = Path(__file__).parents[1] / "docs"
 BLOCKS, STUDENT = 10, 2.26  # blocks of draws behind an interval, and its quantile
@@ -74,43 +73,42 @@ def main(
     print("\n\n".join(parts))
 
 
-def completions(coder: DiffuCoder, count: int, new_tokens: int, temperature: float) -> Batch:
+def completions(coder: DiffuCoder, count: int, new_tokens: int, temperature: float) -> CompletionBatch:
     """What the model writes for hard problems, one completion each."""
     tokenizer, drawn = coder.tokenizer, list(problems("dev", count, seed=11, hard=True))
     prompts = [prompt_ids(tokenizer, problem.prompt, 128) for problem in drawn]
     params = DecodingParams(steps=new_tokens // 2, temperature=temperature, new_tokens=new_tokens)
-    found = coder.decode(coder.canvas_of_ids(prompts, new_tokens), params)
-    asked = [Exercise("", problem.prompt, problem.tests) for problem in drawn]
-    return collate(list(map(Completion.of, asked, prompts, found)), pad_id=tokenizer.pad_id)
+    requests = [coder.request_of_ids(ids, params, sample=number) for number, ids in enumerate(prompts)]
+    return collate([results[0] for results in coder.run(requests)], pad_id=tokenizer.pad_id)
 
 
-def views_of(batch: Batch, draw: int, estimator: Estimator):  # type: ignore[no-untyped-def]  # as score_views
+def views_of(batch: CompletionBatch, draw: int, estimator: Estimator):  # type: ignore[no-untyped-def]  # as score_views
     """The views of one draw of masks, one pair."""
     rows = len(batch.tokens)
     ratios = torch.stack([torch.rand(1, 2, generator=keyed_generator(1, draw, row)) for row in range(rows)], 1)
     noise = [keyed_generator(2, draw, row) for row in range(rows)]
-    valid = torch.ones_like(batch.completion) if batch.valid is None else batch.valid
-    prompt = valid & ~batch.completion
+    prompt = batch.valid & ~batch.completion
     return score_views(batch.completion, prompt, 0.2 + 0.6 * ratios, noise, estimator=estimator)
 
 
 @torch.no_grad()
-def terms(coder: DiffuCoder, batch: Batch, draws: int, estimator: Estimator) -> Tensor:
+def terms(coder: DiffuCoder, batch: CompletionBatch, draws: int, estimator: Estimator) -> Tensor:
     """(D, 2, N) the masked terms M l / t of both masks of a pair, for each scored token."""
     found = []
     for at in track(range(draws), description=estimator):
         _, *pair = views_of(batch, at, estimator)
-        both = [score(coder.model, batch, [view], mask_id=coder.model.mask_id)[batch.scored] * 2 for view in pair]
+        scores = [token_scores(coder.model, batch, [view], mask_id=coder.model.mask_id) for view in pair]
+        both = [score[batch.scored] * 2 for score in scores]
         found.append(torch.stack(both))  # times 2, for the weights of one pair are halved
     return torch.stack(found).double()
 
 
 @torch.no_grad()
-def one_pass(coder: DiffuCoder, batch: Batch, draws: int, estimator: Estimator) -> Tensor:
+def one_pass(coder: DiffuCoder, batch: CompletionBatch, draws: int, estimator: Estimator) -> Tensor:
     """(D, N) scores of an estimator that takes one pass."""
     views = (views_of(batch, at, estimator) for at in range(draws))
     return torch.stack(
-        [score(coder.model, batch, v, mask_id=coder.model.mask_id)[batch.scored] for v in views]
+        [token_scores(coder.model, batch, v, mask_id=coder.model.mask_id)[batch.scored] for v in views]
     ).double()
 
 

@@ -38,10 +38,9 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from diffucoder.diffusion import keyed_generator
 from diffucoder.models.denoiser import CHUNK_ELEMENTS, Denoiser
-from diffucoder.training.kernels import training_kernels
 from diffucoder.training.masked import MaskedMicro, MaskedStage, Objective, Row
 from diffucoder.training.settings import TrainSettings
-from diffucoder.training.trainer import Trainer
+from diffucoder.training.trainer import Trainer, training_kernels
 
 RESULTS = Path(__file__).parent / "results" / "training.md"
 WARM_UP = 2  # steps before the timed ones
@@ -148,13 +147,13 @@ class TimedStage(MaskedStage):
         self.peaks: list[int] = []
         self.scored: list[int] = []
 
-    def prepare(self, step: int, shares: Sequence[range]) -> list[MaskedMicro]:
+    def micro_batches(self, step: int, shares: Sequence[range]) -> list[MaskedMicro]:
         _synchronize()
         self.begun.append(time.perf_counter())
         self.peaks.append(_peak_memory())
         if step == self.last:
             raise EnoughError  # without the checkpoint of a finished run
-        micros = super().prepare(step, shares)
+        micros = super().micro_batches(step, shares)
         self.scored.append(sum(len(micro.targets) for micro in micros))
         return micros
 
@@ -309,8 +308,8 @@ def _report(
             "## Attention kernels on the CPU",
             "",
             f"Forward and backward of {POSITIONS} positions in rows of T, {HEADS} heads of {HEAD_WIDTH}, in "
-            "milliseconds, median of 5: why `training/kernels.py` takes plain products of bfloat16, and leaves float32 "
-            "to the flash kernel.",
+            "milliseconds, median of 5: why `trainer.training_kernels` takes plain products of bfloat16, and leaves "
+            "float32 to the flash kernel.",
             "",
             "| dtype | T | mask | flash | plain, as torch has it | what training takes |",
             "| --- | --: | --- | --: | --: | --: |",

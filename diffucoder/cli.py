@@ -1,7 +1,7 @@
 """The command line: one door, thin commands over the Python objects.
 
 Heavy imports happen inside the commands, so that `--help` answers at once. Sampling options are made from the fields of
-`DecodingParams`, those of `prepare` from `PrepareSettings`: names, defaults and help are written there, once.
+`DecodingParams`: names, defaults and help are written there, once.
 """
 
 import json
@@ -16,11 +16,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from diffucoder.analysis.settings import Conventions
-from diffucoder.config import load_settings
+from diffucoder.config import all_settings, load_settings
 from diffucoder.decoding.params import DecodingParams
 from diffucoder.errors import ConfigError, DiffuCoderError, PromptError
 from diffucoder.options import with_options
-from diffucoder.training.prepare import PrepareSettings
 from diffucoder.training.settings import STAGES, TrainSettings
 
 if TYPE_CHECKING:
@@ -245,17 +244,12 @@ def convert(
     gguf: Annotated[
         bool, typer.Option("--gguf", help="write a diffusion model as a dream GGUF, for llama.cpp")
     ] = False,
-    int8: Annotated[
-        bool, typer.Option("--int8", help="write a diffusion model in eight bits, in files under 16 MiB")
-    ] = False,
     dtype: Annotated[
         str | None, typer.Option(help="float32, bfloat16, float16, with --gguf also q8_0; the model's own if left out")
     ] = None,
     revision: Annotated[str | None, typer.Option(help="branch, tag or commit of a hub id")] = None,
 ) -> None:
-    """Make a denoiser of an autoregressive model, or a GGUF file or a small copy of a denoiser."""
-    if int8 and (gguf or pad or dtype):
-        raise ConfigError("--int8 writes a model as it is, in eight bits; leave out --gguf, --pad and --dtype")
+    """Make a denoiser of an autoregressive model, or a GGUF file of a denoiser."""
     if gguf != (out.suffix == ".gguf"):
         rule = "no .gguf file" if gguf else "a .gguf file, which only --gguf writes"
         raise ConfigError(
@@ -266,15 +260,13 @@ def convert(
             "--pad adds a token to a parent and --gguf writes a model as it is; convert first, then export"
         )
     from diffucoder.models.convert import convert as convert_parent
-    from diffucoder.models.convert import export, shrink
+    from diffucoder.models.convert import export
 
-    if int8:
-        denoiser = shrink(source, out, revision=revision)
-    elif gguf:
+    if gguf:
         denoiser = export(source, out, dtype=dtype, revision=revision)
     else:
         denoiser = convert_parent(source, out, pad=pad, dtype=_dtype(dtype), revision=revision)
-    kind = "dream GGUF" if gguf else "denoiser in eight bits" if int8 else "denoiser, untrained"
+    kind = "dream GGUF" if gguf else "denoiser, untrained"
     size = sum(p.numel() for p in denoiser.parameters()) / 1e6
     print(f"{out}: {kind}, {size:.1f} M parameters, mask at {denoiser.mask_id} of {denoiser.vocab_size} tokens")
 
@@ -290,7 +282,7 @@ def _add_training_stages() -> None:
 def _training_help(kind: type[TrainSettings]) -> str:
     """What the stage is, and every setting with its default."""
     lines = []
-    for name, field in kind.model_fields.items():
+    for name, field in all_settings(kind):
         default = "" if field.is_required() else f" [{field.default}]"
         lines.append(f"{name}{default}: {field.description}")
     summary = (kind.__doc__ or "").splitlines()[0]
@@ -312,40 +304,15 @@ def _train(
     except ModuleNotFoundError as error:
         raise ConfigError(f'training needs {error.name}; install it: pip install "diffucoder[train]"') from None
     folder = function(settings)
-    from diffucoder.training.processes import first_process, leave
+    from diffucoder.training.processes import exit_worker, first_process
 
     if first_process():  # every process of a distributed run comes here
         then = f"convert {folder} START" if stage == "pretrain" else f"generate --model {folder} ..."
         print(f"model in {folder}; try: diffucoder {then}")
-    leave()
+    exit_worker()
 
 
 _add_training_stages()
-
-
-@app.command()
-@partial(with_options, of=PrepareSettings)
-def prepare(
-    source: Annotated[str, typer.Argument(help="acecode, mbpp, reasoning-gym, or JSONL of prompts with tests")],
-    out: Annotated[Path, typer.Argument(help="the .jsonl file to write; OUT.report.json says what was left out")],
-    *,
-    params: PrepareSettings,
-) -> None:
-    """Make exercises for reinforcement learning: requests with tests, none of which a benchmark has."""
-    from diffucoder.evaluation.benchmarks import load
-    from diffucoder.training.overlap import HeldOut
-    from diffucoder.training.prepare import prepare, summary
-
-    tasks = {name: load(name, params.benchmarks) for name in params.against.split(",") if name}
-    held_out = {
-        name: [
-            HeldOut(t.task_id, t.entry_point, t.prompt, t.canonical, "\n".join((t.tests, *t.asserts)), t.base)
-            for t in some
-        ]
-        for name, some in tasks.items()
-    }
-    print(summary(prepare(source, out, params, held_out, progress=_progress())))
-    print(f"{out}: try: diffucoder train grpo --set 'data=[\"{out}\"]'")
 
 
 @app.command()

@@ -22,7 +22,7 @@ from diffucoder.decoding.params import DecodingParams
 from diffucoder.decoding.step import Step, Until, decode, denoise
 from diffucoder.decoding.trace import Trace
 from diffucoder.errors import ConfigError, PromptError
-from diffucoder.models.checkpoint import load_denoiser, load_tokenizer
+from diffucoder.models.checkpoint import load_with_tokenizer
 from diffucoder.models.denoiser import Denoiser
 from diffucoder.tokenizer import Hole, Tokenizer, split_holes
 
@@ -224,8 +224,7 @@ class DiffuCoder:
         `dtype` is that of the weights. `compiled` pays on a GPU, where many passes follow: the first of each shape
         takes half a minute.
         """
-        tokenizer = load_tokenizer(source)  # first: it is quick, and fails for the same reasons
-        model = load_denoiser(source, dtype=dtype, device=device)
+        model, tokenizer = load_with_tokenizer(source, dtype=dtype, device=device)
         model.use_fast_layers(compiled=compiled)
         return cls(model, tokenizer, name="tiny" if source is None else str(source))
 

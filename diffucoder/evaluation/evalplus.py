@@ -15,7 +15,7 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any  # an argument or result: None, bool, numbers, str, bytes, list, tuple, set, frozenset, dict
 
-from diffucoder.grading.plain import set_of
+from diffucoder.grading.values import set_of
 
 MEMORY = 4 * 2**30  # bytes a program may take
 SECONDS = 60.0  # for all calls of a program together, before its grace

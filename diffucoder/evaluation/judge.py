@@ -19,9 +19,8 @@ from diffucoder.errors import ConfigError
 from diffucoder.evaluation.benchmarks import Task
 from diffucoder.evaluation.evalplus import MEMORY, correct, time_limit, total_limit
 from diffucoder.grading.grade import Call, Outcome, Verdict, call, grade
-from diffucoder.grading.harness import plain as to_data
-from diffucoder.grading.plain import from_data, short
 from diffucoder.grading.sandbox import Limits, Sandbox
+from diffucoder.grading.values import from_json, short, to_json
 
 _OUTPUT = 256 << 20  # bytes that the results of all calls may take; published solutions give up to 245 MB
 _ROOM = 64 << 10  # bytes that a program's results may take, beside four times what the published solution's do
@@ -154,7 +153,7 @@ def _cached(path: Path) -> Reference | None:
     try:
         text = path.read_text(encoding="utf-8")
         stored = json.loads(text)
-        return Reference(tuple(map(from_data, stored["values"])), tuple(stored["seconds"]), len(text))
+        return Reference(tuple(map(from_json, stored["values"])), tuple(stored["seconds"]), len(text))
     except (OSError, ValueError, KeyError, TypeError):  # none there, or broken: found anew
         return None
 
@@ -177,7 +176,7 @@ def _find(task: Task, sandbox: Sandbox, cache: Path) -> Reference:
 def _store(path: Path, outcomes: Sequence[Outcome]) -> int:
     """Write what `_cached` reads, and say how many bytes that is."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    stored = {"values": [to_data(o.value) for o in outcomes], "seconds": [round(o.seconds, 6) for o in outcomes]}
+    stored = {"values": [to_json(o.value) for o in outcomes], "seconds": [round(o.seconds, 6) for o in outcomes]}
     partial = path.with_suffix(f".{os.getpid()}")
     size = partial.write_text(json.dumps(stored), encoding="utf-8")
     partial.replace(path)

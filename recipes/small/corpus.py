@@ -43,9 +43,11 @@ from diffucoder.grading.extract import parsed
 from diffucoder.problems import problems
 from diffucoder.tokenizer import Tokenizer
 from diffucoder.training.exercises import Exercise
-from diffucoder.training.overlap import HeldOut, Overlaps
 
 HERE = Path(__file__).parent
+sys.path.append(str(HERE.parent / "rl_data"))
+from overlap import HeldOut, Overlaps  # noqa: E402  # a script of the neighbouring recipe
+
 BENCHMARKS = ("humaneval", "mbpp", "bigcodebench", "bigcodebench-hard")
 
 _ALLOWED = re.compile(r"MIT(-0)?|0?BSD(-[234]-Clause)?|Apache(-2\.0)?|(PSF|Python)-2\.0(\.1)?|PSF")

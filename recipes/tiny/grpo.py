@@ -36,6 +36,7 @@ from diffucoder.training.exercises import Exercise, write_exercises
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 RECIPE = tomllib.loads((HERE / "grpo.toml").read_text(encoding="utf-8"))
+RECIPE = {**RECIPE["decoding"], **RECIPE}
 ARMS = {
     "coupled": "complementary masks and everything hidden",
     "decoupled": "as many passes, masks drawn by themselves",

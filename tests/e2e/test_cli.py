@@ -35,7 +35,7 @@ def test_a_process_answers_on_standard_output_alone() -> None:
 
 
 def test_a_process_says_what_is_wrong_in_one_line() -> None:
-    assert_refused(process("generate", REQUEST, "--model", "nobody"), "model 'nobody' is no folder")
+    assert_refused(process("generate", REQUEST, "--model", "nobody"), "model 'nobody' is not a folder")
 
 
 # --- generate --------------------------------------------------------------------------------------------------------
@@ -179,10 +179,10 @@ def test_bench_prints_figures_for_people_and_for_programs(cli: Run) -> None:
         (["--dtype", "int3"], ["dtype='int3' is not known; use one of float32, bfloat16, float16, int8"]),
         (["--device", "abacus"], ["device='abacus' is not on this machine; use 'cpu'"]),
         (["--device", "meta"], ["device='meta' is not on this machine"]),
-        (["--model", "nobody"], ["model 'nobody' is no folder", "cpgrpo"]),
+        (["--model", "nobody"], ["model 'nobody' is not a folder", "cpgrpo"]),
         (["--model", "nobody/nothing"], ["'nobody/nothing'", "connect, or give a folder"]),
         (["--model", "cpgrpo"], ["'apple/DiffuCoder-7B-cpGRPO'", "the Hub cannot be reached"]),  # no network in tests
-        (["--model", "/no/such/folder"], ["'/no/such/folder' is no folder"]),
+        (["--model", "/no/such/folder"], ["'/no/such/folder' is not a folder"]),
         (["--new-tokens", 600], ["new ones exceed the model's context of 512; shorten the prompt"]),
     ],
 )
@@ -259,7 +259,7 @@ def edit_config(folder: Path, **changes: object) -> None:
     [
         (lambda folder: (folder / "config.json").unlink(), ["has no config.json; is it a model's folder?"]),
         (lambda folder: (folder / "config.json").write_text("{"), ["config.json cannot be read as JSON"]),
-        (lambda folder: edit_config(folder, model_type="mamba"), ["model_type 'mamba' is not understood", "Dream"]),
+        (lambda folder: edit_config(folder, model_type="mamba"), ["model_type 'mamba' is not supported", "Dream"]),
         (lambda folder: edit_config(folder, hidden_size=128), ["has wrong shapes for"]),
         (lambda folder: edit_config(folder, num_hidden_layers=9), ["lacks model.layers.", "do not match"]),
         (

@@ -170,4 +170,4 @@ def test_what_cannot_be_is_said(
 
 
 def test_a_model_that_is_not_there_is_said_before_ray_starts() -> None:
-    assert_refused(process("serve", "--ray", "--model", "nowhere"), "'nowhere' is no folder")
+    assert_refused(process("serve", "--ray", "--model", "nowhere"), "'nowhere' is not a folder")

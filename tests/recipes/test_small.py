@@ -14,11 +14,11 @@ from typing import Any
 
 import parents
 import pytest
+from overlap import HeldOut, Overlaps
 
 from diffucoder import DecodingParams, DiffuCoder
 from diffucoder.grading.extract import program_from
 from diffucoder.models.convert import convert
-from diffucoder.training.overlap import HeldOut, Overlaps
 from diffucoder.training.settings import STAGES
 
 SMALL = Path(__file__).parents[2] / "recipes" / "small"

@@ -1,0 +1,86 @@
+"""Constraints and verifiers: the hooks of a decoding step, by small ones written here."""
+
+
+import torch
+from scripted import MASK, VOCABULARY, Scripted, canvas, rugged, sure_of
+from torch import Tensor
+
+from diffucoder.decoding.constraints import Decision
+from diffucoder.decoding.params import DecodingParams
+from diffucoder.decoding.sequence import Proposals, Sequence
+from diffucoder.decoding.step import decode
+
+
+class AllowedIds:
+    """Commits the likeliest allowed candidate in place of an id that is not allowed; postpones it if there is none."""
+
+    candidates = VOCABULARY  # so that one of them is always allowed
+
+    def __init__(self, *ids: int) -> None:
+        self.ids = torch.tensor(ids)
+
+    def allow(self, sequence: Sequence, proposals: Proposals, decision: Decision) -> Decision:
+        allowed = torch.isin(proposals.candidates, self.ids)  # (T, k)
+        best = allowed.int().argmax(-1, keepdim=True)  # (T, 1)
+        possible = allowed.any(-1)
+        committed = decision.committed & possible
+        if not committed.any():  # a step commits something
+            committed = proposals.open & possible
+        return Decision(
+            committed,
+            tokens=proposals.candidates.gather(-1, best)[:, 0],
+            log_prob=proposals.candidate_log_probs.gather(-1, best)[:, 0],
+        )
+
+
+def finish(model: Scripted, *sequences: Sequence) -> None:
+    for _ in decode(model, sequences):  # type: ignore[arg-type]
+        pass
+
+
+def test_a_constraint_replaces_and_postpones_what_is_not_allowed() -> None:
+    start = canvas([1, 2], new_tokens=8)
+    free, bound = (
+        Sequence(start, DecodingParams(), constraint=constraint) for constraint in (None, AllowedIds(0, 2, 3, 5, 7))
+    )
+    finish(Scripted(rugged), free, bound)
+    assert not set(free.tokens[2:].tolist()) <= {0, 2, 3, 5, 7}
+    assert set(bound.tokens[2:].tolist()) <= {0, 2, 3, 5, 7}
+    assert all(step >= 0 for step in bound.trace().steps)
+
+
+def test_a_constraint_of_one_sequence_changes_nothing_for_others_and_log_probs_are_of_what_was_committed() -> None:
+    start = canvas([1, 2], new_tokens=6)
+    alone = Sequence(start, DecodingParams())
+    finish(Scripted(rugged), alone)
+    free, bound = Sequence(start, DecodingParams()), Sequence(start, DecodingParams(), constraint=AllowedIds(5))
+    finish(Scripted(rugged), free, bound)
+    assert free.trace() == alone.trace()
+    assert bound.tokens[2:].tolist() == [5] * 6
+    assert min(bound.trace().log_probs) < min(free.trace().log_probs)
+
+
+class SecondThoughts:
+    """Takes back the first token it sees committed at a place, once."""
+
+    def __init__(self, place: int) -> None:
+        self.place, self.done = place, False
+
+    def verify(self, sequence: Sequence) -> Tensor:
+        return sequence.holes
+
+    def revoke(self, sequence: Sequence, proposals: Proposals, decision: Decision) -> Tensor:
+        revoked = torch.zeros_like(sequence.holes)
+        if not self.done and proposals.verified[self.place] and int(decision.committed.sum()) > 0:
+            revoked[self.place] = self.done = True
+        return revoked
+
+
+def test_a_verifier_sees_committed_tokens_scored_again_and_takes_them_back() -> None:
+    left_to_right = Scripted(sure_of(lambda place: place))
+    sequence = Sequence(canvas([1, 1], new_tokens=4), DecodingParams(steps=4))
+    sequence.verifier = SecondThoughts(2)
+    finish(left_to_right, sequence)
+    assert MASK not in sequence.tokens
+    assert sequence.trace().revoked == [[0, 2, 0, 1]]  # the first hole's token 2, of step 0, revoked by step 1
+    assert sequence.trace().steps[0] > 1
