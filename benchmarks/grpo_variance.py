@@ -1,7 +1,7 @@
 """How much the score of a token varies with its masks: coupled against decoupled, full-mask and d1, and the theory.
 
     python benchmarks/grpo_variance.py                      # minutes on two cores; writes docs/grpo_variance.md
-    python benchmarks/grpo_variance.py --draws 40 --count 8
+    python benchmarks/grpo_variance.py --draws 80 --count 8
 
 Completions are fixed: sampled at temperature 1.2 for hard problems of the dev split, as in training. Each draw of masks
 scores all of their tokens. The theory (DiffuCoder, appendix A.4) gives the variance that coupling saves for a token
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from diffucoder import DecodingParams, DiffuCoder
 from diffucoder.diffusion import Estimator, View, keyed_generator, score_views
-from diffucoder.training.objectives import Completed, collate, token_scores
+from diffucoder.training.objectives import CompletionBatch, collate, token_scores
 from diffucoder.training.rollouts import prompt_ids
 from recipes.report import drawing, provenance, table, update_page
 from recipes.tiny.problems import problems
@@ -39,8 +39,8 @@ def main(
     new_tokens: Annotated[int, typer.Option(help="canvas of a completion")] = 64,
 ) -> None:
     """Measure, and write the tables and the plot."""
-    if draws < 40 or draws % 40:
-        raise typer.BadParameter(f"draws={draws} does not split into {BLOCKS} blocks of up to 4 pairs; use 40, 80, ...")
+    if draws < 80 or draws % 40:
+        raise typer.BadParameter(f"draws={draws} does not split into {BLOCKS} blocks of up to 4 pairs; use 80, 120, ...")
     coder = DiffuCoder.load(model, dtype=torch.float32)
     batch = write_completions(coder, count, new_tokens, temperature)
     coupled = masked_terms(coder, batch, draws, "coupled")  # (D, 2, N)
@@ -68,7 +68,7 @@ def main(
         axes.legend()
 
 
-def write_completions(coder: DiffuCoder, count: int, new_tokens: int, temperature: float) -> Completed:
+def write_completions(coder: DiffuCoder, count: int, new_tokens: int, temperature: float) -> CompletionBatch:
     """What the model writes for hard problems, one completion each."""
     params = DecodingParams(steps=new_tokens // 2, temperature=temperature, new_tokens=new_tokens)
     requests = []
@@ -78,7 +78,7 @@ def write_completions(coder: DiffuCoder, count: int, new_tokens: int, temperatur
     return collate([results[0] for results in coder.run(requests)], pad_id=coder.tokenizer.pad_id)
 
 
-def draw_views(batch: Completed, draw: int, estimator: Estimator) -> list[View]:
+def draw_views(batch: CompletionBatch, draw: int, estimator: Estimator) -> list[View]:
     """The views of one draw of masks, one pair: mask ratios are uniform in [0.2, 0.8], one a completion."""
     rows = range(len(batch.tokens))
     ratios = torch.stack([torch.rand(1, 2, generator=keyed_generator(1, draw, row)) for row in rows], 1)
@@ -88,12 +88,12 @@ def draw_views(batch: Completed, draw: int, estimator: Estimator) -> list[View]:
 
 
 @torch.no_grad()
-def scores(coder: DiffuCoder, batch: Completed, views: list[View]) -> Tensor:
+def scores(coder: DiffuCoder, batch: CompletionBatch, views: list[View]) -> Tensor:
     """(N,) the score of each scored token, float64."""
     return token_scores(coder.model, batch, views, mask_id=coder.model.mask_id)[batch.scored].double()
 
 
-def masked_terms(coder: DiffuCoder, batch: Completed, draws: int, estimator: Estimator) -> Tensor:
+def masked_terms(coder: DiffuCoder, batch: CompletionBatch, draws: int, estimator: Estimator) -> Tensor:
     """(D, 2, N) the masked terms M l / t of both masks of a pair, for each scored token."""
     terms = []
     for draw in track(range(draws), description=estimator):
@@ -153,7 +153,7 @@ def interval(values: Tensor) -> str:
     return f"{float(values.mean()):.4f} ± {STUDENT * float(values.std()) / math.sqrt(len(values)):.4f}"
 
 
-def one_pass_table(coder: DiffuCoder, batch: Completed, draws: int, truth: Tensor, coupled: Tensor) -> str:
+def one_pass_table(coder: DiffuCoder, batch: CompletionBatch, draws: int, truth: Tensor, coupled: Tensor) -> str:
     """How far estimators with one pass are off, beside one coupled pair."""
     rows = []
     for name, values in (
