@@ -25,7 +25,7 @@ def loaded_by(program: str) -> set[str]:
     [
         "import diffucoder, diffucoder.config, diffucoder.errors; dir(diffucoder)",
         "import diffucoder.grading.grade, diffucoder.grading.extract",
-        "import diffucoder.problems",
+        "import recipes.tiny.problems",
         "from diffucoder import DecodingParams; DecodingParams(steps=3)",
         "import sys; sys.argv = ['diffucoder', '--help']\n"
         "from diffucoder.cli import main\ntry: main()\nexcept SystemExit as end: assert not end.code",

@@ -14,9 +14,9 @@ from rich.text import Text
 from diffucoder import Canvas, DecodingParams, Denoiser, DiffuCoder, Step
 from diffucoder.decoding.coder import Request
 from diffucoder.decoding.step import denoise
-from diffucoder.problems import problems
 from diffucoder.tokenizer import PLACEHOLDER, Tokenizer
 from diffucoder.watch import CanvasView, progress, watch
+from recipes.tiny.problems import problems
 
 
 @pytest.fixture(scope="module")

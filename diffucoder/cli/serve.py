@@ -36,15 +36,15 @@ def serve(
     """Serve a model: OpenAI's completions and chat, infilling, holes and edits."""
     try:
         from diffucoder.serving.app import create_app
-        from diffucoder.serving.engine import apart
-        from diffucoder.serving.run import key_from, run
+        from diffucoder.serving.engine import load_in_own_thread
+        from diffucoder.serving.run import read_api_key, run
         from diffucoder.serving.settings import EngineSettings, ScaleSettings
     except ModuleNotFoundError as error:
         raise ConfigError(f'serving needs {error.name}; install it: pip install "diffucoder[serve]"') from None
     if not ray and (replicas, cpus, gpus) != ("1", None, None):
         raise ConfigError("--replicas, --cpus and --gpus are for Ray's replicas; add --ray")
     settings = ScaleSettings(
-        api_key=key_from(api_key_file),
+        api_key=read_api_key(api_key_file),
         cors=tuple(cors or ()),
         decoding=load_settings(DecodingParams, overrides=changes or ()),
         engine=load_settings(EngineSettings, overrides=limits or ()),
@@ -56,7 +56,7 @@ def serve(
         gpus=gpus,
     )
     if not ray:
-        coder = apart(lambda: load_model(model, dtype, device))
+        coder = load_in_own_thread(lambda: load_model(model, dtype, device))
         run(create_app(coder, settings), host=host, port=port)
         return
     try:

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from diffucoder.config import load_settings
+from diffucoder.config import all_settings, load_settings
 from diffucoder.errors import ConfigError
 from diffucoder.training.settings import STAGES, TrainSettings
 
@@ -33,18 +33,18 @@ def train(
     except ModuleNotFoundError as error:
         raise ConfigError(f'training needs {error.name}; install it: pip install "diffucoder[train]"') from None
     folder = function(settings)
-    from diffucoder.training.processes import first_process, leave
+    from diffucoder.training.processes import exit_worker, first_process
 
     if first_process():  # every process of a distributed run comes here
         following = f"convert {folder} START" if stage == "pretrain" else f"generate --model {folder} ..."
         print(f"model in {folder}; try: diffucoder {following}")
-    leave()
+    exit_worker()
 
 
 def _help(kind: type[TrainSettings]) -> str:
     """Return the summary of a stage, and every setting with its default."""
     lines = []
-    for name, field in kind.model_fields.items():
+    for name, field in all_settings(kind):
         default = "" if field.is_required() else f" [{field.default}]"
         lines.append(f"{name}{default}: {field.description}")
     summary = (kind.__doc__ or "").splitlines()[0]

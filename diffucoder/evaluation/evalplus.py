@@ -15,7 +15,7 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any  # an argument or result: None, bool, number, str, bytes, list, tuple, set, frozenset or dict
 
-from diffucoder.grading.plain import set_of
+from diffucoder.grading.values import set_of
 
 MEMORY = 4 * 2**30  # bytes that a program may use
 SECONDS = 60.0  # for all calls of a program together, before the time to start and to report

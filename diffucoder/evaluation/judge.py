@@ -20,9 +20,8 @@ from diffucoder.evaluation.evalplus import MEMORY, correct, time_limit, total_li
 from diffucoder.evaluation.programs import whole_program
 from diffucoder.files import Json, append_jsonl, cache_folder, read_whole_lines, write_jsonl, write_text
 from diffucoder.grading.grade import Call, call, grade
-from diffucoder.grading.harness import plain as to_data
-from diffucoder.grading.plain import from_data, short
 from diffucoder.grading.sandbox import Limits, Sandbox
+from diffucoder.grading.values import from_json, short, to_json
 
 Progress = Callable[[Iterable[Any], int, str], Iterable[Any]]  # (items, their number, what they are) -> the items
 
@@ -248,7 +247,7 @@ def _read_reference(path: Path) -> Reference | None:
     try:
         text = path.read_text(encoding="utf-8")
         stored = json.loads(text)
-        return Reference(tuple(map(from_data, stored["values"])), tuple(stored["seconds"]), len(text))
+        return Reference(tuple(map(from_json, stored["values"])), tuple(stored["seconds"]), len(text))
     except (OSError, ValueError, KeyError, TypeError):  # absent or broken: to be computed again
         return None
 
@@ -266,7 +265,7 @@ def _compute_reference(task: Task, sandbox: Sandbox) -> Reference:
             )
         values.append(outcome.value)
         seconds.append(round(outcome.seconds, 6))
-    text = json.dumps({"values": list(map(to_data, values)), "seconds": seconds})
+    text = json.dumps({"values": list(map(to_json, values)), "seconds": seconds})
     path = _reference_path(task, task.tests)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_text(path, text)

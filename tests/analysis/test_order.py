@@ -20,8 +20,8 @@ from diffucoder.analysis.tokens import token_classes
 from diffucoder.decoding.step import Sequence, Step, decode, denoise
 from diffucoder.decoding.trace import Trace, write_traces
 from diffucoder.errors import ConfigError
-from diffucoder.problems import problems
 from diffucoder.tokenizer import Tokenizer
+from recipes.tiny.problems import problems
 
 STEPS = st.lists(st.integers(-1, 12), min_size=1, max_size=24)
 CONVENTIONS = st.builds(

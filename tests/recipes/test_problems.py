@@ -2,17 +2,30 @@
 
 import random
 from collections import Counter
-from collections.abc import Callable
-from functools import partial
 from itertools import islice
+from pathlib import Path
 
 import pytest
 
-from diffucoder import problems as module
+import diffucoder
 from diffucoder.errors import ConfigError, SandboxError
 from diffucoder.grading.grade import grade_many
 from diffucoder.grading.sandbox import isolation
-from diffucoder.problems import Block, Problem, load_blocks, problems, split_of
+from recipes.tiny.data import held_out as write_held_out
+from recipes.tiny.problems import (
+    Block,
+    Plan,
+    Problem,
+    draw_examples,
+    draw_use,
+    load_blocks,
+    problems,
+    split_of,
+    third_person,
+    write_problem,
+)
+
+SHIPPED = Path(diffucoder.__file__).parent / "data" / "tiny_problems.jsonl.gz"
 
 
 @pytest.fixture(scope="module")
@@ -28,10 +41,10 @@ def held_out() -> dict[str, list[Problem]]:
 def alone(block: Block, rng: random.Random) -> Problem:
     """A problem that asks for nothing but this block."""
     for _ in range(50):  # some constants leave no two inputs with different outputs
-        uses = [module._use(rng, block)]
-        pairs = module._examples(rng, block.takes, uses, partial(module._run_chain, uses))
-        if pairs is not None:
-            return module._worded(rng, "chain", block.takes, uses, pairs)
+        plan = Plan("chain", block.takes, (draw_use(rng, [block]),))
+        examples = draw_examples(rng, plan)
+        if examples is not None:
+            return write_problem(rng, plan, examples)
     raise AssertionError(f"{block.id} gives no problem")
 
 
@@ -147,8 +160,7 @@ def test_asking_for_no_problems_is_refused() -> None:
     ],
 )
 def test_requests_are_conjugated(phrase: str, third: str) -> None:
-    conjugate: Callable[[str], str] = module._third_person
-    assert conjugate(phrase) == third
+    assert third_person(phrase) == third
 
 
 def test_asserts_try_both_sides_of_a_condition(training: list[Problem]) -> None:
@@ -159,3 +171,8 @@ def test_asserts_try_both_sides_of_a_condition(training: list[Problem]) -> None:
         parameter = lines[0].partition("(")[2].removesuffix("):")
         values = [test.removeprefix(f"assert {problem.name}(").rpartition(") == ")[0] for test in problem.tests]
         assert {bool(eval(f"(lambda {parameter}: {condition})({value})")) for value in values} == {True, False}
+
+
+def test_the_package_ships_exactly_the_held_out_problems_that_the_generator_makes(tmp_path: Path) -> None:
+    write_held_out(tmp_path / "problems.jsonl.gz")
+    assert (tmp_path / "problems.jsonl.gz").read_bytes() == SHIPPED.read_bytes()
