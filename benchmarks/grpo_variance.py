@@ -40,7 +40,7 @@ def main(
 ) -> None:
     """Measure, and write the tables and the plot."""
     if draws < 80 or draws % 40:
-        raise typer.BadParameter(f"draws={draws} does not split into {BLOCKS} blocks of up to 4 pairs; use 80, 120, ...")
+        raise typer.BadParameter(f"draws={draws} does not split into {BLOCKS} blocks of 4 pairs; use 80, 120, ...")
     coder = DiffuCoder.load(model, dtype=torch.float32)
     batch = write_completions(coder, count, new_tokens, temperature)
     coupled = masked_terms(coder, batch, draws, "coupled")  # (D, 2, N)
