@@ -4,31 +4,33 @@
     python benchmarks/replay.py FOLDER --data FOLDER --only humaneval+
 
 FOLDER holds NAME-samples.jsonl.gz and NAME-results.json.gz, as EvalPlus and BigCodeBench write them. The published
-solutions are graded too, and must all pass. BigCodeBench's tasks are graded whose imports programs can find in
+solutions are graded too, and must all pass. Of BigCodeBench those tasks are graded whose imports programs can find in
 --packages, by default this environment's own. The table goes to benchmarks/results/replay.md.
 """
 
 import gzip
 import json
 import sysconfig
-import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
+from statistics import mean
 from typing import Annotated, Any
 
 import typer
+from common import RESULTS
 from rich.console import Console
 from rich.progress import track
 
-from diffucoder.evaluation.benchmarks import Task, load
-from diffucoder.evaluation.evaluate import cache_folder, grade_samples, split_by_imports
-from diffucoder.evaluation.samples import Sample, read_samples
+from diffucoder.evaluation.benchmarks import load
+from diffucoder.evaluation.judge import grade_samples, split_by_imports
+from diffucoder.evaluation.samples import read_samples
+from diffucoder.files import Json
 from diffucoder.grading.sandbox import Sandbox
+from recipes.report import provenance, table, update_page
 
-RESULTS = Path(__file__).parent / "results" / "replay.md"
-KNOWN = {  # looked into one by one
-    "Mbpp/579": "The completion returns a set of strings as a tuple, compared in order: which order that is depends on "
-    "the interpreter's hash seed, random in the published run and fixed here.",
+KNOWN = {  # investigated one by one
+    "Mbpp/579": "The completion returns a set of strings as a tuple, compared in order. The order depends on the "
+    "interpreter's hash seed, which was random in the published run and is fixed here.",
     "BigCodeBench/147": "It connects to addresses; there is no network.",
     "BigCodeBench/360": "It needs openpyxl, which pandas imports by name only when it is used.",
     "BigCodeBench/409": "It needs openpyxl, which pandas imports by name only when it is used.",
@@ -36,9 +38,11 @@ KNOWN = {  # looked into one by one
     "BigCodeBench/511": "It needs the matplotlib and pandas of its time.",
     "BigCodeBench/1006": "It downloads; there is no network.",
     "BigCodeBench/1012": "It downloads; there is no network.",
-    "BigCodeBench/1040": "It listens on a network socket, which the sandbox refuses.",
+    "BigCodeBench/1040": "It listens on a network socket, which the sandbox forbids.",
 }
 NAMES = {"humaneval+": "humaneval", "mbpp+": "mbpp", "bigcodebench-hard": "bcb_hard"}
+VERDICTS = {"status": "passed", "base_status": "base", "plus_status": "plus"}  # their names, ours
+COLUMNS = ("tasks graded", "verdicts", "equal", "published totals", "totals here", "published solutions pass")
 
 
 def main(
@@ -46,99 +50,76 @@ def main(
     data: Annotated[Path, typer.Option(help="folder of the benchmarks' published files")],
     only: Annotated[str | None, typer.Option(help=f"one of {', '.join(NAMES)}")] = None,
     packages: Annotated[list[Path] | None, typer.Option(help="folder that BigCodeBench's programs import from")] = None,
-    workers: Annotated[int | None, typer.Option(help="programs at a time; one a core if left out")] = None,
-    output: Annotated[Path, typer.Option(help="file of the table")] = RESULTS,
+    workers: Annotated[int | None, typer.Option(help="programs at a time; default: one a core")] = None,
+    output: Annotated[Path, typer.Option(help="file of the table")] = RESULTS / "replay.md",
 ) -> None:
-    rows, differences = [], []
-    for benchmark, name in NAMES.items():
-        if only not in (None, benchmark):
-            continue
-        hard = benchmark.startswith("bigcodebench")
+    """Grade, compare, and write the table and every difference."""
+    rows = []
+    differences: list[str] = []
+    for benchmark in [only] if only else NAMES:
         importable = packages or [Path(sysconfig.get_path("purelib"))]
-        with Sandbox(workers, packages=importable if hard else ()) as sandbox:
-            began = time.monotonic()
-            tasks = load(benchmark, data)
-            runnable, _ = split_by_imports(tasks, sandbox)
-            known = {task.task_id for task in runnable}
-            every = read_samples(folder / f"{name}-samples.jsonl.gz", tasks)
-            samples = [sample for sample in every if sample["task_id"] in known]
-            verdicts = grade_samples(tasks, samples, sandbox, cache=cache_folder(), progress=progress)
-            solutions = [{"task_id": task.task_id, "sample": 0, "solution": task.canonical} for task in runnable]
-            canonical = grade_samples(tasks, solutions, sandbox, cache=cache_folder(), progress=progress)
-        published = json.loads(gzip.decompress((folder / f"{name}-results.json.gz").read_bytes()))["eval"]
-        compared = list(compare(verdicts, published))
-        differ = [each for each in compared if each[1] != each[2]]
-        differences += [difference(benchmark, *each) for each in differ]
-        failing = [verdict for verdict in canonical if not verdict["passed"]]
-        rows.append(row(benchmark, tasks, verdicts, published, len(compared), len(differ), canonical))
-        print(rows[-1], f"{time.monotonic() - began:.0f} s; published solutions that fail: {len(failing)}")
-        differences += [f"* The published solution of {each['task_id']} fails here. {why(each)}" for each in failing]
-    output.write_text(report(rows, differences, folder.name), encoding="utf-8")
-    print(*differences, f"written to {output}", sep="\n")
+        with Sandbox(workers, packages=importable if benchmark.startswith("bigcodebench") else ()) as sandbox:
+            row, found = replay(benchmark, folder, data, sandbox)
+        rows.append(row)
+        differences += found
+    sections = {
+        "run": provenance("python benchmarks/replay.py", f"completions and verdicts of `{folder.name}`"),
+        "table": table(["benchmark", *COLUMNS], rows),
+        "differences": "\n".join(differences) or "None.",
+    }
+    update_page(output, sections)
 
 
-def progress(things: Iterable[Any], count: int, what: str) -> Iterable[Any]:
-    return track(things, what, count, console=Console(stderr=True))
-
-
-def compare(verdicts: Sequence[Sample], published: dict[str, Any]) -> Iterable[tuple[str, bool, bool, Sample]]:
-    """(what, published, ours, our verdict) for every published verdict; `what` is a task, and which of its verdicts."""
+def replay(benchmark: str, folder: Path, data: Path, sandbox: Sandbox) -> tuple[list[str], list[str]]:
+    """The row of a benchmark, and its differences."""
+    tasks = load(benchmark, data)
+    runnable, _ = split_by_imports(tasks, sandbox)
+    ids = {task.task_id for task in runnable}
+    name = NAMES[benchmark]
+    samples = [each for each in read_samples(folder / f"{name}-samples.jsonl.gz", tasks) if each["task_id"] in ids]
+    verdicts = grade_samples(tasks, samples, sandbox, progress=progress)
+    solutions = [{"task_id": task.task_id, "sample": 0, "solution": task.canonical} for task in runnable]
+    canonical = grade_samples(tasks, solutions, sandbox, progress=progress)
+    published = json.loads(gzip.decompress((folder / f"{name}-results.json.gz").read_bytes()))["eval"]
+    compared = 0
+    differences = []
+    base: dict[str, list[bool]] = {"theirs": [], "ours": []}
+    overall: dict[str, list[bool]] = {"theirs": [], "ours": []}
     for verdict in verdicts:
         theirs = published[verdict["task_id"]][0]
-        for kind, own in (("status", "passed"), ("base_status", "base"), ("plus_status", "plus")):
-            if kind in theirs:
-                yield f"{verdict['task_id']} {kind}", theirs[kind] == "pass", bool(verdict[own]), verdict
+        statuses = {kind: theirs[kind] == "pass" for kind in VERDICTS if kind in theirs}
+        compared += len(statuses)
+        for kind, passed in statuses.items():
+            if passed != bool(verdict[VERDICTS[kind]]):
+                published_word, our_word = ("pass", "fail") if passed else ("fail", "pass")
+                what = f"{benchmark}, {verdict['task_id']} {kind}: published {published_word}, here {our_word}"
+                differences.append(f"* {what}. {reason(verdict)}")
+        overall["theirs"].append(all(statuses.values()))
+        overall["ours"].append(verdict["passed"])
+        if "base_status" in statuses:
+            base["theirs"].append(statuses["base_status"])
+            base["ours"].append(verdict["base"])
+    equal = compared - len(differences)
+    for verdict in canonical:
+        if not verdict["passed"]:
+            differences.append(f"* The published solution of {verdict['task_id']} fails here. {reason(verdict)}")
+    row = [benchmark, f"{len(verdicts)} of {len(tasks)}", str(compared), f"{equal} ({equal / compared:.2%})"]
+    for side in ("theirs", "ours"):
+        totals = [values[side] for values in (base, overall) if values[side]]
+        row.append(" / ".join([f"{100 * mean(values):.2f}" for values in totals]))
+    solved = sum([verdict["passed"] for verdict in canonical])
+    return [*row, f"{solved} of {len(canonical)}"], differences
 
 
-def difference(benchmark: str, what: str, theirs: bool, ours: bool, verdict: Sample) -> str:
-    words = {True: "pass", False: "fail"}
-    return f"* {benchmark}, {what}: published {words[theirs]}, here {words[ours]}. {why(verdict)}"
+def reason(verdict: Json) -> str:
+    """What is known of a task, and the grader's message."""
+    message = " ".join(verdict["detail"][:200].split()).replace("|", "\\|")
+    known = KNOWN.get(verdict["task_id"], "Unexplained.")
+    return f"{known} Message: {message}" if message else known
 
 
-def why(verdict: Sample) -> str:
-    """What is known of a task, else nothing, and what the grader said."""
-    said = " ".join(verdict["detail"][:200].split()).replace("|", "\\|")
-    return f"{KNOWN.get(verdict['task_id'], 'Unexplained.')}{f' Told: {said}' if said else ''}"
-
-
-def row(
-    benchmark: str,
-    tasks: Sequence[Task],
-    verdicts: Sequence[Sample],
-    published: dict[str, Any],
-    compared: int,
-    differ: int,
-    canonical: Sequence[Sample],
-) -> str:
-    def share(key: str) -> str:
-        return f"{100 * sum(bool(verdict[key]) for verdict in verdicts) / len(verdicts):.2f}"
-
-    graded = [published[verdict["task_id"]][0] for verdict in verdicts]
-    passing = [all(value == "pass" for key, value in each.items() if key.endswith("status")) for each in graded]
-    base = [each.get("base_status") == "pass" for each in graded]
-    theirs = f"{100 * sum(passing) / len(passing):.2f}"
-    if any(base):
-        totals = f"{100 * sum(base) / len(base):.2f} / {theirs} | {share('base')} / {share('passed')}"
-    else:
-        totals = f"{theirs} | {share('passed')}"
-    solved = sum(verdict["passed"] for verdict in canonical)
-    return (
-        f"| {benchmark} | {len(verdicts)} of {len(tasks)} | {compared} | {compared - differ} "
-        f"({1 - differ / compared:.2%}) | {totals} | {solved} of {len(canonical)} |"
-    )
-
-
-def report(rows: Sequence[str], differences: Sequence[str], name: str) -> str:
-    parts = [
-        "# Published completions, graded again",
-        f"`python benchmarks/replay.py`, {time.strftime('%Y-%m-%d')}: the completions of `{name}` and the published "
-        "verdicts on them. Totals are pass@1 in per cent: base / plus where there are both.",
-        "| benchmark | tasks graded | verdicts | equal | published totals | totals here | published solutions pass |\n"
-        "| --- | --: | --: | --: | --: | --: | --: |\n" + "\n".join(rows),
-        "## Every difference",
-        "\n".join(differences) or "None.",
-    ]
-    return "\n\n".join(parts) + "\n"
+def progress(items: Iterable[Any], count: int, what: str) -> Iterable[Any]:
+    return track(items, what, count, console=Console(stderr=True))
 
 
 if __name__ == "__main__":

@@ -3,13 +3,11 @@
     python benchmarks/sandbox.py                            # seconds
     python benchmarks/sandbox.py --data FOLDER --samples F  # and HumanEval+ graded, a sample a task (a minute)
 
-Warm: a pool of workers that are there already, as in grading. Cold: a new bubblewrap and interpreter for every program.
-The ceiling beside them is what starting a bare interpreter of the same kind takes here, without any isolation.
-The table goes to benchmarks/results/sandbox.md.
+Warm: a pool of running workers, as in grading. Cold: a new bubblewrap and interpreter for every program. The ceiling
+beside them is the start of a bare interpreter of the same kind, without any isolation. The table goes to
+benchmarks/results/sandbox.md.
 """
 
-import os
-import platform
 import subprocess
 import tempfile
 import time
@@ -20,82 +18,74 @@ from statistics import median
 from typing import Annotated
 
 import typer
+from common import RESULTS, commit, machine
 
 from diffucoder.evaluation.benchmarks import load
-from diffucoder.evaluation.evaluate import grade_samples
+from diffucoder.evaluation.judge import grade_samples
 from diffucoder.evaluation.samples import read_samples
 from diffucoder.grading.grade import grade
 from diffucoder.grading.sandbox import Sandbox, isolation, run
+from recipes.report import provenance, table, update_page
 
-RESULTS = Path(__file__).parent / "results" / "sandbox.md"
-GOOD, TESTS = (
-    "def add(a, b):\n    return a + b\n",
-    ["assert add(1, 2) == 3", "assert add(0, 0) == 0", "assert add(2, 2) == 4"],
-)
+PROGRAM = "def add(a, b):\n    return a + b\n"
+TESTS = ["assert add(1, 2) == 3", "assert add(0, 0) == 0", "assert add(2, 2) == 4"]
 
 
 def main(
-    programs: Annotated[int, typer.Option(help="of each kind", min=10)] = 1000,
+    programs: Annotated[int, typer.Option(help="programs of each kind", min=10)] = 1000,
     workers: Annotated[int, typer.Option(help="programs at a time; 0: one a core", min=0)] = 0,
     data: Annotated[Path | None, typer.Option(help="folder with HumanEvalPlus.jsonl.gz")] = None,
     samples: Annotated[Path | None, typer.Option(help="samples of it, JSONL")] = None,
-    output: Annotated[Path, typer.Option(help="file of the table")] = RESULTS,
+    output: Annotated[Path, typer.Option(help="file of the table")] = RESULTS / "sandbox.md",
 ) -> None:
+    """Measure, and write the table."""
     isolation()
     with Sandbox(workers or None) as box:
         list(box.run_many(["pass"] * 4 * box.workers))  # the workers start
         few = max(10, programs // 10)
         rows = [
-            row("trivial program, warm", programs, box.workers, lambda _: box.run("pass")),
-            row("three asserts graded, warm", programs, box.workers, lambda _: grade(GOOD, TESTS, sandbox=box)),
-            row("trivial program, cold", few, box.workers, lambda _: run("pass")),
-            row("bare interpreter, no sandbox", few, box.workers, bare),
+            measure("trivial program, warm", programs, box.workers, lambda: box.run("pass")),
+            measure("three asserts graded, warm", programs, box.workers, lambda: grade(PROGRAM, TESTS, sandbox=box)),
+            measure("trivial program, cold", few, box.workers, lambda: run("pass")),
+            measure("bare interpreter, no sandbox", few, box.workers, run_bare),
         ]
         if data and samples:
-            rows.append(graded(box, data, samples))
-        count = box.workers
-    head = [
-        "# Programs a second",
-        f"`python benchmarks/sandbox.py`, {time.strftime('%Y-%m-%d')}, commit {commit()}; {os.cpu_count()} CPUs "
-        f"{platform.machine()}, Linux {platform.release()}, Python {platform.python_version()}; {count} at a time.",
-        "Programs run at the lowest priority: beside a busy process they are slower, and do not slow it.",
-        "| what | runs | seconds | a second | median latency |\n| --- | --: | --: | --: | --: |\n" + "\n".join(rows),
-    ]
-    output.write_text("\n\n".join(head) + "\n", encoding="utf-8")
-    print("\n".join(rows), f"\nwritten to {output}")
+            rows.append(measure_benchmark(box, data, samples))
+        details = f"{box.workers} programs at a time"
+    sections = {
+        "run": provenance("python benchmarks/sandbox.py", commit(), machine(), details),
+        "table": table(["what", "runs", "seconds", "a second", "median latency"], rows),
+    }
+    update_page(output, sections)
 
 
-def row(what: str, count: int, workers: int, work: Callable[[int], object]) -> str:
-    def timed(index: int) -> float:
-        begin = time.perf_counter()
-        work(index)
-        return time.perf_counter() - begin
+def measure(name: str, count: int, workers: int, work: Callable[[], object]) -> list[str]:
+    def timed(_: int) -> float:
+        began = time.perf_counter()
+        work()
+        return time.perf_counter() - began
 
     began = time.perf_counter()
     with ThreadPoolExecutor(workers) as pool:
         latencies = list(pool.map(timed, range(count)))
     seconds = time.perf_counter() - began
-    return f"| {what} | {count} | {seconds:.1f} | **{count / seconds:.0f}** | {median(latencies) * 1e3:.1f} ms |"
+    return [name, str(count), f"{seconds:.1f}", f"**{count / seconds:.0f}**", f"{median(latencies) * 1e3:.1f} ms"]
 
 
-def bare(_: int) -> object:
+def run_bare() -> object:
     return subprocess.run(["/usr/bin/python3", "-I", "-S", "-c", "pass"], check=True)
 
 
-def graded(box: Sandbox, data: Path, path: Path) -> str:
+def measure_benchmark(box: Sandbox, data: Path, path: Path) -> list[str]:
     tasks = load("humaneval+", data)
     samples = read_samples(path, tasks)
     with tempfile.TemporaryDirectory() as folder:
-        grade_samples(tasks, samples, box, cache=Path(folder))  # finds what the published solutions give
+        grade_samples(tasks, samples, box, cache=Path(folder))  # fills the cache of published solutions
         began = time.perf_counter()
         grade_samples(tasks, samples, box, cache=Path(folder))
         seconds = time.perf_counter() - began
-    return f"| HumanEval+ sample graded | {len(samples)} | {seconds:.1f} | **{len(samples) / seconds:.1f}** | |"
-
-
-def commit() -> str:
-    asked = ["git", "describe", "--always", "--dirty", "--abbrev=7"]
-    return subprocess.run(asked, capture_output=True, text=True, cwd=Path(__file__).parent).stdout.strip()
+    rate = f"**{len(samples) / seconds:.1f}**"
+    return ["HumanEval+ sample graded", str(len(samples)), f"{seconds:.1f}", rate, ""]
 
 
 if __name__ == "__main__":

@@ -1,10 +1,9 @@
-"""Text to tokens and back, for models that see masks: special ids, chat prompts, holes, partial decoding.
+"""Text to tokens and back, for models that see masks: special ids, chat prompts, holes, text that is half written.
 
-For: everything that knows how a checkpoint spells things. Not for: canvases (`decoding.canvas`), models (`models`).
+For: everything that depends on how a checkpoint spells things. Not for: canvases (`decoding.canvas`), `models`.
 
-A newcomer needs to know that DiffuCoder ships no `tokenizer.json`, only Qwen2's `vocab.json` and `merges.txt` plus a
-list of added tokens; `Tokenizer.load` rebuilds the fast byte-level BPE from those. Ids never stand in code: they come
-from the checkpoint, by the tokens' names.
+DiffuCoder ships no `tokenizer.json`, only Qwen2's `vocab.json` and `merges.txt` and a list of added tokens;
+`Tokenizer.load` reads both forms. The code holds no token ids: it looks them up in the checkpoint by the tokens' names.
 """
 
 import json
@@ -14,39 +13,37 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import groupby
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import tokenizers
-from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors
+from tokenizers import AddedToken, models, pre_tokenizers
 
 from diffucoder.errors import CheckpointError, PromptError
+from diffucoder.files import Json, write_json
 
-MASK_TOKEN, PAD_TOKEN = "<|mask|>", "<|dlm_pad|>"
-PLACEHOLDER = "░"  # how a token still masked, or half a character, is shown
+MASK_TOKEN = "<|mask|>"
+PAD_TOKEN = "<|dlm_pad|>"
+END_OF_TEXT = "<|endoftext|>"
+END_OF_TURN = "<|im_end|>"
+TERMINATORS = (END_OF_TEXT, END_OF_TURN, PAD_TOKEN)  # an answer ends at the first of them
+PLACEHOLDER = "░"  # stands for a masked token, or for half a character
 DEFAULT_SYSTEM = "You are a helpful assistant."  # Qwen2.5's, which DiffuCoder was tuned with
-TERMINATORS = ("<|endoftext|>", "<|im_end|>", PAD_TOKEN)
 
-# Qwen2's: contractions; letters with one leading mark; single digits; punctuation; line ends; spaces
-QWEN2_WORDS = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-# What Dream adds to Qwen2's vocabulary, in id order, where a checkpoint lists nothing itself. `<|dlm_pad|>` would be
+# The tokens that Dream adds to Qwen2's vocabulary, in id order, for checkpoints that list none. `<|dlm_pad|>` would be
 # next, but only some checkpoints have it, and those list it.
-_DREAM_SPECIAL = (
-    *("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|object_ref_start|>", "<|object_ref_end|>", "<|box_start|>"),
-    *("<|box_end|>", "<|quad_start|>", "<|quad_end|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>"),
-    *("<|image_pad|>", "<|video_pad|>", "<tool_call>", "</tool_call>", "<|fim_prefix|>", "<|fim_middle|>"),
-    *("<|fim_suffix|>", "<|fim_pad|>", "<|repo_name|>", "<|file_sep|>", "<|beginoftext|>", MASK_TOKEN),
-)
-_DREAM_TEXT = frozenset(_DREAM_SPECIAL[14:22])  # tools, FIM, repository: text to Qwen2.5, so decoding shows them
+_QWEN_SPECIAL = """<|endoftext|> <|im_start|> <|im_end|> <|object_ref_start|> <|object_ref_end|> <|box_start|>
+    <|box_end|> <|quad_start|> <|quad_end|> <|vision_start|> <|vision_end|> <|vision_pad|> <|image_pad|>
+    <|video_pad|>""".split()
+_QWEN_TEXT = """<tool_call> </tool_call> <|fim_prefix|> <|fim_middle|> <|fim_suffix|> <|fim_pad|> <|repo_name|>
+    <|file_sep|>""".split()  # text to Qwen2.5, so decoding keeps them
+_DREAM_TOKENS = [*_QWEN_SPECIAL, *_QWEN_TEXT, "<|beginoftext|>", MASK_TOKEN]
 
-Json = dict[str, Any]  # Any: whatever a JSON file holds
 Messages = Sequence[Mapping[str, str]]
 
 
 @dataclass(frozen=True)
 class Hole:
-    """A gap to fill: `length` masks, or as many as the decoder sees fit (None)."""
+    """A gap to fill: `length` masks, or as many as the decoder chooses (None)."""
 
     length: int | None = None
 
@@ -54,14 +51,15 @@ class Hole:
 def split_holes(text: str) -> list[str | Hole]:
     """Cut `text` at `<|hole|>` and `<|hole:12|>`; empty pieces are left out. PromptError for a malformed hole."""
     pieces: list[str | Hole] = []
-    end = 0
-    for match in re.finditer(r"<\|hole(.*?)\|>", text):
-        spec = re.fullmatch(r"(?::([1-9][0-9]{0,5}))?", match[1])
-        if spec is None:
-            raise PromptError(f"hole {match[0]!r} is malformed; write <|hole|>, or <|hole:12|> for 12 tokens")
-        pieces += [text[end : match.start()], Hole(int(spec[1]) if spec[1] else None)]
-        end = match.end()
-    return [piece for piece in [*pieces, text[end:]] if piece != ""]
+    for piece in re.split(r"(<\|hole.*?\|>)", text):
+        hole = re.fullmatch(r"<\|hole(?::([1-9][0-9]{0,5}))?\|>", piece)
+        if hole is not None:
+            pieces.append(Hole(int(hole[1]) if hole[1] else None))
+        elif re.fullmatch(r"<\|hole.*\|>", piece):
+            raise PromptError(f"hole {piece!r} is malformed; write <|hole|>, or <|hole:12|> for 12 tokens")
+        elif piece:
+            pieces.append(piece)
+    return pieces
 
 
 class Tokenizer:
@@ -70,59 +68,44 @@ class Tokenizer:
     def __init__(self, backend: tokenizers.Tokenizer, *, config: Mapping[str, Any] | None = None) -> None:
         """Wrap `backend`. `config` is a `tokenizer_config.json`: special tokens by role, and the chat template.
 
-        CheckpointError where there is no mask token: neither `config["mask_token"]` nor `<|mask|>`.
+        CheckpointError if there is no mask token: neither `config["mask_token"]` nor `<|mask|>`.
         """
         self.backend = backend
-        self.config: Json = dict(config or {})
-        mask = self._named("mask_token") or MASK_TOKEN
-        mask_id = backend.token_to_id(mask)
+        self.config: Json = {}
+        for name, value in (config or {}).items():  # a token is a string, or an object with its content
+            self.config[name] = value["content"] if isinstance(value, Mapping) and "content" in value else value
+        self.mask_token: str = self.config.get("mask_token") or MASK_TOKEN
+        mask_id = backend.token_to_id(self.mask_token)
         if mask_id is None:
+            mask = self.mask_token
             raise CheckpointError(f"tokenizer has no mask token {mask!r}; use the tokenizer saved with the model")
-        self.mask_token = mask
         self.mask_id: int = mask_id
-        ends = dict.fromkeys(filter(None, (self._named("eos_token"), *TERMINATORS)))
-        ids = {token: backend.token_to_id(token) for token in ends}
-        self.terminator_ids = frozenset(id_ for id_ in ids.values() if id_ is not None)
-        self.eos_id: int | None = next((id_ for id_ in ids.values() if id_ is not None), None)
-        # Dream pads with its own token where it has one, older parents with their end of text
-        pads = (self._named("pad_token"), PAD_TOKEN, "<|endoftext|>", self._named("eos_token"), mask)
-        found = (backend.token_to_id(token) for token in pads if token)
-        self.pad_id = int(next(id_ for id_ in found if id_ is not None))
+        eos_token = self.config.get("eos_token")
+        terminators = self._ids_of(eos_token, *TERMINATORS)
+        self.terminator_ids = frozenset(terminators)
+        self.eos_id = next(iter(terminators), None)
+        # Dream pads with a token for it if the checkpoint has one; older parents pad with their end of text
+        pads = self._ids_of(self.config.get("pad_token"), PAD_TOKEN, END_OF_TEXT, eos_token, self.mask_token)
+        self.pad_id = pads[0]
 
     @classmethod
     def load(cls, folder: str | Path, *, add_mask: bool = False) -> "Tokenizer":
-        """Read `tokenizer.json`, or build it from `vocab.json` and `merges.txt` as DiffuCoder ships them.
+        """Read `tokenizer.json`, or `vocab.json` and `merges.txt` as DiffuCoder ships them.
 
-        `add_mask` gives a parent that has no mask token one, at the next free id. CheckpointError where files are
-        missing, damaged or disagree on ids.
+        `add_mask` gives a tokenizer that names no mask token `<|mask|>` at the next free id. CheckpointError if files
+        are missing, damaged or disagree on ids.
         """
         folder = Path(folder)
-        config = _read_json(folder / "tokenizer_config.json")
-        for name in ("special_tokens_map.json", "added_tokens.json"):
-            listed = _read_json(folder / name)
-            config = {**listed, **config} if "special" in name else {**config, "added_tokens": listed}
-        if "chat_template" not in config and (folder / "chat_template.jinja").exists():
-            config["chat_template"] = (folder / "chat_template.jinja").read_text(encoding="utf-8")
-        try:
-            if (folder / "tokenizer.json").exists():
-                backend = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
-            else:
-                backend = _build(folder, config)
-        except FileNotFoundError as error:
-            raise CheckpointError(f"{folder} has no tokenizer.json, nor vocab.json and merges.txt") from error
-        except CheckpointError:
-            raise
-        except Exception as error:  # tokenizers raises bare Exceptions, whatever is wrong with a file
-            raise CheckpointError(f"{folder}: tokenizer cannot be read ({error}); fetch it again") from error
+        config = _read_config(folder)
+        backend = _read_backend(folder, config)
         if add_mask and not config.get("mask_token"):
             add_special(backend, MASK_TOKEN)
         return cls(backend, config=config)
 
     def with_own_pad(self) -> "Tokenizer":
-        """This tokenizer, with `<|dlm_pad|>` at the next free id where it padded with an end of text so far.
+        """This tokenizer, but with `<|dlm_pad|>` at the next free id if it padded with an end of text until now.
 
-        Padding behind an answer is what a denoiser learns to write there; a token of its own keeps it apart from the
-        end of a turn.
+        A denoiser learns to write padding after an answer; a token for it keeps it apart from the end of a turn.
         """
         if self.pad_id not in (*self.terminator_ids, self.mask_id):
             return self
@@ -135,59 +118,57 @@ class Tokenizer:
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         self.backend.save(str(folder / "tokenizer.json"))
-        roles = {role: self._named(role) for role in ("bos_token", "eos_token", "unk_token")}
-        written = {
-            **{role: token for role, token in roles.items() if token},
+        config: Json = {
             "clean_up_tokenization_spaces": False,
             "mask_token": self.mask_token,
             "pad_token": self.backend.id_to_token(self.pad_id),
             "tokenizer_class": "PreTrainedTokenizerFast",
+            **self._tokens_of("bos_token", "eos_token", "unk_token"),
         }
-        text = json.dumps(written, indent=2, sort_keys=True, ensure_ascii=False)
-        (folder / "tokenizer_config.json").write_text(text + "\n", encoding="utf-8")
+        write_json(folder / "tokenizer_config.json", dict(sorted(config.items())))
         template = folder / "chat_template.jinja"
         if self.chat_template is not None:
             template.write_text(self.chat_template, encoding="utf-8")
         else:
             template.unlink(missing_ok=True)
 
-    @property
+    @cached_property
     def vocab_size(self) -> int:
-        """Ids below this are tokens; a model's rows from here on are spare, and must never be proposed."""
+        """Ids below this are tokens. A model's rows from here on are spare, and decoding must never propose them."""
         return max(self.backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
 
-    @property
+    @cached_property
     def special_ids(self) -> frozenset[int]:
-        """Ids that are not text: what decoding skips."""
-        return frozenset(id_ for id_, token in self.backend.get_added_tokens_decoder().items() if token.special)
+        """Ids that are not text, which decoding skips."""
+        added = self.backend.get_added_tokens_decoder()
+        return frozenset(id_ for id_, token in added.items() if token.special)
 
     @property
     def bos_id(self) -> int | None:
-        """The id that `tokenizer_config.json` calls the beginning of text; None where it names none."""
-        token = self._named("bos_token")
-        return None if token is None else self.backend.token_to_id(token)
+        """The id of the token that `tokenizer_config.json` names as beginning of text; None if it names none."""
+        return next(iter(self._ids_of(self.config.get("bos_token"))), None)
 
     @property
     def turn_end_id(self) -> int | None:
-        """The id that ends a turn of a chat: `<|im_end|>`, or where there is none the end of text."""
-        found = self.backend.token_to_id("<|im_end|>")
-        return self.eos_id if found is None else found
+        """The id that ends a turn of a chat: `<|im_end|>`, or the end of text in a vocabulary without it."""
+        end_of_turn = self.backend.token_to_id(END_OF_TURN)
+        return self.eos_id if end_of_turn is None else end_of_turn
 
     @property
     def chat_template(self) -> str | None:
-        """The checkpoint's own Jinja template, or None: then chats are written the way of Qwen2.5."""
+        """The checkpoint's Jinja template; None if it has none, and chats are then written as Qwen2.5 does."""
         template = self.config.get("chat_template")
-        if isinstance(template, list):  # some checkpoints name several
-            template = {entry["name"]: entry["template"] for entry in template}.get("default")
+        if isinstance(template, list):  # some checkpoints have several
+            template = {named["name"]: named["template"] for named in template}.get("default")
         return template
 
     def check_fits(self, *, mask_id: int, rows: int) -> None:
         """CheckpointError unless a model with this mask id and this many rows can use this vocabulary."""
         if self.mask_id != mask_id:
-            has = self.backend.id_to_token(mask_id)
+            token = self.backend.id_to_token(mask_id)
             raise CheckpointError(
                 f"tokenizer has mask {self.mask_token!r} at {self.mask_id}, but the model's mask_token_id={mask_id} "
-                f"is {has!r} there; use the tokenizer saved with the model"
+                f"is {token!r} there; use the tokenizer saved with the model"
             )
         if self.vocab_size > rows:
             raise CheckpointError(
@@ -196,109 +177,94 @@ class Tokenizer:
             )
 
     def encode(self, text: str, *, special: bool = True) -> list[int]:
-        """Token ids of `text`, nothing added. `special=False` reads `<|mask|>` and its like as plain characters.
+        """Token ids of `text`, nothing added. `special=False` reads `<|mask|>` and other special tokens as text.
 
-        PromptError for a string that is no text: Python puts lone surrogates where bytes were not UTF-8.
+        PromptError if the string is not Unicode: Python puts lone surrogates where bytes were not UTF-8.
         """
-        backend = self.backend if special else self._plain
+        backend = self.backend if special else self._plain_backend
         try:
             return list(backend.encode(text, add_special_tokens=False).ids)
         except TypeError:
             raise PromptError(f"text {text[:40]!r} is not Unicode; give it as UTF-8") from None
 
     def encode_batch(self, texts: Sequence[str], *, special: bool = True) -> list[list[int]]:
-        """`encode` of many texts at once, on all cores. PromptError where any of them is no text."""
-        backend = self.backend if special else self._plain
+        """`encode` of many texts at once, on all cores. PromptError as `encode`."""
+        backend = self.backend if special else self._plain_backend
         try:
-            return [found.ids for found in backend.encode_batch_fast(list(texts), add_special_tokens=False)]
+            return [encoding.ids for encoding in backend.encode_batch_fast(list(texts), add_special_tokens=False)]
         except TypeError:
             for text in texts:
-                self.encode(text, special=special)  # names the one that is not Unicode
+                self.encode(text, special=special)  # raises for the text that is not Unicode
             raise
 
     def decode(self, ids: Iterable[int], *, skip_special: bool = True) -> str:
-        """Text of `ids`; bytes that form no character become U+FFFD, spare ids nothing."""
-        return str(self.backend.decode([int(id_) for id_ in ids], skip_special_tokens=skip_special))
+        """Text of `ids`. Bytes that form no character become U+FFFD; spare ids become nothing."""
+        return str(self.backend.decode(list(ids), skip_special_tokens=skip_special))
 
-    def decode_partial(self, ids: Iterable[int], *, placeholder: str = PLACEHOLDER) -> str:
-        """Text of a canvas in the making: a placeholder for every mask, and for a character only half there."""
+    def decode_partial(self, ids: Iterable[int]) -> str:
+        """Text of a canvas during decoding: a placeholder for each mask, and for a character that is incomplete."""
         text = ""
-        for masked, run in groupby((int(id_) for id_ in ids), lambda id_: id_ == self.mask_id):
-            if masked:
-                text += placeholder * len(list(run))
-                continue
-            piece = self.decode(run)
-            whole = piece.strip("\ufffd")  # a character split over tokens breaks only at the ends of a run
-            if whole == "":
-                text += placeholder if piece else ""
-                continue
-            start = placeholder if piece[0] == "\ufffd" else ""
-            end = placeholder if piece[-1] == "\ufffd" else ""
-            text += start + whole + end
+        for is_mask, group in groupby(ids, lambda id_: id_ == self.mask_id):
+            run = list(group)
+            if is_mask:
+                text += PLACEHOLDER * len(run)
+            else:  # masks cut a character of several tokens at the ends of a run only
+                text += re.sub(r"\A\ufffd+|\ufffd+\Z", PLACEHOLDER, self.decode(run))
         return text
 
-    def chat(
-        self,
-        messages: str | Messages,
-        *,
-        system: str | None = None,
-        style: Literal["template", "readme"] = "template",
-        prefill: str = "",
-    ) -> str:
-        """The prompt of a conversation (a lone string is one user turn), up to and including the assistant's header.
+    def chat(self, messages: str | Messages) -> str:
+        """The prompt of a conversation up to and including the assistant's header; a string is one user turn.
 
-        `system` replaces the default; a first message with role "system" does too. `style="readme"` is the form of
-        DiffuCoder's README: stripped user text, then a newline before `<|im_end|>`; "template" is the checkpoint's own
-        template, else Qwen2.5's. `prefill` starts the answer. PromptError for messages without role and content.
+        The checkpoint's template writes it, or else Qwen2.5's. A first message with role "system" replaces the default
+        one. PromptError for messages without role and content.
         """
-        turns = [{"role": "user", "content": messages}] if isinstance(messages, str) else [dict(m) for m in messages]
+        if isinstance(messages, str):
+            messages = [{"role": "user", "content": messages}]
+        turns = [dict(message) for message in messages]
+        if not turns:
+            raise PromptError("messages=[] holds nothing to answer; give at least one user message")
         for turn in turns:
             if not isinstance(turn.get("content"), str) or turn.get("role") not in ("system", "user", "assistant"):
                 raise PromptError(f"message {turn!r} needs a text content and a role: system, user or assistant")
-        if not turns:
-            raise PromptError("messages=[] holds nothing to answer; give at least one user message")
-        if system is not None:
-            if turns[0]["role"] == "system":
-                raise PromptError("system is given twice, as an argument and as the first message; keep one")
-            turns.insert(0, {"role": "system", "content": system})
-        if style == "template" and self.chat_template is not None:
-            return self._render(turns) + prefill
-        return _qwen_chat(turns, readme=style == "readme") + prefill
+        if self.chat_template is not None:
+            return self._render(turns)
+        if turns[0]["role"] != "system":
+            turns.insert(0, {"role": "system", "content": DEFAULT_SYSTEM})
+        text = "".join(f"<|im_start|>{turn['role']}\n{turn['content']}<|im_end|>\n" for turn in turns)
+        return text + "<|im_start|>assistant\n"
 
     @cached_property
-    def _plain(self) -> tokenizers.Tokenizer:
-        """A second backend for text that is only quoted: the switch is a property of the whole tokenizer."""
+    def _plain_backend(self) -> tokenizers.Tokenizer:
+        """A copy of the backend that reads special tokens as text: the switch is a property of a whole tokenizer."""
         plain = tokenizers.Tokenizer.from_str(self.backend.to_str())
         plain.encode_special_tokens = True
         return plain
 
     @cached_property
-    def _templates(self) -> Any:  # Any: transformers is not followed by mypy
-        """What runs chat templates, in the sandbox transformers has for it. Only names of tokens matter there, so it
-        holds an empty vocabulary: a copy of the backend would take a second."""
+    def _template_runner(self) -> Any:  # Any: transformers is not followed by mypy
+        """Runs chat templates in transformers' sandbox. They use names of tokens only, so its vocabulary is empty."""
         from transformers import PreTrainedTokenizerFast  # late: slow to import, and most chats do not need it
 
-        roles = {role: self._named(role) for role in ("bos_token", "eos_token")}
-        named = {role: token for role, token in roles.items() if token}
-        return PreTrainedTokenizerFast(tokenizer_object=tokenizers.Tokenizer(models.BPE()), **named)
+        empty = tokenizers.Tokenizer(models.BPE())
+        return PreTrainedTokenizerFast(tokenizer_object=empty, **self._tokens_of("bos_token", "eos_token"))
 
     def _render(self, turns: list[dict[str, str]]) -> str:
-        """Run the checkpoint's template."""
         from jinja2.exceptions import TemplateError  # late, as above
 
+        render = self._template_runner.apply_chat_template
         try:
-            return str(
-                self._templates.apply_chat_template(
-                    turns, chat_template=self.chat_template, tokenize=False, add_generation_prompt=True
-                )
-            )
+            return str(render(turns, chat_template=self.chat_template, tokenize=False, add_generation_prompt=True))
         except TemplateError as error:
-            raise PromptError(f"the checkpoint's chat template refuses these messages: {error}") from error
+            raise PromptError(f"the checkpoint's chat template rejects these messages: {error}") from error
 
-    def _named(self, role: str) -> str | None:
-        """The token that `tokenizer_config.json` names for a role: a string, or an object with its content."""
-        token = self.config.get(role)
-        return token.get("content") if isinstance(token, Mapping) else token
+    def _tokens_of(self, *roles: str) -> dict[str, str]:
+        """The tokens of those roles that have one."""
+        return {role: self.config[role] for role in roles if self.config.get(role)}
+
+    def _ids_of(self, *tokens: str | None) -> list[int]:
+        """The ids of those tokens that the vocabulary has."""
+        ids = [self.backend.token_to_id(token) for token in tokens if token]
+        return [id_ for id_ in ids if id_ is not None]
 
 
 def add_special(backend: tokenizers.Tokenizer, token: str) -> None:
@@ -308,50 +274,13 @@ def add_special(backend: tokenizers.Tokenizer, token: str) -> None:
 
 
 def qwen2_words() -> pre_tokenizers.PreTokenizer:
-    """How Qwen2 cuts text into the words that its merges stay within."""
-    split = pre_tokenizers.Split(Regex(QWEN2_WORDS), behavior="isolated")
-    return pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    """Qwen2's pre-tokenizer: it cuts text into the words that merges stay within."""
+    words: pre_tokenizers.PreTokenizer = _qwen2_backend().pre_tokenizer
+    return words
 
 
-def _qwen_chat(turns: Messages, *, readme: bool) -> str:
-    """Qwen2.5's template without tools. `readme`: a newline ends the user's text, as in DiffuCoder's README."""
-    if turns[0]["role"] != "system":
-        turns = [{"role": "system", "content": DEFAULT_SYSTEM}, *turns]
-    text = ""
-    for turn in turns:
-        content = turn["content"].strip() + "\n" if readme and turn["role"] == "user" else turn["content"]
-        text += f"<|im_start|>{turn['role']}\n{content}<|im_end|>\n"
-    return text + "<|im_start|>assistant\n"
-
-
-def _build(folder: Path, config: Json) -> tokenizers.Tokenizer:
-    """Qwen2's byte-level BPE from `vocab.json` and `merges.txt`, plus the tokens the checkpoint adds."""
-    for name in ("vocab.json", "merges.txt"):
-        if not (folder / name).exists():
-            raise FileNotFoundError(name)
-    backend = tokenizers.Tokenizer(models.BPE.from_file(str(folder / "vocab.json"), str(folder / "merges.txt")))
-    backend.normalizer = normalizers.NFC()
-    backend.pre_tokenizer = qwen2_words()
-    backend.post_processor = processors.ByteLevel(add_prefix_space=False, use_regex=False, trim_offsets=False)
-    backend.decoder = decoders.ByteLevel()
-    for id_, token in sorted(_added_tokens(config, backend.get_vocab_size()).items()):
-        special = config.get("added_tokens_decoder", {}).get(str(id_), {}).get("special", token not in _DREAM_TEXT)
-        backend.add_tokens([AddedToken(token, special=special, normalized=False)])
-        if backend.token_to_id(token) != id_:  # ids are given out in order: a gap or a clash shifts all that follow
-            found = backend.token_to_id(token)
-            raise CheckpointError(f"{folder}: {token!r} should be token {id_}, is {found}; fetch vocab.json again")
-    return backend
-
-
-def _added_tokens(config: Json, first: int) -> dict[int, str]:
-    """Id to added token, from whichever file lists them; else Dream's own list, from id `first` on."""
-    described = {int(id_): entry["content"] for id_, entry in config.get("added_tokens_decoder", {}).items()}
-    listed = {int(id_): token for token, id_ in config.get("added_tokens", {}).items()}
-    return {**listed, **described} or dict(enumerate(_DREAM_SPECIAL, start=first))
-
-
-def _read_json(path: Path) -> Json:
-    """The object in `path`, empty where there is no such file."""
+def read_json(path: Path) -> Json:
+    """The object in a JSON file of a checkpoint, {} if there is no such file. CheckpointError if it is damaged."""
     if not path.exists():
         return {}
     try:
@@ -361,3 +290,55 @@ def _read_json(path: Path) -> Json:
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} holds no JSON object; fetch it again")
     return content
+
+
+def _read_config(folder: Path) -> Json:
+    """`tokenizer_config.json`, completed by the files that some checkpoints keep parts of it in."""
+    config = read_json(folder / "special_tokens_map.json") | read_json(folder / "tokenizer_config.json")
+    config["added_tokens"] = read_json(folder / "added_tokens.json")
+    template = folder / "chat_template.jinja"
+    if "chat_template" not in config and template.exists():
+        config["chat_template"] = template.read_text(encoding="utf-8")
+    return config
+
+
+def _read_backend(folder: Path, config: Json) -> tokenizers.Tokenizer:
+    """The vocabulary in `folder`, from `tokenizer.json` or from `vocab.json` and `merges.txt`."""
+    whole = folder / "tokenizer.json"
+    vocabulary = folder / "vocab.json"
+    merges = folder / "merges.txt"
+    if not whole.exists() and not (vocabulary.exists() and merges.exists()):
+        raise CheckpointError(f"{folder} has no tokenizer.json, nor vocab.json and merges.txt")
+    try:
+        if whole.exists():
+            return tokenizers.Tokenizer.from_file(str(whole))
+        backend: tokenizers.Tokenizer = _qwen2_backend(str(vocabulary), str(merges))
+        added_tokens = _listed_tokens(config, first_id=backend.get_vocab_size())
+    except Exception as error:  # tokenizers raises bare Exceptions, whatever is wrong with a file
+        raise CheckpointError(f"{folder}: tokenizer cannot be read ({error}); fetch it again") from error
+    for id_, token in sorted(added_tokens.items()):
+        backend.add_tokens([token])
+        assigned = backend.token_to_id(token.content)
+        if assigned != id_:  # ids are assigned in order: a gap or a clash shifts all later ones
+            message = f"{token.content!r} should be token {id_}, is {assigned}; fetch vocab.json again"
+            raise CheckpointError(f"{folder}: {message}")
+    return backend
+
+
+def _qwen2_backend(vocabulary: str | None = None, merges: str | None = None) -> Any:  # Any: as transformers has it
+    """Qwen2's byte-level BPE without added tokens, from the paths of two files; without files an empty one."""
+    from transformers import Qwen2Tokenizer  # late: slow to import
+
+    return Qwen2Tokenizer(vocabulary, merges, unk_token=None, eos_token=None, pad_token=None).backend_tokenizer
+
+
+def _listed_tokens(config: Json, *, first_id: int) -> dict[int, AddedToken]:
+    """The tokens that the checkpoint adds to its vocabulary, by id; Dream's from `first_id` on if it lists none."""
+    described = config.get("added_tokens_decoder", {})  # by the id as text
+    names = {id_: name for name, id_ in config["added_tokens"].items()}
+    names |= {int(id_): entry["content"] for id_, entry in described.items()}
+    tokens = {}
+    for id_, name in (names or dict(enumerate(_DREAM_TOKENS, start=first_id))).items():
+        special = described.get(str(id_), {}).get("special", name not in _QWEN_TEXT)
+        tokens[id_] = AddedToken(name, special=special, normalized=False)
+    return tokens

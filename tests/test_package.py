@@ -25,7 +25,7 @@ def loaded_by(program: str) -> set[str]:
     [
         "import diffucoder, diffucoder.config, diffucoder.errors; dir(diffucoder)",
         "import diffucoder.grading.grade, diffucoder.grading.extract",
-        "import diffucoder.problems",
+        "import recipes.tiny.problems",
         "from diffucoder import DecodingParams; DecodingParams(steps=3)",
         "import sys; sys.argv = ['diffucoder', '--help']\n"
         "from diffucoder.cli import main\ntry: main()\nexcept SystemExit as end: assert not end.code",
@@ -36,7 +36,7 @@ def test_what_needs_no_model_loads_no_torch(program: str) -> None:
 
 
 def test_grading_completions_loads_no_torch() -> None:
-    loaded = loaded_by("import diffucoder.evaluation.evaluate, diffucoder.evaluation.samples")
+    loaded = loaded_by("import diffucoder.evaluation.run, diffucoder.evaluation.samples")
     assert loaded.isdisjoint({"torch", "transformers"})
 
 

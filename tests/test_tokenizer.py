@@ -11,13 +11,9 @@ from tokenizers import decoders, models, pre_tokenizers
 from diffucoder.errors import CheckpointError, PromptError
 from diffucoder.tokenizer import PLACEHOLDER, Hole, Tokenizer, split_holes
 
-HELLO_TEMPLATE = (
+HELLO = (
     "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
     "<|im_start|>user\nWrite a sort.<|im_end|>\n<|im_start|>assistant\n"
-)
-HELLO_README = (
-    "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
-    "<|im_start|>user\nWrite a sort.\n<|im_end|>\n<|im_start|>assistant\n"
 )
 
 
@@ -142,7 +138,7 @@ def test_transformers_reads_what_is_saved(base: Tokenizer, tmp_path: Path) -> No
 
     base.save(tmp_path)
     theirs = AutoTokenizer.from_pretrained(tmp_path)
-    text = HELLO_README + "x = 2048 <|mask|>"
+    text = HELLO + "x = 2048 <|mask|>"
     assert theirs(text)["input_ids"] == base.encode(text)
     assert (theirs.mask_token_id, theirs.pad_token_id) == (base.mask_id, base.pad_id)
 
@@ -180,15 +176,13 @@ def test_added_tokens_must_fit_the_vocabulary(instruct_folder: Path) -> None:
 # ---- prompts ----
 
 
-def test_both_prompt_forms_are_exact_and_survive(base: Tokenizer) -> None:
-    assert base.chat("Write a sort.") == HELLO_TEMPLATE
-    assert base.chat(" Write a sort.\n", style="readme") == HELLO_README
-    for prompt in (HELLO_TEMPLATE, HELLO_README):
-        assert base.decode(base.encode(prompt), skip_special=False) == prompt
-    assert base.encode(HELLO_TEMPLATE)[-3:] == [151644, *base.encode("assistant\n")]
+def test_the_prompt_is_exact_and_survives(base: Tokenizer) -> None:
+    assert base.chat("Write a sort.") == HELLO
+    assert base.decode(base.encode(HELLO), skip_special=False) == HELLO
+    assert base.encode(HELLO)[-3:] == [151644, *base.encode("assistant\n")]
 
 
-def test_conversations_systems_and_prefills(small: Tokenizer) -> None:
+def test_conversations_and_systems(small: Tokenizer) -> None:
     turns = [
         {"role": "user", "content": "hi"},
         {"role": "assistant", "content": "yes?"},
@@ -196,10 +190,10 @@ def test_conversations_systems_and_prefills(small: Tokenizer) -> None:
     ]
     expected = (
         "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
-        "yes?<|im_end|>\n<|im_start|>user\nbye<|im_end|>\n<|im_start|>assistant\n```python\n"
+        "yes?<|im_end|>\n<|im_start|>user\nbye<|im_end|>\n<|im_start|>assistant\n"
     )
-    assert small.chat(turns, system="Be brief.", prefill="```python\n") == expected
-    assert small.chat([{"role": "system", "content": "Be brief."}, *turns], prefill="```python\n") == expected
+    assert small.chat([{"role": "system", "content": "Be brief."}, *turns]) == expected
+    assert small.chat(turns) == expected.replace("Be brief.", "You are a helpful assistant.")
 
 
 def test_a_checkpoints_own_template_is_used(small: Tokenizer) -> None:
@@ -209,9 +203,8 @@ def test_a_checkpoints_own_template_is_used(small: Tokenizer) -> None:
         "{% if add_generation_prompt %}[bot]{% endif %}"
     )
     own = Tokenizer(small.backend, config={"chat_template": template, "eos_token": "<|endoftext|>"})
-    assert own.chat("hi", prefill=" x") == "[user] hi<|endoftext|>\n[bot] x"
-    assert own.chat("hi", style="readme").startswith("<|im_start|>system\nYou are")
-    with pytest.raises(PromptError, match="template refuses these messages: never"):
+    assert own.chat("hi") == "[user] hi<|endoftext|>\n[bot]"
+    with pytest.raises(PromptError, match="template rejects these messages: never"):
         own.chat("no")
 
 
@@ -241,11 +234,6 @@ def test_a_template_cannot_reach_out_of_its_sandbox(small: Tokenizer) -> None:
 def test_messages_that_cannot_be_written(small: Tokenizer, messages: list[dict[str, str]], said: str) -> None:
     with pytest.raises(PromptError, match=said):
         small.chat(messages)
-
-
-def test_a_system_given_twice_is_refused(small: Tokenizer) -> None:
-    with pytest.raises(PromptError, match="system is given twice"):
-        small.chat([{"role": "system", "content": "a"}], system="b")
 
 
 def test_templates_see_what_transformers_shows_them(small: Tokenizer) -> None:
@@ -311,7 +299,7 @@ def test_malformed_holes(hole: str) -> None:
 def test_masks_show_as_placeholders(small: Tokenizer) -> None:
     mask = small.mask_id
     assert small.decode_partial([*small.encode("ab"), mask, mask, *small.encode("c")]) == f"ab{PLACEHOLDER * 2}c"
-    assert small.decode_partial([mask, *small.encode("c<|endoftext|>")], placeholder="_") == "_c"
+    assert small.decode_partial([mask, *small.encode("c<|endoftext|>")]) == f"{PLACEHOLDER}c"
     assert small.decode_partial([]) == ""
 
 
@@ -320,8 +308,8 @@ def test_half_a_character_shows_as_a_placeholder(small: Tokenizer) -> None:
     assert len(ids) == 6
     mask = small.mask_id
     for hidden in range(1, 5):  # any one byte of the character still masked
-        partial = small.decode_partial([mask if i == hidden else id_ for i, id_ in enumerate(ids)], placeholder="_")
-        assert (partial[0], set(partial[1:-1]), partial[-1]) == ("a", {"_"}, "b")
-    assert small.decode_partial(ids[:3], placeholder="_") == "a_"
-    assert small.decode_partial(ids[1:2], placeholder="_") == "_"
+        partial = small.decode_partial([mask if i == hidden else id_ for i, id_ in enumerate(ids)])
+        assert (partial[0], set(partial[1:-1]), partial[-1]) == ("a", {PLACEHOLDER}, "b")
+    assert small.decode_partial(ids[:3]) == f"a{PLACEHOLDER}"
+    assert small.decode_partial(ids[1:2]) == PLACEHOLDER
     assert small.decode_partial(ids) == "a🙂b"

@@ -22,7 +22,7 @@ from diffucoder.decoding.params import DecodingParams
 from diffucoder.decoding.step import Step, Until, decode, denoise
 from diffucoder.decoding.trace import Trace
 from diffucoder.errors import ConfigError, PromptError
-from diffucoder.models.checkpoint import load_denoiser, load_tokenizer
+from diffucoder.models.checkpoint import load_with_tokenizer
 from diffucoder.models.denoiser import Denoiser
 from diffucoder.tokenizer import Hole, Tokenizer, split_holes
 
@@ -134,13 +134,32 @@ class Request:
         )
 
 
+@dataclass(frozen=True)
+class Part:
+    """A part of a text with holes: text with its ids, or (without text) a hole."""
+
+    text: str | None = None
+    ids: tuple[int, ...] = ()
+    length: int | None = None  # of a hole; None = lengths are tried
+
+    @property
+    def is_open(self) -> bool:
+        """Whether it is a hole of no given length."""
+        return self.text is None and self.length is None
+
+    def row(self, mask_id: int, tried: int) -> list[int]:
+        """What it is on the canvas, an open hole being `tried` positions long."""
+        if self.text is not None:
+            return list(self.ids)
+        return [mask_id] * (self.length or tried)
+
+
 @dataclass(frozen=True, eq=False, kw_only=True)
 class HoleRequest(Request):
     """Text with holes: the canvas has `num_samples` consecutive rows for each length that open holes are tried at."""
 
-    pieces: Sequence[str | Hole]
-    known: Sequence[list[int] | int | None]  # the ids of each piece of text, the length of each hole or None
-    lengths: Sequence[int]
+    parts: Sequence[Part]
+    lengths: Sequence[int]  # that open holes are tried at
     whole: bool  # whether the result's text is the whole, filled, or the first hole alone
 
     @property
@@ -168,10 +187,10 @@ class HoleRequest(Request):
         holes: list[str] = []
         tokens: list[int] = []
         position = 0
-        for piece, known in zip(self.pieces, self.known, strict=True):
-            size = len(known) if isinstance(known, list) else known or length
-            if isinstance(piece, str):
-                text += piece
+        for part in self.parts:
+            size = len(part.row(self.canvas.mask_id, length))
+            if part.text is not None:
+                text += part.text
             else:
                 ids = trace.tokens[position : position + size]
                 tokens += ids
@@ -224,8 +243,7 @@ class DiffuCoder:
         `dtype` is that of the weights. `compiled` pays on a GPU, where many passes follow: the first of each shape
         takes half a minute.
         """
-        tokenizer = load_tokenizer(source)  # first: it is quick, and fails for the same reasons
-        model = load_denoiser(source, dtype=dtype, device=device)
+        model, tokenizer = load_with_tokenizer(source, dtype=dtype, device=device)
         model.use_fast_layers(compiled=compiled)
         return cls(model, tokenizer, name="tiny" if source is None else str(source))
 
@@ -382,15 +400,19 @@ class DiffuCoder:
             raise ConfigError(
                 f"stop={params.stop!r} ends an answer, but holes end where the text goes on; leave it out"
             )
-        known = [self._encode(piece) if isinstance(piece, str) else piece.length for piece in pieces]
-        lengths = _lengths_to_try(most) if None in known else (0,)
-        given = sum(len(part) if isinstance(part, list) else part or 0 for part in known)
-        self._check_length(given + max(lengths) * known.count(None), "text and holes")  # before lists of that length
+        parts = [self._part(piece) for piece in pieces]
+        lengths: tuple[int, ...] = (0,)
+        if any(part.is_open for part in parts):
+            lengths = _lengths_to_try(most)
+        needed = 0
+        for part in parts:  # before lists of that length are made
+            needed += len(part.ids) + (part.length or 0) + max(lengths) * part.is_open
+        self._check_length(needed, "text and holes")
         rows = []
         for length in lengths:
             row: list[int] = []
-            for part in known:
-                row += part if isinstance(part, list) else [self.model.mask_id] * (part or length)
+            for part in parts:
+                row += part.row(self.model.mask_id, length)
             rows.append(row)
         forbidden = tuple(sorted(self.tokenizer.special_ids - {self.model.mask_id}))
         return HoleRequest(
@@ -398,15 +420,18 @@ class DiffuCoder:
             params=params,
             tokenizer=self.tokenizer,
             model_name=self.name,
-            pieces=pieces,
-            known=known,
+            parts=parts,
             lengths=lengths,
             whole=whole,
         )
 
+    def _part(self, piece: str | Hole) -> Part:
+        if isinstance(piece, Hole):
+            return Part(length=piece.length)
+        return Part(piece, tuple(self._encode(piece)))
+
     def _text(self, prompt: Prompt, chat: bool) -> str:
-        empty = not prompt.strip() if isinstance(prompt, str) else not prompt
-        if empty:
+        if not prompt or (isinstance(prompt, str) and not prompt.strip()):
             raise PromptError("the prompt is empty; say what to write")
         if chat:
             return self.tokenizer.chat(prompt)

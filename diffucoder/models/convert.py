@@ -1,10 +1,10 @@
-"""An autoregressive parent becomes a Dream checkpoint, and that a GGUF file for llama.cpp, or a small copy of itself.
+"""Convert an autoregressive parent to a Dream checkpoint, and a Dream checkpoint to a GGUF file for llama.cpp.
 
-For: the three doors of `diffucoder convert`, from what a user names to what is written. Not for: training, without
-which a converted parent writes nothing sensible, nor how the files look (`checkpoint`, `gguf`, `quantize`).
+For: the two jobs of `diffucoder convert`. Not for: training, without which a converted parent writes nothing sensible,
+nor the file formats (`checkpoint`, `gguf`).
 
-Converting changes no weight. The parent gets a mask token, rows for it and what else it lacks, and attends both ways;
-with the causal mask restored (`attention=torch.ones(T, T).tril().bool()`) it scores what the parent scores.
+Converting changes no weights. The parent gets a mask token, a row for it and whatever else it lacks, and attends both
+ways. With a causal mask (`attention=torch.ones(T, T).tril().bool()`) it still gives the parent's logits.
 """
 
 import os
@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from diffucoder.errors import CheckpointError, ConfigError
-from diffucoder.models.checkpoint import describe, load_denoiser, load_tokenizer, save_denoiser
+from diffucoder.models.checkpoint import find_checkpoint, load_denoiser, load_tokenizer, save_denoiser
 from diffucoder.models.denoiser import Denoiser, grow_vocabulary
 from diffucoder.models.gguf import read_gguf, write_gguf
 from diffucoder.tokenizer import Tokenizer
@@ -29,17 +29,20 @@ def convert(
 ) -> Denoiser:
     """Make a denoiser of the autoregressive `source` (folder, Hub id or `.gguf` file) and write it to `folder`.
 
-    `pad` gives a parent that pads with its end of text a token of its own for that, `<|dlm_pad|>`. `dtype` is the
-    parent's own where left out, float32 for a GGUF. CheckpointError for a source that is not understood or is a
-    diffusion model already, ConfigError for a folder that holds a model or cannot be written.
+    `pad` adds the token `<|dlm_pad|>` if the parent pads with its end of text. `dtype` defaults to the parent's own,
+    float32 for a GGUF. CheckpointError for a source that is not understood or is a diffusion model already,
+    ConfigError for a folder that holds a model or cannot be written.
     """
-    folder = _free(folder)
-    denoiser, tokenizer = _parent(source, dtype, revision)
+    folder = Path(os.path.expanduser(folder))
+    for name in ("config.json", "tokenizer.json"):
+        if (folder / name).exists():
+            raise ConfigError(f"{folder} holds a model already ({name}); remove it or name another folder")
+    denoiser, tokenizer = _load_parent(source, dtype, revision)
     if pad:
         tokenizer = tokenizer.with_own_pad()
     grow_vocabulary(denoiser.model, tokenizer.vocab_size)
     denoiser.config.pad_token_id = tokenizer.pad_id
-    _make(folder)
+    _make_folder(folder)
     save_denoiser(denoiser, folder)
     tokenizer.save(folder)
     return denoiser
@@ -48,70 +51,46 @@ def convert(
 def export(source: str | Path, path: str | Path, *, dtype: str | None = None, revision: str | None = None) -> Denoiser:
     """Write the diffusion model `source` (folder, Hub id or known name) to `path` as a `dream` GGUF.
 
-    `dtype` as in `write_gguf`. CheckpointError for a source that is not understood or is autoregressive still,
+    `dtype` as in `write_gguf`. CheckpointError for a source that is not understood or is still autoregressive,
     ConfigError for a path that is taken or cannot be written.
     """
     path = Path(os.path.expanduser(path))
     if path.exists():
         raise ConfigError(f"{path} exists already; remove it or choose another name")
-    denoiser, tokenizer = _trained(source, revision, "a dream GGUF cannot be")
-    _make(path.parent)
+    checkpoint = find_checkpoint(source, revision=revision)
+    if checkpoint.mask_id is None:
+        raise CheckpointError(
+            f"{checkpoint.folder} holds an autoregressive model, which a dream GGUF cannot be; convert it first "
+            "(diffucoder convert SOURCE FOLDER), train it, then export that"
+        )
+    tokenizer = load_tokenizer(checkpoint)
+    denoiser = load_denoiser(checkpoint, dtype=checkpoint.dtype, device="cpu")
+    _make_folder(path.parent)
     write_gguf(denoiser, tokenizer, path, dtype=dtype)
     return denoiser
 
 
-def shrink(source: str | Path, folder: str | Path, *, revision: str | None = None) -> Denoiser:
-    """Write the diffusion model `source` to `folder` in eight bits, in files under 16 MiB; errors as `convert`'s."""
-    folder = _free(folder)
-    denoiser, tokenizer = _trained(source, revision, "eight bits are no use to yet")
-    _make(folder)
-    save_denoiser(denoiser, folder, int8=True)
-    tokenizer.save(folder)
-    return denoiser
-
-
-def _trained(source: str | Path, revision: str | None, why: str) -> tuple[Denoiser, Tokenizer]:
-    """A diffusion model in its own dtype, and its tokenizer."""
-    description = describe(source, revision=revision)
-    if description.mask_id is None:
-        raise CheckpointError(
-            f"{description.folder} holds an autoregressive model, which {why}; convert it first "
-            "(diffucoder convert SOURCE FOLDER), train it, then export that"
-        )
-    denoiser = load_denoiser(source, dtype=description.dtype, device="cpu", revision=revision)
-    return denoiser, load_tokenizer(source, revision=revision)
-
-
-def _free(folder: str | Path) -> Path:
-    """`folder`, which must not hold a model."""
-    folder = Path(os.path.expanduser(folder))
-    if held := [name for name in ("config.json", "tokenizer.json") if (folder / name).exists()]:
-        raise ConfigError(f"{folder} holds a model already ({held[0]}); remove it or name another folder")
-    return folder
-
-
-def _parent(source: str | Path, dtype: torch.dtype | None, revision: str | None) -> tuple[Denoiser, Tokenizer]:
-    """The parent as it is, made bidirectional, and its tokenizer with a mask."""
+def _load_parent(source: str | Path, dtype: torch.dtype | None, revision: str | None) -> tuple[Denoiser, Tokenizer]:
+    """The parent, made bidirectional, and its tokenizer with a mask token."""
     if str(source).endswith(".gguf"):
         model, tokenizer = read_gguf(source, dtype=dtype or torch.float32)
         return Denoiser.from_causal_lm(model, mask_id=tokenizer.mask_id), tokenizer
-    description = describe(source, revision=revision)
-    if description.mask_id is not None:
+    checkpoint = find_checkpoint(source, revision=revision)
+    if checkpoint.mask_id is not None:
         raise CheckpointError(
-            f"{description.folder} is a diffusion model already (its mask is token {description.mask_id}); use it as "
-            "it is, or export it: diffucoder convert SOURCE OUT.gguf --gguf"
+            f"{checkpoint.folder} is a diffusion model already (its mask is token {checkpoint.mask_id}); use it as it "
+            "is, or export it: diffucoder convert SOURCE OUT.gguf --gguf"
         )
-    tokenizer = load_tokenizer(source, revision=revision)
-    denoiser = load_denoiser(
-        source, dtype=dtype or description.dtype, device="cpu", revision=revision, mask_id=tokenizer.mask_id
-    )
-    return denoiser, tokenizer
+    tokenizer = load_tokenizer(checkpoint)
+    dtype = dtype or checkpoint.dtype
+    return load_denoiser(checkpoint, dtype=dtype, device="cpu", mask_id=tokenizer.mask_id), tokenizer
 
 
-def _make(folder: Path) -> None:
+def _make_folder(folder: Path) -> None:
+    """Create `folder` unless it exists. ConfigError if it cannot be created or written to."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ConfigError(f"folder {str(folder)!r} cannot be made ({error.strerror}); name another") from error
+        raise ConfigError(f"folder {str(folder)!r} cannot be created ({error.strerror}); name another") from error
     if not os.access(folder, os.W_OK):
-        raise ConfigError(f"folder {str(folder)!r} is not yours to write to; name another")
+        raise ConfigError(f"folder {str(folder)!r} is not writable; name another")

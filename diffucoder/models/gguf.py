@@ -1,14 +1,14 @@
-"""GGUF, llama.cpp's one-file format: an autoregressive parent in, a `dream` model out.
+"""GGUF, llama.cpp's one-file format: read an autoregressive parent, write a `dream` model.
 
 For: reading a Llama- or Qwen2-shaped file, quantised or not, as a dense causal LM with the tokenizer that llama.cpp has
-for it, and writing a denoiser so that llama.cpp runs it. Not for: the vocabulary inside (`gguf_tokenizer`), making the
+for it, and writing a denoiser that llama.cpp can run. Not for: the vocabulary inside (`gguf_tokenizer`), making the
 parent a denoiser (`convert`).
 
-A newcomer needs two ideas. transformers reads GGUF files, but reads over what it does not expect in them (biases,
-scaled RoPE), so we check that there is nothing of the kind. And llama.cpp's `dream` is Qwen2 attended both ways whose
-rows are unshifted: its row i-1 is our row i.
+Two things to know. transformers reads GGUF files, but silently drops what it does not expect in them (biases, scaled
+RoPE), so this module checks that there is nothing of the kind. llama.cpp's `dream` is Qwen2 that attends both ways, and
+its rows are unshifted: its row i-1 is our row i.
 
-The `gguf` package comes with `pip install "diffucoder[gguf]"` and is imported where it is needed.
+The `gguf` package comes with `pip install "diffucoder[gguf]"` and is imported when it is needed.
 """
 
 import os
@@ -22,13 +22,13 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, GgufConfig
 
 from diffucoder.errors import CheckpointError, ConfigError
-from diffucoder.models.checkpoint import dream_state, fits_dream, quiet
+from diffucoder.models.checkpoint import dream_can_represent, dream_weights, transformers_silenced
 from diffucoder.models.denoiser import Denoiser
 from diffucoder.models.gguf_tokenizer import add_tokenizer, read_tokenizer
 from diffucoder.tokenizer import Tokenizer
 
 ARCHITECTURES = ("llama", "qwen2")
-# what a weight matrix is written as: ggml's name for the numbers, and for a file of them
+# dtype of weight matrices -> ggml's name for the number format, and for a file of it
 TYPES = {
     "float32": ("F32", "ALL_F32"),
     "float16": ("F16", "MOSTLY_F16"),
@@ -38,30 +38,32 @@ TYPES = {
 
 
 def read_gguf(path: str | Path, *, dtype: torch.dtype = torch.float32) -> tuple[Any, Tokenizer]:
-    """The causal LM in a GGUF file, dequantised to `dtype` on the CPU, and its tokenizer, with a mask token added.
+    """The causal LM in a GGUF file, dequantised to `dtype` on the CPU, and its tokenizer with a mask token added.
 
-    CheckpointError where the file is missing, damaged, or of an architecture or tokenizer not understood here;
-    ConfigError where the `gguf` package is missing.
+    CheckpointError if the file is missing, damaged, or of an architecture or tokenizer that is not supported;
+    ConfigError if the `gguf` package is missing.
     """
-    file = Path(os.path.expanduser(path))
-    fields, tensors = _contents(file)
+    path = Path(os.path.expanduser(path))
+    fields, tensor_names = _read_metadata(path)
     architecture = fields.get("general.architecture")
     if architecture not in ARCHITECTURES:
         known = " or ".join(ARCHITECTURES)
-        raise CheckpointError(f"{file}: architecture {architecture!r} is no parent we can read; use one of {known}")
+        raise CheckpointError(f"{path}: architecture {architecture!r} is not supported as a parent; use {known}")
     for key in (f"{architecture}.rope.scaling.type", f"{architecture}.attention.sliding_window"):
-        if fields.get(key) not in (None, "none"):  # transformers would read over it
-            raise CheckpointError(f"{file}: {key}={fields[key]!r} is not read from GGUF; use the parent's own folder")
-    tokenizer = read_tokenizer(file, fields)
+        if fields.get(key) not in (None, "none"):  # transformers would ignore it
+            raise CheckpointError(f"{path}: {key}={fields[key]!r} is not read from GGUF; use the parent's own folder")
+    tokenizer = read_tokenizer(path, fields)
     try:
-        with quiet():
+        with transformers_silenced():
             model = AutoModelForCausalLM.from_pretrained(
-                file.parent, gguf_file=file.name, quantization_config=GgufConfig(dequantize=True), dtype=dtype
+                path.parent, gguf_file=path.name, quantization_config=GgufConfig(dequantize=True), dtype=dtype
             )
     except (RuntimeError, ValueError, TypeError, KeyError) as error:
-        message = f"{file} describes no {architecture} model that fits its weights ({' '.join(str(error).split())})"
-        raise CheckpointError(f"{message}; use the parent's own folder") from error
-    _check_tensors(file, model, tensors)
+        reason = " ".join(str(error).split())
+        raise CheckpointError(
+            f"{path}: metadata and weights do not make a {architecture} model ({reason}); use the parent's own folder"
+        ) from error
+    _check_tensors(path, model, tensor_names)
     model.config.rms_norm_eps = float(f"{model.config.rms_norm_eps:.7g}")  # stored as float32: 9.99999997e-07
     return model.eval(), tokenizer
 
@@ -69,45 +71,43 @@ def read_gguf(path: str | Path, *, dtype: torch.dtype = torch.float32) -> tuple[
 def write_gguf(
     denoiser: Denoiser, tokenizer: Tokenizer, path: str | Path, *, dtype: str | None = None, causal: bool = False
 ) -> None:
-    """Write `denoiser` and `tokenizer` to `path` as a `dream` GGUF, replacing what was there once it is whole.
+    """Write `denoiser` and `tokenizer` to `path` as a `dream` GGUF, which replaces an older file once it is whole.
 
-    `causal` writes a `qwen2` one instead: the same weights attending to the left, as a parent does. `dtype` is one of
-    `TYPES` and is the weights' own where left out; norms and biases stay float32, and a matrix whose rows do not divide
-    into blocks of q8_0 becomes float16. CheckpointError where Dream cannot say what the model is, or llama.cpp cannot
-    cut text as the tokenizer does; ConfigError for an unknown `dtype` or a missing package.
+    `causal` writes a `qwen2` file instead: the same weights with causal attention, as the parent has. `dtype` is one of
+    `TYPES`, by default that of the weights. Norms and biases stay float32; a matrix whose rows do not divide into
+    blocks of q8_0 becomes float16. CheckpointError if Dream cannot represent the model, or llama.cpp cannot cut text
+    as the tokenizer does; ConfigError for an unknown `dtype` or a missing package.
     """
-    gguf = _package()
+    gguf = _import_gguf()
     dtype = dtype or str(denoiser.dtype).removeprefix("torch.")
     if dtype not in TYPES:
-        raise ConfigError(f"dtype={dtype!r} is not known to GGUF export; use one of {', '.join(TYPES)}")
-    if not fits_dream(denoiser) or denoiser.config.hidden_act != "silu":
+        raise ConfigError(f"dtype={dtype!r} is not supported by GGUF export; use one of {', '.join(TYPES)}")
+    if not dream_can_represent(denoiser) or denoiser.config.hidden_act != "silu":
         kind = denoiser.config.model_type
         raise CheckpointError(
-            f"this {kind} model is more than a dream GGUF can say (scaled RoPE, other heads or biases, another "
+            f"a dream GGUF cannot represent this {kind} model (scaled RoPE, other heads or biases, another "
             "activation); export one that is plain Llama or Qwen2"
         )
     tokenizer.check_fits(mask_id=denoiser.mask_id, rows=denoiser.vocab_size)
     path = Path(path)
-    part = path.with_name(f"{path.name}.new")
-    architecture = gguf.MODEL_ARCH.QWEN2 if causal else gguf.MODEL_ARCH.DREAM
-    writer = gguf.GGUFWriter(part, gguf.MODEL_ARCH_NAMES[architecture])
+    partial = path.with_name(f"{path.name}.partial")
+    number_format, file_type = TYPES[dtype]
+    architecture = "qwen2" if causal else "dream"
+    writer = gguf.GGUFWriter(partial, architecture)
     writer.add_name(path.stem)
-    writer.add_file_type(gguf.LlamaFileType[TYPES[dtype][1]])
+    writer.add_file_type(gguf.LlamaFileType[file_type])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     _add_sizes(writer, denoiser)
     if not causal:
         writer.add_causal_attention(False)
         writer.add_diffusion_shift_logits(True)
     add_tokenizer(writer, tokenizer, rows=denoiser.vocab_size)
-    state = _renamed(dream_state(denoiser), denoiser.config.num_hidden_layers)
-    _write_tensors(writer, state, gguf.GGMLQuantizationType[TYPES[dtype][0]])
-    os.replace(part, path)
+    weights = _with_gguf_names(dream_weights(denoiser), denoiser.config.num_hidden_layers)
+    _write_tensors(writer, weights, gguf.GGMLQuantizationType[number_format])
+    os.replace(partial, path)
 
 
-# ---- reading ----
-
-
-def _package() -> Any:  # Any: a module that mypy does not follow
+def _import_gguf() -> Any:  # Any: a module that mypy does not follow
     try:
         import gguf
     except ImportError as error:
@@ -115,40 +115,38 @@ def _package() -> Any:  # Any: a module that mypy does not follow
     return gguf
 
 
-def _contents(file: Path) -> tuple[dict[str, Any], set[str]]:
-    """The metadata of `file` by key, and the names of its tensors."""
-    gguf = _package()
-    if not file.is_file():
-        raise CheckpointError(f"GGUF file {str(file)!r} is not here; check the path")
+def _read_metadata(path: Path) -> tuple[dict[str, Any], set[str]]:
+    """The metadata of a file by key, and the names of its tensors."""
+    gguf = _import_gguf()
+    if not path.is_file():
+        raise CheckpointError(f"GGUF file {str(path)!r} does not exist; check the path")
     try:
-        reader = gguf.GGUFReader(file)
-        return {name: field.contents() for name, field in reader.fields.items()}, {t.name for t in reader.tensors}
-    except (ValueError, IndexError, KeyError, OverflowError) as error:  # whatever numpy finds where numbers lie
-        raise CheckpointError(f"{file} is damaged, cut short or no GGUF file ({error}); fetch it again") from error
+        reader = gguf.GGUFReader(path)
+        fields = {name: field.contents() for name, field in reader.fields.items()}
+    except (ValueError, IndexError, KeyError, OverflowError) as error:  # from numpy, wherever the file ends
+        raise CheckpointError(f"{path} is damaged, cut short or not a GGUF file ({error}); fetch it again") from error
+    return fields, {tensor.name for tensor in reader.tensors}
 
 
-def _check_tensors(file: Path, model: Any, found: set[str]) -> None:
-    """CheckpointError unless `file` holds this model's weights, all and none besides: transformers reads over both."""
-    wanted = set(_renamed(model.state_dict(), model.config.num_hidden_layers))
+def _check_tensors(path: Path, model: Any, stored: set[str]) -> None:
+    """CheckpointError unless the file holds exactly the model's weights: transformers ignores what differs."""
+    expected = set(_with_gguf_names(model.state_dict(), model.config.num_hidden_layers))
     if model.config.tie_word_embeddings:
-        wanted.discard("output.weight")
-    for problem, other in (("lacks", wanted - found), ("has unexpected", found - wanted)):
-        if other:
-            raise CheckpointError(f"{file} {problem} tensor {min(other)}; use the parent's own folder")
+        expected.discard("output.weight")
+    for problem, names in (("lacks", expected - stored), ("has unexpected", stored - expected)):
+        if names:
+            raise CheckpointError(f"{path} {problem} tensor {min(names)}; use the parent's own folder")
 
 
-def _renamed(state: Mapping[str, Tensor], layers: int) -> dict[str, Tensor]:
-    """`state` by GGUF's names in place of transformers'; Llama, Qwen2 and Dream have the same ones."""
-    gguf = _package()
+def _with_gguf_names(weights: Mapping[str, Tensor], layers: int) -> dict[str, Tensor]:
+    """`weights` by GGUF's names instead of transformers'; Llama, Qwen2 and Dream have the same ones."""
+    gguf = _import_gguf()
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.DREAM, layers)
-    return {names.get_name(name, try_suffixes=(".weight", ".bias")): tensor for name, tensor in state.items()}
-
-
-# ---- writing ----
+    return {names.get_name(name, try_suffixes=(".weight", ".bias")): tensor for name, tensor in weights.items()}
 
 
 def _add_sizes(writer: Any, denoiser: Denoiser) -> None:
-    """What llama.cpp must know of the model besides its weights."""
+    """Add what llama.cpp must know about the model besides its weights."""
     config = denoiser.config
     writer.add_context_length(config.max_position_embeddings)
     writer.add_vocab_size(denoiser.vocab_size)
@@ -161,20 +159,23 @@ def _add_sizes(writer: Any, denoiser: Denoiser) -> None:
     writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
 
 
-def _write_tensors(writer: Any, state: Mapping[str, Tensor], wanted: Any) -> None:
-    """Write the file: header, metadata, then each weight in turn, so that one converted copy is alive at a time."""
-    gguf = _package()
-    kinds = gguf.GGMLQuantizationType
+def _write_tensors(writer: Any, weights: Mapping[str, Tensor], matrix_type: Any) -> None:
+    """Write the file: header, metadata, then each weight in turn, so that only one converted copy is alive."""
+    gguf = _import_gguf()
+    block_size, _ = gguf.GGML_QUANT_SIZES[matrix_type]
     types = {}
-    for name, tensor in state.items():
-        block, _ = gguf.GGML_QUANT_SIZES[wanted]
-        types[name] = kinds.F32 if tensor.ndim == 1 else wanted if tensor.shape[-1] % block == 0 else kinds.F16
-        block, size = gguf.GGML_QUANT_SIZES[types[name]]
-        shape, bytes_ = tuple(tensor.shape), tensor.numel() // block * size
-        writer.add_tensor_info(name, shape, np.dtype(np.float32), bytes_, raw_dtype=types[name])
+    for name, tensor in weights.items():
+        if tensor.ndim == 1:
+            types[name] = gguf.GGMLQuantizationType.F32
+        elif tensor.shape[-1] % block_size != 0:
+            types[name] = gguf.GGMLQuantizationType.F16
+        else:
+            types[name] = matrix_type
+        size = int(np.prod(gguf.quant_shape_to_byte_shape(tensor.shape, types[name])))
+        writer.add_tensor_info(name, tuple(tensor.shape), np.dtype(np.float32), size, raw_dtype=types[name])
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
-    for name, tensor in state.items():
+    for name, tensor in weights.items():
         writer.write_tensor_data(gguf.quants.quantize(tensor.float().numpy(), types[name]))
     writer.close()

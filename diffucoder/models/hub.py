@@ -1,24 +1,19 @@
 """Where models are: the shipped one, folders, and the Hub, by id or by short name.
 
-For: turning what a user names into a folder on this machine. Not for: reading what is in it (`checkpoint`). No torch.
+For: turning the name of a model into a folder on this machine. Not for: reading the files (`checkpoint`). No torch.
 """
 
 import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from huggingface_hub import snapshot_download, try_to_load_from_cache
-from huggingface_hub.errors import (
-    GatedRepoError,
-    HFValidationError,
-    HTTPError,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
+from huggingface_hub import errors, snapshot_download, try_to_load_from_cache
 
 from diffucoder.errors import CheckpointError
 
 SHIPPED = Path(__file__).parents[1] / "data" / "tiny"
+TEXT_FILES = ["*.json", "*.jinja", "merges.txt"]
+WEIGHT_FILES = ["*.safetensors"]
 
 
 @dataclass(frozen=True)
@@ -49,8 +44,12 @@ KNOWN_MODELS = (
 )
 
 
-def find(source: str | Path | None, *, revision: str | None, patterns: list[str]) -> Path:
-    """The folder that holds `source`, fetched from the Hub if need be."""
+def find(source: str | Path | None, *, revision: str | None = None, weights: bool = False) -> Path:
+    """The folder that holds `source`, or the shipped model (None).
+
+    For a model of the Hub, the files are downloaded if need be, those with `weights` only on request. CheckpointError
+    if there is no such model or the Hub cannot be reached.
+    """
     if source is None:
         if not SHIPPED.is_dir():
             raise CheckpointError("no model ships with this installation; name a folder or a Hub id")
@@ -58,27 +57,30 @@ def find(source: str | Path | None, *, revision: str | None, patterns: list[str]
     folder = Path(os.path.expanduser(source))  # unlike Path.expanduser it leaves an unknown ~user as it is
     if folder.is_dir():
         return folder
-    name = next((known.hub_id for known in KNOWN_MODELS if known.name == str(source)), str(source))
-    if isinstance(source, Path) or name.count("/") != 1 or name[0] in "/.~":
-        known = ", ".join(model.name for model in KNOWN_MODELS)
-        raise CheckpointError(f"model {str(source)!r} is no folder, no Hub id (owner/name) and none of {known}")
-    return _fetch(name, revision, patterns)
+    hub_ids = {known.name: known.hub_id for known in KNOWN_MODELS}
+    hub_id = hub_ids.get(str(source), str(source))
+    if isinstance(source, Path) or hub_id.count("/") != 1 or hub_id[0] in "/.~":
+        names = ", ".join(hub_ids)
+        raise CheckpointError(f"model {str(source)!r} is not a folder, a Hub id (owner/name) or one of {names}")
+    return _download(hub_id, revision, TEXT_FILES + WEIGHT_FILES if weights else TEXT_FILES)
 
 
-def _fetch(name: str, revision: str | None, patterns: list[str]) -> Path:
-    """Download (or find in the cache) the files of Hub repository `name` that match `patterns`."""
+def _download(hub_id: str, revision: str | None, patterns: list[str]) -> Path:
+    """Bring the files of a Hub repository that match `patterns` into the Hub's cache, if they are not there."""
     try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns, etag_timeout=5))
-    except GatedRepoError as error:
-        message = f"model {name!r} is gated; accept its terms at https://huggingface.co/{name} and run 'hf auth login'"
-        raise CheckpointError(message) from error
-    except RepositoryNotFoundError as error:
-        message = f"model {name!r} is neither a folder here nor on the Hub; check the name, or log in if it is private"
-        raise CheckpointError(message) from error
-    except RevisionNotFoundError as error:
-        raise CheckpointError(f"model {name!r} has no revision {revision!r}; leave it out for the newest") from error
-    except HFValidationError as error:
-        raise CheckpointError(f"model {name!r} is no folder, and no Hub id either; write owner/name") from error
-    except (OSError, HTTPError) as error:  # no network, and nothing in the cache to fall back on
-        message = f"model {name!r} is not on this machine and the Hub cannot be reached; connect, or give a folder"
-        raise CheckpointError(message) from error
+        return Path(snapshot_download(hub_id, revision=revision, allow_patterns=patterns, etag_timeout=5))
+    except (errors.HFValidationError, errors.HTTPError, OSError) as error:
+        raise CheckpointError(f"model {hub_id!r} {_reason(error, hub_id, revision)}") from error
+
+
+def _reason(error: Exception, hub_id: str, revision: str | None) -> str:
+    """What a download that failed says about the model, and the way out."""
+    if isinstance(error, errors.GatedRepoError):
+        return f"is gated; accept its terms at https://huggingface.co/{hub_id} and run 'hf auth login'"
+    if isinstance(error, errors.RepositoryNotFoundError):
+        return "is neither a folder here nor on the Hub; check the name, or log in if it is private"
+    if isinstance(error, errors.RevisionNotFoundError):
+        return f"has no revision {revision!r}; leave it out for the newest"
+    if isinstance(error, errors.HFValidationError):
+        return "is not a folder and not a valid Hub id; write owner/name"
+    return "is not on this machine and the Hub cannot be reached; connect, or give a folder"

@@ -1,14 +1,17 @@
-"""What the laboratory trains on: text files made of the tiny problems, and a tokenizer learnt from them.
+"""Files made of the tiny problems: what the laboratory trains on, and the held-out problems that the package ships.
 
-    python recipes/tiny/data.py runs/tiny/data --problems 160000
+    python recipes/tiny/data.py training runs/tiny/data --problems 160000
+    python recipes/tiny/data.py held-out diffucoder/data/tiny_problems.jsonl.gz
 
-Written are, as JSON lines: `corpus` (what a parent and stage 1 read: documents of several kinds, some of them wrong),
-`clean` (stage 2: a request as a comment above its solution, nothing else), `chat` (stage 3: prompt and answer), and
-`held_out_*` of the same kinds, from the dev split, for losses. No test-split problem is read here.
+The training files are JSON lines: `corpus` (the parent and stage 1 read it: documents of several kinds, some of them
+wrong), `clean` (stage 2: a request as a comment above its solution), `chat` (stage 3: prompt and answer), and
+`held_out_*` of the same kinds, from the dev split, for losses. No problem of the test split is among them.
 """
 
+import gzip
 import json
 import random
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated
@@ -16,50 +19,77 @@ from typing import Annotated
 import typer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from diffucoder.problems import Problem, problems
+from diffucoder.files import write_json, write_jsonl
 from diffucoder.tokenizer import qwen2_words
 
+sys.path.append(str(Path(__file__).parents[2]))  # last, so that PYTHONPATH may name another copy of the package
+
+from recipes.tiny.problems import Problem, problems
+
+HELD_OUT = 500  # problems of the benchmark `tiny`
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|mask|>", "<|dlm_pad|>")
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+TOKENIZER_CONFIG = {
+    "tokenizer_class": "PreTrainedTokenizerFast",
+    "bos_token": "<|endoftext|>",
+    "eos_token": "<|im_end|>",
+    "pad_token": "<|dlm_pad|>",
+    "mask_token": "<|mask|>",
+    "chat_template": CHAT_TEMPLATE,
+    "clean_up_tokenization_spaces": False,
+}
+
+app = typer.Typer(add_completion=False)
 
 
-def base_prompt(problem: Problem) -> str:
-    """What a model that knows no chat is asked with: the request as a comment, as `clean` documents begin."""
-    return f"# {problem.prompt}\n"
-
-
-def main(
-    folder: Annotated[Path, typer.Argument(help="where the files go")],
+@app.command()
+def training(
+    folder: Annotated[Path, typer.Argument(help="folder for the files")],
     count: Annotated[int, typer.Option("--problems", help="distinct training problems")] = 160_000,
-    vocabulary: Annotated[int, typer.Option(help="tokens of the byte-level BPE, special ones included")] = 1536,
+    vocabulary: Annotated[int, typer.Option(help="tokens of the byte-level BPE, special tokens included")] = 1536,
     held_out: Annotated[int, typer.Option(help="problems of each held-out file")] = 1000,
-    seed: Annotated[int, typer.Option(help="of the problems drawn")] = 0,
+    seed: Annotated[int, typer.Option(help="seed of the problems")] = 0,
 ) -> None:
-    """Make every file; a finished folder is left as it is."""
+    """Write the training files and a tokenizer; leave a finished folder as it is."""
     if (folder / "tokenizer" / "tokenizer_config.json").exists():
         return
     folder.mkdir(parents=True, exist_ok=True)
-    drawn = list(problems("train", count, seed=seed))
+    train = list(problems("train", count, seed=seed))
     dev = list(problems("dev", held_out, seed=seed))
-    write(folder / "corpus.jsonl", ({"text": text} for text in corpus(drawn, random.Random(seed))))
-    write(folder / "clean.jsonl", ({"text": clean(problem)} for problem in drawn))
-    write(folder / "chat.jsonl", ({"prompt": p.prompt, "answer": p.solution} for p in drawn))
-    write(folder / "held_out_clean.jsonl", ({"text": clean(problem)} for problem in dev))
-    write(folder / "held_out_chat.jsonl", ({"prompt": p.prompt, "answer": p.solution} for p in dev))
-    train_tokenizer(drawn[:20_000], vocabulary, folder / "tokenizer")
+    write_jsonl(folder / "corpus.jsonl", ({"text": text} for text in corpus(train, random.Random(seed))))
+    for prefix, drawn in (("", train), ("held_out_", dev)):
+        write_jsonl(folder / f"{prefix}clean.jsonl", ({"text": clean(problem)} for problem in drawn))
+        write_jsonl(folder / f"{prefix}chat.jsonl", ({"prompt": p.prompt, "answer": p.solution} for p in drawn))
+    train_tokenizer(train[:20_000], vocabulary, folder / "tokenizer")
+
+
+@app.command()
+def held_out(path: Annotated[Path, typer.Argument(help="gzipped JSON lines to write")]) -> None:
+    """Write the held-out problems of the benchmark `tiny`, the same bytes every time."""
+    with path.open("wb") as raw, gzip.GzipFile("", "wb", mtime=0, fileobj=raw) as file:
+        for number, problem in enumerate(problems("test", HELD_OUT, seed=1)):
+            row = {
+                "id": f"tiny/{number}",
+                "prompt": problem.prompt,
+                "tests": list(problem.tests),
+                "entry_point": problem.name,
+                "solution": problem.solution,
+            }
+            file.write((json.dumps(row) + "\n").encode())
 
 
 def clean(problem: Problem) -> str:
-    return base_prompt(problem) + problem.solution
+    """A document: the request as a comment, then the solution."""
+    return f"# {problem.prompt}\n{problem.solution}"
 
 
-def corpus(drawn: Sequence[Problem], rng: random.Random) -> Iterator[str]:
-    """One document for each problem, of the kinds a crawl of code has: most are good, a tenth are not."""
-    for at, problem in enumerate(drawn):
-        other = drawn[at - 1]
+def corpus(train: Sequence[Problem], rng: random.Random) -> Iterator[str]:
+    """Yield one document for each problem, of the kinds that a crawl of code has: most are good, a tenth are not."""
+    for index, problem in enumerate(train):
+        other = train[index - 1]
         kind = rng.random()
         if kind < 0.7:
             yield clean(problem)
@@ -68,20 +98,15 @@ def corpus(drawn: Sequence[Problem], rng: random.Random) -> Iterator[str]:
         elif kind < 0.9:
             yield "\n".join([problem.solution, "", *problem.tests[:2]])
         elif kind < 0.95:  # a comment that belongs to other code
-            yield base_prompt(other) + problem.solution
-        else:  # a file cut off
+            yield f"# {other.prompt}\n{problem.solution}"
+        else:  # a truncated file
             yield clean(problem)[: rng.randint(20, len(clean(problem)))]
-
-
-def write(path: Path, records: Iterator[dict[str, str]]) -> None:
-    with path.open("w", encoding="utf-8") as file:
-        file.writelines(json.dumps(record) + "\n" for record in records)
 
 
 def train_tokenizer(examples: Sequence[Problem], vocabulary: int, folder: Path) -> None:
     """Learn merges from requests and solutions; Qwen2's words, Dream's special tokens."""
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = qwen2_words()  # a digit is a word of its own, and copied as such
+    tokenizer.pre_tokenizer = qwen2_words()  # each digit is a word, and copied as such
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocabulary,
@@ -92,17 +117,8 @@ def train_tokenizer(examples: Sequence[Problem], vocabulary: int, folder: Path) 
     tokenizer.train_from_iterator((text for p in examples for text in (p.prompt, p.solution)), trainer)
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(folder / "tokenizer.json"))
-    described = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "bos_token": "<|endoftext|>",
-        "eos_token": "<|im_end|>",
-        "pad_token": "<|dlm_pad|>",
-        "mask_token": "<|mask|>",
-        "chat_template": CHAT_TEMPLATE,
-        "clean_up_tokenization_spaces": False,
-    }
-    (folder / "tokenizer_config.json").write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
+    write_json(folder / "tokenizer_config.json", TOKENIZER_CONFIG)
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    app()

@@ -3,18 +3,14 @@
     python recipes/tiny/lab.py lab                  # parent -> adaptation -> mid-training -> instruction tuning
     python recipes/tiny/lab.py lab --ablations      # adaptation against its alternatives, from the same parent
     python recipes/tiny/lab.py tiny --processes 2   # the shipped model
-    python recipes/tiny/lab.py tiny --parent-only   # the first 15 minutes of it: its parent, for grpo.py's arm causal
+    python recipes/tiny/lab.py tiny --parent-only   # only its parent, 15 minutes: for the arm causal of grpo.py
 
-Every stage is a `diffucoder` command, printed as it is run, so that any of them can be run by hand. All of it can be
-stopped at any moment: called again, it goes on. Budgets stand in budgets.toml, the stages' settings in the files beside
-it; the reports go to docs/lab.md, docs/lab_ablations.md and docs/lab_tiny.md; those of `quick` into the run folder.
+Every stage is a `diffucoder` command, which is printed; you can run each of them by hand. You can stop the laboratory
+at any moment and call it again to go on. Budgets are in budgets.toml, the stages' settings in the files beside it. The
+reports go to docs/lab.md, docs/lab_ablations.md and docs/lab_tiny.md, those of `quick` to the run folder.
 """
 
-import json
-import platform
-import subprocess
 import sys
-import time
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,140 +19,13 @@ from typing import Annotated, Any
 import torch
 import typer
 
+sys.path.append(str(Path(__file__).parents[2]))
+
+from recipes.report import drawing, provenance, table, update_page
+from recipes.runner import ROOT, TRAIN, RunFolder
+
 HERE = Path(__file__).parent
-ROOT = HERE.parents[1]
-
-
-class Lab:
-    """One run folder: commands that fill it, each left out where its result is there already."""
-
-    def __init__(self, budget: str, folder: Path, processes: int) -> None:
-        budgets = tomllib.loads((HERE / "budgets.toml").read_text(encoding="utf-8"))
-        if budget not in budgets:
-            raise typer.BadParameter(f"budget {budget!r} is not in budgets.toml; use one of {', '.join(budgets)}")
-        self.name, self.budget, self.folder, self.processes = budget, budgets[budget], folder, processes
-        self.data = folder / "data"
-
-    def make_data(self) -> None:
-        script = [str(HERE / "data.py"), str(self.data), "--problems", str(self.budget["problems"])]
-        self._run("data", script)
-
-    def train(self, run: str, stage: str, recipe: str, data: str, held_out: str, **settings: Any) -> Path:
-        """Run `diffucoder train STAGE RECIPE` into the folder `run`, or go on with it; returns its model."""
-        folder = self.folder / run
-        if not (folder / "model" / "tokenizer_config.json").exists():
-            values = {
-                "run": folder,
-                "data": [str(self.data / data)],
-                "held_out": [str(self.data / held_out)],
-                "cache": self.folder / "cache",
-                **self.budget.get(recipe, {}),
-                **settings,
-            }
-            overrides = [part for key, value in values.items() for part in ("--set", f"{key}={_toml(value)}")]
-            command = ["-m", "diffucoder.cli", "train", stage, str(HERE / f"{recipe}.toml"), "--resume", *overrides]
-            self._run(run, command, processes=self.processes)
-        return folder / "model"
-
-    def convert(self, source: Path, name: str) -> Path:
-        """`diffucoder convert`: a parent's folder becomes a Dream checkpoint."""
-        folder = self.folder / name
-        if not (folder / "tokenizer_config.json").exists():
-            self._run(name, ["-m", "diffucoder.cli", "convert", str(source), str(folder)])
-        return folder
-
-    def solved(self, run: str, model: Path, *options: str, steps: str) -> dict[str, float]:
-        """Share of held-out problems (dev split) that `model` solves, for each number of steps."""
-        path = self.folder / f"{run}.solved.json"
-        if not path.exists():
-            options = (*options, "--split", "dev", "--count", str(self.budget["solve"]), "--steps", steps)
-            script = [str(ROOT / "benchmarks" / "tiny_accuracy.py"), "--model", str(model), *options]
-            self._run(f"{run} solves", [*script, "--figures", str(path), "--run", str(self.folder / "answers")])
-        told = json.loads(path.read_text(encoding="utf-8"))
-        return {steps: figures["share"] for steps, figures in told.items()}
-
-    def curve(self, run: str, figure: str = "held_out_loss") -> list[tuple[float, float]]:
-        """(million tokens seen, figure) wherever the run's metrics tell it."""
-        points, seen = [], 0.0
-        for line in (self.folder / run / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
-            metrics = json.loads(line)
-            seen += metrics["tokens"] / 1e6
-            if figure in metrics:
-                points.append((seen, metrics[figure]))
-        return points
-
-    def minutes(self) -> dict[str, float]:
-        """What each command took; of one that was run again, all of it."""
-        taken: dict[str, float] = {}
-        for line in (self.folder / "minutes.jsonl").read_text(encoding="utf-8").splitlines():
-            told = json.loads(line)
-            taken[told["what"]] = taken.get(told["what"], 0.0) + told["minutes"]
-        return taken
-
-    def _run(self, what: str, command: list[str], processes: int = 1) -> None:
-        launcher = [sys.executable]
-        if processes > 1:
-            launcher += ["-m", "accelerate.commands.launch", "--config_file", str(ROOT / "recipes/accelerate/ddp.yaml")]
-            launcher += ["--num_processes", str(processes), *(["-m"] if command[0] == "-m" else [])]
-            command = command[1:] if command[0] == "-m" else command
-        print("$", *launcher, *command, flush=True)
-        began = time.monotonic()
-        done = subprocess.run([*launcher, *command])
-        if done.returncode:  # it has said why
-            raise SystemExit(done.returncode)
-        with (self.folder / "minutes.jsonl").open("a", encoding="utf-8") as file:
-            line = {"what": what, "minutes": round((time.monotonic() - began) / 60, 2)}
-            file.write(json.dumps(line) + "\n")
-
-
-def main(
-    budget: Annotated[str, typer.Argument(help="a table of budgets.toml: tiny, lab or quick")],
-    folder: Annotated[Path | None, typer.Option(help="run folder; runs/tiny-BUDGET if left out")] = None,
-    processes: Annotated[int, typer.Option(help="training processes; more than one need as many cores")] = 1,
-    ablations: Annotated[bool, typer.Option("--ablations", help="adaptation's alternatives too")] = False,
-    parent_only: Annotated[
-        bool, typer.Option("--parent-only", help="stop behind the parent, without a report")
-    ] = False,
-) -> None:
-    """Run the laboratory, or go on with it, and write its report."""
-    folder = folder or ROOT / "runs" / ("tiny" if budget == "tiny" else f"tiny-{budget}")
-    folder.mkdir(parents=True, exist_ok=True)
-    lab = Lab(budget, folder, processes)
-    lab.make_data()
-    if parent_only:
-        print(f"parent in {train_parent(lab)}")
-        return
-    if ablations:
-        compare(lab)
-    else:
-        chain(lab)
-    print(f"report in {report_arms(lab) if ablations else report_chain(lab)}")
-
-
-def train_parent(lab: Lab) -> Path:
-    """The autoregressive model that all else begins with."""
-    tokenizer = lab.data / "tokenizer"
-    return lab.train("parent", "pretrain", "parent", "corpus.jsonl", "held_out_clean.jsonl", tokenizer=tokenizer)
-
-
-def adaptation(lab: Lab) -> tuple[Path, Path, Path]:
-    """The parent, the denoiser it becomes, and that after stage 1."""
-    parent = train_parent(lab)
-    start = lab.convert(parent, "start")
-    return parent, start, lab.train("adapt", "adapt", "adapt", "corpus.jsonl", "held_out_clean.jsonl", model=start)
-
-
-def chain(lab: Lab) -> None:
-    """Parent, stage 1, stage 2, stage 3, and what each solves."""
-    parent, _, adapted = adaptation(lab)
-    middle = lab.train("mid", "adapt", "mid", "clean.jsonl", "held_out_clean.jsonl", model=adapted)
-    tuned = lab.train("sft", "sft", "sft", "chat.jsonl", "held_out_chat.jsonl", model=middle)
-    lab.solved("parent", parent, "--base", "--causal", steps="64")
-    lab.solved("adapt", adapted, "--base", steps="64,32")
-    lab.solved("mid", middle, "--base", steps="64,32")
-    lab.solved("sft", tuned, steps="64,32")
-
-
+STAGES = ("parent", "adapt", "mid", "sft")
 ARMS = {
     "adapt": "from the parent, attention annealed, rows shifted",
     "adapt-half": "as `adapt`, on half the tokens",
@@ -165,156 +34,174 @@ ARMS = {
     "nothing": "from nothing, equal tokens",
     "nothing-twice": "from nothing, twice the tokens",
 }
+COMMON_COMMANDS = ("data", "parent", "start", "fresh", "fresh-start")
+COLUMNS = ("steps", "M tokens", "held-out loss")
+Curve = list[tuple[float, float]]  # (million tokens, held-out loss)
 
 
-def compare(lab: Lab) -> None:
-    """Adaptation against its alternatives: same data, same settings, but for what the arm's name says."""
-    tokenizer, (_, start, _) = lab.data / "tokenizer", adaptation(lab)
-    fresh = lab.train(
-        "fresh", "pretrain", "parent", "corpus.jsonl", "held_out_clean.jsonl", tokenizer=tokenizer, steps=0, seed=9
-    )
-    random = lab.convert(fresh, "fresh-start")
-    steps = int(_recipe(lab, "adapt")["steps"])
+class Lab:
+    """The run folder and the settings of one budget."""
+
+    def __init__(self, name: str, folder: Path, processes: int) -> None:
+        budgets = tomllib.loads((HERE / "budgets.toml").read_text(encoding="utf-8"))
+        if name not in budgets:
+            raise typer.BadParameter(f"budget {name!r} is not in budgets.toml; use one of {', '.join(budgets)}")
+        self.name = name
+        self.budget: dict[str, Any] = budgets[name]
+        self.runs = RunFolder(folder, processes=processes)
+        self.data = folder / "data"
+
+    def make_data(self) -> None:
+        self.runs.run("data", [HERE / "data.py", "training", self.data, "--problems", self.budget["problems"]])
+
+    def train(self, name: str, stage: str, recipe: str, data: str, **settings: Any) -> Path:
+        """Train on `data` (corpus, clean or chat) by a recipe, the budget and `settings`; return the model."""
+        held_out = "held_out_chat" if data == "chat" else "held_out_clean"
+        values = {
+            "data": [str(self.data / f"{data}.jsonl")],
+            "held_out": [str(self.data / f"{held_out}.jsonl")],
+            "cache": self.runs.folder / "cache",
+            **self.budget.get(recipe, {}),
+            **settings,
+        }
+        return self.runs.train(name, (*TRAIN, stage), HERE / f"{recipe}.toml", values)
+
+    def train_parent(self) -> Path:
+        """The autoregressive model that every stage begins with."""
+        return self.train("parent", "pretrain", "parent", "corpus", tokenizer=self.data / "tokenizer")
+
+    def solve(self, name: str, model: Path, *options: str, steps: str) -> dict[str, Any]:
+        count = str(self.budget["solve"])
+        return self.runs.solve(name, model, ["--split", "dev", "--count", count, "--steps", steps, *options])
+
+    def curve(self, name: str) -> Curve:
+        """The held-out loss of a run, wherever it was measured."""
+        points: Curve = []
+        tokens = 0.0
+        for line in self.runs.metrics(name):
+            tokens += line["tokens"] / 1e6
+            if "held_out_loss" in line:
+                points.append((tokens, line["held_out_loss"]))
+        return points
+
+
+def main(
+    budget: Annotated[str, typer.Argument(help="a table of budgets.toml: tiny, lab or quick")],
+    folder: Annotated[Path | None, typer.Option(help="run folder; default runs/tiny-BUDGET")] = None,
+    processes: Annotated[int, typer.Option(help="training processes; several need as many cores")] = 1,
+    ablations: Annotated[bool, typer.Option("--ablations", help="compare adaptation with its alternatives")] = False,
+    parent_only: Annotated[bool, typer.Option("--parent-only", help="train the parent, without a report")] = False,
+) -> None:
+    """Run the laboratory, or go on with it, and write its report."""
+    folder = folder or ROOT / "runs" / ("tiny" if budget == "tiny" else f"tiny-{budget}")
+    lab = Lab(budget, folder, processes)
+    lab.make_data()
+    if parent_only:
+        print(f"parent in {lab.train_parent()}")
+    elif ablations:
+        compare_arms(lab)
+        report_arms(lab)
+    else:
+        report_chain(lab, run_chain(lab))
+
+
+def adapt_parent(lab: Lab) -> tuple[Path, Path, Path]:
+    """The parent, the denoiser that it becomes, and that denoiser after stage 1."""
+    parent = lab.train_parent()
+    start = lab.runs.convert(parent, "start")
+    return parent, start, lab.train("adapt", "adapt", "adapt", "corpus", model=start)
+
+
+def run_chain(lab: Lab) -> dict[str, dict[str, Any]]:
+    """Train every stage; return what each solves, by number of steps."""
+    parent, _, adapted = adapt_parent(lab)
+    middle = lab.train("mid", "adapt", "mid", "clean", model=adapted)
+    tuned = lab.train("sft", "sft", "sft", "chat", model=middle)
+    return {
+        "parent": lab.solve("parent", parent, "--base", "--causal", steps="64"),
+        "adapt": lab.solve("adapt", adapted, "--base", steps="64,32"),
+        "mid": lab.solve("mid", middle, "--base", steps="64,32"),
+        "sft": lab.solve("sft", tuned, steps="64,32"),
+    }
+
+
+def compare_arms(lab: Lab) -> None:
+    """Adaptation against its alternatives: the same data and settings, except what an arm's name says."""
+    _, start, _ = adapt_parent(lab)
+    untrained = lab.train("fresh", "pretrain", "parent", "corpus", tokenizer=lab.data / "tokenizer", steps=0, seed=9)
+    nothing = lab.runs.convert(untrained, "fresh-start")
+    recipe = tomllib.loads((HERE / "adapt.toml").read_text(encoding="utf-8"))
+    steps = int((recipe | lab.budget.get("adapt", {}))["steps"])
     arms: dict[str, dict[str, Any]] = {
         "adapt-half": {"model": start, "steps": steps // 2},
         "abrupt": {"model": start, "anneal_steps": 0},
         "unshifted": {"model": start, "shifted": False},
-        "nothing": {"model": random, "anneal_steps": 0},
-        "nothing-twice": {"model": random, "anneal_steps": 0, "steps": 2 * steps},
+        "nothing": {"model": nothing, "anneal_steps": 0},
+        "nothing-twice": {"model": nothing, "anneal_steps": 0, "steps": 2 * steps},
     }
     for name, settings in arms.items():
-        lab.train(name, "adapt", "adapt", "corpus.jsonl", "held_out_clean.jsonl", **settings)
+        lab.train(name, "adapt", "adapt", "corpus", **settings)
 
 
-def _recipe(lab: Lab, name: str) -> dict[str, Any]:
-    return tomllib.loads((HERE / f"{name}.toml").read_text(encoding="utf-8")) | lab.budget.get(name, {})
+# --- reports ---------------------------------------------------------------------------------------------------------
 
 
-def _toml(value: Any) -> str:
-    """A value as `--set key=value` reads it."""
-    if isinstance(value, bool):
-        return str(value).lower()
-    return json.dumps(value) if isinstance(value, list) else str(value)
-
-
-# --- report ----------------------------------------------------------------------------------------------------------
-
-
-def report_chain(lab: Lab) -> Path:
+def report_chain(lab: Lab, solved: dict[str, dict[str, Any]]) -> None:
     """What each stage took and gave."""
-    path, figure = _places(lab, "lab.md", "stages.svg")
-    names = ("parent", "adapt", "mid", "sft")
-    draw(figure, {name: lab.curve(name) for name in names})
-    asked = f"{lab.budget['solve']} problems behind pass@1 (greedy, canvas of 64, policy entropy, run in the sandbox)"
-    parts = [
-        f"# Laboratory report: budget `{lab.name}`",
-        _told(lab, "", ("data", "start", *names, *(f"{name} solves" for name in names))),
-        f"Losses are on the dev split, as are the {asked}.",
-        chain_table(lab),
-        "The parent answers left to right, one token a pass. Before instruction tuning a model is asked in a comment, "
-        "after it in the chat template. The held-out loss is nats per token: of the next token for the parent, the "
-        "1/t-weighted bound on the likelihood for the others; the last one is of answers given their requests alone.",
-        f"![held-out loss of each stage]({figure.relative_to(path.parent)})",
-    ]
-    path.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
-    return path
-
-
-def report_arms(lab: Lab) -> Path:
-    """Adaptation and its alternatives."""
-    path, figure = _places(lab, "lab_ablations.md", "ablations.svg")
-    draw(figure, {name: lab.curve(name) for name in ARMS})
-    parts = [
-        f"# Adaptation and its alternatives: budget `{lab.name}`",
-        _told(lab, " --ablations", ("data", "parent", "start", "fresh", "fresh-start", *ARMS)),
-        "Held-out losses are the 1/t-weighted bound on the likelihood of the dev split's documents, in nats per token.",
-        arms_table(lab),
-        crossing(lab),
-        f"![held-out loss of each arm]({figure.relative_to(path.parent)})",
-    ]
-    path.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
-    return path
-
-
-def _places(lab: Lab, report: str, figure: str) -> tuple[Path, Path]:
-    """Where a report and its figure go."""
-    if lab.name == "quick":
-        return lab.folder / report, lab.folder / figure
-    (ROOT / "docs" / "lab").mkdir(exist_ok=True)
-    names = [Path(name) for name in (report, figure)]
-    if lab.name != "lab":
-        names = [name.with_stem(f"{name.stem}_{lab.name}") for name in names]
-    return ROOT / "docs" / names[0], ROOT / "docs" / "lab" / names[1]
-
-
-def _told(lab: Lab, options: str, commands: Sequence[str]) -> str:
-    """The command, the day, the machine, and the minutes that its parts took."""
-    minutes = {what: taken for what, taken in lab.minutes().items() if what in commands}
-    parts = ", ".join(f"{what} {taken:.1f}" for what, taken in minutes.items())
-    threads = f"{lab.processes} processes" if lab.processes > 1 else f"{torch.get_num_threads()} threads"
-    return (
-        f"`python recipes/tiny/lab.py {lab.name}{options}`, {time.strftime('%Y-%m-%d')}, {threads}: "
-        f"{sum(minutes.values()):.0f} minutes ({parts}). "
-        f"Python {platform.python_version()}, torch {torch.__version__}, {platform.machine()}."
-    )
-
-
-def chain_table(lab: Lab) -> str:
     rows = []
-    for name in ("parent", "adapt", "mid", "sft"):
-        told = json.loads((lab.folder / f"{name}.solved.json").read_text(encoding="utf-8"))
-        solved = [f"{told[steps]['share']:.1%}" if steps in told else "–" for steps in ("64", "32")]
-        rows.append([name, *_cells(lab, name), *solved])
-    return _table(["stage", *_COLUMNS, "pass@1, 64 steps", "32 steps"], rows)
+    for name in STAGES:
+        row = [name, *training_cells(lab, name)]
+        for steps in ("64", "32"):
+            figures = solved[name].get(steps)
+            row.append(f"{figures['share']:.1%}" if figures else "–")
+        rows.append(row)
+    write_report(lab, "lab", "stages", "", table(["stage", *COLUMNS, "pass@1, 64 steps", "32 steps"], rows), STAGES)
 
 
-def arms_table(lab: Lab) -> str:
-    return _table(["arm", *_COLUMNS], [[f"{name}: {told}", *_cells(lab, name)] for name, told in ARMS.items()])
+def report_arms(lab: Lab) -> None:
+    """Adaptation and its alternatives."""
+    rows = [[f"{name}: {description}", *training_cells(lab, name)] for name, description in ARMS.items()]
+    crossings = [crossing(lab, name) for name in ("nothing", "nothing-twice")]
+    content = table(["arm", *COLUMNS], rows) + "\n\n" + "\n".join(crossings)
+    write_report(lab, "lab_ablations", "ablations", " --ablations", content, tuple(ARMS))
 
 
-_COLUMNS = ("steps", "M tokens", "held-out loss")
+def write_report(lab: Lab, page: str, figure: str, options: str, content: str, runs: Sequence[str]) -> None:
+    """Update a page in docs/, that of `quick` in the run folder, and draw the held-out loss of each run."""
+    folder = lab.runs.folder if lab.name == "quick" else ROOT / "docs"
+    suffix = "" if lab.name in ("lab", "quick") else f"_{lab.name}"
+    with drawing(folder / "lab" / f"{figure}{suffix}.svg") as axes:
+        for name in runs:
+            tokens, losses = zip(*lab.curve(name), strict=True)
+            axes.plot(tokens, losses, marker=".", label=name)
+        axes.set(xlabel="tokens seen (millions)", ylabel="held-out loss (nats per token)", yscale="log")
+        axes.legend()
+    minutes = lab.runs.minutes()
+    for name in list(minutes):
+        if name.removesuffix(" solves") not in (*COMMON_COMMANDS, *runs):  # a run of another report
+            del minutes[name]
+    parts = ", ".join([f"{name} {taken:.1f}" for name, taken in minutes.items()])
+    workers = f"training processes: {lab.runs.processes}, threads: {torch.get_num_threads()}"
+    took = f"{sum(minutes.values()):.0f} minutes ({parts})"
+    command = f"python recipes/tiny/lab.py {lab.name}{options}"
+    sections = {"run": provenance(command, f"{workers}, {took}"), "table": content}
+    update_page(folder / f"{page}{suffix}.md", sections)
 
 
-def _cells(lab: Lab, name: str) -> list[str]:
-    curve = lab.curve(name)
-    last = json.loads((lab.folder / name / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[-1])
-    return [str(last["step"]), f"{curve[-1][0]:.2f}", f"{curve[-1][1]:.4f}"]
+def training_cells(lab: Lab, name: str) -> list[str]:
+    """Steps, tokens and last held-out loss of a run."""
+    tokens, loss = lab.curve(name)[-1]
+    return [str(lab.runs.metrics(name)[-1]["step"]), f"{tokens:.2f}", f"{loss:.4f}"]
 
 
-def _table(head: list[str], rows: list[list[str]]) -> str:
-    lines = [head, ["---", *["--:"] * (len(head) - 1)], *rows]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
-
-
-def crossing(lab: Lab) -> str:
-    """After how many tokens each way of adapting is where training from nothing ends."""
-    lines = []
-    for name in ("nothing", "nothing-twice"):
-        tokens, target = lab.curve(name)[-1]
-        said = []
-        for arm in ("adapt", "adapt-half", "abrupt", "unshifted"):
-            reached = next((at for at, loss in lab.curve(arm) if loss <= target), None)
-            said.append(f"`{arm}` " + (f"after {reached:.2f} M ({reached / tokens:.0%})" if reached else "never"))
-        lines.append(f"* `{name}` ends at {target:.4f} after {tokens:.2f} M tokens. There is: {', '.join(said)}.")
-    return "\n".join(lines)
-
-
-def draw(path: Path, curves: dict[str, list[tuple[float, float]]]) -> None:
-    """Held-out loss against tokens, a line for each run."""
-    import matplotlib
-
-    matplotlib.use("svg")
-    matplotlib.rcParams["svg.hashsalt"] = "diffucoder"  # the same drawing gives the same bytes
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(7, 4))
-    for name, points in curves.items():
-        axes.plot(*zip(*points, strict=True), marker=".", label=name)
-    axes.set(xlabel="tokens seen (millions)", ylabel="held-out loss (nats per token)", yscale="log")
-    axes.grid(alpha=0.3)
-    axes.legend()
-    figure.savefig(path, metadata={"Date": None}, bbox_inches="tight")
-    pyplot.close(figure)
+def crossing(lab: Lab, name: str) -> str:
+    """After how many tokens each way of adapting reaches the last loss of a run from nothing."""
+    tokens, target = lab.curve(name)[-1]
+    arms = []
+    for arm in ("adapt", "adapt-half", "abrupt", "unshifted"):
+        reached = [seen for seen, loss in lab.curve(arm) if loss <= target]
+        arms.append(f"`{arm}` after {reached[0]:.2f} M ({reached[0] / tokens:.0%})" if reached else f"`{arm}` never")
+    return f"* `{name}` ends at {target:.4f} after {tokens:.2f} M tokens. The others reach this: {', '.join(arms)}."
 
 
 if __name__ == "__main__":

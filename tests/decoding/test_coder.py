@@ -20,8 +20,8 @@ from diffucoder.grading.extract import program_from
 from diffucoder.grading.grade import grade
 from diffucoder.grading.sandbox import isolation
 from diffucoder.models.checkpoint import save_denoiser
-from diffucoder.problems import problems
 from diffucoder.tokenizer import PLACEHOLDER, Tokenizer
+from recipes.tiny.problems import problems
 
 ROWS = 520  # of the model's vocabulary; the tokenizer leaves the last ones free
 ASK, SHORT = "Write a function f(xs) that doubles each number.", "Reverse it."

@@ -1,7 +1,6 @@
 """Oracle 9 (save, load, same bytes), what a saved checkpoint looks like to others, and every refusal's message."""
 
 import json
-import shutil
 import threading
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -18,8 +17,10 @@ from diffucoder.models import checkpoint
 from diffucoder.models import hub as hub_module
 from diffucoder.models.checkpoint import (
     default_device_and_dtype,
+    find_checkpoint,
     load_denoiser,
     load_tokenizer,
+    load_with_tokenizer,
     save_denoiser,
 )
 from diffucoder.models.denoiser import Denoiser
@@ -202,6 +203,26 @@ def test_device_and_dtype_are_chosen_in_one_place(saved: Path) -> None:
             load_denoiser(saved, device="cuda")
 
 
+@pytest.mark.parametrize(
+    ("onednn", "avx512", "amx", "machine", "expected"),
+    [
+        (True, True, False, "x86_64", torch.bfloat16),
+        (True, False, True, "x86_64", torch.bfloat16),
+        (True, False, False, "x86_64", torch.float32),  # oneDNN would emulate it
+        (True, False, False, "aarch64", torch.bfloat16),
+        (False, True, True, "x86_64", torch.float32),
+    ],
+)
+def test_a_cpu_gets_bfloat16_where_it_has_instructions_for_it(
+    monkeypatch: pytest.MonkeyPatch, onednn: bool, avx512: bool, amx: bool, machine: str, expected: torch.dtype
+) -> None:
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: onednn)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+    monkeypatch.setattr("platform.machine", lambda: machine)
+    assert default_device_and_dtype("cpu") == (torch.device("cpu"), expected)
+
+
 # ---- refusals ----
 
 
@@ -215,12 +236,12 @@ def refusal(source: str | Path | None, **options: Any) -> str:
 
 def test_unknown_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert refusal("nonsense") == (
-        "model 'nonsense' is no folder, no Hub id (owner/name) and none of "
+        "model 'nonsense' is not a folder, a Hub id (owner/name) or one of "
         "base, instruct, cpgrpo, dream-base, dream, dream-coder"
     )
-    assert "is no folder" in refusal(tmp_path / "absent")
-    assert "is no folder" in refusal("./a/b")
-    assert "no Hub id either; write owner/name" in refusal("what is/this?")
+    assert "is not a folder" in refusal(tmp_path / "absent")
+    assert "is not a folder" in refusal("./a/b")
+    assert "not a valid Hub id; write owner/name" in refusal("what is/this?")
     monkeypatch.setattr(hub_module, "SHIPPED", tmp_path / "absent")
     assert refusal(None) == "no model ships with this installation; name a folder or a Hub id"
 
@@ -235,12 +256,12 @@ def test_a_folder_that_holds_no_model(tmp_path: Path) -> None:
 
 def test_configs_that_make_no_sense(saved: Path) -> None:
     edit_config(saved, model_type="mamba")
-    assert "model_type 'mamba' is not understood; use one of Dream, qwen2, qwen3, llama" in refusal(saved)
+    assert "model_type 'mamba' is not supported; use one of Dream, qwen2, qwen3, llama" in refusal(saved)
     edit_config(saved, model_type="Dream", mask_token_id="absent")
     assert "Dream needs a mask_token_id" in refusal(saved)
     for mask_id in (67, -1, "66"):
         edit_config(saved, mask_token_id=mask_id)
-        assert f"mask_token_id={mask_id!r} is no id below vocab_size=67" in refusal(saved)
+        assert f"mask_token_id={mask_id!r} is not an id below vocab_size=67" in refusal(saved)
     edit_config(saved, mask_token_id=66, hidden_size="wide")
     assert "is not a Dream config" in refusal(saved)
     edit_config(saved, hidden_size=32, hidden_act="unheard of")
@@ -381,9 +402,36 @@ def test_a_tokenizer_without_a_mask_is_refused_beside_a_model_with_one(spelled: 
         load_tokenizer(spelled)
 
 
-def test_a_parents_tokenizer_gets_a_mask(spelled: Path, causal_lm: MakeLM) -> None:
-    shutil.rmtree(spelled.parent / "parent", ignore_errors=True)
-    causal_lm().save_pretrained(spelled.parent / "parent")
+@pytest.fixture
+def parent(spelled: Path, causal_lm: MakeLM, tmp_path: Path) -> Path:
+    """An autoregressive model with a tokenizer that has no mask."""
+    causal_lm().save_pretrained(tmp_path / "parent")
     text = (spelled / "tokenizer.json").read_text().replace("<|mask|>", "<|other|>")
-    (spelled.parent / "parent" / "tokenizer.json").write_text(text)
-    assert load_tokenizer(spelled.parent / "parent").mask_id == 67
+    (tmp_path / "parent" / "tokenizer.json").write_text(text)
+    return tmp_path / "parent"
+
+
+def test_a_parents_tokenizer_gets_a_mask(parent: Path) -> None:
+    assert load_tokenizer(parent).mask_id == 67
+
+
+def test_model_and_tokenizer_load_together(spelled: Path) -> None:
+    denoiser, tokenizer = load_with_tokenizer(spelled, dtype=torch.float32, device="cpu")
+    assert tokenizer.mask_id == denoiser.mask_id == 66
+    assert torch.equal(scores(denoiser), scores(load(spelled)))
+
+
+def test_a_parent_loads_together_with_the_mask_of_its_tokenizer(parent: Path) -> None:
+    denoiser, tokenizer = load_with_tokenizer(parent, add_mask=True)
+    assert tokenizer.mask_id == denoiser.mask_id == 67
+    with pytest.raises(CheckpointError, match="holds an autoregressive model"):
+        load_with_tokenizer(parent)
+
+
+def test_a_checkpoint_that_was_found_is_loaded_without_finding_it_again(spelled: Path) -> None:
+    checkpoint = find_checkpoint(spelled)
+    (spelled / "config.json").unlink()
+    assert load_tokenizer(checkpoint).mask_id == 66
+    first = load_denoiser(checkpoint, dtype=torch.float32, device="cpu")
+    second = load_denoiser(checkpoint, dtype=torch.float32, device="cpu")
+    assert torch.equal(scores(first), scores(second))

@@ -96,12 +96,12 @@ def test_a_quantised_parent_is_dense_and_near(causal_lm: MakeLM, tmp_path: Path)
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"architecture": "mamba"}, "architecture 'mamba' is no parent we can read; use one of llama or qwen2"),
-        ({"architecture": "dream"}, "architecture 'dream' is no parent"),
-        ({"pre": "gpt-4o"}, "tokenizer.ggml.pre='gpt-4o' is not understood, and would give wrong ids; use a GGUF of"),
+        ({"architecture": "mamba"}, "architecture 'mamba' is not supported as a parent; use llama or qwen2"),
+        ({"architecture": "dream"}, "architecture 'dream' is not supported as a parent"),
+        ({"pre": "gpt-4o"}, "tokenizer.ggml.pre='gpt-4o' is not supported and would give wrong ids; use a GGUF of"),
         (
             {"tokenizer_model": "llama"},
-            "tokenizer.ggml.model='llama' with tokenizer.ggml.pre='smollm' is not understood",
+            "tokenizer.ggml.model='llama' with tokenizer.ggml.pre='smollm' is not supported",
         ),
         ({"extra": {"llama.rope.scaling.type": "yarn"}}, "llama.rope.scaling.type='yarn' is not read from GGUF"),
         ({"without": "blk.1.ffn_up.weight"}, "lacks tensor blk.1.ffn_up.weight; use the parent's own folder"),
@@ -121,7 +121,7 @@ def test_what_cannot_be_read_is_refused(
     ("changes", "message"),
     [
         ({"attention_bias": True}, "has unexpected tensor blk.0.attn_"),  # transformers would drop it in silence
-        ({"head_dim": 16}, "describes no llama model that fits its weights"),
+        ({"head_dim": 16}, "metadata and weights do not make a llama model"),
     ],
 )
 def test_weights_that_the_metadata_does_not_explain_are_refused(
@@ -137,9 +137,9 @@ def test_a_file_that_is_missing_or_cut_short_is_refused(causal_lm: MakeLM, tmp_p
     content = path.read_bytes()
     for length in (0, 3, 50, 5_000, len(content) // 2, len(content) - 64):
         path.write_bytes(content[:length])
-        with pytest.raises(CheckpointError, match="is damaged, cut short or no GGUF file"):
+        with pytest.raises(CheckpointError, match="is damaged, cut short or not a GGUF file"):
             read_gguf(path)
-    with pytest.raises(CheckpointError, match=r"GGUF file 'absent.gguf' is not here; check the path"):
+    with pytest.raises(CheckpointError, match=r"GGUF file 'absent.gguf' does not exist; check the path"):
         read_gguf("absent.gguf")
 
 
@@ -260,10 +260,10 @@ def test_what_dream_cannot_say_is_not_exported(causal_lm: MakeLM, tmp_path: Path
     text = mask_token(tokenizer())
     for changes in ({"kind": "qwen3"}, {"kind": "llama", "head_dim": 16}, {"kind": "llama", "hidden_act": "gelu"}):
         denoiser = Denoiser.from_causal_lm(causal_lm(**changes, **IDS), mask_id=300)
-        with pytest.raises(CheckpointError, match="is more than a dream GGUF can say"):
+        with pytest.raises(CheckpointError, match="a dream GGUF cannot represent this"):
             write_gguf(denoiser, text, tmp_path / "out.gguf")
     plain = Denoiser.from_causal_lm(causal_lm("llama", **IDS), mask_id=300)
-    with pytest.raises(ConfigError, match="dtype='int4' is not known to GGUF export; use one of float32, float16"):
+    with pytest.raises(ConfigError, match="dtype='int4' is not supported by GGUF export; use one of float32, float16"):
         write_gguf(plain, text, tmp_path / "out.gguf", dtype="int4")
     with pytest.raises(CheckpointError, match="use the tokenizer saved with the model"):
         write_gguf(Denoiser.from_causal_lm(causal_lm(**IDS), mask_id=305), text, tmp_path / "out.gguf")

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 from stores import CHATS, CODE, Lab
 
-from diffucoder.problems import problems
 from diffucoder.training.adapt import adapt
 from diffucoder.training.pretrain import pretrain
 from diffucoder.training.settings import AdaptSettings, PretrainSettings
+from recipes.tiny.problems import problems
 
 
 @pytest.fixture(autouse=True)

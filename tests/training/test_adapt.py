@@ -18,10 +18,10 @@ from diffucoder.errors import CheckpointError, ConfigError
 from diffucoder.models.checkpoint import load_denoiser, load_tokenizer
 from diffucoder.models.convert import convert
 from diffucoder.training.adapt import PackedRows, adapt
+from diffucoder.training.data import TokenStore
 from diffucoder.training.masked import HELD_OUT, Row
 from diffucoder.training.run import open_model
 from diffucoder.training.settings import AdaptSettings
-from diffucoder.training.shards import TokenStore
 
 CONTEXT, BATCH = 40, 5
 QUICK = DecodingParams(new_tokens=6, steps=3)
@@ -217,8 +217,8 @@ def test_a_finished_run_writes_its_model_again(lab: Lab, parent: Path, tmp_path:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"data": ("nowhere",)}, "'nowhere' is no folder and no file; check the path"),
-        ({"held_out": ("nowhere",)}, "'nowhere' is no folder and no file; check the path"),
+        ({"data": ("nowhere",)}, "'nowhere' is not a folder or a file; check the path"),
+        ({"held_out": ("nowhere",)}, "'nowhere' is not a folder or a file; check the path"),
         ({"context": 129}, "context=129 exceeds the model's context of 128; lower it to 128 or less"),
         ({"batch": 4, "micro_batch": 3}, "batch=4 does not split into micro-batches of 3 rows"),
         ({"normaliser": "mean"}, "normaliser='mean': input should be 'length', 'masked' or 'masked_micro'"),
@@ -245,7 +245,7 @@ def test_data_that_fill_no_row_are_one_line(lab: Lab, parent: Path, tmp_path: Pa
 
 
 def test_a_model_that_is_none_is_one_line(lab: Lab, tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="'/no/such/folder' is no folder"):
+    with pytest.raises(CheckpointError, match="'/no/such/folder' is not a folder"):
         adapt(settings(lab, Path("/no/such/folder"), tmp_path / "run"))
 
 

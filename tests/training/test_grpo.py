@@ -8,7 +8,6 @@ import runpy
 import signal
 import subprocess
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from diffucoder.analysis.order import read_runs
+from diffucoder.analysis.runs import read_runs
 from diffucoder.decoding.coder import DiffuCoder, Generation
 from diffucoder.decoding.trace import Trace, read_traces
 from diffucoder.diffusion import View
@@ -27,7 +26,6 @@ from diffucoder.errors import ConfigError, SandboxError
 from diffucoder.grading.sandbox import Sandbox, isolation
 from diffucoder.models.checkpoint import load_denoiser, load_tokenizer
 from diffucoder.models.denoiser import set_causal
-from diffucoder.problems import problems as problems_of_tiny
 from diffucoder.training.exercises import Exercise, write_exercises
 from diffucoder.training.grpo import GrpoMicroBatch, GrpoStage, grpo, usable
 from diffucoder.training.objectives import (
@@ -42,6 +40,7 @@ from diffucoder.training.objectives import (
 from diffucoder.training.rewards import Reward
 from diffucoder.training.rollouts import Completion, Rollouts, prompt_ids
 from diffucoder.training.settings import GrpoSettings
+from recipes.tiny.problems import problems as problems_of_tiny
 
 ROOT = Path(__file__).parents[2]
 Fields = dict[str, Any]  # Any: each setting has its own type, checked by pydantic
@@ -649,53 +648,6 @@ def test_what_cannot_work_is_one_line(fields: Fields, changes: Fields, message: 
         grpo(GrpoSettings(**{**fields, **changes}))
     assert "\n" not in str(raised.value)
     assert not fields["run"].exists()
-
-
-# --- the laboratory's comparison -------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def laboratory() -> Fields:
-    return runpy.run_path(str(ROOT / "recipes" / "tiny" / "grpo.py"))
-
-
-def test_arms_of_fewer_passes_are_given_more_steps(laboratory: Fields) -> None:
-    steps = {arm: laboratory["steps_of"](arm) for arm in laboratory["ARMS"]}
-    assert steps["coupled"] == steps["decoupled"] == steps["causal"] == laboratory["RECIPE"]["steps"]
-    assert steps["full_mask"] == steps["d1"] > steps["coupled"]
-
-
-def test_gains_are_paired_and_vary_over_seeds_and_problems(laboratory: Fields) -> None:
-    before = [1, 0, 0, 1] * 100
-    after = [[1, 1, 0, 1] * 100, [1, 1, 0, 0] * 100]
-    middle, half = laboratory["difference"]([(before, each) for each in after])
-    assert middle == pytest.approx(0.125)
-    seeds = 12.71 * (0.25 / 2**0.5) / 2**0.5  # gains of 0.25 and 0
-    problems = 1.96 * (0.5**2 * 3 / 4 / 400 * 400 / 399 * 0.75) ** 0.5
-    assert half == pytest.approx((seeds**2 + problems**2) ** 0.5, rel=0.02)
-    assert laboratory["difference"]([(before, before)]) == (0, 0)
-    _, alone = laboratory["difference"]([(before, after[0])])
-    assert 0 < alone < 0.05
-
-
-def test_a_laboratory_that_is_stopped_begins_nothing_more(laboratory: Fields) -> None:
-    begun = []
-
-    def task(number: int) -> None:
-        begun.append(number)
-        if number == 1:
-            raise SystemExit(130)
-        time.sleep(0.1)  # long enough for the failure of another to be seen
-
-    with pytest.raises(SystemExit):
-        laboratory["side_by_side"]([lambda n=n: task(n) for n in range(6)], 1)  # type: ignore[misc]
-    assert begun[:2] == [0, 1]
-    assert len(begun) < 6
-
-
-def test_the_seconds_of_a_run_are_those_of_its_steps(laboratory: Fields) -> None:
-    curve = [{"tokens": 300, "tokens_per_second": 100.0}, {"tokens": 50, "tokens_per_second": 25.0}]
-    assert laboratory["seconds"]({"curve": curve}) == 5.0
 
 
 # --- the autoregressive baseline -------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ from stores import CODE, Lab
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from diffucoder.errors import CheckpointError, ConfigError
-from diffucoder.models.checkpoint import describe, load_denoiser
+from diffucoder.models.checkpoint import find_checkpoint, load_denoiser
 from diffucoder.tokenizer import Tokenizer
 from diffucoder.training.pretrain import fresh_model, pretrain
 from diffucoder.training.settings import PretrainSettings
@@ -36,7 +36,7 @@ def test_a_parent_learns_next_tokens(lab: Lab, tmp_path: Path) -> None:
 
 def test_a_parent_is_a_plain_causal_model_of_transformers(parent: Path) -> None:
     plain, tokenizer = AutoModelForCausalLM.from_pretrained(parent), AutoTokenizer.from_pretrained(parent)
-    assert (plain.config.model_type, describe(parent).mask_id) == ("qwen2", None)
+    assert (plain.config.model_type, find_checkpoint(parent).mask_id) == ("qwen2", None)
     tokens = tokenizer(CODE[0], return_tensors="pt").input_ids
     changed = tokens.clone()
     changed[0, 10:] = 7
@@ -87,7 +87,7 @@ def test_heads_follow_from_the_width(lab: Lab, tmp_path: Path, hidden: int, head
             r"has [\d,]+ tokens, no row of 100000; lower context or add data",
         ),
         ({"context": 256}, "context=256 exceeds the model's context of 128; lower it to 128 or less"),
-        ({"data": ("nowhere",)}, "'nowhere' is no folder and no file; check the path"),
+        ({"data": ("nowhere",)}, "'nowhere' is not a folder or a file; check the path"),
         ({"data": ()}, r"data=\(\) names no source"),
         ({"hidden": 100}, "hidden=100: input should be a multiple of 64"),
         ({"model": "tiny"}, "model='tiny': .*a parent has no parent"),
