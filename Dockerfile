@@ -1,10 +1,10 @@
 # The server and the shipped model, on a CPU. docs/deploy.md says how to run it.
 FROM python:3.11-slim AS build
-# for an index whose builds for Linux bring CUDA: --build-arg TORCH_OPTIONS="--index-url ..."
+# if your index serves CUDA builds, choose another: --build-arg TORCH_OPTIONS="--index-url ..."
 ARG TORCH_OPTIONS=""
 RUN python -m venv /opt/diffucoder
 ENV PATH=/opt/diffucoder/bin:$PATH PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1
-# first and alone: it is the largest layer, and changes with the range only
+# first and in a layer of its own: it is the largest, and changes only with the range
 # hadolint ignore=SC2086,DL3013
 RUN pip install $TORCH_OPTIONS "torch>=2.11,<2.14"
 WORKDIR /src
@@ -21,5 +21,5 @@ USER 10001
 EXPOSE 8000
 HEALTHCHECK --interval=30s --timeout=5s --start-period=60s \
     CMD ["python", "-c", "import urllib.request as u; u.urlopen('http://127.0.0.1:8000/ready', timeout=4)"]
-# the key comes as $DIFFUCODER_API_KEY, or with --api-key-file behind the image's name
+# give the key as $DIFFUCODER_API_KEY, or by --api-key-file after the image's name
 ENTRYPOINT ["diffucoder", "serve", "--host", "0.0.0.0"]

@@ -24,7 +24,7 @@ from rich.progress import track
 from diffucoder.evaluation.benchmarks import load
 from diffucoder.evaluation.judge import grade_samples, split_by_imports
 from diffucoder.evaluation.samples import read_samples
-from diffucoder.files import Json, cache_folder
+from diffucoder.files import Json
 from diffucoder.grading.sandbox import Sandbox
 from recipes.report import provenance, table, update_page
 
@@ -77,9 +77,9 @@ def replay(benchmark: str, folder: Path, data: Path, sandbox: Sandbox) -> tuple[
     ids = {task.task_id for task in runnable}
     name = NAMES[benchmark]
     samples = [each for each in read_samples(folder / f"{name}-samples.jsonl.gz", tasks) if each["task_id"] in ids]
-    verdicts = grade_samples(tasks, samples, sandbox, cache=cache_folder(), progress=progress)
+    verdicts = grade_samples(tasks, samples, sandbox, progress=progress)
     solutions = [{"task_id": task.task_id, "sample": 0, "solution": task.canonical} for task in runnable]
-    canonical = grade_samples(tasks, solutions, sandbox, cache=cache_folder(), progress=progress)
+    canonical = grade_samples(tasks, solutions, sandbox, progress=progress)
     published = json.loads(gzip.decompress((folder / f"{name}-results.json.gz").read_bytes()))["eval"]
     compared = 0
     differences = []

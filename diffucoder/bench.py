@@ -1,7 +1,7 @@
-"""How fast a model decodes on this machine, and how much of the machine that is.
+"""The speed of a model on this machine, and the share of the machine that it uses.
 
-Counts first: a forward pass over T positions costs about 2 · parameters · T operations, plus attention; what a matmul
-of the same dtype reaches in the same run is the ceiling beside it. Timed in repeats, of which the median is reported.
+A forward pass over T positions costs about 2 * parameters * T operations, plus attention. The ceiling beside it is what
+a matmul of the same dtype reaches in the same run. All times are medians of repeats.
 """
 
 import time
@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from diffucoder.decoding.canvas import Canvas
-from diffucoder.decoding.denoise import denoise
 from diffucoder.decoding.params import DecodingParams
+from diffucoder.decoding.step import denoise
 from diffucoder.errors import ConfigError
 from diffucoder.models.denoiser import Denoiser
 
@@ -29,16 +29,16 @@ class BenchResult:
     threads: int
     batch: int
     positions: int  # of a row: prompt and canvas
-    forward_ms: float  # scoring every masked position once
+    forward_ms: float  # to score every masked position once
     forward_flops: float  # operations in one such pass
-    flops_per_second: float  # achieved by the pass
-    matmul_flops_per_second: float  # of a square matmul in the same dtype, in the same run
+    flops_per_second: float  # reached by the pass
+    matmul_flops_per_second: float  # reached by a square matmul of the same dtype, in the same run
     tokens_per_second: float  # of the whole batch, one token a step, sampler included
     tokens_per_forward: float
 
     @property
     def share(self) -> float:
-        """Achieved share of the matmul's rate."""
+        """Share of the rate of the matmul."""
         return self.flops_per_second / self.matmul_flops_per_second
 
 
@@ -51,64 +51,69 @@ def bench(
     for name, value in sizes.items():
         if value < 1:
             raise ConfigError(f"{name}={value} leaves nothing to measure; give at least 1")
-    if prompt_tokens + new_tokens > model.max_length:
-        raise ConfigError(f"{prompt_tokens + new_tokens} positions exceed the model's context of {model.max_length}")
+    positions = prompt_tokens + new_tokens
+    if positions > model.max_length:
+        raise ConfigError(f"{positions} positions exceed the model's context of {model.max_length}; give fewer")
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(model.vocab_size, (batch, prompt_tokens), generator=generator)
     ids = torch.where(ids == model.mask_id, (model.mask_id + 1) % model.vocab_size, ids).to(model.device)
     canvas = Canvas.from_prompts(ids, new_tokens=new_tokens, mask_id=model.mask_id)
-    rows = canvas.masked.nonzero()
+    tokens = canvas.tokens.cpu()
+    valid = torch.ones_like(tokens, dtype=torch.bool)
+    wanted = canvas.masked.cpu().nonzero()  # (M, 2)
 
     def forward() -> None:
-        model(canvas.tokens, rows=rows, reduce=lambda logits, _: logits.argmax(-1))
+        model.score(tokens, valid=valid, feed=valid, wanted=wanted, reduce=lambda logits, _: logits.argmax(-1))
 
-    seconds = median_seconds(forward, model.device, repeats)
-    began = time.perf_counter()
-    passes = sum(1 for _ in denoise(model, canvas, DecodingParams()))
-    decoding = time.perf_counter() - began
-    spent = operations(model, canvas.tokens, rows)
+    forward_seconds = median_seconds(forward, model.device, repeats)
+    start = time.perf_counter()
+    passes = len(list(denoise(model, canvas, DecodingParams())))
+    decoding_seconds = time.perf_counter() - start
+    flops = operations(model, tokens, wanted)
     return BenchResult(
-        parameters=sum(p.numel() for p in model.parameters()),
-        dtype=str(model.compute_dtype).removeprefix("torch."),
+        parameters=sum(parameter.numel() for parameter in model.parameters()),
+        dtype=str(model.dtype).removeprefix("torch."),
         device=str(model.device),
         threads=torch.get_num_threads(),
         batch=batch,
-        positions=prompt_tokens + new_tokens,
-        forward_ms=1e3 * seconds,
-        forward_flops=spent,
-        flops_per_second=spent / seconds,
-        matmul_flops_per_second=matmul_rate(model.compute_dtype, model.device),
-        tokens_per_second=batch * new_tokens / decoding,
+        positions=positions,
+        forward_ms=1e3 * forward_seconds,
+        forward_flops=flops,
+        flops_per_second=flops / forward_seconds,
+        matmul_flops_per_second=matmul_rate(model.dtype, model.device),
+        tokens_per_second=batch * new_tokens / decoding_seconds,
         tokens_per_forward=new_tokens / passes,
     )
 
 
 def operations(model: Denoiser, tokens: Tensor, rows: Tensor) -> float:
-    """Multiply-adds of one pass, counted twice: body matrices at all positions, head at wanted rows, attention."""
-    body = sum(p.numel() for n, p in model.named_parameters() if p.ndim == 2 and "embed_tokens" not in n)
+    """Return the operations of one pass, two for a multiply-add: the body at all positions, the head at `rows`."""
+    matrices = 0
+    for name, parameter in model.named_parameters():
+        if parameter.ndim == 2 and "embed_tokens" not in name:
+            matrices += parameter.numel()
     head = model.model.get_output_embeddings().weight.numel()
     config = model.config
-    heads = config.num_attention_heads
-    width = heads * (getattr(config, "head_dim", None) or config.hidden_size // heads)
-    attention = 4.0 * config.num_hidden_layers * width * tokens.shape[1] * tokens.numel()
-    tied = bool(config.tie_word_embeddings)
-    return float(2.0 * (body - (0 if tied else head)) * tokens.numel() + 2.0 * head * len(rows) + attention)
+    body = matrices if config.tie_word_embeddings else matrices - head
+    head_width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    attention = 4.0 * config.num_hidden_layers * config.num_attention_heads * head_width * tokens.shape[1]
+    return float(2.0 * body * tokens.numel() + 2.0 * head * len(rows) + attention * tokens.numel())
 
 
 def matmul_rate(dtype: torch.dtype, device: torch.device, size: int = 1024) -> float:
-    """Operations a second of a square matmul: the ceiling of everything else."""
-    left, right = (torch.ones(size, size, dtype=dtype, device=device) for _ in range(2))
-    multiply = torch._int_mm if dtype == torch.int8 else torch.mm
-    return 2.0 * size**3 / median_seconds(lambda: multiply(left, right), device, 10)
+    """Return the operations a second of a square matmul: the ceiling of everything else."""
+    left = torch.ones(size, size, dtype=dtype, device=device)
+    right = torch.ones(size, size, dtype=dtype, device=device)
+    return 2.0 * size**3 / median_seconds(lambda: torch.mm(left, right), device, 10)
 
 
 def median_seconds(work: Callable[[], object], device: torch.device, repeats: int) -> float:
-    """Median of `repeats` timings, after two to warm up."""
+    """Return the median of `repeats` timings, after two to warm up."""
     seconds = []
     for _ in range(repeats + 2):
-        began = time.perf_counter()
+        start = time.perf_counter()
         work()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-        seconds.append(time.perf_counter() - began)
+        seconds.append(time.perf_counter() - start)
     return median(seconds[2:])

@@ -1,16 +1,18 @@
-"""Settings: frozen, validated, filled from TOML and `key=value` overrides; unknown keys are refused with a hint.
+"""Settings: frozen, validated, filled from TOML and `key=value` overrides; unknown keys are errors with a hint.
 
-A settings class is the one place where a setting, its default and its help are written. Subclass `Settings`, give every
-field a `Field(description=...)`, and read it with `load_settings`.
+A settings class is the one place that holds a setting, its default and its help. Subclass `Settings`, give every field
+a `Field(description=...)`, and read it with `load_settings`. A field may be a settings class itself: it is a table in
+TOML, and its settings have full names such as `decoding.steps`.
 """
 
 import tomllib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic.fields import FieldInfo
 
 from diffucoder.errors import ConfigError
 
@@ -29,6 +31,9 @@ class Settings(BaseModel):
             except ValidationError as error:
                 raise ConfigError(_explain(type(self), error)) from None
 
+        # pydantic then validates a nested class without calling this, and its error names the whole path
+        __init__.__pydantic_base_init__ = True
+
 
 S = TypeVar("S", bound=Settings)
 
@@ -42,8 +47,23 @@ def load_settings(kind: type[S], path: Path | None = None, overrides: Iterable[s
         key, separator, text = override.partition("=")
         if not separator:
             raise ConfigError(f"setting {override!r} is not of the form key=value; write for example lr=1e-5")
-        values[key.strip()] = _parse(text.strip())
+        _put(values, key.strip(), _parse(text.strip()))
     return kind(**values)
+
+
+def all_settings(kind: type[Settings], prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
+    """Every setting with its full name: those of a nested class as `decoding.steps`."""
+    for name, field in kind.model_fields.items():
+        if nested := _nested(field):
+            yield from all_settings(nested, f"{prefix}{name}.")
+        else:
+            yield prefix + name, field
+
+
+def _nested(field: FieldInfo | None) -> type[Settings] | None:
+    """The settings class that a field holds, if it holds one."""
+    kind = None if field is None else field.annotation
+    return kind if isinstance(kind, type) and issubclass(kind, Settings) else None
 
 
 def _read_toml(path: Path) -> dict[str, Any]:
@@ -55,6 +75,16 @@ def _read_toml(path: Path) -> dict[str, Any]:
         raise ConfigError(f"settings file {str(path)!r} is not TOML: {error}") from None
 
 
+def _put(values: dict[str, Any], key: str, value: Any) -> None:  # Any: TOML values
+    """Store a value under its full name: `a.b` is the key `b` of the table `a`."""
+    *tables, name = key.split(".")
+    for table in tables:
+        values = values.setdefault(table, {})
+        if not isinstance(values, dict):
+            raise ConfigError(f"setting {key!r}: {table!r} has no settings of its own, its value is {values!r}")
+    values[name] = value
+
+
 def _parse(text: str) -> Any:  # Any: a TOML value
     """A TOML value where `text` is one, else the text itself, so that strings need no quotes on a command line."""
     try:
@@ -64,18 +94,27 @@ def _parse(text: str) -> Any:  # Any: a TOML value
 
 
 def _explain(kind: type[Settings], error: ValidationError) -> str:
-    # a misspelt name first: it may be why another setting is missing
-    first = min(error.errors(), key=lambda found: found["type"] != "extra_forbidden")
+    # a misspelt name first: it may be the reason why another setting is missing
+    first = min(error.errors(), key=lambda detail: detail["type"] != "extra_forbidden")
     key = ".".join(str(part) for part in first["loc"])
+    settings = dict(all_settings(kind))
     if first["type"] == "extra_forbidden":
-        close = get_close_matches(key, kind.model_fields, n=1)
-        hint = f"did you mean {close[0]!r}?" if close else f"known: {', '.join(sorted(kind.model_fields))}"
-        return f"unknown setting {key!r}; {hint}"
+        return f"unknown setting {key!r}; {_hint(key, sorted({*settings, *kind.model_fields}))}"
     if first["type"] == "missing":
         return f"setting {key!r} is missing; give it in the settings file or as {key}=..."
     message = first["msg"].removeprefix("Value error, ")
     if not first["loc"]:  # a rule over several settings names them itself
         return message
-    field = kind.model_fields.get(key)
-    about = f" ({field.description})" if field is not None and field.description else ""
-    return f"{key}={first['input']!r}: {message[:1].lower()}{message[1:]}{about}"
+    if first["type"] == "value_error" and _nested(kind.model_fields.get(key)):
+        return f"in [{key}]: {message}"
+    field = settings.get(key)
+    description = f" ({field.description})" if field is not None and field.description else ""
+    return f"{key}={first['input']!r}: {message[:1].lower()}{message[1:]}{description}"
+
+
+def _hint(key: str, known: list[str]) -> str:
+    """What an unknown name may have meant: the same name in a table, or one that is spelt alike."""
+    likely = [name for name in known if name.endswith(f".{key}")] or get_close_matches(key, known, n=1)
+    if likely:
+        return f"did you mean {likely[0]!r}?"
+    return f"known: {', '.join(known)}"

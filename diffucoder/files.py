@@ -70,13 +70,18 @@ def read_lines(path: str | Path) -> Iterator[tuple[int, bytes]]:
         yield from enumerate(file, start=1)
 
 
-def parse_json_line(line: bytes) -> Json:
-    """The JSON object on a line, with or without a byte-order mark. Raises ValueError with the reason."""
+def decode_text(content: bytes) -> str:
+    """UTF-8 text, with or without a byte-order mark. Raises ValueError with the reason."""
     try:
-        text = line.decode("utf-8-sig").strip()
+        return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"not UTF-8 ({error.reason} at byte {error.start})") from None
-    if not text:
+
+
+def parse_json_line(line: bytes) -> Json:
+    """The JSON object on a line, with or without a byte-order mark. Raises ValueError with the reason."""
+    text = decode_text(line).rstrip("\r\n")
+    if not text.strip():
         raise ValueError("line is empty")
     try:
         fields = json.loads(text)

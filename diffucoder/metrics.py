@@ -1,4 +1,4 @@
-"""Numbers made of verdicts: pass@k, and how far it may be off."""
+"""Figures from verdicts: pass@k, and bootstrap intervals."""
 
 from collections.abc import Sequence
 
@@ -8,7 +8,7 @@ from diffucoder.errors import ConfigError
 
 
 def pass_at_k(samples: int, passed: int, k: int) -> float:
-    """The chance that of k samples at least one passes, when `passed` of `samples` drawn do.
+    """Return the chance that at least one of k samples passes, when `passed` of `samples` do.
 
     Unbiased (Chen et al. 2021, arXiv 2107.03374, section 2.1): 1 - C(samples - passed, k) / C(samples, k), as a
     product, whose factors stay between 0 and 1 where the binomials overflow.
@@ -25,9 +25,9 @@ def pass_at_k(samples: int, passed: int, k: int) -> float:
 def bootstrap(
     values: Sequence[float], generator: np.random.Generator, *, share: float = 0.95, rounds: int = 10_000
 ) -> tuple[float, float]:
-    """Percentile interval of the mean of `values`, one a task: tasks are drawn again, `rounds` times.
+    """Return the percentile interval of the mean of `values`, one a task: tasks are drawn again, `rounds` times.
 
-    It says how much the figure owes to which tasks the benchmark happens to hold. The generator fixes the result.
+    It says how much the figure depends on the tasks that the benchmark happens to have. The generator fixes the result.
     Raises ConfigError if there are no values, or if `share` is not between 0 and 1.
     """
     columns = np.asarray(values, dtype=np.float64)[:, None]
@@ -38,20 +38,20 @@ def bootstrap(
 def bootstrap_columns(
     values: np.ndarray, generator: np.random.Generator, *, share: float = 0.95, rounds: int = 10_000
 ) -> tuple[np.ndarray, np.ndarray]:
-    """`bootstrap` of each of K columns, (K,) and (K,), by the same draws: `values` (N, K), a row a task.
+    """Return `bootstrap` of each of K columns, (K,) and (K,), by the same draws. `values` (N, K) has a row a task.
 
-    nan is a task without that figure, and left out; a column of nothing else has no interval, nan.
+    A task without that figure is nan, and left out. A column of nan alone has no interval: nan.
     """
     if len(values) == 0 or not 0 < share < 1:
         raise ConfigError(f"{len(values)} values, share={share}: needs one value or more and a share between 0 and 1")
-    there = ~np.isnan(values)  # (N, K)
-    known = np.where(there, values, 0.0)
+    present = ~np.isnan(values)  # (N, K)
+    known = np.where(present, values, 0.0)
     means = np.full((rounds, values.shape[1]), np.nan)
-    for drawn in means:  # a round at a time: rounds x tasks at once would be large for the bigger benchmarks
+    for mean in means:  # a round at a time: rounds x tasks at once would be large for the bigger benchmarks
         tasks = generator.integers(len(values), size=len(values))
-        counts = there[tasks].sum(0)
-        np.divide(known[tasks].sum(0), counts, out=drawn, where=counts > 0)
-    some = there.any(0)
+        counts = present[tasks].sum(0)
+        np.divide(known[tasks].sum(0), counts, out=mean, where=counts > 0)
+    some = present.any(0)
     bounds = np.full((2, values.shape[1]), np.nan)
     bounds[:, some] = np.nanquantile(means[:, some], [(1 - share) / 2, (1 + share) / 2], axis=0)
     return bounds[0], bounds[1]

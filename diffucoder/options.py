@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Annotated, Any, Literal, get_args, get_origin
 
 import typer
+from pydantic.fields import FieldInfo
 
 from diffucoder.config import Settings
 from diffucoder.decoding.params import DecodingParams
@@ -19,28 +20,78 @@ def with_options(
     of: type[Settings] = DecodingParams,
     into: str = "params",
     without: tuple[str, ...] = (),
+    argument: str = "",
 ) -> Callable[..., None]:
-    """Give `command(*, params, **own)` one option for each field of `of`, gathered into `params`, or what `into` names.
+    """Give `command` an option for each field of `of`; the command gets the settings as its parameter `into`.
 
-    `without` names the fields that mean nothing to the command, which then refuses them.
+    Settings inside the settings become options too. `without` names fields that mean nothing to the command, which then
+    rejects them. `argument` names the field that is given by position.
     """
-    own = [p for p in inspect.signature(command).parameters.values() if p.name != into]
-    fields = {name: field for name, field in of.model_fields.items() if name not in without}
-    made = []
-    for name, field in fields.items():
-        kind: Any = list[str] if name == "stop" else field.annotation  # Any: annotations are not all plain types
-        if any(get_origin(part) is Literal for part in (kind, *get_args(kind))):
-            kind = str | None  # pydantic knows the choices and names them when one is wrong
-        annotation = Annotated[kind, typer.Option(help=field.description, show_default=field.default not in (None, ()))]
-        default = [] if name == "stop" else field.default
-        made.append(inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation))
+    own = [parameter for parameter in inspect.signature(command).parameters.values() if parameter.name != into]
+    fields = _flat_fields(of, without)
+    made = [_parameter(name, field, positional=name == argument) for name, field in fields.items()]
+    parameters = sorted([*own, *made], key=lambda parameter: parameter.kind)
 
     def wrapped(**options: Any) -> None:  # Any: whatever typer parsed
-        chosen = {name: options.pop(name) for name in fields}
-        command(**{into: of(**chosen)}, **options)
+        settings = _build(of, {name: options.pop(name) for name in fields})
+        command(**{into: settings}, **options)
 
-    wrapped.__name__, wrapped.__doc__ = command.__name__, command.__doc__
-    signature = inspect.Signature([*own, *made])
-    wrapped.__signature__ = signature  # type: ignore[attr-defined]  # PEP 362: what typer reads
-    wrapped.__annotations__ = {p.name: p.annotation for p in (*own, *made)}
+    wrapped.__name__ = command.__name__
+    wrapped.__doc__ = command.__doc__
+    wrapped.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]  # PEP 362: typer reads it
+    wrapped.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     return wrapped
+
+
+def _flat_fields(kind: type[Settings], without: tuple[str, ...]) -> dict[str, FieldInfo]:
+    """Return the fields of `kind` and of the settings inside it; of two with one name the outer one."""
+    fields: dict[str, FieldInfo] = {}
+    inner_fields: dict[str, FieldInfo] = {}
+    for name, field in kind.model_fields.items():
+        inner = _settings_class(field)
+        if inner is not None:
+            inner_fields |= _flat_fields(inner, without)
+        elif name not in without:
+            fields[name] = field
+    return fields | {name: field for name, field in inner_fields.items() if name not in fields}
+
+
+def _build(kind: type[Settings], options: dict[str, Any]) -> Settings:
+    """Make `kind` of the options that were given; the class decides about the others. Raises ConfigError."""
+    values = {}
+    for name, field in kind.model_fields.items():
+        inner = _settings_class(field)
+        if inner is not None:
+            values[name] = _build(inner, {key: options[key] for key in options if key not in kind.model_fields})
+        elif options.get(name) not in (None, []):
+            values[name] = options[name]
+    return kind(**values)
+
+
+def _settings_class(field: FieldInfo) -> type[Settings] | None:
+    kind = field.annotation
+    return kind if isinstance(kind, type) and issubclass(kind, Settings) else None
+
+
+def _parameter(name: str, field: FieldInfo, *, positional: bool) -> inspect.Parameter:
+    """Return the parameter of a command for one field, as typer reads it; None or an empty list if it is not given."""
+    kind: Any = field.annotation  # Any: annotations are not all plain types
+    parts = get_args(kind)
+    names = [f"--{name}"] if kind is bool else []  # else typer adds --no-...
+    if get_origin(kind) is tuple:  # repeatable
+        item: Any = get_args(parts[0])[0] if get_origin(parts[0]) is Annotated else parts[0]
+        kind = list[item]
+    elif any(get_origin(part) is Literal for part in (kind, *parts)):
+        kind = str  # the settings class names the choices when a value is wrong
+    if positional:
+        default = inspect.Parameter.empty if field.is_required() else None
+        about: Any = typer.Argument(help=field.description)
+        place = inspect.Parameter.POSITIONAL_OR_KEYWORD
+        return inspect.Parameter(name, place, default=default, annotation=Annotated[kind, about])
+    text = str(field.description)
+    if not any(field.default is value for value in (None, False, ())):
+        text += f" [default: {field.default}]"
+    about = typer.Option(*names, help=text, show_default=False)
+    return inspect.Parameter(
+        name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind | None, about]
+    )

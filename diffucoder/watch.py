@@ -4,7 +4,8 @@ For: rendering Steps with rich, on a terminal or into a recording. Not for: gene
 """
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from rich.color import Color
 from rich.console import Console, Group
@@ -17,10 +18,12 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
-from diffucoder.decoding.denoise import Step
+from diffucoder.decoding.coder import OnStep, Request
+from diffucoder.decoding.step import Sequence, Step
 from diffucoder.tokenizer import PLACEHOLDER, Tokenizer
 
-_EARLY, _LATE = (86, 156, 255), (255, 166, 77)  # blue for the first step, orange for the last
+_EARLY = (86, 156, 255)  # blue for the first step
+_LATE = (255, 166, 77)  # orange for the last
 
 
 class CanvasView:
@@ -34,22 +37,22 @@ class CanvasView:
         self.committed_by = [-1] * (len(masked) - self.first)  # step of each position from the first hole on
         self.tokens: list[int] = []
         self.passes = 0
-        self.began = time.perf_counter()
+        self.start = time.perf_counter()
 
-    def update(self, step: Step, row: int = 0) -> None:
-        """Take in what one step did."""
-        self.tokens = step.canvas[row, self.first :].tolist()
-        for position in step.committed[row, self.first :].nonzero()[:, 0].tolist():
+    def update(self, step: Step) -> None:
+        """Add what one step did; the row is the first of its canvas."""
+        self.tokens = step.canvas[0, self.first :].tolist()
+        for position in step.committed[0, self.first :].nonzero()[:, 0].tolist():
             self.committed_by[position] = step.index
         self.passes = step.forward_passes
 
     @property
     def committed(self) -> int:
         """How many positions are decided."""
-        return sum(step >= 0 for step in self.committed_by)
+        return len(self.committed_by) - self.committed_by.count(-1)
 
     def text(self) -> Text:
-        """The canvas, masks as placeholders, nothing behind the first terminator once it is known."""
+        """The canvas, masks as placeholders, nothing after the first terminator once it is known."""
         text = Text()
         last = max(self.passes - 1, 1)
         for token, step in self._shown():
@@ -64,18 +67,20 @@ class CanvasView:
 
     def _shown(self) -> list[tuple[int, int]]:
         """Tokens and the steps that committed them, up to the terminator once nothing before it is masked."""
-        shown = list(zip(self.tokens, self.committed_by, strict=True)) if self.tokens else []
-        for i, (token, _) in enumerate(shown):
+        shown = list(zip(self.tokens, self.committed_by, strict=False))
+        for index, (token, _) in enumerate(shown):
             if token == self.tokenizer.mask_id:
                 break
             if token in self.tokenizer.terminator_ids:
-                return shown[:i]
+                return shown[:index]
         return shown
 
     def render(self, *, finished: bool = False) -> Group:
         """Canvas, progress bar and figures."""
-        seconds = time.perf_counter() - self.began
-        written = sum(step >= 0 and token not in self.tokenizer.terminator_ids for token, step in self._shown())
+        seconds = time.perf_counter() - self.start
+        written = 0
+        for token, step in self._shown():
+            written += step >= 0 and token not in self.tokenizer.terminator_ids
         figures = (
             f"{self.passes} forward passes · {written / max(1, self.passes):.2f} tokens per pass · "
             f"{written / max(seconds, 1e-9):.0f} tokens/s"
@@ -85,30 +90,35 @@ class CanvasView:
         grid.add_column(justify="left")
         done = self.wanted if finished else self.committed
         grid.add_row(ProgressBar(total=max(1, self.wanted), completed=done, width=24), figures)
-        first, last = Style(color=_shade(0.0)), Style(color=_shade(1.0))
-        legend = Text.assemble(("█ first", first), "  →  ", ("█ last", last))
+        legend = Text.assemble(("█ first", Style(color=_shade(0))), "  →  ", ("█ last", Style(color=_shade(1))))
         return Group(Panel(self.text(), title="canvas", subtitle=legend, border_style="dim"), grid)
 
 
-def watch(steps: Iterable[Step], view: CanvasView, console: Console) -> Iterator[Step]:
-    """Pass `steps` on, drawing each as it happens."""
+@contextmanager
+def watch(request: Request, tokenizer: Tokenizer, console: Console) -> Iterator[OnStep]:
+    """Show the first row of a request while it is decoded: call the yielded function after each step."""
+    view = CanvasView(tokenizer, request.canvas.masked[0])
     with Live(console=console, refresh_per_second=20, transient=False) as live:
-        for step in steps:
-            view.update(step)
-            live.update(view.render())
-            yield step
+
+        def show(sequence: Sequence, step: Step) -> None:
+            if sequence.row == 0:
+                view.update(step)
+                live.update(view.render())
+
+        yield show
         live.update(view.render(finished=True))
 
 
-def progress(steps: Iterable[Step], wanted: int, console: Console) -> Iterator[Step]:
-    """Pass `steps` on beside a progress bar over the `wanted` tokens of all rows, which goes away at the end."""
+@contextmanager
+def progress(request: Request, console: Console) -> Iterator[OnStep]:
+    """Show a progress bar over the tokens of all rows of a request, which goes away at the end."""
     with Progress(console=console, transient=True) as bar:
-        task = bar.add_task("decoding", total=wanted)
-        for step in steps:
-            bar.advance(task, int(step.committed.sum()))
-            yield step
+        task = bar.add_task("decoding", total=int(request.canvas.masked.sum()))
+        yield lambda _, step: bar.advance(task, int(step.committed.sum()))
 
 
 def _shade(share: float) -> Color:
+    """The colour of a step, which is at this share of all steps."""
     share = min(1.0, max(0.0, share))
-    return Color.from_rgb(*(early + (late - early) * share for early, late in zip(_EARLY, _LATE, strict=True)))
+    red, green, blue = (early + (late - early) * share for early, late in zip(_EARLY, _LATE, strict=True))
+    return Color.from_rgb(red, green, blue)

@@ -6,7 +6,7 @@ from typing import Self
 import pytest
 from pydantic import Field, model_validator
 
-from diffucoder.config import Settings, load_settings
+from diffucoder.config import Settings, all_settings, load_settings
 from diffucoder.errors import ConfigError
 
 
@@ -36,6 +36,14 @@ class Ranged(Settings):
         if self.low > self.high:
             raise ValueError(f"low={self.low} is above high={self.high}; lower it")
         return self
+
+
+class Nested(Settings):
+    """Settings inside settings."""
+
+    seed: int = Field(default=0, description="of the run")
+    inner: Recipe = Field(default=Recipe(), description="of the part")
+    pair: Ranged = Field(default=Ranged(), description="of the other part")
 
 
 @pytest.fixture
@@ -125,3 +133,35 @@ def test_settings_do_not_change() -> None:
     settings = Recipe()
     with pytest.raises(ValueError, match="frozen"):
         settings.steps = 5  # type: ignore[misc]  # what the test is about
+
+
+# --- nested settings -------------------------------------------------------------------------------------------------
+
+
+def test_a_nested_class_is_a_table_of_the_file_and_has_full_names_on_the_command_line(tmp_path: Path) -> None:
+    (tmp_path / "nested.toml").write_text("seed = 3\n[inner]\nlr = 2e-5\nsteps = 7\n")
+    settings = load_settings(Nested, tmp_path / "nested.toml", ["inner.steps=8", "inner.name=part", "pair.low = 2"])
+    assert settings == Nested(seed=3, inner=Recipe(lr=2e-5, steps=8, name="part"), pair=Ranged(low=2))
+
+
+def test_all_settings_have_their_full_names() -> None:
+    names = [name for name, _ in all_settings(Nested)]
+    assert names == ["seed", "inner.lr", "inner.steps", "inner.name", "inner.ratios", "pair.low", "pair.high"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["inner.stepz=3"], "unknown setting 'inner.stepz'; did you mean 'inner.steps'?"),
+        (["steps=3"], "unknown setting 'steps'; did you mean 'inner.steps'?"),
+        (["iner.steps=3"], "unknown setting 'iner'; did you mean 'inner'?"),
+        (["inner.steps=0"], "inner.steps=0: input should be greater than or equal to 1 (optimiser steps)"),
+        (["inner=3"], "inner=3: input should be a valid dictionary or instance of Recipe"),
+        (["pair.low=10"], "in [pair]: low=10 is above high=9; lower it"),
+        (["seed=3", "seed.low=4"], "setting 'seed.low': 'seed' has no settings of its own, its value is 3"),
+    ],
+)
+def test_a_wrong_nested_value_is_told_its_full_name(overrides: list[str], message: str) -> None:
+    with pytest.raises(ConfigError) as refused:
+        load_settings(Nested, overrides=overrides)
+    assert str(refused.value) == message

@@ -36,7 +36,7 @@ def test_what_needs_no_model_loads_no_torch(program: str) -> None:
 
 
 def test_grading_completions_loads_no_torch() -> None:
-    loaded = loaded_by("import diffucoder.evaluation.evaluate, diffucoder.evaluation.samples")
+    loaded = loaded_by("import diffucoder.evaluation.run, diffucoder.evaluation.samples")
     assert loaded.isdisjoint({"torch", "transformers"})
 
 

@@ -11,8 +11,9 @@ from rich.console import Console
 from rich.style import Style
 from rich.text import Text
 
-from diffucoder import Canvas, DecodingParams, Denoiser, Step
-from diffucoder.decoding.denoise import denoise
+from diffucoder import Canvas, DecodingParams, Denoiser, DiffuCoder, Step
+from diffucoder.decoding.coder import Request
+from diffucoder.decoding.step import denoise
 from diffucoder.tokenizer import PLACEHOLDER, Tokenizer
 from diffucoder.watch import CanvasView, progress, watch
 from recipes.tiny.problems import problems
@@ -32,9 +33,21 @@ def canvas(tokenizer: Tokenizer) -> Canvas:
 
 
 @pytest.fixture(scope="module")
-def steps(causal_lm: Callable[..., Any], tokenizer: Tokenizer, canvas: Canvas) -> list[Step]:
+def coder(causal_lm: Callable[..., Any], tokenizer: Tokenizer) -> DiffuCoder:
     model = Denoiser.from_causal_lm(causal_lm(vocab_size=320), mask_id=tokenizer.mask_id)
-    return list(denoise(model, canvas, DecodingParams(steps=4)))
+    return DiffuCoder(model, tokenizer)
+
+
+@pytest.fixture(scope="module")
+def steps(coder: DiffuCoder, canvas: Canvas) -> list[Step]:
+    return list(denoise(coder.model, canvas, DecodingParams(steps=4)))
+
+
+@pytest.fixture(scope="module")
+def request_of_two(coder: DiffuCoder) -> Request:
+    """The same prompt and settings as `steps`, and a second sample."""
+    params = DecodingParams(steps=4, new_tokens=8, num_samples=2)
+    return coder.request("def f(x):", params, chat=False)
 
 
 @pytest.fixture
@@ -110,21 +123,35 @@ def test_a_view_can_be_drawn_before_the_first_step(view: CanvasView, console: Co
     assert "0 forward passes" in console.export_text()
 
 
-def test_watching_passes_every_step_on_as_it_is(view: CanvasView, steps: list[Step], console: Console) -> None:
-    assert [id(step) for step in watch(iter(steps), view, console)] == [id(step) for step in steps]
+def test_watching_shows_the_first_sample_and_changes_nothing(
+    coder: DiffuCoder, request_of_two: Request, steps: list[Step], view: CanvasView, console: Console
+) -> None:
+    with watch(request_of_two, coder.tokenizer, console) as on_step:
+        results = coder.run([request_of_two], on_step=on_step)[0]
+    plain = coder.run([request_of_two])[0]
+    assert [result.trace for result in results] == [result.trace for result in plain]
+    for step in steps:
+        view.update(step)
     assert view.text().plain.strip().splitlines()[0] in console.export_text()
 
 
-def test_a_pipe_gets_the_finished_view_once(view: CanvasView, steps: list[Step]) -> None:
+def test_a_pipe_gets_the_finished_view_once(coder: DiffuCoder, request_of_two: Request) -> None:
     pipe = io.StringIO()
-    assert list(watch(steps, view, Console(file=pipe, width=80))) == steps
+    with watch(request_of_two, coder.tokenizer, Console(file=pipe, width=80)) as on_step:
+        coder.run([request_of_two], on_step=on_step)
     assert pipe.getvalue().count("forward passes") == 1
     assert "\x1b" not in pipe.getvalue()
 
 
-def test_a_progress_bar_passes_every_step_on_and_leaves_no_trace(steps: list[Step]) -> None:
+def test_a_progress_bar_counts_every_token_and_leaves_no_trace(
+    coder: DiffuCoder, request_of_two: Request, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counted: list[float] = []
+    monkeypatch.setattr("rich.progress.Progress.advance", lambda self, task, advance: counted.append(advance))
     pipe = io.StringIO()
-    assert list(progress(iter(steps), 8, Console(file=pipe, width=80))) == steps
+    with progress(request_of_two, Console(file=pipe, width=80)) as on_step:
+        coder.run([request_of_two], on_step=on_step)
+    assert sum(counted) == 2 * 8
     assert pipe.getvalue().strip() == ""
 
 

@@ -1,1 +1,1 @@
-"""How good a model is: benchmarks, their rules, and the numbers made of them. Generated programs run in `grading`."""
+"""Measure models on benchmarks: tasks, samples, verdicts, reports. `run.evaluate` does all of it."""

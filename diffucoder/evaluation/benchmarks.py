@@ -1,13 +1,12 @@
-"""Named benchmarks, each a list of tasks: what is asked, and what a program must do to solve it.
+"""Benchmarks: named lists of tasks, read in their published form from a folder or from the Hugging Face Hub.
 
-Rows come in their published form from a folder, or from the hub; nothing here runs them. A task is judged by one of
-three: calls whose results are compared (`base` and `plus`, see `evalplus`), test code, or asserts.
+A task holds what a model is shown and what a program is checked by. Not for running programs (`judge`).
 """
 
 import ast
-import gzip
 import json
 import sys
+import zlib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
@@ -16,110 +15,135 @@ from pathlib import Path
 from typing import Any
 
 from diffucoder.errors import ConfigError
-from diffucoder.evaluation.evalplus import arguments
+from diffucoder.evaluation.evalplus import Arguments, read_arguments
+from diffucoder.files import read_lines
 from diffucoder.grading.extract import parsed
-from diffucoder.problems import problems
 
-PREFILL = "Here is the code to solve this problem:\n```python\n"  # begins an instruct model's answer: Tables 5 and 6
-MBPP_V010 = 399  # tasks of MBPP+ v0.1.0; v0.2.0 withdrew 21
-TINY = 500  # held-out problems that make up the benchmark `tiny`
-
+PREFILL = "Here is the code to solve this problem:\n```python\n"  # begins the answer of instruct models: Tables 5 and 6
 _REQUEST = "Please complete the following problem:\n```\n{}\n```\n"  # Table 5
 _BARE_REQUEST = "```\n{}\n```\n"  # Table 6
-_Row = Mapping[str, Any]  # one line of a published file
+
+_PACKAGE_DATA = Path(__file__).parents[1] / "data"
+_MBPP_V010_TASKS = 399  # MBPP+ v0.1.0; v0.2.0 withdrew 21 of them
+
+_Row = Mapping[str, Any]  # one row of a published file
+
+
+@dataclass(frozen=True)
+class Calls:
+    """Calls of the entry point, whose results must equal those of the published solution (EvalPlus)."""
+
+    base: tuple[Arguments, ...]
+    plus: tuple[Arguments, ...] | None = None  # the further inputs of EvalPlus; None: this benchmark has none
+    atol: float = 0.0
+    in_order: bool = False  # MBPP+ v0.1.0, which lacks the rule that compares some results as sets
+
+    @property
+    def inputs(self) -> tuple[Arguments, ...]:
+        """All inputs, the base ones first."""
+        return self.base + (self.plus or ())
+
+
+@dataclass(frozen=True)
+class Asserts:
+    """Assert statements about the entry point."""
+
+    lines: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Script:
+    """Code to run after the program: it raises (HumanEval), or defines `TestCases` (BigCodeBench)."""
+
+    code: str
 
 
 @dataclass(frozen=True)
 class Task:
-    """One problem of a benchmark. `canonical` is the published solution, a whole program."""
+    """One problem of a benchmark."""
 
     task_id: str
     entry_point: str
-    prompt: str  # what a base model continues
-    request: str  # what an instruct model is asked, its answer begun with PREFILL; "": the benchmark has no such form
-    canonical: str
-    head: str = ""  # code that BigCodeBench runs before every program: its imports and an empty function
-    suffix: str = ""  # infilling: what follows the hole
-    base: tuple[tuple[Any, ...], ...] = ()  # arguments of the calls that judge a program
-    plus: tuple[tuple[Any, ...], ...] | None = None  # EvalPlus's further ones; None: this benchmark has none
-    atol: float = 0.0
-    in_order: bool = False  # judged by MBPP+ v0.1.0's rules (`evalplus.correct`)
-    tests: str = ""  # code that raises after a wrong program (HumanEval), or a unittest.TestCase (BigCodeBench)
-    asserts: tuple[str, ...] = ()
-    libraries: tuple[str, ...] = ()  # imports beyond the standard library that the task's own code makes
-
-    @property
-    def judged(self) -> bool:
-        """Whether there is anything to judge an answer by."""
-        return bool(self.base or self.plus or self.tests or self.asserts)
+    prompt: str  # text that a base model continues
+    request: str  # user's turn for an instruct model; "": the benchmark has no such form
+    canonical: str  # the published solution, a whole program
+    tests: Calls | Asserts | Script | None = None  # None: answers cannot be judged
+    prefill: str = ""  # beginning of an instruct model's answer, which the model continues
+    head: str = ""  # code to run before every program (BigCodeBench): its imports and an empty function
+    suffix: str = ""  # text after the hole, in infilling tasks
+    libraries: tuple[str, ...] = ()  # packages beyond the standard library that the task's own code imports
 
 
 def load(name: str, data: Path | None = None) -> list[Task]:
-    """The tasks of a benchmark in their published order, from files in `data`, else from the hub.
+    """Return the tasks of a benchmark in their published order, from files in `data`, else from the Hub.
 
-    A name that ends in .jsonl is a file of one's own: `prompt`, and maybe `tests` (asserts) and `id`, a line.
-    `humaneval` has EvalPlus's inputs where its file is in the folder, else its own test code.
-    Raises ConfigError for an unknown name, a missing or broken file, and what the hub cannot give.
+    A name that ends in .jsonl is a file of your own: `prompt`, and optionally `tests` (a list of asserts), `id`,
+    `solution` and `prefill` on each line. `humaneval` uses the inputs of EvalPlus where its file is in the folder, else
+    its own test code. Raises ConfigError for an unknown name, a missing or broken file, and rows that the Hub lacks.
     """
-    if name == "tiny":
-        return _tiny()
-    own = Path(name) if name.endswith(".jsonl") else None
-    if own is None and name not in _BENCHMARKS:
-        close = get_close_matches(name, [*_BENCHMARKS, "tiny"], n=1)
-        hint = f"did you mean {close[0]!r}?" if close else f"known: {', '.join([*_BENCHMARKS, 'tiny'])}"
-        raise ConfigError(f"unknown benchmark {name!r}; {hint}")
-    if own is not None:
-        benchmark, data = _Benchmark((own.name,), _prompt), own.parent
-    else:
+    if name.endswith(".jsonl"):
+        benchmark = _Benchmark((Path(name).name,), _own_task)
+        data = Path(name).parent
+    elif name in _BENCHMARKS:
         benchmark = _BENCHMARKS[name]
-    rows = _from_hub(name, benchmark) if data is None else _from_folder(name, benchmark, data)
+    else:
+        close = get_close_matches(name, _BENCHMARKS, n=1)
+        hint = f"did you mean {close[0]!r}?" if close else f"known: {', '.join(_BENCHMARKS)}"
+        raise ConfigError(f"unknown benchmark {name!r}; {hint}")
+    if name == "tiny":
+        data = _PACKAGE_DATA
+    rows = _rows_from_hub(name, benchmark) if data is None else _rows_from_folder(name, benchmark, data)
+    tasks = []
     try:
-        tasks = [benchmark.task(row) for row in rows]
-        tasks = [replace(t, task_id=t.task_id or f"{Path(name).stem}/{at}") for at, t in enumerate(tasks)]
-        return [replace(task, in_order=True) for task in tasks] if len(tasks) == MBPP_V010 else tasks
+        for number, row in enumerate(rows):
+            task = benchmark.task(row)
+            tasks.append(replace(task, task_id=task.task_id or f"{Path(name).stem}/{number}"))
     except (KeyError, TypeError, ValueError, SyntaxError, AttributeError) as error:
         raise ConfigError(
             f"rows of {name!r} from {data or benchmark.repository} are not in their published form "
-            f"({type(error).__name__}: {error}); fetch {benchmark.files[0]} anew"
+            f"({type(error).__name__}: {error}); fetch {benchmark.files[0]} again"
         ) from None
+    return [_with_rules(task, benchmark, len(tasks)) for task in tasks]
 
 
-def program(task: Task, sample: Mapping[str, str]) -> str:
-    """The program in a sample as EvalPlus writes them: `solution` is one, `completion` continues the prompt."""
-    if "solution" in sample:
-        return task.head + sample["solution"]
-    if "completion" in sample:
-        return task.head + task.prompt + sample["completion"] + task.suffix
-    raise ConfigError(f"sample of {task.task_id} has keys {sorted(sample)}; it needs 'completion' or 'solution'")
+def _with_rules(task: Task, benchmark: "_Benchmark", count: int) -> Task:
+    """Set the rules for comparing results that depend on the benchmark and its release."""
+    if not isinstance(task.tests, Calls):
+        return task
+    plus = task.tests.plus if benchmark.plus else None
+    in_order = count == benchmark.tasks_compared_in_order
+    return replace(task, tests=replace(task.tests, plus=plus, in_order=in_order))
 
 
 # --- rows to tasks ---------------------------------------------------------------------------------------------------
 
 
 def _humaneval(row: _Row) -> Task:
-    """HumanEval, and infilling in it; a row may have EvalPlus's inputs in place of test code."""
-    suffix = row.get("suffix")
-    judged_by_calls = "base_input" in row
+    """A row of HumanEval, or of an infilling benchmark made from it."""
+    suffix = row.get("suffix", "")
     return Task(
         task_id=row["task_id"],
         entry_point=row["entry_point"],
         prompt=row["prompt"],
-        request="" if suffix is not None else _REQUEST.format(row["prompt"]),
-        canonical=row["prompt"] + row["canonical_solution"] + (suffix or ""),
-        suffix=suffix or "",
-        base=arguments(row["task_id"], row.get("base_input", ())),
-        plus=arguments(row["task_id"], row["plus_input"]) if "plus_input" in row else None,
-        atol=float(row.get("atol", 0)),
-        tests="" if judged_by_calls else f"{row['test']}\ncheck({row['entry_point']})\n",
+        request="" if "suffix" in row else _REQUEST.format(row["prompt"]),
+        canonical=row["prompt"] + row["canonical_solution"] + suffix,
+        tests=_humaneval_tests(row),
+        prefill=PREFILL,
+        suffix=suffix,
     )
+
+
+def _humaneval_tests(row: _Row) -> Calls | Script:
+    """The inputs of EvalPlus where the row has them, else its own test code."""
+    if "base_input" not in row:
+        return Script(f"{row['test']}\ncheck({row['entry_point']})\n")
+    base = read_arguments(row["task_id"], row["base_input"])
+    plus = read_arguments(row["task_id"], row["plus_input"]) if "plus_input" in row else None
+    return Calls(base, plus, atol=float(row.get("atol", 0)))
 
 
 def _mbpp(row: _Row) -> Task:
     return replace(_humaneval(row), request=_BARE_REQUEST.format(row["prompt"]))
-
-
-def _base_only(task: Callable[[_Row], Task]) -> Callable[[_Row], Task]:
-    return lambda row: replace(task(row), plus=None)
 
 
 def _bigcodebench(row: _Row) -> Task:
@@ -131,8 +155,9 @@ def _bigcodebench(row: _Row) -> Task:
         prompt=prompt,
         request=_REQUEST.format(prompt),
         canonical=canonical,
+        tests=Script(row["test"]),
+        prefill=PREFILL,
         head=f"{row['code_prompt']}\n    pass\n",  # "calibrated", as its published verdicts are
-        tests=row["test"],
         libraries=_libraries(canonical, row["test"]),
     )
 
@@ -141,33 +166,41 @@ def _bigcodebench_instruct(row: _Row) -> Task:
     return replace(_bigcodebench(row), request=_BARE_REQUEST.format(row["instruct_prompt"]))
 
 
-def _prompt(row: _Row) -> Task:
-    """A request, judged by the asserts that it may bring."""
-    text, tests = row["prompt"], row.get("tests", ())
-    if not isinstance(text, str) or isinstance(tests, str) or not all(isinstance(test, str) for test in tests):
-        raise ValueError("prompt must be a string, tests a list of asserts")
-    return Task(str(row.get("id", "")), "", text, text, canonical=row.get("solution", ""), asserts=tuple(tests))
+def _own_task(row: _Row) -> Task:
+    """A row of a user's file: a request, and optionally the asserts that judge an answer."""
+    prompt, prefill, lines = row["prompt"], row.get("prefill", ""), row.get("tests", [])
+    if not isinstance(prompt, str) or not isinstance(prefill, str):
+        raise ValueError("prompt must be a string, and prefill too")
+    if not isinstance(lines, list) or not all(isinstance(line, str) for line in lines):
+        raise ValueError("tests must be a list of asserts")
+    tests = Asserts(tuple(lines)) if lines else None
+    return Task(str(row.get("id", "")), "", prompt, prompt, row.get("solution", ""), tests, prefill)
 
 
 def _gsm8k(row: _Row) -> Task:
-    """A question of mathematics: nothing here judges its answer."""
+    """A mathematics question, whose answer is not judged."""
     question = row["question"]
-    return Task("", "", f"Question: {question}\nAnswer:", question, canonical=row["answer"])
+    return Task("", "", f"Question: {question}\nAnswer:", question, row["answer"])
 
 
-def _libraries(*codes: str) -> tuple[str, ...]:
-    nodes = [node for code in codes for node in ast.walk(parsed(code))]
-    names = [alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names]
-    names += [node.module for node in nodes if isinstance(node, ast.ImportFrom) and node.module and not node.level]
-    return tuple(sorted({name.split(".")[0] for name in names} - sys.stdlib_module_names))
+def _tiny(row: _Row) -> Task:
+    """A held-out problem of the shipped model: no training problem combines the same blocks."""
+    prompt = row["prompt"]
+    tests = Asserts(tuple(row["tests"]))
+    return Task(row["id"], row["entry_point"], f"# {prompt}\n", prompt, row["solution"], tests)
 
 
-def _tiny() -> list[Task]:
-    """The project's own held-out problems: no training problem combines blocks as these do."""
-    return [
-        Task(f"tiny/{at}", p.name, f"# {p.prompt}\n", p.prompt, p.solution, asserts=p.tests)
-        for at, p in enumerate(problems("test", TINY, seed=1))
-    ]
+def _libraries(*programs: str) -> tuple[str, ...]:
+    """Names of the packages that `programs` import, without the standard library."""
+    names = set[str]()
+    for program in programs:
+        for node in ast.walk(parsed(program)):
+            if isinstance(node, ast.Import):
+                names.update(alias.name for alias in node.names)
+            elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+                names.add(node.module)
+    packages = {name.split(".")[0] for name in names}
+    return tuple(sorted(packages - sys.stdlib_module_names))
 
 
 # --- where rows come from --------------------------------------------------------------------------------------------
@@ -175,11 +208,13 @@ def _tiny() -> list[Task]:
 
 @dataclass(frozen=True)
 class _Benchmark:
-    files: tuple[str, ...]  # the first that is in the folder is read
+    files: tuple[str, ...]  # the first one that is in the folder is read
     task: Callable[[_Row], Task]
-    repository: str = ""  # on the hub; empty where its rows there are not the published ones
+    repository: str = ""  # on the Hub; "": its rows there are not the published ones
     config: str | None = None
     split: str = "test"
+    plus: bool = True  # whether the further inputs of EvalPlus count
+    tasks_compared_in_order: int = 0  # size of the release whose calls are `in_order`
 
 
 def _infilling(kind: str) -> _Benchmark:
@@ -191,13 +226,13 @@ def _bigcode(name: str, file: str, task: Callable[[_Row], Task]) -> _Benchmark:
     return _Benchmark((f"{file}.json", f"{file}.jsonl"), task, f"bigcode/{name}", split="v0.1.4")
 
 
+_HUMANEVAL_FILES = ("HumanEvalPlus.jsonl", "HumanEval.jsonl")
+_MBPP = _Benchmark(("MbppPlus.jsonl",), _mbpp, tasks_compared_in_order=_MBPP_V010_TASKS)
 _BENCHMARKS = {
-    "humaneval": _Benchmark(
-        ("HumanEvalPlus.jsonl", "HumanEval.jsonl"), _base_only(_humaneval), "openai/openai_humaneval"
-    ),
+    "humaneval": _Benchmark(_HUMANEVAL_FILES, _humaneval, "openai/openai_humaneval", plus=False),
     "humaneval+": _Benchmark(("HumanEvalPlus.jsonl",), _humaneval),
-    "mbpp": _Benchmark(("MbppPlus.jsonl",), _base_only(_mbpp)),
-    "mbpp+": _Benchmark(("MbppPlus.jsonl",), _mbpp),
+    "mbpp": replace(_MBPP, plus=False),
+    "mbpp+": _MBPP,
     "gsm8k": _Benchmark(("gsm8k.jsonl", "test.jsonl"), _gsm8k, "openai/gsm8k", "main"),
     "humaneval-infilling": _infilling("SingleLine"),
     "humaneval-infilling-multi-line": _infilling("MultiLine"),
@@ -207,46 +242,48 @@ _BENCHMARKS = {
     "bigcodebench-instruct": _bigcode("bigcodebench", "BigCodeBench", _bigcodebench_instruct),
     "bigcodebench-hard": _bigcode("bigcodebench-hard", "BigCodeBench-Hard", _bigcodebench),
     "bigcodebench-hard-instruct": _bigcode("bigcodebench-hard", "BigCodeBench-Hard", _bigcodebench_instruct),
+    "tiny": _Benchmark(("tiny_problems.jsonl",), _tiny),
 }
 
 
-def _from_folder(name: str, benchmark: _Benchmark, data: Path) -> list[_Row]:
+def _rows_from_folder(name: str, benchmark: _Benchmark, data: Path) -> list[_Row]:
     names = [file + ending for file in benchmark.files for ending in (".gz", "")]
-    path = next((data / file for file in names if (data / file).is_file()), None)
-    if path is None:
+    present = [data / file for file in names if (data / file).is_file()]
+    if not present:
         raise ConfigError(f"benchmark {name!r} is not in {str(data)!r}: none of {', '.join(names)}; put one there")
     try:
-        content = path.read_bytes()
-        text = (gzip.decompress(content) if path.suffix == ".gz" else content).decode()
-        return _rows(text)
-    except (OSError, EOFError, ValueError) as error:  # gzip and json raise these
-        raise ConfigError(f"{str(path)!r} cannot be read ({error}); fetch it anew") from None
+        content = b"".join(line for _, line in read_lines(present[0]))
+        return _parse_rows(content.decode())
+    except (OSError, EOFError, zlib.error, ValueError) as error:
+        raise ConfigError(f"{str(present[0])!r} cannot be read ({error}); fetch it again") from None
 
 
-def _rows(text: str) -> list[_Row]:
-    """A row a line, or one JSON document: rows by task id, as BigCodeBench-Hard is published, or a list of them."""
+def _parse_rows(text: str) -> list[_Row]:
+    """Rows from JSON lines, or from one JSON document: rows by task id (BigCodeBench-Hard), a list, or one row."""
     try:
-        whole = json.loads(text)
+        document = json.loads(text)
     except ValueError:
         return [json.loads(line) for line in text.split("\n") if line.strip()]
-    if isinstance(whole, dict) and all(isinstance(row, dict) for row in whole.values()):
-        return list(whole.values())
-    return whole if isinstance(whole, list) else [whole]
+    if isinstance(document, list):
+        return document
+    if isinstance(document, dict) and all(isinstance(row, dict) for row in document.values()):
+        return list(document.values())
+    return [document]
 
 
-def _from_hub(name: str, benchmark: _Benchmark) -> Iterable[_Row]:
+def _rows_from_hub(name: str, benchmark: _Benchmark) -> Iterable[_Row]:
     if not benchmark.repository:
         raise ConfigError(
             f"benchmark {name!r} has no rows with inputs on the hub; put {benchmark.files[0]}.gz, from its release, "
             "into a folder and name that with --data"
         )
     try:
-        datasets = import_module("datasets")  # late: it is optional, and takes seconds
+        datasets = import_module("datasets")  # here, because it is optional and takes seconds
     except ModuleNotFoundError:
         raise ConfigError(f'benchmark {name!r} needs datasets; pip install "diffucoder[train]", or --data') from None
     try:
         rows: Iterable[_Row] = datasets.load_dataset(benchmark.repository, benchmark.config, split=benchmark.split)
-    except (OSError, ValueError, RuntimeError) as error:  # offline, gone, of a form that datasets no longer reads
+    except (OSError, ValueError, RuntimeError) as error:  # offline, removed, or in a form that it cannot read
         reason = str(error).partition("\n")[0]
         raise ConfigError(f"{benchmark.repository} cannot be loaded from the hub ({reason}); use --data") from None
     return rows

@@ -1,35 +1,37 @@
-"""Judge programs by a task's own rules: task + program → Judged, in the sandbox.
+"""Judge programs by the rules of their task: task + program → Judged, in the sandbox.
 
-A task with inputs is judged as EvalPlus does it: the published solution and the program are called with the same
-arguments, and the results compared out here by `evalplus.correct`. What the published solutions give, and how long they
-take, is found once and kept in a cache. Other tasks bring asserts or test code, which `grading.grade` runs.
+Tasks with inputs are judged as EvalPlus does: the published solution and the program are called with the same
+arguments, and the results are compared outside the sandbox by `evalplus.correct`. The results and times of published
+solutions are computed once and kept in a cache. `grading.grade` runs asserts and test code.
 """
 
 import ast
 import hashlib
 import json
-import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from diffucoder.errors import ConfigError
-from diffucoder.evaluation.benchmarks import Task
+from diffucoder.evaluation.benchmarks import Asserts, Calls, Script, Task
 from diffucoder.evaluation.evalplus import MEMORY, correct, time_limit, total_limit
-from diffucoder.grading.grade import Call, Outcome, Verdict, call, grade
-from diffucoder.grading.harness import plain as to_data
-from diffucoder.grading.plain import from_data, short
+from diffucoder.evaluation.programs import whole_program
+from diffucoder.files import Json, append_jsonl, cache_folder, read_whole_lines, write_jsonl, write_text
+from diffucoder.grading.grade import Call, call, grade
 from diffucoder.grading.sandbox import Limits, Sandbox
+from diffucoder.grading.values import from_json, short, to_json
 
-_OUTPUT = 256 << 20  # bytes that the results of all calls may take; published solutions give up to 245 MB
-_ROOM = 64 << 10  # bytes that a program's results may take, beside four times what the published solution's do
-_REFERENCE = 60.0  # seconds a call of a published solution may take
-# test code: BigCodeBench's own limit, and some of its tests do wait that long
-_TESTS = Limits(seconds=240.0, memory=MEMORY, files=64 << 20, processes=32)
-_ASSERTS = Limits(seconds=10.0)
-_UNITTEST = """
+Progress = Callable[[Iterable[Any], int, str], Iterable[Any]]  # (items, their number, what they are) -> the items
+
+_MOST_OUTPUT = 256 << 20  # bytes of the results of all calls; published solutions return up to 245 MB
+_SPARE_OUTPUT = 64 << 10  # bytes that results may take beyond four times those of the published solution
+_REFERENCE_SECONDS = 60.0  # for one call of a published solution
+_ASSERT_LIMITS = Limits(seconds=10.0)
+# the limit of BigCodeBench itself; some of its tests do wait that long
+_SCRIPT_LIMITS = Limits(seconds=240.0, memory=MEMORY, files=64 << 20, processes=32)
+_RUN_TEST_CASES = """
 import unittest as _unittest
 _result = _unittest.TestResult()
 _unittest.defaultTestLoader.loadTestsFromTestCase(TestCases).run(_result)
@@ -45,8 +47,8 @@ class Judged:
     """Whether a program solves a task, and the first thing that went wrong."""
 
     passed: bool
-    base: bool  # by the benchmark's first tests
-    plus: bool | None  # by EvalPlus's further inputs; None where the benchmark has none
+    base: bool  # by the first tests of the benchmark
+    plus: bool | None  # by the further inputs of EvalPlus; None: the benchmark has none
     status: str  # ok, failed, timeout, killed
     detail: str
     trusted: bool  # False: the tests ran beside the program, which could have tampered with them
@@ -54,140 +56,217 @@ class Judged:
 
 @dataclass(frozen=True)
 class Reference:
-    """What a published solution gives, and the seconds it takes, for every base and then every plus input."""
+    """Results of a published solution, and the seconds they took, for all base and then all plus inputs."""
 
     values: tuple[Any, ...]
     seconds: tuple[float, ...]
     size: int = 0  # bytes of all values, as they are stored
 
 
+def silent(items: Iterable[Any], count: int, what: str) -> Iterable[Any]:
+    """Show no progress."""
+    return items
+
+
+# --- samples ---------------------------------------------------------------------------------------------------------
+
+
+def grade_samples(
+    tasks: Sequence[Task],
+    samples: Sequence[Json],
+    sandbox: Sandbox,
+    *,
+    path: Path | None = None,
+    progress: Progress = silent,
+) -> list[Json]:
+    """Return a verdict for every sample, in order. `path` keeps them as they come; verdicts in it are not repeated."""
+    verdicts: list[Json] = []
+    if path is not None:
+        verdicts = matching_lines(read_whole_lines(path), samples)
+        write_jsonl(path, verdicts)
+    waiting = samples[len(verdicts) :]
+    by_id = {task.task_id: task for task in tasks}
+    needed = dict.fromkeys(sample["task_id"] for sample in waiting)
+    known = references([by_id[task_id] for task_id in needed], sandbox, progress)
+
+    def verdict_on(sample: Json) -> Json:
+        task = by_id[sample["task_id"]]
+        judged = judge(task, whole_program(task, sample), known.get(task.task_id), sandbox)
+        return {"task_id": task.task_id, "sample": sample["sample"], **asdict(judged)}
+
+    with ThreadPoolExecutor(sandbox.workers) as pool:
+        for verdict in progress(pool.map(verdict_on, waiting), len(waiting), "samples graded"):
+            verdicts.append(verdict)
+            if path is not None:
+                append_jsonl(path, [verdict])
+    return verdicts
+
+
+def matching_lines(lines: Sequence[Json], wanted: Sequence[Json]) -> list[Json]:
+    """Return the first of `lines`, as long as each is about the same sample as its neighbour in `wanted`."""
+    matching = []
+    for line, want in zip(lines, wanted, strict=False):
+        if line.get("task_id") != want["task_id"] or line.get("sample") != want["sample"]:
+            break
+        matching.append(line)
+    return matching
+
+
+def split_by_imports(tasks: Sequence[Task], sandbox: Sandbox) -> tuple[list[Task], dict[str, str]]:
+    """Return the tasks whose imports programs have here, and for the ids of the others the reason."""
+    libraries: set[str] = set()
+    for task in tasks:
+        libraries.update(task.libraries)
+    absent: set[str] = set()
+    if libraries:
+        names = sorted(libraries)
+        probe = f"import importlib.util\nprint(*(n for n in {names!r} if importlib.util.find_spec(n) is None))"
+        absent.update(sandbox.run(probe).stdout.split())
+    runnable, skipped = list[Task](), dict[str, str]()
+    for task in tasks:
+        missing = [library for library in task.libraries if library in absent]
+        if missing:
+            skipped[task.task_id] = f"needs {', '.join(missing)}"
+        else:
+            runnable.append(task)
+    return runnable, skipped
+
+
+# --- one program -----------------------------------------------------------------------------------------------------
+
+
 def judge(task: Task, program: str, reference: Reference | None, sandbox: Sandbox) -> Judged:
-    """Judge one program. `reference` is for tasks with inputs, and needed there."""
-    if not (task.base or task.plus):
-        return _tested(task, program, sandbox)
-    assert reference is not None
-    count = len(task.base)
-    base, *why = _called(task, program, task.base, reference, 0, sandbox)
-    if task.plus is None:
-        return Judged(base, base, None, why[0], why[1], trusted=True)
-    plus, *plus_why = _called(task, program, task.plus, reference, count, sandbox)
-    status, detail = plus_why if base else why
-    return Judged(base and plus, base, plus, status, detail, trusted=True)
-
-
-def _called(
-    task: Task, program: str, rows: Sequence[tuple[Any, ...]], reference: Reference, first: int, sandbox: Sandbox
-) -> tuple[bool, str, str]:
-    """(whether all results are right, status, what was the first wrong one)."""
-    expected = reference.values[first : first + len(rows)]
-    seconds = reference.seconds[first : first + len(rows)]
-    calls = [Call(f"{task.entry_point}(*_)", row, time_limit(s)) for row, s in zip(rows, seconds, strict=True)]
-    # what is larger than it can be would only take this process's time and memory
-    output = min(_ROOM + 4 * reference.size, _OUTPUT)
-    limits = Limits(seconds=total_limit(seconds), memory=MEMORY, output=output, processes=32)
-    outcomes = call(program, calls, limits, sandbox=sandbox, until_failure=True)
-    for at, (outcome, row, value) in enumerate(zip(outcomes, rows, expected, strict=False)):
-        where = f"{task.entry_point}{short(row)}"
-        if outcome.status != "ok":
-            return False, outcome.status, f"input {first + at + 1}: {where}: {outcome.detail}"
-        if not correct(task.task_id, row, value, outcome.value, task.atol, in_order=task.in_order):
-            detail = f"input {first + at + 1}: {where} gave {short(outcome.value)}, not {short(value)}"
-            return False, "failed", detail
-    if len(outcomes) < len(rows):  # nothing that was not asked and answered is right
-        return False, "killed", f"input {first + len(outcomes) + 1}: there is no outcome"
-    return True, "ok", ""
-
-
-def _tested(task: Task, program: str, sandbox: Sandbox) -> Judged:
-    """By asserts, by HumanEval's `check`, or by BigCodeBench's TestCases."""
-    if task.asserts:
-        verdict = grade(program, task.asserts, _ASSERTS, sandbox=sandbox)
-    elif "class TestCases" in task.tests:
-        verdict = grade(program, [task.tests + _UNITTEST], _TESTS, sandbox=sandbox)
+    """Judge one program. Tasks with inputs need their `reference`."""
+    if isinstance(task.tests, Calls):
+        assert reference is not None
+        return _judge_calls(task, task.tests, program, reference, sandbox)
+    if isinstance(task.tests, Asserts):
+        verdict = grade(program, task.tests.lines, _ASSERT_LIMITS, sandbox=sandbox)
     else:
-        verdict = grade(program, check_asserts(task) or [task.tests], _TESTS, sandbox=sandbox)
-    return _from_verdict(verdict)
-
-
-def _from_verdict(verdict: Verdict) -> Judged:
+        assert task.tests is not None
+        verdict = grade(program, _script_tests(task, task.tests), _SCRIPT_LIMITS, sandbox=sandbox)
     return Judged(verdict.passed, verdict.passed, None, verdict.status, verdict.detail, verdict.trusted)
 
 
-def check_asserts(task: Task) -> list[str]:
-    """The asserts of HumanEval's `check(candidate)`, about the entry point itself; empty if it does anything else."""
-    tree = ast.parse(task.tests)
-    check = next((node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == "check"), None)
+def _judge_calls(task: Task, tests: Calls, program: str, reference: Reference, sandbox: Sandbox) -> Judged:
+    count = len(tests.base)
+    status, detail = _run_calls(task, tests, slice(0, count), program, reference, sandbox)
+    base = status == "ok"
+    if tests.plus is None:
+        return Judged(base, base, None, status, detail, trusted=True)
+    plus_status, plus_detail = _run_calls(task, tests, slice(count, None), program, reference, sandbox)
+    plus = plus_status == "ok"
+    if base:
+        status = plus_status
+        detail = plus_detail
+    return Judged(base and plus, base, plus, status, detail, trusted=True)
+
+
+def _run_calls(
+    task: Task, tests: Calls, part: slice, program: str, reference: Reference, sandbox: Sandbox
+) -> tuple[str, str]:
+    """Call the program with a part of its inputs. Return "ok", or the status and detail of the first wrong result."""
+    rows = tests.inputs[part]
+    expected = reference.values[part]
+    seconds = reference.seconds[part]
+    calls = []
+    for row, time in zip(rows, seconds, strict=True):
+        calls.append(Call(f"{task.entry_point}(*_)", row, time_limit(time)))
+    # reading larger results would only cost this process time and memory
+    output = min(_SPARE_OUTPUT + 4 * reference.size, _MOST_OUTPUT)
+    limits = Limits(seconds=total_limit(seconds), memory=MEMORY, output=output, processes=32)
+    outcomes = call(program, calls, limits, sandbox=sandbox, until_failure=True)
+    for number, (outcome, row, value) in enumerate(zip(outcomes, rows, expected, strict=False), part.start + 1):
+        where = f"input {number}: {task.entry_point}{short(row)}"
+        if outcome.status != "ok":
+            return outcome.status, f"{where}: {outcome.detail}"
+        if not correct(task.task_id, row, value, outcome.value, tests.atol, in_order=tests.in_order):
+            return "failed", f"{where} gave {short(outcome.value)}, not {short(value)}"
+    if len(outcomes) < len(rows):  # an input without an outcome is a failure
+        return "killed", f"input {part.start + len(outcomes) + 1}: there is no outcome"
+    return "ok", ""
+
+
+def _script_tests(task: Task, script: Script) -> list[str]:
+    if "class TestCases" in script.code:
+        return [script.code + _RUN_TEST_CASES]
+    return check_asserts(script.code, task.entry_point) or [script.code]
+
+
+def check_asserts(code: str, entry_point: str) -> list[str]:
+    """Return the asserts of HumanEval's `check(candidate)`, about the entry point itself; none if it does more."""
+    tree = ast.parse(code)
+    checks = [node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == "check"]
     others = [node for node in tree.body if not isinstance(node, ast.FunctionDef | ast.Assign | ast.Expr)]
-    if check is None or others or not all(isinstance(node, ast.Assert) for node in check.body):
+    if not checks or others:
         return []
-    for node in ast.walk(check):
-        if isinstance(node, ast.Name) and node.id == check.args.args[0].arg:
-            node.id = task.entry_point
-    tests = [node.test for node in check.body if isinstance(node, ast.Assert)]
-    says_nothing = [isinstance(test, ast.Constant) and bool(test.value) for test in tests]  # HumanEval has 48 `True`s
-    return [ast.unparse(node) for node, empty in zip(check.body, says_nothing, strict=True) if not empty]
+    candidate = checks[0].args.args[0].arg
+    for node in ast.walk(checks[0]):
+        if isinstance(node, ast.Name) and node.id == candidate:
+            node.id = entry_point
+    asserts = []
+    for statement in checks[0].body:
+        if not isinstance(statement, ast.Assert):
+            return []
+        always_true = isinstance(statement.test, ast.Constant) and bool(statement.test.value)
+        if not always_true:  # HumanEval has 48 times `assert True`
+            asserts.append(ast.unparse(statement))
+    return asserts
 
 
 # --- published solutions ---------------------------------------------------------------------------------------------
 
 
-def references(
-    tasks: Sequence[Task], sandbox: Sandbox, cache: Path, progress: Callable[[Iterable[Any], int], Iterable[Any]]
-) -> dict[str, Reference]:
-    """What the published solutions of `tasks` give, from the cache or the sandbox. Raises ConfigError if one fails."""
-    found = {task.task_id: _cached(_path(task, cache)) for task in tasks if task.base or task.plus}
-    missing = [task for task in tasks if task.task_id in found and found[task.task_id] is None]
+def references(tasks: Sequence[Task], sandbox: Sandbox, progress: Progress = silent) -> dict[str, Reference]:
+    """Return the reference of each task with inputs, from the cache or the sandbox. Raises ConfigError if one fails."""
+    known: dict[str, Reference] = {}
+    missing = []
+    for task in tasks:
+        if isinstance(task.tests, Calls):
+            stored = _read_reference(_reference_path(task, task.tests))
+            if stored is None:
+                missing.append(task)
+            else:
+                known[task.task_id] = stored
     if missing:
         with ThreadPoolExecutor(sandbox.workers) as pool:
-            results = pool.map(lambda task: _find(task, sandbox, cache), missing)
-            for task, reference in zip(missing, progress(results, len(missing)), strict=True):
-                found[task.task_id] = reference
-    return {task_id: reference for task_id, reference in found.items() if reference is not None}
+            results = pool.map(lambda task: _compute_reference(task, sandbox), missing)
+            computed = progress(results, len(missing), "published solutions run")
+            for task, reference in zip(missing, computed, strict=True):
+                known[task.task_id] = reference
+    return known
 
 
-def _path(task: Task, cache: Path) -> Path:
-    key = hashlib.sha256(repr((task.canonical, task.entry_point, task.base, task.plus or ())).encode()).hexdigest()
-    return cache / "references" / f"{task.task_id.replace('/', '-')}-{key[:16]}.json"
+def _reference_path(task: Task, tests: Calls) -> Path:
+    content = repr((task.canonical, task.entry_point, tests.base, tests.plus or ()))
+    key = hashlib.sha256(content.encode()).hexdigest()[:16]
+    return cache_folder() / "references" / f"{task.task_id.replace('/', '-')}-{key}.json"
 
 
-def _cached(path: Path) -> Reference | None:
+def _read_reference(path: Path) -> Reference | None:
     try:
         text = path.read_text(encoding="utf-8")
         stored = json.loads(text)
-        return Reference(tuple(map(from_data, stored["values"])), tuple(stored["seconds"]), len(text))
-    except (OSError, ValueError, KeyError, TypeError):  # none there, or broken: found anew
+        return Reference(tuple(map(from_json, stored["values"])), tuple(stored["seconds"]), len(text))
+    except (OSError, ValueError, KeyError, TypeError):  # absent or broken: to be computed again
         return None
 
 
-def _find(task: Task, sandbox: Sandbox, cache: Path) -> Reference:
-    rows = (*task.base, *(task.plus or ()))
-    calls = [Call(f"{task.entry_point}(*_)", row, _REFERENCE) for row in rows]
-    limits = Limits(seconds=10 * _REFERENCE, memory=MEMORY, output=_OUTPUT, processes=32)
-    outcomes = call(task.canonical, calls, limits, sandbox=sandbox)
-    broken = next(((at, each) for at, each in enumerate(outcomes) if each.status != "ok"), None)
-    if broken:
-        raise ConfigError(
-            f"the published solution of {task.task_id} fails on input {broken[0] + 1} ({broken[1].detail}); "
-            "fetch the benchmark's data anew"
-        )
-    size = _store(_path(task, cache), outcomes)
-    return Reference(tuple(o.value for o in outcomes), tuple(o.seconds for o in outcomes), size)
-
-
-def _store(path: Path, outcomes: Sequence[Outcome]) -> int:
-    """Write what `_cached` reads, and say how many bytes that is."""
+def _compute_reference(task: Task, sandbox: Sandbox) -> Reference:
+    assert isinstance(task.tests, Calls)
+    calls = [Call(f"{task.entry_point}(*_)", row, _REFERENCE_SECONDS) for row in task.tests.inputs]
+    limits = Limits(seconds=10 * _REFERENCE_SECONDS, memory=MEMORY, output=_MOST_OUTPUT, processes=32)
+    values, seconds = list[Any](), list[float]()
+    for number, outcome in enumerate(call(task.canonical, calls, limits, sandbox=sandbox), 1):
+        if outcome.status != "ok":
+            raise ConfigError(
+                f"the published solution of {task.task_id} fails on input {number} ({outcome.detail}); "
+                "fetch the benchmark's data again"
+            )
+        values.append(outcome.value)
+        seconds.append(round(outcome.seconds, 6))
+    text = json.dumps({"values": list(map(to_json, values)), "seconds": seconds})
+    path = _reference_path(task, task.tests)
     path.parent.mkdir(parents=True, exist_ok=True)
-    stored = {"values": [to_data(o.value) for o in outcomes], "seconds": [round(o.seconds, 6) for o in outcomes]}
-    partial = path.with_suffix(f".{os.getpid()}")
-    size = partial.write_text(json.dumps(stored), encoding="utf-8")
-    partial.replace(path)
-    return size
-
-
-def importable(tasks: Sequence[Task], sandbox: Sandbox) -> Iterator[tuple[Task, list[str]]]:
-    """Each task with those of its libraries that programs cannot import here."""
-    libraries = sorted({library for task in tasks for library in task.libraries})
-    probe = f"import importlib.util\nprint(*(n for n in {libraries!r} if importlib.util.find_spec(n) is None))"
-    absent = set(sandbox.run(probe).stdout.split()) if libraries else set()
-    for task in tasks:
-        yield task, [library for library in task.libraries if library in absent]
+    write_text(path, text)
+    return Reference(tuple(values), tuple(seconds), len(text))

@@ -1,54 +1,47 @@
-"""Judge a program by its tests: program + tests → Verdict; or ask it what calls give: program + calls → outcomes.
+"""Judge a program by its tests: program + tests → Verdict. Or call it: program + calls → outcomes.
 
-One sandbox run a program; in it a harness (`harness`) puts the questions to children that run the program. Tests are
-assert strings. What a test expects does not go where the program is: `assert f(2) == 4` is *split*, the program is
-asked for `f(2)`, answers with plain data (`plain`), and 4 is compared with it here (`asserts`), as is all else that the
-assert does with the answer. So a program can only pass by giving the right answer: patching `==`, shadowing `abs`,
-returning objects that equal everything, `sys.exit(0)`, `os._exit(0)`, exit handlers, printed results and killing who
-asks do not help.
+Each program gets a run in the sandbox, in which `runner` puts questions to processes that run the program. Tests are
+assert strings. What a test expects stays here: `assert f(2) == 4` is split (`asserts`), the program is asked for
+`f(2)`, answers with plain data (`values`), and the answer is compared with 4 in this process.
 
-What cannot be split runs beside the program, in a sandbox run of its own, and its verdict says `trusted=False`: a
-program that is out to cheat can dig such a test's secret out of memory (`gc`, `ctypes`), read what it expects up the
-stack, jump over it with a trace function, shadow the built-ins it calls, or return objects that equal everything.
-Exits, exit handlers, printing and patching `os` or `exec` do not work there either.
+A test that cannot be split runs beside the program, in a run of its own. Its verdict is `trusted=False`, because a
+program that sets out to cheat can pass it. `docs/sandbox.md` lists what such a program can do, and what does not help.
 """
 
 import json
 import marshal
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from functools import cache
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from diffucoder.errors import ConfigError
 from diffucoder.grading.asserts import Assert, parse
-from diffucoder.grading.harness import PATIENCE
-from diffucoder.grading.plain import from_data, readable, short
-from diffucoder.grading.sandbox import DEFAULT_LIMITS, Limits, Sandbox, Status
+from diffucoder.grading.runner import PATIENCE, Question
+from diffucoder.grading.sandbox import DEFAULT_LIMITS, Limits, Sandbox, Status, source_of
+from diffucoder.grading.values import from_json, readable, short
 
-_GRACE = 1.0  # seconds the harness gets beyond the questions' own, to start and to report
-_SLEEP = 60.0  # seconds on the clock that tests may take beyond their own, of a processor
-_LINE = 1024  # bytes a message may take in the harness's report
+_GRACE = 1.0  # seconds for the runner to start and to report
+_MAX_SLEEP = 60.0  # seconds on the clock that tests may take beyond their processor seconds
+_LINE_BYTES = 1024  # of a line of the runner's report, without a value
 
 
 @dataclass(frozen=True)
 class TestVerdict:
-    """How a program did in one test."""
+    """The result of one test."""
 
     passed: bool
     status: Status  # "failed" also for a wrong answer
     detail: str
-    line: int | None = None  # of the program, where an exception passed through it
+    line: int | None = None  # of the program, if an exception passed through it
     trusted: bool = True  # False: the test ran beside the program, which could have tampered with it
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """How a program did; `status`, `detail` and `line` speak of the first test that did not pass."""
+    """The result of all tests. `status`, `detail` and `line` are those of the first test that did not pass."""
 
     passed: bool
     passed_tests: int
@@ -61,7 +54,7 @@ class Verdict:
 
     @property
     def pass_rate(self) -> float:
-        """Share of tests passed."""
+        """Share of the tests that passed."""
         return self.passed_tests / self.total_tests
 
     @property
@@ -72,7 +65,7 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Call:
-    """A question: what does `expression` give, where `_` stands for `arguments`, within so many seconds?"""
+    """An expression that the program evaluates, in which `_` stands for `arguments`, and its seconds."""
 
     expression: str
     arguments: tuple[Any, ...] = ()  # plain data
@@ -81,7 +74,7 @@ class Call:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a call: a value, or why there is none."""
+    """The value of a call, or why there is none."""
 
     status: Status
     value: Any  # plain data: None, numbers, strings, containers of them; a Digest of what is large; else Opaque
@@ -91,35 +84,38 @@ class Outcome:
 
 
 def grade(
-    program: str,
-    tests: Sequence[str],
-    limits: Limits = DEFAULT_LIMITS,
-    *,
-    sandbox: Sandbox | None = None,
-    unsafe: bool = False,
+    program: str, tests: Sequence[str], limits: Limits = DEFAULT_LIMITS, *, sandbox: Sandbox | None = None
 ) -> Verdict:
-    """Put every test to a fresh process of the program; `limits.seconds` is for all of them together.
+    """Run each test in a fresh process of the program. `limits.seconds` is for all tests together.
 
-    Those that cannot be split run in a job of their own, which has as many seconds again.
-    Seconds are those of a processor, so that a busy machine makes nothing a time-out; who sleeps gets five times as
-    many on the clock, but no more than a minute beyond them.
-    Without `sandbox` one is started for this program. Raises ConfigError where there are no tests.
+    Tests that cannot be split have a run of their own, with the same seconds again. Seconds are processor seconds, so
+    that a busy machine causes no time-out. A program that sleeps has PATIENCE times as many on the clock, but at most a
+    minute more. Without `sandbox`, one is started for this program. Raises ConfigError if there are no tests.
     """
     if isinstance(tests, str) or not tests:
-        raise ConfigError(f"tests={tests!r} must be a list of one or more assert strings; drop the problem otherwise")
+        raise ConfigError(f"tests={tests!r} must be a list of one or more asserts; leave out a problem without tests")
     if not program.strip():
         return Verdict(False, 0, len(tests), "no program", 0.0, "the program is empty")
-    parsed = [parse(test) for test in tests]
-    asked = {at: ("value", p.expression, (), 0.0) for at, p in enumerate(parsed) if p}
-    whole = {at: ("run", tests[at], (), 0.0) for at, p in enumerate(parsed) if not p}
+    asserts = [parse(test) for test in tests]
+    split: dict[int, Question] = {}
+    whole: dict[int, Question] = {}
+    for index, split_assert in enumerate(asserts):
+        if split_assert:
+            split[index] = (split_assert.expression, (), limits.seconds)
+        else:
+            whole[index] = (tests[index], (), limits.seconds)
     outcomes: dict[int, Outcome] = {}
     seconds = 0.0
-    with _at_hand(sandbox, unsafe) as box:
-        for questions in filter(None, (asked, whole)):  # apart: what a whole test expects can be read where it runs
-            found, took = _ask(box, program, list(questions.values()), limits, fresh=True)
-            outcomes.update(zip(questions, found, strict=True))
-            seconds += took
-    return _verdict([_judge(tests[at], parsed[at], outcomes[at]) for at in range(len(tests))], seconds)
+    with nullcontext(sandbox) if sandbox else Sandbox(1) as box:
+        # Two runs, because a program can read what a whole test expects in the run of that test.
+        for kind, questions in (("value", split), ("test", whole)):
+            if questions:
+                job = {"kind": kind, "questions": [*questions.values()], "fresh": True, "stop_at_failure": False}
+                answers, run_seconds = _ask(box, program, job, limits)
+                outcomes.update(zip(questions, answers, strict=True))
+                seconds += run_seconds
+    verdicts = [_judge(test, asserts[index], outcomes[index]) for index, test in enumerate(tests)]
+    return _summary(verdicts, seconds)
 
 
 def grade_many(
@@ -128,11 +124,10 @@ def grade_many(
     *,
     workers: int | None = None,
     progress: Callable[[int], None] | None = None,
-    unsafe: bool = False,
 ) -> list[Verdict]:
-    """Grade (program, tests) pairs, `workers` at a time, in order; `progress` hears how many are done."""
+    """Grade (program, tests) pairs, `workers` at a time, in order. `progress` gets the number of finished ones."""
     verdicts: list[Verdict] = []
-    with Sandbox(workers, unsafe=unsafe) as sandbox, ThreadPoolExecutor(sandbox.workers) as pool:
+    with Sandbox(workers) as sandbox, ThreadPoolExecutor(sandbox.workers) as pool:
         for verdict in pool.map(lambda pair: grade(pair[0], pair[1], limits, sandbox=sandbox), pairs):
             verdicts.append(verdict)
             if progress is not None:
@@ -147,103 +142,76 @@ def call(
     *,
     sandbox: Sandbox | None = None,
     until_failure: bool = False,
-    unsafe: bool = False,
 ) -> list[Outcome]:
-    """Ask the program one call after another in one process, as long as it lives; `limits.seconds` is for all together.
+    """Evaluate the calls one after the other in one process of the program, or in a new one where that ends.
 
-    Seconds are those of a processor here, so that a busy machine makes nothing a time-out; who sleeps gets five times
-    as many on the clock.
-    With `until_failure` the first call without a value is the last one asked: the list is then shorter than `calls`.
+    `limits.seconds` is for all calls together. Seconds are processor seconds; a program that sleeps has PATIENCE times
+    as many on the clock. With `until_failure` the first call without a value is the last one, and the list ends there.
     """
     if not calls:
         return []
-    questions = [("value", each.expression, each.arguments, each.seconds) for each in calls]
-    with _at_hand(sandbox, unsafe) as box:
-        outcomes, _ = _ask(box, program, questions, limits, stop=until_failure)
-    return outcomes
+    questions = [(each.expression, each.arguments, each.seconds) for each in calls]
+    job = {"kind": "value", "questions": questions, "fresh": False, "stop_at_failure": until_failure}
+    with nullcontext(sandbox) if sandbox else Sandbox(1) as box:
+        return _ask(box, program, job, limits)[0]
 
 
-@contextmanager
-def _at_hand(sandbox: Sandbox | None, unsafe: bool) -> Iterator[Sandbox]:
-    if sandbox is not None:
-        yield sandbox
-        return
-    with Sandbox(1, unsafe=unsafe) as own:
-        yield own
-
-
-def _ask(
-    sandbox: Sandbox, program: str, questions: list[Any], limits: Limits, *, fresh: bool = False, stop: bool = False
-) -> tuple[list[Outcome], float]:
-    """An outcome for every question, and the seconds in all."""
+def _ask(sandbox: Sandbox, program: str, job: dict[str, Any], limits: Limits) -> tuple[list[Outcome], float]:
+    """An outcome for every question of a job (see `runner.main`), and the seconds of the run."""
+    count = len(job["questions"])
     clock = PATIENCE * limits.seconds
-    if fresh:
-        clock = min(clock, limits.seconds + _SLEEP)
-    roomier = replace(
-        limits,
-        seconds=clock + _GRACE,
-        processes=limits.processes + 1,
-        output=(_LINE + limits.output) * len(questions) if fresh else _LINE * len(questions) + limits.output,
-    )
-    job = marshal.dumps((limits.seconds, clock, limits.output, fresh, stop, program, questions), 2)
-    result = sandbox.run(_harness(), roomier, stdin=job)
-    missing: Status = "killed" if result.status == "ok" else result.status
-    lost = Outcome(missing, None, 0.0, readable(result.detail) or "the harness ended before it")
-    outcomes = [lost] * len(questions)
-    told = 0
-    for line in result.stdout.split("\n")[:-1]:  # a line cut short has no end
-        index, outcome = _outcome(line) or (len(questions), lost)
-        if index < len(questions):
-            outcomes[index] = outcome
-            told = max(told, index + 1)
-    # that nothing was told is no end: somebody ended the harness
-    ended_early = stop and 0 < told < len(questions) and outcomes[told - 1].status != "ok"
-    return outcomes[:told] if ended_early else outcomes, result.seconds
+    output = _LINE_BYTES * count + limits.output
+    if job["fresh"]:  # then every answer may be as long as the limit
+        clock = min(clock, limits.seconds + _MAX_SLEEP)
+        output = (_LINE_BYTES + limits.output) * count
+    job |= {"program": program, "seconds": limits.seconds, "clock": clock, "output": limits.output}
+    roomier = replace(limits, seconds=clock + _GRACE, processes=limits.processes + 1, output=output)
+    result = sandbox.run(source_of("runner.py"), roomier, stdin=marshal.dumps(job, 2))
+    answers = dict(map(_read_line, _LINE.finditer(result.stdout)))
+    status: Status = "killed" if result.status == "ok" else result.status
+    lost = Outcome(status, None, 0.0, readable(result.detail) or "the runner ended before it")
+    outcomes = [answers.get(index, lost) for index in range(count)]
+    # without any answer the runner did not stop at a failure: the program ended it
+    if job["stop_at_failure"] and answers and answers[max(answers)].status != "ok":
+        outcomes = outcomes[: max(answers) + 1]
+    return outcomes, result.seconds
 
 
-def _outcome(line: str) -> tuple[int, Outcome] | None:
-    """Read what the harness told, None if that is no line of its; its answer is the program's, and may be anything."""
-    told = _TOLD.fullmatch(line)
-    if told is None:
-        return None
-    index, status, seconds = int(told[1]), told[2], float(told[3])
+# a line that was cut short has no end
+_LINE = re.compile(r'^\[([0-9]{1,9}), "(ok|failed|timeout|killed)", ([0-9]{1,9}\.[0-9]{6}), (.*)\]\n', re.MULTILINE)
+
+
+def _read_line(line: re.Match[str]) -> tuple[int, Outcome]:
+    """Index and outcome from a line of the report. The last field is the program's, and may be anything."""
+    status = cast(Status, line[2])
+    seconds = float(line[3])
     try:
-        answer = json.loads(told[4])
+        content = json.loads(line[4])
         if status == "ok":
-            return index, Outcome("ok", from_data(answer), seconds)
-        where, detail = answer
-        return index, Outcome(_STATUS[status], None, seconds, readable(str(detail)), int(where) or None)
+            return int(line[1]), Outcome("ok", from_json(content), seconds)
+        program_line, detail = content
+        return int(line[1]), Outcome(status, None, seconds, readable(str(detail)), int(program_line) or None)
     except (ValueError, TypeError, LookupError, RecursionError, ArithmeticError):
-        return index, Outcome("failed", None, seconds, "gave what is no data")
+        return int(line[1]), Outcome("failed", None, seconds, "the answer is not plain data")
 
 
-_TOLD = re.compile(r'\[([0-9]{1,9}), "(ok|failed|timeout|killed)", ([0-9]{1,9}\.[0-9]{6}), (.*)\]', re.DOTALL)
-_STATUS: dict[str, Status] = {"failed": "failed", "timeout": "timeout", "killed": "killed"}
-
-
-def _judge(test: str, parsed: Assert | None, outcome: Outcome) -> TestVerdict:
-    trusted = parsed is not None
+def _judge(test: str, split: Assert | None, outcome: Outcome) -> TestVerdict:
+    trusted = split is not None
     if outcome.status != "ok":
         detail = outcome.detail
         if detail == "AssertionError":
             detail += ": " + readable(test)
         return TestVerdict(False, outcome.status, detail, outcome.line, trusted)
-    if parsed is None or parsed.holds(outcome.value):
+    if split is None or split.holds(outcome.value):
         return TestVerdict(True, "ok", "", None, trusted)
     detail = f"AssertionError: {readable(test)}; it gave {short(outcome.value)}"
     return TestVerdict(False, "failed", detail, None, trusted)
 
 
-def _verdict(tests: list[TestVerdict], seconds: float) -> Verdict:
-    failed = [index for index, test in enumerate(tests) if not test.passed]
-    passed = len(tests) - len(failed)
-    if not failed:
-        return Verdict(True, passed, len(tests), "ok", seconds, "", None, tuple(tests))
-    first = tests[failed[0]]
-    detail = f"test {failed[0] + 1}: {first.detail}"
-    return Verdict(False, passed, len(tests), first.status, seconds, detail, first.line, tuple(tests))
-
-
-@cache
-def _harness() -> str:
-    return Path(__file__).with_name("harness.py").read_text(encoding="utf-8")
+def _summary(tests: list[TestVerdict], seconds: float) -> Verdict:
+    passed = sum(test.passed for test in tests)
+    for number, test in enumerate(tests, start=1):
+        if not test.passed:
+            detail = f"test {number}: {test.detail}"
+            return Verdict(False, passed, len(tests), test.status, seconds, detail, test.line, tuple(tests))
+    return Verdict(True, passed, len(tests), "ok", seconds, "", None, tuple(tests))

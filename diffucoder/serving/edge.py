@@ -1,10 +1,12 @@
-"""Around the routes: how errors are said, who may ask, how much may be sent.
+"""What holds for every HTTP request alike: how errors are answered, the API key, the size of a body.
 
-For: every request alike. Not for: what is asked (`protocol`) and answered (`app`).
+Not for: the fields of a request (`protocol`) or the routes (`app`).
 """
 
 import secrets
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from typing import Any
 
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
@@ -16,116 +18,107 @@ from diffucoder.errors import DiffuCoderError
 from diffucoder.serving.engine import BusyError, ClosingError, FailedError, LateError
 
 
+@dataclass(eq=False)
 class ApiError(Exception):
-    """An answer that is an error, in OpenAI's form."""
+    """An error that is answered in OpenAI's form."""
 
-    def __init__(self, status: int, message: str, *, kind: str, param: str | None = None, **headers: str) -> None:
-        super().__init__(message)
-        self.status, self.headers = status, {name.replace("_", "-"): value for name, value in headers.items()}
-        self.body = {"error": {"message": message, "type": kind, "param": param, "code": None}}
+    status: int
+    message: str
+    kind: str = "invalid_request_error"
+    param: str | None = None  # the field of the request that is wrong
+    headers: dict[str, str] | None = None
+
+    @property
+    def body(self) -> dict[str, Any]:
+        """The JSON of the answer, and of an event in a stream."""
+        return {"error": {"message": self.message, "type": self.kind, "param": self.param, "code": None}}
 
     @property
     def response(self) -> JSONResponse:
-        """What is sent."""
+        """The HTTP answer."""
         return JSONResponse(self.body, self.status, self.headers)
 
 
-def api_error(error: DiffuCoderError) -> ApiError:
-    """How an error of ours is said to clients."""
-    if isinstance(error, BusyError):
-        return ApiError(429, str(error), kind="rate_limit_error", Retry_After=f"{error.retry_after:.0f}")
-    if isinstance(error, ClosingError):
-        return ApiError(503, str(error), kind="server_error", Retry_After="5")
-    if isinstance(error, LateError):
-        return ApiError(408, str(error), kind="timeout_error")
-    if isinstance(error, FailedError):
-        return ApiError(500, str(error), kind="server_error")
-    return ApiError(400, str(error), kind="invalid_request_error")
-
-
-def authorised(key: str) -> Callable[[Request], None]:
-    """What lets only those pass who send `key`."""
+def require_key(key: str) -> Callable[[Request], Awaitable[None]]:
+    """Return a FastAPI dependency that rejects requests without this API key."""
 
     async def check(http: Request) -> None:
-        scheme, _, given = http.headers.get("authorization", "").partition(" ")
-        if scheme.lower() != "bearer" or not secrets.compare_digest(given.strip().encode(), key.encode()):
+        scheme, _, token = http.headers.get("authorization", "").partition(" ")
+        if scheme.lower() != "bearer" or not secrets.compare_digest(token.strip().encode(), key.encode()):
             message = "the API key is missing or wrong; send it as 'Authorization: Bearer KEY'"
-            raise ApiError(401, message, kind="authentication_error", WWW_Authenticate="Bearer")
+            raise ApiError(401, message, "authentication_error", headers={"WWW-Authenticate": "Bearer"})
 
-    return check  # type: ignore[return-value]  # FastAPI awaits it
+    return check
 
 
-def add_errors(app: FastAPI) -> None:
-    """Say every error in OpenAI's form."""
+def add_error_handlers(app: FastAPI) -> None:
+    """Answer every error in OpenAI's form."""
 
-    @app.exception_handler(ApiError)
-    async def own(_: Request, error: ApiError) -> Response:
-        return error.response
+    async def answer(http: Request, error: Exception) -> Response:
+        return api_error(error, f"{http.method} {http.url.path}").response
 
-    @app.exception_handler(DiffuCoderError)
-    async def ours(_: Request, error: DiffuCoderError) -> Response:
-        return api_error(error).response
+    for kind in (ApiError, DiffuCoderError, RequestValidationError, HTTPException, Exception):
+        app.add_exception_handler(kind, answer)
 
-    @app.exception_handler(RequestValidationError)
-    async def invalid(_: Request, error: RequestValidationError) -> Response:
-        found = error.errors()[0]
-        # pydantic names what it tried as well as where: constrained-str, function-after[...]
-        parts = [str(part) for part in found["loc"][1:] if isinstance(part, int) or part.isidentifier()]
-        where, told = ".".join(parts), found["msg"].removeprefix("Value error, ")
-        if found["type"] == "json_invalid":
-            where, message = "", f"the body is no JSON, from byte {found['loc'][-1]} on: {found['ctx']['error']}"
-        elif not where and found["type"] in ("missing", "model_attributes_type", "dict_type"):
-            message = "the body must be a JSON object, sent with 'Content-Type: application/json'"
-        elif found["type"] == "extra_forbidden":
-            message = f"{where} is not supported here; leave it out"
-        else:
-            message = f"{where or 'the request'}: {told}"
-        return ApiError(400, message, kind="invalid_request_error", param=where or None).response
 
-    @app.exception_handler(Exception)
-    async def unexpected(_: Request, __: Exception) -> Response:
-        return ApiError(500, "the server made a mistake; its log has the reason", kind="server_error").response
-
-    @app.exception_handler(HTTPException)
-    async def http(request: Request, error: HTTPException) -> Response:
-        message = f"{request.method} {request.url.path}: {error.detail}"
-        status = error.status_code
-        if status == 400:  # FastAPI's, of a body that its parser gave up
+def api_error(error: Exception, route: str = "") -> ApiError:
+    """Return the answer to an error that a route raised."""
+    if isinstance(error, ApiError):
+        return error
+    if isinstance(error, BusyError):
+        retry = {"Retry-After": f"{error.retry_after:.0f}"}
+        return ApiError(429, str(error), "rate_limit_error", headers=retry)
+    if isinstance(error, ClosingError):
+        return ApiError(503, str(error), "server_error", headers={"Retry-After": "5"})
+    if isinstance(error, LateError):
+        return ApiError(408, str(error), "timeout_error")
+    if isinstance(error, FailedError):
+        return ApiError(500, str(error), "server_error")
+    if isinstance(error, DiffuCoderError):
+        return ApiError(400, str(error))
+    if isinstance(error, RequestValidationError):
+        return _invalid_body(error)
+    if isinstance(error, HTTPException):
+        message = f"{route}: {error.detail}"
+        if error.status_code == 400:  # FastAPI raises it for a body that its JSON parser cannot read
             message = "the body cannot be read; send JSON in UTF-8, not too deep, with numbers of sensible length"
-        found = ApiError(status, message, kind="invalid_request_error")
-        found.headers |= dict(error.headers or {})
-        return found.response
+        return ApiError(error.status_code, message, headers=dict(error.headers or {}))
+    return ApiError(500, "the server made a mistake; its log has the reason", "server_error")
+
+
+def _invalid_body(error: RequestValidationError) -> ApiError:
+    """Describe the first field that does not fit."""
+    first = error.errors()[0]
+    # pydantic's location also names the types it tried, such as constrained-str or function-after[...]
+    path = [str(part) for part in first["loc"][1:] if isinstance(part, int) or part.isidentifier()]
+    field = ".".join(path)
+    if first["type"] == "json_invalid":
+        return ApiError(400, f"the body is not JSON from byte {first['loc'][-1]} on: {first['ctx']['error']}")
+    if first["type"] == "extra_forbidden":
+        return ApiError(400, f"{field} is not supported here; leave it out", param=field)
+    if not field and first["type"] in ("missing", "model_attributes_type", "dict_type"):
+        return ApiError(400, "the body must be a JSON object, sent with 'Content-Type: application/json'")
+    reason = first["msg"].removeprefix("Value error, ")
+    return ApiError(400, f"{field or 'the request'}: {reason}", param=field or None)
 
 
 class BodyLimit:
-    """Reads bodies, and refuses those that are too large, said or sent, before they are read to the end."""
+    """ASGI middleware that stops reading a body that is too large, whatever length it declares."""
 
-    def __init__(self, app: ASGIApp, most: int) -> None:
-        self.app, self.most = app, most
+    def __init__(self, app: ASGIApp, max_bytes: int) -> None:
+        self.app = app
+        self.max_bytes = max_bytes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """As ASGI has it."""
-        if scope["type"] != "http":
-            await self.app(scope, receive, send)
-            return
-        refusal = ApiError(413, f"the request is over {self.most:,} bytes; send less", kind="invalid_request_error")
-        said = dict(scope["headers"]).get(b"content-length", b"0")
-        if said.isdigit() and int(said) > self.most:
-            await refusal.response(scope, receive, send)
-            return
-        body, more = b"", True
-        while more and len(body) <= self.most:
+        """Pass a request on; the route that reads too much of it gets an HTTPException, which is answered with 413."""
+        received = 0
+
+        async def receive_counted() -> Message:
+            nonlocal received
             message = await receive()
-            if message["type"] == "http.disconnect":
-                return
-            body += message.get("body", b"")
-            more = message.get("more_body", False)
-        if len(body) > self.most:
-            await refusal.response(scope, receive, send)
-            return
-        whole: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
+            received += len(message.get("body", b""))
+            if received > self.max_bytes:
+                raise HTTPException(413, f"the request is over {self.max_bytes:,} bytes; send less")
+            return message
 
-        async def replayed() -> Message:
-            return whole.pop() if whole else await receive()
-
-        await self.app(scope, replayed, send)
+        await self.app(scope, receive_counted, send)

@@ -1,19 +1,10 @@
-"""The wire: what clients may ask in the OpenAI protocol, llama.cpp's `/infill`, and our own two requests. No torch.
+"""HTTP request bodies: the OpenAI protocol, llama.cpp's `/infill`, and this project's own `/v1/fill` and `/v1/edit`.
 
-For: shapes of requests, and what they mean for any-order decoding. Not for: answering them (`app`).
+For: the fields of a request, and the decoding settings they stand for. Not for: answering requests (`app`). No torch.
 
-Whatever is not understood is refused with its name: a client that asks for a penalty and gets none has been lied to.
-Settings that such clients send as a matter of course are taken where they ask for nothing (`presence_penalty=0`).
-
-What the usual words mean here:
-
-    temperature, top_p   of the token at each position when it is proposed; above 0 they change the order too
-    seed                 fixes the answer, alone or among strangers; 0 if left out
-    logprobs             of each token when it was committed, given what was known then: they depend on the order and do
-                         not add up to a likelihood
-    usage                tokens of the prompt, and of the answers before their ends; forward passes beside them
-    stop                 ends an answer once nothing is masked before it
-    max_tokens           the length of the canvas: an answer may end earlier, never later
+An unknown field is an error: a server that ignores a penalty gives another answer than the client asked for. Fields
+that clients always send are accepted with the value that changes nothing (`presence_penalty=0`). What the usual fields
+mean when tokens are written in any order is in docs/serving.md.
 """
 
 from typing import Annotated, Any, Literal, Self
@@ -22,8 +13,6 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validat
 
 from diffucoder.decoding.params import DecodingParams
 from diffucoder.errors import ConfigError
-
-_OWN_NAMES = {name: name for name in ("temperature", "top_p", "seed", "stop")}  # settings that requests have names for
 
 
 def _encodable(text: str) -> str:
@@ -34,85 +23,51 @@ def _encodable(text: str) -> str:
     return text
 
 
-def _settings(
-    default: DecodingParams, decoding: dict[str, Any], own: dict[str, str], given: dict[str, Any]
-) -> DecodingParams:
-    """`default` with what is `given` by a request's `own` names, and with `decoding`, which must not name the same."""
-    for name, other in (_OWN_NAMES | own).items():
-        if name in decoding:
-            raise ConfigError(f"decoding.{name} is the request's own {other}; give it there")
-    return default.replace(**{name: value for name, value in given.items() if value is not None}, **decoding)
-
-
 Text = Annotated[str, AfterValidator(_encodable)]
-Finite = Annotated[float, Field(allow_inf_nan=False)]
-Stops = Annotated[str, Field(min_length=1)] | Annotated[list[Annotated[str, Field(min_length=1)]], Field(max_length=16)]
+Temperature = Annotated[float, Field(ge=0, le=2, allow_inf_nan=False)]
+TopP = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]
+NonEmpty = Annotated[str, Field(min_length=1)]
+Stops = NonEmpty | Annotated[list[NonEmpty], Field(max_length=16)]
 
 
-def _stops(stop: str | list[str] | None) -> tuple[str, ...]:
-    return (stop,) if isinstance(stop, str) else tuple(stop or ())
+class Body(BaseModel):
+    """Base of everything clients send: unknown fields are errors."""
+
+    model_config = ConfigDict(extra="forbid")
 
 
-class Wire(BaseModel):
-    """Base of what clients send: unknown fields are errors."""
-
-    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
-
-
-class StreamOptions(Wire):
+class StreamOptions(Body):
     """What a stream holds besides text."""
 
-    include_usage: bool = False
-    """a last chunk with the usage"""
-
-    denoise: bool = False
-    """a chunk for every step, with what it committed where: `denoise`, in chunks without choices"""
+    include_usage: bool = Field(default=False, description="a last chunk with the usage")
+    denoise: bool = Field(default=False, description="a chunk without choices for each step, with what it committed")
 
 
-class Sampling(Wire):
-    """What all requests for text share."""
+class SamplingRequest(Body):
+    """Fields that all requests for text share."""
 
-    model: str | None = None
-    """the name that /v1/models gives; the one model there is if left out"""
-
-    max_tokens: int | None = Field(default=None, ge=1)
-    """length of the canvas behind the prompt; the server's if left out"""
-
-    temperature: Finite | None = Field(default=None, ge=0, le=2)
-    """randomness of tokens and, above 0, of their order; the server's if left out, which is 0"""
-
-    top_p: Finite | None = Field(default=None, gt=0, le=1)
-    """propose only the likeliest tokens that together reach this probability"""
-
-    n: int = Field(default=1, ge=1, le=64)
-    """answers"""
-
-    seed: int | None = Field(default=None, ge=0, lt=2**63)
-    """fixes the answers; 0 if left out"""
-
-    stop: Stops | None = None
-    """end an answer before the first of these"""
-
-    stream: bool = False
-    """send the answer as it settles, from the left, as server-sent events"""
-
-    stream_options: StreamOptions | None = None
-    """only with stream"""
-
-    decoding: dict[str, Any] = Field(default_factory=dict)
-    """settings of this project: policy, steps, threshold, block, cache, ... (docs/decoding.md)"""
-
-    user: str | None = None
-    """taken and not looked at"""
-
-    presence_penalty: Literal[0] = 0
-    """only 0: penalties are not supported"""
-
-    frequency_penalty: Literal[0] = 0
-    """only 0: penalties are not supported"""
-
-    logit_bias: Annotated[dict[str, float], Field(max_length=0)] | None = None
-    """only empty: biases are not supported"""
+    model: str | None = Field(default=None, description="name in /v1/models; may be left out")
+    max_tokens: int | None = Field(default=None, ge=1, description="length of the canvas; the server's if left out")
+    temperature: Temperature | None = Field(
+        default=None, description="randomness of tokens and, above 0, of their order; the server's if left out"
+    )
+    top_p: TopP | None = Field(
+        default=None, description="propose only the likeliest tokens that together reach this probability"
+    )
+    n: int = Field(default=1, ge=1, le=64, description="number of answers")
+    seed: int | None = Field(default=None, ge=0, lt=2**63, description="fixes the answers; 0 if left out")
+    stop: Stops | None = Field(default=None, description="end an answer before the first of these")
+    stream: bool = Field(default=False, description="send text as it settles, from the left, as server-sent events")
+    stream_options: StreamOptions | None = Field(default=None, description="only with stream")
+    decoding: dict[str, Any] = Field(
+        default_factory=dict, description="other settings: policy, steps, threshold, cache, ... (docs/decoding.md)"
+    )
+    user: str | None = Field(default=None, description="accepted and ignored")
+    presence_penalty: Literal[0] = Field(default=0, description="only 0: penalties are not supported")
+    frequency_penalty: Literal[0] = Field(default=0, description="only 0: penalties are not supported")
+    logit_bias: dict[str, float] | None = Field(
+        default=None, max_length=0, description="only empty: biases are not supported"
+    )
 
     @model_validator(mode="after")
     def _options_need_a_stream(self) -> Self:
@@ -121,49 +76,51 @@ class Sampling(Wire):
         return self
 
     def params(self, default: DecodingParams) -> DecodingParams:
-        """What the request asks for, on top of the server's settings. Raises ConfigError."""
-        given = {"temperature": self.temperature, "top_p": self.top_p, "seed": self.seed, "stop": _stops(self.stop)}
-        given |= {"new_tokens": self.max_tokens, "num_samples": self.n}
-        return _settings(default, self.decoding, {"new_tokens": "max_tokens", "num_samples": "n"}, given)
+        """Return the server's settings with those of this request on top. Raises ConfigError."""
+        fields = {
+            "new_tokens": self.max_tokens,
+            "num_samples": self.n,
+            "temperature": self.temperature,
+            "top_p": self.top_p,
+            "seed": self.seed,
+            "stop": _stop_strings(self.stop),
+        }
+        return _merge(default, fields, self.decoding, {"new_tokens": "max_tokens", "num_samples": "n"})
 
 
-class CompletionRequest(Sampling):
+class CompletionRequest(SamplingRequest):
     """`/v1/completions`: text to be continued or, with a suffix, text with one hole."""
 
-    prompt: Text
-    """what stands before the answer, as it is, without a chat template"""
-
-    suffix: Text | None = None
-    """what stands behind it; then max_tokens is the hole's length, or lengths are tried if it is left out"""
-
-    echo: bool = False
-    """repeat the prompt before the answer"""
-
-    logprobs: int | None = Field(default=None, ge=0, le=1)
-    """0 or 1: with the log-probability of each token when it was committed; alternatives are not kept"""
-
-    best_of: int | None = None
-    """only the same as n: answers are not sorted out"""
+    prompt: Text = Field(description="the text before the answer, as it is, without a chat template")
+    suffix: Text | None = Field(
+        default=None,
+        description="the text after a hole of max_tokens tokens; lengths are tried if that is left out",
+    )
+    echo: bool = Field(default=False, description="repeat the prompt before the answer")
+    logprobs: int | None = Field(
+        default=None, ge=0, le=1, description="with the log-probability of each token when it was committed"
+    )
+    best_of: int | None = Field(default=None, description="only the same as n: answers are not sorted out")
 
     @model_validator(mode="after")
-    def _what_fits(self) -> Self:
+    def _fields_fit(self) -> Self:
         if self.best_of not in (None, self.n):
             raise ValueError(f"best_of={self.best_of} is not supported beyond n={self.n}; leave it out")
         if self.stream and (self.echo or self.logprobs is not None):
             raise ValueError("echo and logprobs come with the whole answer; leave out stream")
         if self.suffix is not None and self.echo:
-            raise ValueError("what fills a hole is told alone; leave out echo")
+            raise ValueError("the answer to a prompt with a suffix is the hole alone; leave out echo")
         return self
 
 
-class TextPart(Wire):
+class TextPart(Body):
     """A part of a message: text alone."""
 
     type: Literal["text"]
     text: Text
 
 
-class Message(Wire):
+class Message(Body):
     """A turn of a conversation."""
 
     role: Literal["system", "developer", "user", "assistant"]
@@ -171,32 +128,23 @@ class Message(Wire):
     name: str | None = None
 
     def plain(self) -> dict[str, str]:
-        """Role and text."""
-        content = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
-        return {"role": "system" if self.role == "developer" else self.role, "content": content}
+        """Return role and text."""
+        text = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+        return {"role": "system" if self.role == "developer" else self.role, "content": text}
 
 
-class ChatRequest(Sampling):
+class ChatRequest(SamplingRequest):
     """`/v1/chat/completions`: the next turn of a conversation."""
 
-    messages: Annotated[list[Message], Field(min_length=1)]
-    max_completion_tokens: int | None = Field(default=None, ge=1)
-    """the newer name of max_tokens"""
-
-    logprobs: bool = False
-    """with the log-probability of each token when it was committed"""
-
-    top_logprobs: Literal[0] | None = None
-    """only 0: alternatives are not kept"""
-
-    response_format: dict[Literal["type"], Literal["text"]] | None = None
-    """only text"""
-
-    cache_prompt: Any = None
-    """llama.cpp's, a hint about speed: taken and not looked at"""
+    messages: list[Message] = Field(min_length=1)
+    max_completion_tokens: int | None = Field(default=None, ge=1, description="the newer name of max_tokens")
+    logprobs: bool = Field(default=False, description="with the log-probability of each token when it was committed")
+    top_logprobs: Literal[0] | None = Field(default=None, description="only 0: alternatives are not kept")
+    response_format: dict[Literal["type"], Literal["text"]] | None = Field(default=None, description="only text")
+    cache_prompt: Any = Field(default=None, description="a hint of llama.cpp about speed: accepted and ignored")
 
     @model_validator(mode="after")
-    def _what_fits(self) -> Self:
+    def _fields_fit(self) -> Self:
         if self.stream and self.logprobs:
             raise ValueError("logprobs come with the whole answer; leave out stream")
         if self.max_completion_tokens is not None:
@@ -206,45 +154,42 @@ class ChatRequest(Sampling):
         return self
 
 
-class FillRequest(Sampling):
+class FillRequest(SamplingRequest):
     """`/v1/fill`: text with holes, marked `<|hole|>` or `<|hole:12|>`, which are filled jointly."""
 
     text: Text
 
     @model_validator(mode="after")
-    def _what_fits(self) -> Self:
+    def _fields_fit(self) -> Self:
         if self.stop or self.max_tokens:
-            raise ValueError("holes say how long they are, <|hole:12|>, and end there; leave out stop and max_tokens")
+            raise ValueError("a hole says how long it is, <|hole:12|>, and ends there; leave out stop and max_tokens")
         return self
 
 
-class Span(Wire):
-    """Characters start to end of a text, which are to be written anew."""
+class Span(Body):
+    """The characters from start to end of a text, which are to be rewritten."""
 
     start: int = Field(ge=0)
     end: int = Field(ge=0)
-    tokens: int | None = Field(default=None, ge=1, le=4096)
-    """length of what takes their place; several are tried if left out"""
+    tokens: int | None = Field(default=None, ge=1, le=4096, description="new length; lengths are tried if left out")
 
 
-class EditRequest(Sampling):
-    """`/v1/edit`: a text of which some spans are written anew while the rest is frozen, or that is changed as told."""
+class EditRequest(SamplingRequest):
+    """`/v1/edit`: a text to change, either in some spans while the rest is frozen, or by an instruction."""
 
     text: Text
     spans: list[Span] = Field(default_factory=list, max_length=64)
-    instruction: Annotated[Text, Field(min_length=1)] | None = None
-    """what to do to the text, for a model that follows instructions; only without spans"""
+    instruction: Text | None = Field(default=None, min_length=1, description="what to change; only without spans")
 
     @model_validator(mode="after")
-    def _what_fits(self) -> Self:
+    def _fields_fit(self) -> Self:
         if bool(self.spans) == (self.instruction is not None):
-            raise ValueError("give spans to write anew, or an instruction; one of them")
+            raise ValueError("give either spans to rewrite or an instruction")
         end = 0
         for span in self.spans:
             if not end <= span.start <= span.end <= len(self.text):
-                raise ValueError(
-                    f"span {span.start} to {span.end} is not in order inside the {len(self.text)} characters"
-                )
+                place = f"span {span.start} to {span.end}"
+                raise ValueError(f"{place} is not in order inside the {len(self.text)} characters")
             end = span.end
         if self.stream:
             raise ValueError("an edit comes as a whole; leave out stream")
@@ -253,61 +198,85 @@ class EditRequest(Sampling):
         return self
 
 
-class Extra(Wire):
-    """llama.cpp's context from other files."""
+class Extra(Body):
+    """Context from another file, as llama.cpp sends it."""
 
     text: Text
     filename: str | None = None
-    time: Any = None  # vim's is a pair
+    time: Any = None  # Vim sends a pair of numbers
 
 
-class InfillRequest(BaseModel):
-    """llama.cpp's `/infill`, as editor plug-ins send it. Hints about its speed are taken and not looked at."""
-
-    model_config = ConfigDict(extra="forbid")
+class InfillRequest(Body):
+    """llama.cpp's `/infill`, as editor plug-ins send it. Hints about speed are accepted and ignored."""
 
     input_prefix: Text
     input_suffix: Text
-    prompt: Text = ""
-    """what has been typed behind the prefix already"""
-    input_extra: list[Extra] = Field(default_factory=list)
-    """text from elsewhere, put before the prefix as far as there is room"""
-    n_predict: int | None = Field(default=None, ge=-1)
-    """the most tokens that are tried; 0 writes nothing, -1 is as if left out"""
-    n_cmpl: int = Field(default=1, ge=1, le=64)
-    """answers; more than one come as a list"""
-    stop: Stops | None = None
-    """end an answer before the first of these"""
-    temperature: Finite | None = Field(default=None, ge=0, le=2)
-    top_p: Finite | None = Field(default=None, gt=0, le=1)
+    prompt: Text = Field(default="", description="what has been typed after the prefix already")
+    input_extra: list[Extra] = Field(
+        default_factory=list, description="context, put before the prefix as far as it fits"
+    )
+    n_predict: int | None = Field(
+        default=None, ge=-1, description="the most tokens that are tried; 0 writes nothing, -1 is as if left out"
+    )
+    n_cmpl: int = Field(default=1, ge=1, le=64, description="number of answers; more than one come as a list")
+    stop: Stops | None = Field(default=None, description="end an answer before the first of these")
+    temperature: Temperature | None = None
+    top_p: TopP | None = None
     top_k: int | None = Field(default=None, ge=0)
     seed: int | None = Field(default=None, ge=-1, lt=2**63)
     stream: Literal[False] = False
     decoding: dict[str, Any] = Field(default_factory=dict)
-    response_fields: list[str] = Field(default_factory=list, max_length=64)
-    """tell only these of an answer, "timings/prompt_n" under that name; everything if there are none"""
+    response_fields: list[str] = Field(
+        default_factory=list, max_length=64, description="send only these fields, such as timings/prompt_n; empty: all"
+    )
+    model: str | None = None
 
-    samplers: Any = None
+    samplers: Any = None  # from here on: accepted and ignored
     n_indent: Any = None
     id_slot: Any = None
     cache_prompt: Any = None
     t_max_prompt_ms: Any = None
     t_max_predict_ms: Any = None
-    model: str | None = None
 
     def params(self, default: DecodingParams) -> DecodingParams:
-        """What the request asks for, on top of the server's settings. Raises ConfigError."""
-        given: dict[str, Any] = {"temperature": self.temperature, "top_p": self.top_p, "top_k": self.top_k or None}
-        given |= {"seed": None if self.seed == -1 else self.seed, "stop": _stops(self.stop), "num_samples": self.n_cmpl}
-        own = {"top_k": "top_k", "new_tokens": "n_predict", "num_samples": "n_cmpl"}
-        return _settings(default, self.decoding, own, given)
+        """Return the server's settings with those of this request on top. Raises ConfigError."""
+        fields = {
+            "new_tokens": None,  # n_predict bounds the lengths that are tried, it is not the length of a canvas
+            "num_samples": self.n_cmpl,
+            "temperature": self.temperature,
+            "top_p": self.top_p,
+            "top_k": self.top_k or None,
+            "seed": None if self.seed == -1 else self.seed,
+            "stop": _stop_strings(self.stop),
+        }
+        return _merge(default, fields, self.decoding, {"new_tokens": "n_predict", "num_samples": "n_cmpl"})
 
 
-class TokenizeRequest(Wire):
+class TokenizeRequest(Body):
     """`/tokenize`: text to ids."""
 
     content: Text
-    add_special: bool = True
-    """read the names of special tokens as these tokens; false: as plain characters"""
-    with_pieces: bool = False
-    """with the text of each"""
+    add_special: bool = Field(default=True, description="read names of special tokens as tokens, not as characters")
+    with_pieces: bool = Field(default=False, description="with the text of each token")
+
+
+def _stop_strings(stop: str | list[str] | None) -> tuple[str, ...]:
+    if isinstance(stop, str):
+        return (stop,)
+    return tuple(stop or ())
+
+
+def _merge(
+    default: DecodingParams, fields: dict[str, Any], decoding: dict[str, Any], names: dict[str, str]
+) -> DecodingParams:
+    """Return `default` with the `fields` of a request that are not None, and with its `decoding`, on top.
+
+    `decoding` must not repeat a setting that the request has a field for; `names` says how such a field is called
+    where its name is not the setting's.
+    """
+    for setting in fields:
+        if setting in decoding:
+            field = names.get(setting, setting)
+            raise ConfigError(f"decoding.{setting} is the request's own {field}; set it there")
+    changes = {setting: value for setting, value in fields.items() if value is not None}
+    return default.replace(**changes, **decoding)

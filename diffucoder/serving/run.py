@@ -1,7 +1,7 @@
 """A server process: the application under uvicorn, from the first request to a graceful end.
 
-On SIGTERM or Ctrl-C nothing new is accepted, what was accepted is answered, and the process ends; a second one ends it
-at once.
+On SIGTERM or Ctrl-C the server accepts nothing new, answers what it has accepted, and ends. A second signal ends it at
+once.
 """
 
 import os
@@ -14,8 +14,8 @@ from starlette.types import ASGIApp
 from diffucoder.errors import ConfigError
 
 
-def key_from(file: Path | None) -> str | None:
-    """The API key in `file`, else in $DIFFUCODER_API_KEY, else none. Raises ConfigError for a file without one."""
+def read_api_key(file: Path | None) -> str | None:
+    """Return the API key in `file`, else in $DIFFUCODER_API_KEY, else None. Raises ConfigError for a bad file."""
     if file is None:
         return os.environ.get("DIFFUCODER_API_KEY") or None
     try:
@@ -28,32 +28,34 @@ def key_from(file: Path | None) -> str | None:
 
 
 def run(app: ASGIApp, *, host: str, port: int) -> None:
-    """Serve `app` until told to stop. Raises ConfigError where the address cannot be had."""
-    config = uvicorn.Config(app, host=host, port=port, log_level="warning", access_log=False)
-    server = _Server(config)
+    """Serve `app` until a signal ends it. Raises ConfigError if the address is not available."""
+    server = _Server(uvicorn.Config(app, host=host, port=port, log_level="warning", access_log=False))
     try:
         server.run()
     except SystemExit as error:
-        if server.started:  # it is a signal's, and all was answered
+        if server.started:
             raise
-        # uvicorn has said why it could not listen
+        # uvicorn has printed why it could not listen
         raise ConfigError(f"cannot listen on {host}:{port}; choose another --port, or 0 for any") from error
 
 
-class _Server(uvicorn.Server):
-    """Says where it listens, once it does, and that it was told to stop."""
+def announce(host: str, port: int) -> None:
+    """Print the address on standard error; scripts wait for this line."""
+    if ":" in host:
+        host = f"[{host}]"
+    print(f"listening on http://{host}:{port}, OpenAI's protocol under /v1", file=sys.stderr, flush=True)
 
-    async def startup(self, sockets: list[object] | None = None) -> None:  # type: ignore[override]  # sockets are passed on
+
+class _Server(uvicorn.Server):
+    """Prints where it listens, and that it is stopping."""
+
+    async def startup(self, sockets: list[object] | None = None) -> None:  # type: ignore[override]  # sockets: unused
         """Begin to listen."""
         await super().startup(sockets)  # type: ignore[arg-type]
         if self.started:
-            port = self.servers[0].sockets[0].getsockname()[1]
-            host = self.config.host if ":" not in self.config.host else f"[{self.config.host}]"
-            print(f"listening on http://{host}:{port}, OpenAI's protocol under /v1", file=sys.stderr, flush=True)
+            announce(self.config.host, self.servers[0].sockets[0].getsockname()[1])
 
-    async def shutdown(self, sockets: list[object] | None = None) -> None:  # type: ignore[override]  # passed on
+    async def shutdown(self, sockets: list[object] | None = None) -> None:  # type: ignore[override]  # unused
         """Answer what was accepted."""
-        print(
-            "stopping: nothing new is accepted, what was is answered; again to end at once", file=sys.stderr, flush=True
-        )
+        print("stopping: accepted requests are still answered; a second signal stops at once", file=sys.stderr)
         await super().shutdown(sockets)  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""What a server is told when it starts. No torch: `diffucoder serve --help` answers at once."""
+"""Settings of a server. No torch: `diffucoder serve --help` answers at once."""
 
 import re
 from typing import Literal
@@ -10,51 +10,44 @@ from diffucoder.decoding.params import DecodingParams
 
 
 class EngineSettings(Settings):
-    """How much an engine takes on."""
+    """Limits of the engine."""
 
     max_batch: int = Field(default=16, ge=1, description="rows in one forward pass")
-    max_waiting: int = Field(default=64, ge=0, description="requests that may wait for a place; more are refused")
+    max_waiting: int = Field(default=64, ge=0, description="requests that may wait for a slot; more are rejected")
     max_rows: int = Field(default=64, ge=1, description="rows of one request: samples, times lengths tried")
-    deadline: float = Field(default=300.0, gt=0, description="seconds until a request is given up")
-    turn: int = Field(default=64, ge=1, description="steps until a row gives way to those who wait")
-    reuse: int = Field(
-        default=0,
-        ge=0,
-        description="answers whose keys and values are kept for requests that begin alike, with cache=delayed",
-    )
+    deadline: float = Field(default=300.0, gt=0, description="seconds until a request is ended with an error")
+    turn: int = Field(default=64, ge=1, description="steps until a row goes back to the queue if others wait")
 
 
 class ServerSettings(Settings):
-    """What a server is told when it starts."""
+    """Settings of one server."""
 
-    api_key: str | None = Field(
-        default=None, min_length=8, description="what clients must send; anyone may if left out"
-    )
-    cors: tuple[str, ...] = Field(default=(), description="origins whose pages may ask")
-    max_body: int = Field(default=2**20, ge=1024, description="bytes of a request")
-    decoding: DecodingParams = Field(default_factory=DecodingParams, description="where requests say nothing else")
+    api_key: str | None = Field(default=None, min_length=8, description="key clients must send; None: no key")
+    cors: tuple[str, ...] = Field(default=(), description="allowed CORS origins")
+    max_body: int = Field(default=2**20, ge=1024, description="largest request body in bytes")
+    decoding: DecodingParams = Field(default_factory=DecodingParams, description="defaults for fields left out")
     engine: EngineSettings = Field(default_factory=EngineSettings)
 
 
 class ScaleSettings(ServerSettings):
-    """What many replicas of a server are told: they load the model themselves."""
+    """Settings of a server with many replicas, each of which loads the model itself."""
 
-    model: str | None = Field(default=None, description="folder, hub id or known name; the shipped one if left out")
-    dtype: Literal["float32", "bfloat16", "float16", "int8"] | None = Field(
-        default=None, description="of the weights; what is fast there if left out"
+    model: str | None = Field(default=None, description="folder, hub id or known name; None: the shipped model")
+    dtype: Literal["float32", "bfloat16", "float16"] | None = Field(
+        default=None, description="of the weights; None: what is fast on the device"
     )
-    device: str | None = Field(default=None, description="cpu, cuda, mps; the best there is if left out")
-    replicas: str = Field(default="1", description="how many; MIN:MAX: as many as the load asks for")
-    cpus: int | None = Field(default=None, ge=0, description="cores of a replica; an equal share of those here")
-    gpus: float | None = Field(default=None, ge=0, description="GPUs of a replica; an equal share of those here")
+    device: str | None = Field(default=None, description="cpu, cuda or mps; None: the best there is")
+    replicas: str = Field(default="1", description="number of replicas; MIN:MAX follows the load")
+    cpus: int | None = Field(default=None, ge=0, description="cores of a replica; None: an equal share of the machine")
+    gpus: float | None = Field(default=None, ge=0, description="GPUs of a replica; None: an equal share of the machine")
 
     @field_validator("replicas", mode="before")
     @classmethod
-    def _number_or_bounds(cls, given: object) -> str:
-        found = re.fullmatch(r"([1-9]\d*)(?::([1-9]\d*))?", str(given))
-        if not found or int(found[1]) > int(found[2] or found[1]):
+    def _check_replicas(cls, value: object) -> str:
+        bounds = re.fullmatch(r"([1-9]\d*)(?::([1-9]\d*))?", str(value))
+        if not bounds or int(bounds[1]) > int(bounds[2] or bounds[1]):
             raise ValueError("write a number, or MIN:MAX as in 1:4")
-        return str(given)
+        return str(value)
 
     @property
     def bounds(self) -> tuple[int, int]:

@@ -1,49 +1,50 @@
-"""Stages 1 and 2: an autoregressive parent becomes a masked-diffusion model, then sees cleaner code.
+"""Stages 1 and 2: an autoregressive parent becomes a masked-diffusion model, then trains on cleaner code.
 
 DiffuCoder, section 3 and appendix B.1, by the method of DiffuLLaMA (arXiv 2410.17891): packed documents, all of them
 noised; the attention mask opens from causal to full over the first steps; one row in a hundred is cut to a random
-length and one in a hundred keeps a random prefix clean, so that short texts and prompts are met.
+length and one in a hundred keeps a random prefix clean, so that the model meets short texts and prompts.
 
-Not stated by the paper, and so here: attention crosses the borders of packed documents.
+The paper does not say whether attention crosses the borders of packed documents. Here it does.
 """
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from diffucoder.diffusion import keyed_generator, random_spans
+from diffucoder.tokenizer import Tokenizer
 from diffucoder.training.data import TokenStore, epoch_index, prepare
-from diffucoder.training.masked import HELD_OUT, MaskedStage, Row
-from diffucoder.training.run import check_length, load_start, objective, train_and_export
-from diffucoder.training.settings import AdaptSettings
+from diffucoder.training.masked import HELD_OUT, MaskedStage, Objective, Row
+from diffucoder.training.run import check_length, load_start, objective_of, train_and_export
+from diffucoder.training.settings import AdaptSettings, PretrainSettings
 
 _ORDER, _SHAPE = 10, 11  # the last number of a key of noise: what is drawn
 
 
+@dataclass
 class PackedRows:
-    """Rows of `context` consecutive tokens of the packed documents, in a new order every epoch (`masked.Rows`)."""
+    """Rows of `context` consecutive tokens of the packed documents, in a new order every epoch (`masked.Rows`).
 
-    def __init__(
-        self,
-        store: TokenStore,
-        *,
-        context: int,
-        batch: int,
-        seed: int,
-        random_length: float = 0.0,
-        clean_prefix: float = 0.0,
-        infill: float = 0.0,
-    ) -> None:
-        """ConfigError where `store` does not fill one row."""
-        self.store, self.context, self.batch, self.seed = store, context, batch, seed
-        self.count = store.windows(context)
-        self.shares = (random_length, clean_prefix, infill)
+    The last three fields are shares of the rows. ConfigError if `store` does not fill one row.
+    """
+
+    store: TokenStore
+    context: int
+    batch: int
+    seed: int
+    random_length: float = 0.0
+    clean_prefix: float = 0.0
+    infill: float = 0.0
+
+    def __post_init__(self) -> None:
+        self.count = self.store.windows(self.context)
 
     def width(self, step: int) -> int:
         return self.context
 
     def row(self, step: int, index: int) -> Row:
-        """Each row is, by its shares, cut short, begun clean, noised in spans only, or none of these."""
+        """A row is plain, or by its shares cut short, or has a clean prefix, or is noised in random spans only."""
         if step == HELD_OUT:
             window = index % self.count
         else:
@@ -51,34 +52,41 @@ class PackedRows:
         tokens = torch.from_numpy(self.store.window(window, self.context))
         maskable = torch.ones(len(tokens), dtype=torch.bool)
         noise = keyed_generator(self.seed, step, index, _SHAPE)
-        short, prefixed, spans = self.shares
         u = float(torch.rand((), generator=noise))
         at = int(torch.randint(2, self.context + 1, (), generator=noise))
-        if u < short:
+        if u < self.random_length:
             return Row(tokens[:at], maskable[:at])
-        if u < short + prefixed:
+        if u < self.random_length + self.clean_prefix:
             maskable[:at] = False
-        elif u < short + prefixed + spans:
+        elif u < self.random_length + self.clean_prefix + self.infill:
             maskable = random_spans(self.context, noise)
         return Row(tokens, maskable)
 
 
+def packed_stage(
+    settings: AdaptSettings | PretrainSettings, tokenizer: Tokenizer, objective: Objective, **shares: float
+) -> MaskedStage:
+    """A stage over packed rows of `data`, with the given shares, and plain rows of `held_out`."""
+
+    def rows_of(sources: tuple[str, ...], **shares: float) -> PackedRows:
+        store = prepare(sources, tokenizer, settings.cache, kind="documents")
+        return PackedRows(store, context=settings.context, batch=settings.batch, seed=settings.seed, **shares)
+
+    rows = rows_of(settings.data, **shares)
+    held_out = rows_of(settings.held_out) if settings.held_out else None
+    return MaskedStage(objective, rows, held_out, settings.held_out_rows)
+
+
 def adapt(settings: AdaptSettings) -> Path:
-    """Run the stage, or go on with it, and return the folder of the adapted model."""
+    """Run the stage, or resume it, and return the folder of the adapted model."""
     denoiser, tokenizer = load_start(settings)
     check_length(denoiser, "context", settings.context)
-    shape = {"context": settings.context, "batch": settings.batch, "seed": settings.seed}
-    store = prepare(settings.data, tokenizer, settings.cache, kind="documents")
-    rows = PackedRows(
-        store,
-        **shape,
+    stage = packed_stage(
+        settings,
+        tokenizer,
+        objective_of(settings, denoiser, tokenizer),
         random_length=settings.random_length,
         clean_prefix=settings.clean_prefix,
         infill=settings.infill,
     )
-    held_out = None
-    if settings.held_out:
-        held_out = PackedRows(prepare(settings.held_out, tokenizer, settings.cache, kind="documents"), **shape)
-    noise = objective(settings, tokenizer, anneal_steps=settings.anneal_steps)
-    stage = MaskedStage(noise, rows, held_out, settings.held_out_rows, settings.held_out_at)
     return train_and_export(denoiser, tokenizer, stage, settings)

@@ -1,8 +1,8 @@
-"""Checkpoints of a run: written whole or not at all, checked before they are believed, a few kept.
+"""Checkpoints of a run: written whole or not at all, verified before they are used, a few kept.
 
-A run folder holds `settings.json` (what the run was begun with), `metrics.jsonl`, `checkpoints/step-00000500/` and, at
-the end, `model/`. A checkpoint is torch's distributed format, the same for one process, DDP and FSDP2, so a run may go
-on with another number of processes; `whole.json` lists its files with sizes and checksums, and is written last.
+A run folder holds `settings.json` (what the run began with), `metrics.jsonl`, `checkpoints/step-00000500/` and, at the
+end, `model/`. A checkpoint has torch's distributed format, the same for one process, DDP and FSDP2, so a run may resume
+with another number of processes. Its `whole.json` lists the files with sizes and checksums, and is written last.
 """
 
 import json
@@ -26,63 +26,100 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_
 from torch.optim import Optimizer
 
 from diffucoder.errors import ConfigError
-from diffucoder.training.settings import TrainSettings
+from diffucoder.files import Json, read_whole_lines, write_json, write_jsonl
+from diffucoder.training.settings import MAY_CHANGE, TrainSettings
 
-# Settings that change what a run reports or how it is cut up, but not what it learns
-FREE = (
-    *("run", "resume", "micro_batch", "gradient_checkpointing", "export_dtype", "log_every", "save_every", "keep"),
-    *("evaluate_every", "held_out", "held_out_rows", "held_out_at", "trackers", "cache", "workers", "samples_every"),
-)
 SETTINGS = "settings.json"
-LINES = ("metrics.jsonl", "samples.jsonl")  # files that grow with the steps, whose lines name theirs
-_OPTIONS = StateDictOptions(ignore_frozen_params=True)  # adapters are saved without what they adapt
+WHOLE = "whole.json"
+LOGS = ("metrics.jsonl", "samples.jsonl")  # files that grow with the steps; each line names its step
 
 
 @dataclass(frozen=True)
 class State:
-    """What a checkpoint holds beside its step. `average` and the stage's own `kept` may be empty."""
+    """What a checkpoint holds beside its step. `average` and the stage's own `stage` tensors may be empty."""
 
     model: nn.Module
     optimizer: Optimizer
     average: dict[str, Tensor]
-    kept: dict[str, Tensor]
+    stage: dict[str, Tensor]
 
 
-def claim(settings: TrainSettings, *, write: bool) -> None:
-    """Make the run folder this run's; only look where not `write`, as every process but the first.
+# --- the run folder --------------------------------------------------------------------------------------------------
 
-    ConfigError where the folder is another run's, or this one's and `resume` is not said, or cannot be written.
+
+def open_run_folder(settings: TrainSettings, *, write: bool) -> None:
+    """Take the run folder for this run; without `write` only check it, as every process but the first does.
+
+    ConfigError if the folder belongs to another run, or to this one and `resume` is off, or cannot be written.
     """
-    free = set(FREE)
-    if getattr(settings, "normaliser", None) == "masked_micro":  # the one setting under which micro-batches count
-        free.remove("micro_batch")
-    wanted = settings.model_dump(mode="json", exclude=free)
-    path = settings.run / SETTINGS
+    run = settings.run
+    path = run / SETTINGS
+    fixed = _fixed_settings(settings)
     try:
         if settings.resume and path.exists():
-            _compare(wanted, json.loads(path.read_text(encoding="utf-8")), settings.run)
-        elif any(found(settings.run)):
-            raise ConfigError(
-                f"run={str(settings.run)!r} holds a run already; go on with --resume, or name another folder"
-            )
+            _check_unchanged(fixed, json.loads(path.read_text(encoding="utf-8")), run)
+        elif checkpoint_steps(run):
+            raise ConfigError(f"run={str(run)!r} holds a run already; resume it with --resume, or name another folder")
         if write:
-            settings.run.mkdir(parents=True, exist_ok=True)
-            _write_whole(path, json.dumps(wanted, indent=2) + "\n")
-            for name in LINES if not settings.resume else ():
-                _trim(settings.run / name, 0)  # of a run that never reached its first checkpoint
+            run.mkdir(parents=True, exist_ok=True)
+            write_json(path, fixed)
+            if not settings.resume:  # of a run that never reached its first checkpoint
+                _trim_logs(run, 0)
     except ConfigError:
         raise
     except (OSError, ValueError) as error:
-        raise ConfigError(f"run={str(settings.run)!r} cannot be used ({error}); name another folder") from error
+        raise ConfigError(f"run={str(run)!r} cannot be used ({error}); name another folder") from error
 
 
-def _compare(wanted: dict[str, Any], begun: dict[str, Any], run: Path) -> None:
+def read_run_settings(folder: Path) -> Json | None:
+    """The settings that a run began with; None if the folder holds no run, or a run that started without a model.
+
+    ConfigError if they cannot be read.
+    """
+    path = folder / SETTINGS
+    if not path.exists():
+        return None
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path} cannot be read ({error}); name another run's folder, or a model's") from error
+    return settings if isinstance(settings, dict) and "model" in settings else None
+
+
+def checkpoint_steps(run: Path) -> list[int]:
+    """The steps of the run's checkpoints, whole or torn, in order."""
+    numbers = [folder.name.removeprefix("step-") for folder in (run / "checkpoints").glob("step-*")]
+    return sorted(int(number) for number in numbers if number.isdigit())
+
+
+def _fixed_settings(settings: TrainSettings) -> Json:
+    """The settings that a resumed run must keep."""
+    free = {name for name, field in type(settings).model_fields.items() if MAY_CHANGE in field.metadata}
+    if getattr(settings, "normaliser", None) == "masked_micro":  # the one setting that makes micro-batches matter
+        free.remove("micro_batch")
+    return settings.model_dump(mode="json", exclude=free)
+
+
+def _check_unchanged(wanted: Json, begun: Json, run: Path, table: str = "") -> None:
     for name, value in wanted.items():
-        if begun.get(name) != value:
+        before = begun.get(name)
+        if isinstance(value, dict) and isinstance(before, dict):
+            _check_unchanged(value, before, run, f"{table}{name}.")
+        elif before != value:
             raise ConfigError(
-                f"{name}={value} but the run in {str(run)!r} was begun with {begun.get(name)}; "
-                "give it back, or name another folder by run=..."
+                f"{table}{name}={value} but the run in {str(run)!r} began with {before}; "
+                "set it back, or name another folder with run=..."
             )
+
+
+def _trim_logs(run: Path, step: int) -> None:
+    """Keep the lines of the logs up to `step`; the resumed run writes the later ones again."""
+    for path in (run / name for name in LOGS):
+        if path.exists():
+            write_jsonl(path, [line for line in read_whole_lines(path) if line["step"] <= step])
+
+
+# --- checkpoints -----------------------------------------------------------------------------------------------------
 
 
 def save(run: Path, step: int, state: State, accelerator: Accelerator, *, keep: int) -> None:
@@ -93,36 +130,36 @@ def save(run: Path, step: int, state: State, accelerator: Accelerator, *, keep: 
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
     accelerator.wait_for_everyone()
-    with _alone_is_fine():
+    with _without_process_group_warning():
         state_dict_saver.save(_tensors(state), checkpoint_id=partial)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        files = {file.name: _print(file) for file in sorted(partial.iterdir())}
-        _write_whole(partial / "whole.json", json.dumps({"step": step, "files": files}, indent=2) + "\n")
+        files = {file.name: _size_and_checksum(file) for file in sorted(partial.iterdir())}
+        write_json(partial / WHOLE, {"step": step, "files": files})
         _sync(partial)
-        shutil.rmtree(folder, ignore_errors=True)  # a torn one of this step, found when the run went on
+        shutil.rmtree(folder, ignore_errors=True)  # a torn checkpoint of this step, found when the run was resumed
         os.replace(partial, folder)
         _sync(folder.parent)
-        kept = sorted(at for at in found(run) if at <= step)[-keep:]  # what is beyond was torn, and passed over
-        for old in set(found(run)) - set(kept):
+        steps = checkpoint_steps(run)
+        kept = [old for old in steps if old <= step][-keep:]  # later ones were torn, and passed over
+        for old in set(steps) - set(kept):
             shutil.rmtree(_folder(run, old))
     accelerator.wait_for_everyone()
 
 
 def load_newest(run: Path, state: State, accelerator: Accelerator) -> int:
-    """Fill `state` from the newest whole checkpoint and return its step; 0 where there is none.
+    """Fill `state` from the newest whole checkpoint and return its step; 0 if there is none.
 
-    A torn one is named and passed over. Lines of `LINES` behind the step are removed: they will come again.
+    A torn one is named and passed over. Lines of the logs after that step are removed.
     """
     step = 0
     if accelerator.is_main_process:
-        step = _newest(run)
-        for name in LINES:
-            _trim(run / name, step)
-    step = int(accelerator.reduce(torch.tensor(step, device=accelerator.device), "sum"))  # the first process found it
+        step = _newest_whole(run)
+        _trim_logs(run, step)
+    step = int(accelerator.reduce(torch.tensor(step, device=accelerator.device), "sum"))  # only the first looked
     if step:
         tensors = _tensors(state)
-        with _alone_is_fine():
+        with _without_process_group_warning():
             state_dict_loader.load(tensors, checkpoint_id=_folder(run, step))
         set_state_dict(
             state.model,
@@ -134,74 +171,37 @@ def load_newest(run: Path, state: State, accelerator: Accelerator) -> int:
     return step
 
 
-def begun(run: Path) -> dict[str, Any] | None:
-    """The settings that the run in this folder was begun with; None where it is no run, or none that began in a model.
-
-    ConfigError where they cannot be read.
-    """
-    path = run / SETTINGS
-    if not path.exists():
-        return None
-    try:
-        settings = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{path} cannot be read ({error}); name another run's folder, or a model's") from error
-    return settings if isinstance(settings, dict) and "model" in settings else None
-
-
 def load_model(run: Path, model: nn.Module) -> None:
     """Fill `model` from the run's newest whole checkpoint.
 
-    ConfigError where there is none, or it holds no whole model of this shape: adapters, say, or more tokens.
+    ConfigError if there is none, or if it does not hold a whole model of this shape: only adapters, say.
     """
-    step = _newest(run)
+    step = _newest_whole(run)
     if not step:
-        raise ConfigError(f"run {str(run)!r} has no whole checkpoint yet; go on with it, or name a model's folder")
+        raise ConfigError(f"run {str(run)!r} has no whole checkpoint yet; resume it, or name a model's folder")
     try:
-        with _alone_is_fine():  # into these very tensors
+        with _without_process_group_warning():  # into these very tensors
             state_dict_loader.load({"model": model.state_dict()}, checkpoint_id=_folder(run, step), no_dist=True)
     except (CheckpointException, RuntimeError, ValueError) as error:
         raise ConfigError(
-            f"{_folder(run, step)} holds no whole model of the shape the run began with; "
-            f"finish the run, and take {run / 'model'}"
+            f"{_folder(run, step)} does not hold a whole model of the shape the run began with; "
+            f"finish the run and use {run / 'model'}"
         ) from error
 
 
-def _newest(run: Path) -> int:
-    """The step of the newest whole checkpoint, 0 where there is none; torn ones are named and passed over."""
-    return next((step for step in sorted(found(run), reverse=True) if _is_whole(_folder(run, step))), 0)
-
-
-def found(run: Path) -> Iterator[int]:
-    """The steps of the run's checkpoints, whole or torn."""
-    for folder in (run / "checkpoints").glob("step-*"):
-        if folder.name.removeprefix("step-").isdigit():
-            yield int(folder.name.removeprefix("step-"))
-
-
-def _folder(run: Path, step: int) -> Path:
-    return run / "checkpoints" / f"step-{step:08d}"
-
-
-def _tensors(state: State) -> dict[str, Any]:
-    """What is stored; loading writes into these very tensors."""
-    model, optimizer = get_state_dict(state.model, state.optimizer, options=_OPTIONS)
-    return {"model": model, "optimizer": optimizer, "average": state.average, "kept": state.kept}
-
-
-@contextmanager
-def _alone_is_fine() -> Iterator[None]:
-    """torch warns that one process is all there is, which is how most runs are meant."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled", category=UserWarning)
-        yield
+def _newest_whole(run: Path) -> int:
+    """The step of the newest whole checkpoint, 0 if there is none; torn ones are named and passed over."""
+    for step in reversed(checkpoint_steps(run)):
+        if _is_whole(_folder(run, step)):
+            return step
+    return 0
 
 
 def _is_whole(folder: Path) -> bool:
-    """Whether every file is as it was written; says so where one is not."""
+    """Whether every file is as it was written; prints the reason if one is not."""
     try:
-        files = json.loads((folder / "whole.json").read_text(encoding="utf-8"))["files"]
-        torn = [name for name, print_ in files.items() if _print(folder / name) != print_]
+        files = json.loads((folder / WHOLE).read_text(encoding="utf-8"))["files"]
+        torn = [name for name, written in files.items() if _size_and_checksum(folder / name) != written]
     except (OSError, ValueError, KeyError) as error:
         torn = [str(error)]
     if torn:
@@ -209,8 +209,26 @@ def _is_whole(folder: Path) -> bool:
     return not torn
 
 
-def _print(file: Path) -> list[int]:
-    """Size and checksum of a file."""
+def _folder(run: Path, step: int) -> Path:
+    return run / "checkpoints" / f"step-{step:08d}"
+
+
+def _tensors(state: State) -> dict[str, Any]:  # Any: nested dictionaries of tensors
+    """What is stored; loading writes into these very tensors. Of adapters, the weights they adapt are left out."""
+    options = StateDictOptions(ignore_frozen_params=True)
+    model, optimizer = get_state_dict(state.model, state.optimizer, options=options)
+    return {"model": model, "optimizer": optimizer, "average": state.average, "kept": state.stage}
+
+
+@contextmanager
+def _without_process_group_warning() -> Iterator[None]:
+    """torch warns if there is only one process, which is how most runs are meant."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled", category=UserWarning)
+        yield
+
+
+def _size_and_checksum(file: Path) -> list[int]:
     checksum = 0
     with file.open("rb") as content:
         while block := content.read(2**24):
@@ -218,30 +236,9 @@ def _print(file: Path) -> list[int]:
     return [file.stat().st_size, checksum]
 
 
-def _trim(path: Path, step: int) -> None:
-    """Keep the lines of a file up to `step`; a half-written last line goes too."""
-    if not path.exists():
-        return
-    kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            if json.loads(line)["step"] <= step:
-                kept.append(line + "\n")
-        except ValueError:
-            continue
-    _write_whole(path, "".join(kept))
-
-
-def _write_whole(path: Path, text: str) -> None:
-    """Write a file that is never seen half-written."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
-
-
 def _sync(folder: Path) -> None:
-    """Have the folder's files on the disk before what comes next."""
-    for path in [*(p for p in folder.iterdir() if p.is_file()), folder]:
+    """Wait until the disk has the folder and its files."""
+    for path in [*(file for file in folder.iterdir() if file.is_file()), folder]:
         handle = os.open(path, os.O_RDONLY)
         try:
             os.fsync(handle)

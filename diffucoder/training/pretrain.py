@@ -1,7 +1,7 @@
 """An autoregressive parent from nothing: what Qwen2.5-Coder is to DiffuCoder, at the size of a laptop.
 
 With a causal mask the Denoiser is the autoregressive model, and with every token scored the objective is next-token
-prediction; so the parent runs through the same stage as its children. It is written as a plain Qwen2 checkpoint.
+prediction. So the parent is trained by the same stage as its children. It is written as a plain Qwen2 checkpoint.
 """
 
 from pathlib import Path
@@ -11,22 +11,33 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from diffucoder.models.denoiser import Denoiser
 from diffucoder.tokenizer import Tokenizer
-from diffucoder.training.adapt import PackedRows
-from diffucoder.training.data import prepare
-from diffucoder.training.masked import MaskedStage, Objective
-from diffucoder.training.run import check_length, train_and_export
+from diffucoder.training.adapt import packed_stage
+from diffucoder.training.run import check_length, objective_of, train_and_export
 from diffucoder.training.settings import PretrainSettings
+
+
+def pretrain(settings: PretrainSettings) -> Path:
+    """Train the parent, or resume it, and return the folder of the finished model."""
+    tokenizer = Tokenizer.load(settings.tokenizer)
+    denoiser = fresh_model(settings, tokenizer)
+    check_length(denoiser, "context", settings.context)
+    objective = objective_of(settings, denoiser, tokenizer, autoregressive=True)
+    return train_and_export(denoiser, tokenizer, packed_stage(settings, tokenizer, objective), settings, parent=True)
 
 
 def fresh_model(settings: PretrainSettings, tokenizer: Tokenizer) -> Denoiser:
     """A Qwen2-shaped model of random weights, a function of the seed, with the tokenizer's ids."""
+    heads = settings.hidden // 64
+    key_heads = heads
+    if heads % 2 == 0:  # grouped attention
+        key_heads = heads // 2
     config = Qwen2Config(
         vocab_size=tokenizer.vocab_size,
         hidden_size=settings.hidden,
         intermediate_size=settings.intermediate,
         num_hidden_layers=settings.layers,
-        num_attention_heads=settings.hidden // 64,
-        num_key_value_heads=_key_heads(settings.hidden // 64),
+        num_attention_heads=heads,
+        num_key_value_heads=key_heads,
         max_position_embeddings=settings.positions,
         rope_theta=10_000.0,
         tie_word_embeddings=False,
@@ -37,29 +48,3 @@ def fresh_model(settings: PretrainSettings, tokenizer: Tokenizer) -> Denoiser:
     with torch.random.fork_rng():
         torch.manual_seed(settings.seed)  # transformers draws from the global generator
         return Denoiser.from_causal_lm(Qwen2ForCausalLM(config), mask_id=tokenizer.mask_id)
-
-
-def pretrain(settings: PretrainSettings) -> Path:
-    """Train the parent, or go on with it, and return the folder of the finished model."""
-    tokenizer = Tokenizer.load(settings.tokenizer)
-    denoiser = fresh_model(settings, tokenizer)
-    check_length(denoiser, "context", settings.context)
-    shape = {"context": settings.context, "batch": settings.batch, "seed": settings.seed}
-    rows = PackedRows(prepare(settings.data, tokenizer, settings.cache, kind="documents"), **shape)
-    held_out = None
-    if settings.held_out:
-        held_out = PackedRows(prepare(settings.held_out, tokenizer, settings.cache, kind="documents"), **shape)
-    objective = Objective(
-        mask_id=tokenizer.mask_id,
-        pad_id=tokenizer.pad_id,
-        seed=settings.seed,
-        batch=settings.batch,
-        autoregressive=True,
-    )
-    stage = MaskedStage(objective, rows, held_out, settings.held_out_rows)
-    return train_and_export(denoiser, tokenizer, stage, settings, parent=True)
-
-
-def _key_heads(heads: int) -> int:
-    """Half as many heads for keys and values where that divides, as grouped attention wants."""
-    return heads // 2 if heads % 2 == 0 else heads

@@ -1,6 +1,6 @@
 """The processes of a run: what `accelerate launch` started, how they share the model, which rows each one takes.
 
-For: `trainer`. One process is the ordinary case and needs no launcher.
+For: `trainer` and `grpo`. One process is the ordinary case and needs no launcher.
 """
 
 import os
@@ -9,63 +9,60 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 
 from diffucoder.errors import ConfigError
 from diffucoder.training.settings import TrainSettings
 
 
-def start(settings: TrainSettings) -> Accelerator:
-    """As `accelerate launch` says; on a CPU where there is no accelerator."""
-    known = sorted(str(tracker.value) for tracker in get_available_trackers())
-    if missing := set(settings.trackers) - set(known):
-        have = ", ".join(known) or "nothing"
-        raise ConfigError(f"trackers={sorted(missing)} cannot be used, only {have}; pip install what is missing")
-    cpu = not (torch.cuda.is_available() or torch.backends.mps.is_available())
+def start_accelerator(settings: TrainSettings) -> Accelerator:
+    """The accelerator that `accelerate launch` describes; the CPU on a machine without a GPU."""
+    known = [str(tracker.value) for tracker in get_available_trackers()]
+    missing = sorted(set(settings.trackers) - set(known))
+    if missing:
+        have = ", ".join(sorted(known)) or "nothing"
+        raise ConfigError(f"trackers={missing} cannot be used, only {have}; pip install what is missing")
     accelerator = Accelerator(
-        cpu=cpu,
+        cpu=not (torch.cuda.is_available() or torch.backends.mps.is_available()),
         mixed_precision="bf16" if settings.bf16 else "no",
         log_with=list(settings.trackers) or None,
         project_dir=settings.run,
     )
-    sharded = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
-    if sharded and accelerator.distributed_type == DistributedType.MULTI_CPU:
-        # accelerate leaves sharding out on CPUs, where torch has it: so the path of many GPUs runs in the tests
-        accelerator.state.distributed_type = DistributedType.FSDP
-        accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin()
     if accelerator.is_fsdp2 and settings.bf16:  # accelerate's own policy would add up gradients in bfloat16
         policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
         accelerator.state.fsdp_plugin.mixed_precision_policy = policy
     return accelerator
 
 
-def shares(settings: TrainSettings, accelerator: Accelerator) -> list[range]:
+def rows_of_process(settings: TrainSettings, accelerator: Accelerator) -> list[range]:
     """The rows of a step that this process trains on, a range for each micro-batch."""
-    batch, count = settings.batch, accelerator.num_processes
-    size = settings.micro_batch or max(1, batch // count)
-    if batch % (size * count):
+    processes = accelerator.num_processes
+    size = settings.micro_batch or max(1, settings.batch // processes)
+    together = size * processes
+    if settings.batch % together:
         raise ConfigError(
-            f"batch={batch} does not split into micro-batches of {size} rows for {count} processes; "
-            f"use a multiple of {size * count}"
+            f"batch={settings.batch} does not split into micro-batches of {size} rows for {processes} processes; "
+            f"use a multiple of {together}"
         )
-    return [range(at, at + size) for at in range(accelerator.process_index * size, batch, size * count)]
+    first = accelerator.process_index * size
+    return [range(start, start + size) for start in range(first, settings.batch, together)]
 
 
 def first_process() -> bool:
-    """Whether this process is the one that speaks: the first of a distributed run, also before its group exists."""
+    """Whether this process prints and writes: the first of a distributed run, also before its group exists."""
     return int(os.environ.get("RANK", "0")) == 0
 
 
-def leave() -> None:
-    """End a process of several at once, whose work is done; return where it is the only one.
+def exit_worker() -> None:
+    """End one of several processes when its work is done; return if it is the only one.
 
-    Gloo's threads give back the tensors of the last collective when they come to it, for which they need the
-    interpreter. One that is being taken down aborts them, and the process with them (seen in 5 % of sharded runs);
-    the launcher then ends the others too, which may still be writing the model.
+    Gloo's threads free the tensors of the last collective late, and need the interpreter for it. An interpreter that
+    shuts down aborts them, and its process with them (seen in 5 % of sharded runs). The launcher then ends the other
+    processes too, which may still be writing the model.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         sys.stdout.flush()
@@ -73,8 +70,17 @@ def leave() -> None:
         os._exit(0)
 
 
+def sum_over_processes(values: Tensor, device: torch.device) -> Tensor:
+    """The sum of each process's `values`, on the CPU. The process group communicates between tensors on `device`."""
+    if not dist.is_initialized():
+        return values
+    total = values.to(device)
+    dist.all_reduce(total)
+    return total.cpu()
+
+
 def reshard(model: nn.Module) -> None:
-    """Give back what a forward pass without a backward one leaves gathered; nothing where the model is not sharded."""
+    """Free the weights that a forward pass without a backward pass leaves gathered; no effect on an unsharded model."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
@@ -82,14 +88,14 @@ def reshard(model: nn.Module) -> None:
 
 @contextmanager
 def gathered(model: nn.Module) -> Iterator[None]:
-    """A sharded model in one piece on every process, so that each may call it as often as it likes."""
-    parts = [module for module in model.modules() if isinstance(module, FSDPModule)]
-    for part in parts:
-        part.set_reshard_after_forward(False, recurse=False)
-        part.unshard()
+    """Hold a sharded model whole on every process, so that each may call it any number of times."""
+    shards = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    for shard in shards:
+        shard.set_reshard_after_forward(False, recurse=False)
+        shard.unshard()
     try:
         yield
     finally:
-        for part in parts:
-            part.set_reshard_after_forward(True, recurse=False)
-            part.reshard()
+        for shard in shards:
+            shard.set_reshard_after_forward(True, recurse=False)
+            shard.reshard()

@@ -1,8 +1,9 @@
 """One stage from loaded model to finished folder: adapters on, train, adapters merged, weights gathered and written.
 
-For: what `pretrain`, `adapt` and `sft` do alike. Not for: the loop (`trainer`), the objective (`masked`).
+For: what all stages have in common. Not for: the loop (`trainer`), the objective (`masked`, `objectives`).
 """
 
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -13,20 +14,21 @@ from diffucoder.errors import ConfigError
 from diffucoder.models.checkpoint import load_denoiser, load_tokenizer, save_denoiser, save_parent
 from diffucoder.models.denoiser import Denoiser
 from diffucoder.tokenizer import Tokenizer
-from diffucoder.training.checkpoints import begun, load_model
+from diffucoder.training.checkpoints import load_model, read_run_settings
 from diffucoder.training.masked import Objective
-from diffucoder.training.settings import DiffusionSettings, GrpoSettings, TrainSettings
+from diffucoder.training.settings import DiffusionSettings, GrpoSettings, TextSettings, TrainSettings
 from diffucoder.training.trainer import Stage, Trainer
 
 
 def load_start(settings: DiffusionSettings | GrpoSettings) -> tuple[Denoiser, Tokenizer]:
-    """The model a stage begins with, in float32 on the CPU, and its tokenizer.
+    """The model that a stage begins with, on the CPU, and its tokenizer.
 
-    An autoregressive parent gets the tokenizer's mask, and a row for it where it has none. The folder of a run that
-    is not over, or was broken off, stands for its newest checkpoint.
+    Weights are in float32, or in bfloat16 if only adapters are trained. An autoregressive parent gets the tokenizer's
+    mask. The folder of an unfinished run stands for its newest checkpoint.
     """
-    # adapters leave the weights alone, which may then stay as short as they come
-    dtype = torch.bfloat16 if settings.lora_rank and settings.bf16 else torch.float32
+    dtype = torch.float32
+    if settings.lora_rank and settings.bf16:
+        dtype = torch.bfloat16
     denoiser, tokenizer = open_model(settings.model, dtype)
     if isinstance(settings, DiffusionSettings) and settings.shifted is not None:
         denoiser.shifted = settings.shifted
@@ -40,20 +42,20 @@ def open_model(source: str | Path | None, dtype: torch.dtype) -> tuple[Denoiser,
 
     ConfigError for a run without a whole checkpoint, CheckpointError as `load_denoiser`.
     """
-    settings = None if source is None else begun(Path(source))
-    if source is None or settings is None:
-        tokenizer = load_tokenizer(source)
-        return load_denoiser(source, mask_id=tokenizer.mask_id, dtype=dtype, device="cpu"), tokenizer
-    denoiser, tokenizer = open_model(settings["model"], dtype)  # which may have been a run itself
-    load_model(Path(source), denoiser)
-    if settings.get("shifted") is not None:
-        denoiser.shifted = settings["shifted"]
-    return denoiser, tokenizer
+    if source is not None and (settings := read_run_settings(Path(source))):
+        denoiser, tokenizer = open_model(settings["model"], dtype)  # which may be a run's folder itself
+        load_model(Path(source), denoiser)
+        if settings.get("shifted") is not None:
+            denoiser.shifted = settings["shifted"]
+        return denoiser, tokenizer
+    tokenizer = load_tokenizer(source)
+    return load_denoiser(source, mask_id=tokenizer.mask_id, dtype=dtype, device="cpu"), tokenizer
 
 
 def _tie(denoiser: Denoiser) -> None:
-    """Make embeddings and head one matrix: they were in the parent, and Dream's format stores them twice."""
-    embeddings, head = denoiser.model.get_input_embeddings(), denoiser.model.get_output_embeddings()
+    """Make embeddings and head one matrix: they were one in the parent, but Dream's format stores them twice."""
+    embeddings = denoiser.model.get_input_embeddings()
+    head = denoiser.model.get_output_embeddings()
     if not torch.equal(embeddings.weight, head.weight):
         raise ConfigError("tied=true but the model's embeddings and head differ; leave it out")
     head.weight = embeddings.weight
@@ -61,23 +63,23 @@ def _tie(denoiser: Denoiser) -> None:
 
 
 def check_length(denoiser: Denoiser, name: str, tokens: int) -> None:
-    """ConfigError where rows of the setting `name` are longer than the model's canvas."""
-    if tokens > denoiser.max_length:
-        longest = denoiser.max_length
+    """ConfigError if rows of the setting `name` are longer than the model's canvas."""
+    longest = denoiser.max_length
+    if tokens > longest:
         raise ConfigError(f"{name}={tokens} exceeds the model's context of {longest}; lower it to {longest} or less")
 
 
-def objective(settings: DiffusionSettings, tokenizer: Tokenizer, *, anneal_steps: int = 0) -> Objective:
-    """The masked objective as `settings` want it."""
+def objective_of(
+    settings: TextSettings, denoiser: Denoiser, tokenizer: Tokenizer, *, autoregressive: bool = False
+) -> Objective:
+    """The masked objective of a stage: of its settings those that an `Objective` has too."""
+    shared = settings.model_dump(include={field.name for field in fields(Objective)})
     return Objective(
         mask_id=tokenizer.mask_id,
         pad_id=tokenizer.pad_id,
-        seed=settings.seed,
-        batch=settings.batch,
-        eps=settings.eps,
-        time=settings.time,
-        normaliser=settings.normaliser,
-        anneal_steps=anneal_steps,
+        first_scorable=denoiser.first_scorable,
+        autoregressive=autoregressive,
+        **shared,
     )
 
 
@@ -86,32 +88,33 @@ def train_and_export(
 ) -> Path:
     """Train, and write the model to `run/model`: a Dream checkpoint, or with `parent` a plain causal one.
 
-    Called again on a finished run it writes the model again. ConfigError where settings do not fit the run folder.
+    Called again on a finished run it writes the model again. ConfigError if the settings do not fit the run folder.
     """
-    adapters = _with_adapters(denoiser, settings) if settings.lora_rank else None
+    if settings.lora_rank:
+        adapters = _with_adapters(denoiser, settings)
     trainer = Trainer(denoiser, stage, settings)
     trained = trainer.train()
-    if adapters is not None:
+    if settings.lora_rank:
         adapters.merge_and_unload()
-    options = StateDictOptions(full_state_dict=True, cpu_offload=True)  # gathered where it is sharded
-    state: dict[str, Any] = get_model_state_dict(trained, options=options)  # tensors, though torch says wider
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)  # gathered if it is sharded
+    state: dict[str, Any] = get_model_state_dict(trained, options=options)  # tensors, though torch's type is wider
     folder = settings.run / "model"
     if trainer.accelerator.is_main_process:
         dtype = getattr(torch, settings.export_dtype)
         weights = {name.removeprefix("model."): tensor.to(dtype) for name, tensor in state.items()}
-        (save_parent if parent else save_denoiser)(trained, folder, state=weights)
+        save = save_parent if parent else save_denoiser
+        save(trained, folder, state=weights)
         tokenizer.save(folder)
     trainer.close()
     return folder
 
 
-def _with_adapters(denoiser: Denoiser, settings: TrainSettings) -> Any:  # Any: peft is not followed by mypy
+def _with_adapters(denoiser: Denoiser, settings: TrainSettings) -> Any:  # Any: mypy does not follow peft
     """Put low-rank adapters into the model's layers, in place, and freeze everything else (peft)."""
     from peft import LoraConfig, get_peft_model
 
-    config = LoraConfig(
-        r=settings.lora_rank, lora_alpha=settings.lora_alpha, target_modules=list(settings.lora_targets)
-    )
+    layers = list(settings.lora_targets)
+    config = LoraConfig(r=settings.lora_rank, lora_alpha=settings.lora_alpha, target_modules=layers)
     with torch.random.fork_rng():
         torch.manual_seed(settings.seed)  # peft draws from the global generator
         try:

@@ -1,28 +1,41 @@
-"""What each training stage can be told: one settings class a stage, its defaults and its help. No torch.
+"""The settings of each training stage: one class a stage, with defaults and help. Imports no torch.
 
 For: `recipes/*.toml`, `diffucoder train STAGE --help`, and the stages themselves. Not for: what the settings do
 (`trainer`, `masked`, `adapt`, `sft`, `grpo`).
 """
 
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Literal, Self, TypeVar
 
 from pydantic import BeforeValidator, Field, model_validator
 
 from diffucoder.config import Settings
+from diffucoder.decoding.params import DecodingParams
 
 Share = Annotated[float, Field(ge=0, lt=1)]
+Sources = Annotated[tuple[str, ...], BeforeValidator(lambda given: (given,) if isinstance(given, str) else given)]
+Dtype = Literal["bfloat16", "float32"]
+Times = Literal["uniform", "stratified", "antithetic"]
+Normaliser = Literal["length", "masked", "masked_micro"]
+Estimator = Literal["coupled", "decoupled", "full_mask", "d1"]
+Baseline = Literal["mean", "leave_one_out"]
+Reduction = Literal["token", "sequence", "length"]
+
+T = TypeVar("T")
+MAY_CHANGE = "a resumed run may change it"
+MayChange = Annotated[T, MAY_CHANGE]
+"""A setting that affects speed, reports or files, but not what is learnt."""
 
 
 class TrainSettings(Settings):
     """What every stage shares. A step is one optimiser step; the batch is counted over all processes."""
 
-    run: Path = Field(description="folder of settings, metrics, checkpoints and the finished model")
-    resume: bool = Field(default=False, description="continue from the newest whole checkpoint of the run folder")
+    run: MayChange[Path] = Field(description="folder of settings, metrics, checkpoints and the finished model")
+    resume: MayChange[bool] = Field(default=False, description="continue from the newest whole checkpoint of the run")
     seed: int = Field(default=0, ge=0, lt=2**63, description="of data order and noise")
     steps: int = Field(ge=1, description="optimiser steps")
     batch: int = Field(default=32, ge=1, description="rows of one optimiser step, over all processes")
-    micro_batch: int = Field(default=0, ge=0, description="rows of one forward pass; 0: batch / processes")
+    micro_batch: MayChange[int] = Field(default=0, ge=0, description="rows of one forward pass; 0: batch / processes")
     lr: float = Field(gt=0, description="peak learning rate")
     warmup: float = Field(default=0.1, ge=0, description="linear warm-up: steps, or below 1 a share of all steps")
     final_lr: float = Field(default=0.1, ge=0, le=1, description="share of the peak at which the cosine ends")
@@ -31,57 +44,51 @@ class TrainSettings(Settings):
     clip: float = Field(default=1.0, gt=0, description="largest gradient norm")
     ema: float = Field(default=0.0, ge=0, lt=1, description="decay of the averaged weights that are exported; 0: off")
     bf16: bool = Field(default=True, description="bfloat16 autocast over float32 weights")
-    gradient_checkpointing: bool = Field(default=False, description="layers recomputed in backward: less memory")
+    gradient_checkpointing: MayChange[bool] = Field(default=False, description="recompute layers, to save memory")
     lora_rank: int = Field(default=0, ge=0, description="rank of adapters trained alone, merged on export; 0: off")
     lora_alpha: float = Field(default=16.0, gt=0, description="scale of the adapters, over their rank")
     lora_targets: tuple[str, ...] = Field(
         default=("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
         description="layers that get adapters",
     )
-    log_every: int = Field(default=10, ge=1, description="steps between lines of metrics.jsonl")
-    save_every: int = Field(default=500, ge=1, description="steps between checkpoints")
-    keep: int = Field(default=2, ge=1, description="checkpoints kept")
-    evaluate_every: int = Field(default=0, ge=0, description="steps between held-out losses; 0: at the end only")
-    trackers: tuple[str, ...] = Field(default=(), description="accelerate trackers, such as tensorboard or wandb")
-    export_dtype: Literal["bfloat16", "float32"] = Field(default="bfloat16", description="of the finished model")
-
-
-Sources = Annotated[tuple[str, ...], BeforeValidator(lambda given: (given,) if isinstance(given, str) else given)]
+    log_every: MayChange[int] = Field(default=10, ge=1, description="steps between lines of metrics.jsonl")
+    save_every: MayChange[int] = Field(default=500, ge=1, description="steps between checkpoints")
+    keep: MayChange[int] = Field(default=2, ge=1, description="checkpoints kept")
+    evaluate_every: MayChange[int] = Field(default=0, ge=0, description="steps between evaluations; 0: at the end only")
+    trackers: MayChange[tuple[str, ...]] = Field(default=(), description="of accelerate, such as tensorboard or wandb")
+    export_dtype: MayChange[Dtype] = Field(default="bfloat16", description="of the finished model")
 
 
 class DataSettings(TrainSettings):
+    """Where a stage starts and what it learns from."""
+
+    model: str | None = Field(default=None, description="folder or Hub id to start from; default: the shipped model")
+    data: Sources = Field(description="one or a list of folders, .jsonl(.gz) files or hub:owner/name[/config][@split]")
+    held_out: MayChange[Sources] = Field(default=(), description="sources of the held-out loss, or of pass@1 in grpo")
+    held_out_rows: MayChange[int] = Field(default=256, ge=1, description="rows of a held-out evaluation")
+
+
+class TextSettings(DataSettings):
     """What the stages that train on text share."""
 
-    model: str | None = Field(default=None, description="folder or Hub id to start from; the shipped model if left out")
-    data: Sources = Field(description="one or a list of folders, .jsonl(.gz) files or hub:owner/name[/config][@split]")
-    held_out: Sources = Field(default=(), description="sources of the held-out loss")
-    held_out_rows: int = Field(default=256, ge=1, description="rows of the held-out loss")
-    held_out_at: tuple[Annotated[float, Field(gt=0, le=1)], ...] = Field(
-        default=(), description="noise levels whose held-out losses are told too, with that of the token after a prefix"
-    )
-    cache: Path = Field(default=Path("runs/data"), description="folder of tokenised data, made once for each source")
+    cache: MayChange[Path] = Field(default=Path("runs/data"), description="folder that keeps tokenised data")
 
 
-class DiffusionSettings(DataSettings):
+class DiffusionSettings(TextSettings):
     """What the masked objective adds."""
 
-    shifted: bool | None = Field(default=None, description="row i scores token i + 1; as the model says if left out")
-    tied: bool = Field(default=False, description="embeddings and head, equal at the start, are trained as one matrix")
-    time: Literal["uniform", "stratified", "antithetic"] = Field(
-        default="stratified", description="how noise levels are drawn over the rows of a step"
-    )
+    shifted: bool | None = Field(default=None, description="row i scores token i + 1; default: as the model says")
+    tied: bool = Field(default=False, description="train embeddings and head, equal at the start, as one matrix")
+    time: Times = Field(default="stratified", description="how noise levels are drawn over the rows of a step")
     eps: float = Field(default=1e-3, gt=0, lt=1, description="lowest noise level")
-    normaliser: Literal["length", "masked", "masked_micro"] = Field(
-        default="masked", description="what the weighted sum is divided by; masked_micro is as released"
-    )
-    infill: float = Field(default=0.0, ge=0, le=1, description="share of rows that noise random spans of text alone")
+    normaliser: Normaliser = Field(default="masked", description="divisor of the loss; masked_micro is as released")
+    infill: float = Field(default=0.0, ge=0, le=1, description="share of rows in which only random spans are noised")
 
 
-class PretrainSettings(DataSettings):
+class PretrainSettings(TextSettings):
     """An autoregressive parent from nothing: Qwen2-shaped, every token a target."""
 
     model: None = Field(default=None, description="nothing: a parent has no parent")
-
     steps: int = Field(ge=0, description="optimiser steps; 0 writes the untrained model")
     tokenizer: Path = Field(description="folder of the tokenizer, which must have a mask token")
     context: int = Field(default=256, ge=8, description="tokens of a row of packed documents")
@@ -101,7 +108,8 @@ class AdaptSettings(DiffusionSettings):
 
     @model_validator(mode="after")
     def _shares_fit(self) -> Self:
-        if (total := self.random_length + self.clean_prefix + self.infill) > 1:
+        total = self.random_length + self.clean_prefix + self.infill
+        if total > 1:
             raise ValueError(f"random_length + clean_prefix + infill = {total:g} is over 1; lower them")
         return self
 
@@ -110,16 +118,12 @@ class SftSettings(DiffusionSettings):
     """Stage 3: requests and answers; pads are ordinary targets (DiffuCoder, appendix B.1)."""
 
     steps: int = Field(default=0, ge=0, description="optimiser steps; 0: as many as `epochs` take")
-    epochs: float = Field(default=5.0, gt=0, description="passes over the data, where steps is 0")
+    epochs: float = Field(default=5.0, gt=0, description="passes over the data, if steps is 0")
     length: int = Field(default=2048, ge=8, description="tokens of a row; longer examples are left out and counted")
-    padding: Literal["fixed", "flexible"] = Field(
-        default="fixed", description="rows as long as `length`, or as the longest of their step"
-    )
-    spare: int = Field(default=0, ge=0, description="flexible: most pads added behind the longest row of a step")
+    padding: Literal["fixed", "flexible"] = Field(default="fixed", description="to `length`, or the step's longest row")
+    spare: int = Field(default=0, ge=0, description="flexible: most pads added after the longest row of a step")
     spare_share: float = Field(default=0.25, ge=0, le=1, description="share of steps that get spare pads")
-    ramp: float = Field(
-        default=0.2, ge=0, le=1, description="share of steps over which requests come to be left clean; 0: always are"
-    )
+    ramp: float = Field(default=0.2, ge=0, le=1, description="share of steps until all requests are left clean")
 
     @model_validator(mode="after")
     def _spare_is_for_flexible(self) -> Self:
@@ -128,90 +132,86 @@ class SftSettings(DiffusionSettings):
         return self
 
 
-class GrpoSettings(TrainSettings):
+class RolloutParams(DecodingParams):
+    """How completions are decoded: as for `diffucoder generate`, with the defaults of DiffuCoder, appendix B.1."""
+
+    temperature: float = Field(default=1.2, gt=0, description="randomness of the tokens")
+    top_p: float | None = Field(default=0.95, gt=0, le=1, description="draw from the likeliest tokens of this mass")
+    new_tokens: int = Field(default=256, ge=1, description="length of a completion's canvas")
+
+    def replace(self, **changes: object) -> DecodingParams:
+        """Plain settings with `changes`, which keep the defaults of this class."""
+        defaults = {name: getattr(self, name) for name in RolloutParams.__annotations__}
+        return super().replace(**{**defaults, **changes})
+
+
+class GrpoSettings(DataSettings):
     """Stage 4: coupled-GRPO on problems with tests (DiffuCoder §5 and appendix B.1). `batch` counts completions."""
 
-    model: str | None = Field(default=None, description="folder or Hub id to start from; the shipped model if left out")
-    tied: bool = Field(default=False, description="embeddings and head, equal at the start, are trained as one matrix")
     data: Sources = Field(description="problems with tests: .jsonl(.gz) files, see docs/rl_data.md")
-    held_out: Sources = Field(default=(), description="problems for pass@1 while training")
-    held_out_rows: int = Field(default=256, ge=1, description="problems of a held-out evaluation")
+    tied: bool = Field(default=False, description="train embeddings and head, equal at the start, as one matrix")
 
     group: int = Field(default=8, ge=2, description="completions of each problem, which are compared")
-    iterations: int = Field(default=2, ge=1, description="optimiser steps on one batch of completions (mu)")
-    estimator: Literal["coupled", "decoupled", "full_mask", "d1", "causal"] = Field(
-        default="coupled", description="how a token's log-probability is scored; causal: an autoregressive model's own"
-    )
-    pairs: int = Field(default=1, ge=1, description="pairs of masks of coupled and decoupled (lambda)")
-    mask_ratio: tuple[Share, Share] = Field(default=(0.2, 0.8), description="range of the mask ratios")
-    ratio_per: Literal["row", "step"] = Field(default="row", description="one mask ratio a completion, or for all")
-    group_masks: bool = Field(
-        default=False, description="completions of a problem get the same masks: what they have in common cancels"
-    )
-    prompt_mask: Share = Field(default=0.15, description="d1: share of prompt tokens hidden")
-    score_temperature: float = Field(default=1.0, gt=0, description="of the distribution that scores completions")
-
-    score_padding: bool = Field(
-        default=False, description="score the pads behind an answer too, which say where it ends; paper: false"
-    )
-
-    advantage: Literal["mean", "leave_one_out"] = Field(
-        default="mean", description="baseline of a reward: its group's mean, or that of the others in it"
-    )
-    scale_rewards: bool = Field(default=False, description="divide advantages by their group's standard deviation")
-    negative_weight: float = Field(
-        default=1.0, ge=0, le=1, description="what completions worse than their group count; 0: only the better teach"
-    )
-    epsilon_low: float = Field(default=0.5, gt=0, lt=1, description="ratios are clipped below 1 minus this")
-    epsilon_high: float = Field(default=0.5, gt=0, description="ratios are clipped above 1 plus this")
-    ratio: Literal["token", "sequence"] = Field(default="token", description="of each token, or a completion's mean")
-    reduction: Literal["token", "sequence", "length"] = Field(
-        default="token", description="loss per token of the step, per completion, or per new_tokens"
-    )
-    kl: float = Field(default=0.01, ge=0, description="weight of the KL divergence from the reference (beta)")
-    reference_every: int = Field(default=64, ge=0, description="steps between updates of the reference; 0: never")
-    reference_mix: float = Field(default=1.0, ge=0, le=1, description="share of the policy in an updated reference")
-
-    new_tokens: int = Field(default=256, ge=1, description="length of a completion's canvas")
-    prompt_tokens: int = Field(default=200, ge=8, description="longest prompt; of longer requests the end is kept")
-    decoding_steps: int | None = Field(default=None, ge=1, description="denoising steps; one a token if left out")
-    temperature: float = Field(default=1.2, gt=0, description="of the completions")
-    top_p: float | None = Field(default=0.95, gt=0, le=1, description="of the completions")
-    policy: Literal["random", "max_prob", "margin", "entropy"] = Field(default="entropy", description="decoding order")
-    threshold: float | None = Field(default=None, gt=0, le=1, description="commit also tokens at least this probable")
-    block: int | None = Field(default=None, ge=1, description="length of decoding's blocks; the whole if left out")
-    decoding_cache: Literal["none", "prefix", "dual"] = Field(
-        default="none", description="keys and values outside the block that decoding keeps; needs block"
-    )
-    chat: bool = Field(default=True, description="requests in the chat template; false: continued as they are")
-    decode_batch: int = Field(
-        default=64, ge=1, description="completions decoded together, graded while the next ones are"
-    )
+    prompt_tokens: int = Field(default=200, ge=8, description="longest prompt; of a longer request the end is kept")
+    chat: bool = Field(default=True, description="put requests into the chat template; false: continue them")
+    decoding: RolloutParams = Field(default=RolloutParams(), description="how completions are decoded")
+    decode_batch: int = Field(default=64, ge=1, description="completions decoded together; then they are graded")
 
     rewards: Literal["robust", "paper"] = Field(default="robust", description="how strictly the format is read")
     format_weight: float = Field(default=0.5, ge=0, description="reward of the right format")
     tests_weight: float = Field(default=2.0, ge=0, description="reward of passing all tests, or of their share")
-    all_or_nothing: bool = Field(default=False, description="the share of tests counts only where it is all of them")
-    test_seconds: float = Field(
-        default=5.0, gt=0, description="for all tests of a completion together; under paper rewards for each"
-    )
-    workers: int = Field(default=0, ge=0, description="programs run at a time; 0: one a core")
-    samples_every: int = Field(default=50, ge=1, description="steps between completions written to samples.jsonl")
+    test_seconds: float = Field(default=5.0, gt=0, description="for all tests of a completion; rewards=paper: for each")
+    workers: MayChange[int] = Field(default=0, ge=0, description="programs run at a time; 0: one a core")
+
+    advantage: Baseline = Field(default="mean", description="reward minus the mean of the group, or of its others")
+    scale_rewards: bool = Field(default=False, description="divide advantages by their group's standard deviation")
+    negative_weight: float = Field(default=1.0, ge=0, le=1, description="of completions worse than their group")
+
+    estimator: Estimator = Field(default="coupled", description="how a token's log-probability is scored")
+    pairs: int = Field(default=1, ge=1, description="pairs of masks of coupled and decoupled (lambda)")
+    mask_ratio: tuple[Share, Share] = Field(default=(0.2, 0.8), description="range of the mask ratios")
+    ratio_per: Literal["row", "step"] = Field(default="row", description="one mask ratio a completion, or for all")
+    group_masks: bool = Field(default=False, description="same masks for all completions of a problem")
+    prompt_mask: Share = Field(default=0.15, description="d1: share of prompt tokens hidden")
+    score_padding: bool = Field(default=False, description="score pads too, which say where answers end; paper: false")
+
+    iterations: int = Field(default=2, ge=1, description="optimiser steps on one batch of completions (mu)")
+    epsilon_low: float = Field(default=0.5, gt=0, lt=1, description="ratios are clipped below 1 minus this")
+    epsilon_high: float = Field(default=0.5, gt=0, description="ratios are clipped above 1 plus this")
+    ratio: Literal["token", "sequence"] = Field(default="token", description="of each token, or a completion's mean")
+    reduction: Reduction = Field(default="token", description="loss per token, completion or decoding.new_tokens")
+    kl: float = Field(default=0.01, ge=0, description="weight of the KL divergence from the reference (beta)")
+    reference_every: int = Field(default=64, ge=0, description="steps between updates of the reference; 0: never")
+    reference_mix: float = Field(default=1.0, ge=0, le=1, description="share of the policy in an updated reference")
+    samples_every: MayChange[int] = Field(default=50, ge=1, description="steps between lines of samples.jsonl")
 
     @model_validator(mode="after")
     def _groups_fit(self) -> Self:
         if self.batch % self.group:
-            raise ValueError(f"batch={self.batch} is no multiple of group={self.group}; completions come in groups")
-        for name in ("steps", "save_every"):
-            if (value := getattr(self, name)) % self.iterations:
-                reason = "completions are not saved, so a run is cut between them"
-                raise ValueError(f"{name}={value} is no multiple of iterations={self.iterations}; {reason}")
-        if self.decoding_cache != "none" and self.block is None:
-            raise ValueError(f"decoding_cache={self.decoding_cache!r} is kept for a block; give block, 32 for example")
-        if self.score_padding and self.estimator == "causal":
-            raise ValueError("score_padding=true needs masks; estimator='causal' writes no pads, leave it out")
+            raise ValueError(f"batch={self.batch} is not a multiple of group={self.group}; completions come in groups")
+        for name, value in (("steps", self.steps), ("save_every", self.save_every)):
+            if value % self.iterations:
+                raise ValueError(
+                    f"{name}={value} is not a multiple of iterations={self.iterations}; completions are not saved, "
+                    "so a run can only stop between two batches of them"
+                )
         if not 0 < self.mask_ratio[0] <= self.mask_ratio[1]:
-            raise ValueError(f"mask_ratio={self.mask_ratio} is no range inside (0, 1); the paper uses [0.2, 0.8]")
+            raise ValueError(f"mask_ratio={self.mask_ratio} is not a range inside (0, 1); the paper uses [0.2, 0.8]")
+        return self
+
+    @model_validator(mode="after")
+    def _decoding_fits(self) -> Self:
+        decoding = self.decoding
+        for name in ("seed", "num_samples", "stop"):
+            value = getattr(decoding, name)
+            if value != DecodingParams.model_fields[name].default:
+                raise ValueError(
+                    f"decoding.{name}={value!r} cannot be set for training, seed and group can; leave it out"
+                )
+        if self.lora_rank and decoding.cache != "none":
+            raise ValueError(
+                f"decoding.cache={decoding.cache!r} does not work with lora_rank; use decoding.cache='none'"
+            )
         return self
 
 
@@ -221,3 +221,4 @@ STAGES: dict[str, type[TrainSettings]] = {
     "sft": SftSettings,
     "grpo": GrpoSettings,
 }
+"""One settings class a stage, by the name of its command."""

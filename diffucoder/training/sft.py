@@ -1,8 +1,8 @@
 """Stage 3: instruction tuning on requests and answers in the chat template (DiffuCoder, appendix B.1).
 
-The answer is noised and the request comes to be left clean: over the first steps the share of rows with a clean request
-grows from none to all, which carries a model over from unconditional training. Rows end in pads, which are noised and
-scored like any token, so the model learns how long an answer is; nothing hides them from attention.
+The answer is noised. The request is noised too at first: over the first steps the share of rows with a clean request
+grows from none to all, which leads over from unconditional training. Rows end in pads, which are noised and scored like
+any token, so the model learns how long an answer is; attention sees them.
 """
 
 from functools import lru_cache
@@ -19,29 +19,36 @@ from diffucoder.models.denoiser import grow_vocabulary
 from diffucoder.training.data import TokenStore, epoch_index, prepare
 from diffucoder.training.masked import HELD_OUT, MaskedStage, Row
 from diffucoder.training.processes import first_process
-from diffucoder.training.run import check_length, load_start, objective, train_and_export
+from diffucoder.training.run import check_length, load_start, objective_of, train_and_export
 from diffucoder.training.settings import SftSettings
 
 _ORDER, _SHAPE, _SPARE, _GROUP = 20, 21, 22, 23  # the last number of a key of noise: what is drawn
-_GROUPED = 16  # steps whose rows are sorted by length together, where padding is flexible
+_GROUPED = 16  # steps whose rows are sorted by length together, if padding is flexible
+
+Array = np.ndarray[Any, Any]  # Any: as numpy's own stubs have it
 
 
 class ChatRows:
     """Requests and answers, padded (`masked.Rows`).
 
-    With flexible padding the rows of 16 steps are sorted by length and dealt out in stretches, the steps then shuffled:
-    rows of one step are about as long as each other, and little of it is padding.
+    With flexible padding the rows of 16 steps are sorted by length and divided into steps, which are then shuffled. So
+    rows of one step have similar lengths, and there is little padding.
     """
 
     def __init__(self, store: TokenStore, settings: SftSettings, *, pad_id: int) -> None:
-        """ConfigError where no example fits into `length`."""
-        self.store, self.settings, self.pad_id = store, settings, pad_id
+        """ConfigError if no example fits into `length`."""
+        self.store = store
+        self.settings = settings
+        self.pad_id = pad_id
         self.fitting = np.flatnonzero(store.lengths <= settings.length)  # (E',) examples that are not too long
         if not len(self.fitting):
             raise ConfigError(f"length={settings.length} is shorter than every example; raise it")
-        # what is left out is no part of an epoch
+        # an epoch has only the examples that fit
         self.steps = settings.steps or max(1, int(settings.epochs * len(self.fitting)) // settings.batch)
-        self._dealt = lru_cache(maxsize=2)(self._deal)  # the rows of a group of steps are asked for one by one
+        self.group = 1  # steps whose rows are drawn together
+        if settings.padding == "flexible":
+            self.group = _GROUPED
+        self._drawn = lru_cache(maxsize=2)(self._draw)  # rows of a group of steps are requested one by one
 
     def width(self, step: int) -> int:
         """`length`, or the longest row of the step and, in a share of the steps, some more."""
@@ -57,76 +64,82 @@ class ChatRows:
         return min(width, settings.length)
 
     def row(self, step: int, index: int) -> Row:
-        """The padded example; what may be hidden is the answer, or everything, or spans of the answer."""
+        """The padded example. What may be hidden is the answer, or everything, or spans of the answer."""
         settings = self.settings
-        if step == HELD_OUT:
-            ids, answer = self.store.example(int(self.fitting[index % len(self.fitting)]))
-        else:
-            ids, answer = self.store.example(int(self._examples(step)[index]))
+        held_out = step == HELD_OUT
+        examples = self.fitting
+        if not held_out:
+            examples = self._examples(step)
+        ids, answer = self.store.example(int(examples[index % len(examples)]))
         tokens = torch.full((self.width(step),), self.pad_id)
         tokens[: len(ids)] = torch.from_numpy(ids)
         maskable = torch.ones(len(tokens), dtype=torch.bool)
         noise = keyed_generator(settings.seed, step, index, _SHAPE)
         u, v = torch.rand(2, generator=noise).tolist()
-        if step == HELD_OUT or u < self._clean_share(step):
+        if held_out or u < self._clean_share(step):
             maskable[:answer] = False
-        if step != HELD_OUT and v < settings.infill:
-            maskable[:answer] = maskable[len(ids) :] = False
+        if not held_out and v < settings.infill:
+            maskable[:] = False
             maskable[answer : len(ids)] = random_spans(len(ids) - answer, noise)
         return Row(tokens, maskable)
 
     def _clean_share(self, step: int) -> float:
         """Share of rows whose request stays clean: from 0 to 1 over the first `ramp` of the steps."""
         ramp = self.settings.ramp * self.steps
-        return min(1.0, step / ramp) if ramp else 1.0
+        if step >= ramp:
+            return 1.0
+        return step / ramp
 
-    def _examples(self, step: int) -> np.ndarray[Any, Any]:
+    def _examples(self, step: int) -> Array:
         """The examples of the step's rows, (batch,)."""
-        group = _GROUPED if self.settings.padding == "flexible" else 1
-        dealt: np.ndarray[Any, Any] = self._dealt(step // group)[step % group]
-        return dealt
+        group, number = divmod(step, self.group)
+        examples: Array = self._drawn(group)[number]
+        return examples
 
-    def _deal(self, group: int) -> np.ndarray[Any, Any]:
-        """Examples of a group of steps, (steps of the group, batch)."""
+    def _draw(self, group: int) -> Array:
+        """The examples of a group of steps, (steps of the group, batch)."""
         settings = self.settings
-        steps = _GROUPED if settings.padding == "flexible" else 1
-        first = group * steps * settings.batch
-        positions = range(first, first + steps * settings.batch)
-        drawn = [epoch_index(p, len(self.fitting), (settings.seed, _ORDER)) for p in positions]
-        examples = self.fitting[drawn]
+        first = group * self.group * settings.batch
+        positions = range(first, first + self.group * settings.batch)
+        rows = [epoch_index(position, len(self.fitting), (settings.seed, _ORDER)) for position in positions]
+        examples = self.fitting[rows]
         if settings.padding == "flexible":
             examples = examples[np.argsort(self.store.lengths[examples], kind="stable")]
-        order = torch.randperm(steps, generator=keyed_generator(settings.seed, group, _GROUP)).numpy()
-        dealt: np.ndarray[Any, Any] = examples.reshape(steps, settings.batch)[order]
-        return dealt
+        order = torch.randperm(self.group, generator=keyed_generator(settings.seed, group, _GROUP)).numpy()
+        steps: Array = examples.reshape(self.group, settings.batch)[order]
+        return steps
 
 
 def sft(settings: SftSettings) -> Path:
-    """Run the stage, or go on with it, and return the folder of the tuned model."""
+    """Run the stage, or resume it, and return the folder of the tuned model."""
     denoiser, tokenizer = load_start(settings)
     tokenizer = tokenizer.with_own_pad()
     grow_vocabulary(denoiser.model, tokenizer.vocab_size)
     denoiser.config.pad_token_id = tokenizer.pad_id
     check_length(denoiser, "length", settings.length)
-    store = prepare(settings.data, tokenizer, settings.cache, kind="chat")
-    rows = ChatRows(store, settings, pad_id=tokenizer.pad_id)
-    _tell_left_out(rows, "data")
+
+    def rows_of(name: str, sources: tuple[str, ...]) -> ChatRows:
+        store = prepare(sources, tokenizer, settings.cache, kind="chat")
+        rows = ChatRows(store, settings, pad_id=tokenizer.pad_id)
+        _report_left_out(rows, name)
+        return rows
+
+    rows = rows_of("data", settings.data)
     settings = settings.model_copy(update={"steps": rows.steps})
-    held_out = None
-    if settings.held_out:
-        found = prepare(settings.held_out, tokenizer, settings.cache, kind="chat")
-        held_out = ChatRows(found, settings, pad_id=tokenizer.pad_id)
-        _tell_left_out(held_out, "held_out")
-    stage = MaskedStage(objective(settings, tokenizer), rows, held_out, settings.held_out_rows, settings.held_out_at)
+    held_out = rows_of("held_out", settings.held_out) if settings.held_out else None
+    objective = objective_of(settings, denoiser, tokenizer)
+    stage = MaskedStage(objective, rows, held_out, settings.held_out_rows)
     return train_and_export(denoiser, tokenizer, stage, settings)
 
 
-def _tell_left_out(rows: ChatRows, setting: str) -> None:
-    """One line on the examples that are too long, from the first process."""
-    lengths, limit = rows.store.lengths, rows.settings.length
-    left_out = len(lengths) - len(rows.fitting)
-    if left_out and first_process():
-        first = int(np.argmax(lengths > limit))
-        said = f"left out {left_out:,} of {len(lengths):,} examples of {setting}, which are longer than length={limit}"
-        message = f"{said}; the first is number {first + 1}, with {lengths[first]:,} tokens"
+def _report_left_out(rows: ChatRows, setting: str) -> None:
+    """Print one line about the examples that are too long, from the first process."""
+    lengths = rows.store.lengths
+    limit = rows.settings.length
+    too_long = np.flatnonzero(lengths > limit)
+    if len(too_long) and first_process():
+        first = too_long[0]
+        left_out = f"left out {len(too_long):,} of {len(lengths):,} examples of {setting}"
+        message = f"{left_out}, which are longer than length={limit}; the first is number {first + 1}"
+        message += f", with {lengths[first]:,} tokens"
         Console(stderr=True).print(message, markup=False, highlight=False, soft_wrap=True)

@@ -1,21 +1,20 @@
-"""The Trainer: optimiser, schedule, accumulation, averages, metrics and exact resume, for any stage and any number of
-processes.
+"""The Trainer: optimiser, schedule, accumulation, averages, metrics and exact resume, for any stage.
 
-For: running a `Stage` (what is learnt from, and its loss) under accelerate: one process, DDP or FSDP2, as
-`accelerate launch` says. Not for: noise and losses (`masked`), data (`data`), files of a checkpoint (`checkpoints`).
+For: running a `Stage` (its data and its loss) under accelerate: one process, DDP or FSDP2. Not for: noise and losses
+(`masked`, `objectives`), data (`data`), files of a checkpoint (`checkpoints`).
 
-Everything is a function of the settings and the step: schedule, data order, noise. So a checkpoint holds weights,
-optimiser, averages and the step, and a run that is killed goes on bit for bit (on a CPU, with as many threads).
+Schedule, data order and noise are functions of the settings and the step. So a checkpoint holds weights, optimiser,
+averages and the step, and a killed run resumes bit for bit (on a CPU, with the same number of threads).
 """
 
-import json
 import math
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import FrameType
 from typing import Any, Protocol
 
@@ -24,256 +23,323 @@ from accelerate.state import AcceleratorState
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from diffucoder.errors import ConfigError
+from diffucoder.files import append_jsonl
 from diffucoder.models.denoiser import Denoiser
 from diffucoder.training import checkpoints
-from diffucoder.training.kernels import training_kernels
-from diffucoder.training.processes import reshard, shares, start
+from diffucoder.training.processes import reshard, rows_of_process, start_accelerator
 from diffucoder.training.settings import TrainSettings
 
-Figures = dict[str, float]
+Figures = Mapping[str, tuple[Tensor | float, float]]
+"""What to log: for each name the sum over some items, and their number. The log has the mean."""
+_Sums = dict[str, tuple[Tensor, float]]
 
 
 @dataclass(frozen=True)
-class Micro:
+class MicroBatch:
     """What one forward pass trains on; stages add their tensors."""
 
-    count: float  # this micro-batch's share of the divisor of the step's loss
+    count: float  # this micro-batch's part of the divisor of the step's loss
     tokens: int  # positions the model sees, padding included
 
 
 @dataclass(frozen=True)
-class Terms:
-    """What a micro-batch adds: a loss still to be divided by the step's count, and (sum, number) of logged means."""
+class Batch:
+    """What one optimiser step trains on, in one process."""
 
-    loss: Tensor | None  # None: an evaluation without one
-    figures: Mapping[str, tuple[Tensor, int]]
+    micro_batches: Sequence[Any]  # Any: the stage's own MicroBatch
+    figures: Figures = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Terms:
+    """What a micro-batch adds to its step: a loss, which is still to be divided by the step's count, and figures."""
+
+    loss: Tensor
+    figures: Figures
 
 
 class Stage(Protocol):
-    """What is trained on. `shares` are one process's rows of the step, a range for each micro-batch."""
+    """What a Trainer trains on. `shares` are the rows of a step of this process, a range for each micro-batch."""
 
     held_out_rows: int
-    stride: int  # steps between which a checkpoint may be cut
     shown: tuple[str, ...]  # figures in the progress bar, beside the loss
 
-    def begin(self) -> dict[str, Tensor]: ...  # once, before a checkpoint is read: tensors that checkpoints shall hold
+    def begin(self) -> dict[str, Tensor]:
+        """Called once, before a checkpoint is read. Returns the tensors of its own that a checkpoint must hold."""
 
-    def prepare(self, step: int, shares: Sequence[range]) -> Sequence[Any]: ...  # Any: the stage's own Micro
+    def batches(self, step: int, shares: Sequence[range]) -> Iterator[Batch]:
+        """The batches of the next steps, beginning with `step`; checkpoints are written only after the last of them."""
 
-    def held_out(self, model: nn.Module, shares: Sequence[range]) -> Iterable[tuple[float, Terms]]: ...  # with counts
+    def loss(self, model: nn.Module, micro: Any) -> Terms:
+        """The loss of a micro-batch, and what to log of it."""
 
-    def loss(self, model: nn.Module, micro: Any) -> Terms: ...
+    def held_out(self, model: nn.Module, shares: Sequence[range]) -> Iterable[Figures]:
+        """Figures of the held-out rows, of which `shares` are this process's."""
 
 
 class Trainer:
     """Trains `model` in place on `stage`; `train` returns when all steps are done."""
 
     def __init__(self, model: Denoiser, stage: Stage, settings: TrainSettings) -> None:
-        """Claim the run folder and find the checkpoint to go on from. ConfigError where settings do not fit."""
-        self.settings, self.stage, self.step = settings, stage, 0
-        self.accelerator = start(settings)
-        self._shares = shares(settings, self.accelerator)
-        checkpoints.claim(settings, write=self.accelerator.is_main_process)  # all look, so that all refuse
+        """Open the run folder and load its newest checkpoint. ConfigError if the settings do not fit."""
+        self.settings = settings
+        self.stage = stage
+        self.step = 0
+        self.accelerator = start_accelerator(settings)
+        self._shares = rows_of_process(settings, self.accelerator)
+        checkpoints.open_run_folder(settings, write=self.accelerator.is_main_process)
         self.accelerator.wait_for_everyone()
         model.train()
         if settings.gradient_checkpointing:
             enable = getattr(model.model, "activation_checkpointing_enable", None)  # its name from transformers 5.20 on
             (enable or model.model.gradient_checkpointing_enable)({"use_reentrant": False})
         self.model, self.optimizer = self.accelerator.prepare(model, _optimizer(model, settings))
-        self.average = {n: p.detach().clone() for n, p in self._trained()} if settings.ema else {}
-        self._kept = stage.begin()
-        self._signal, self._stopping = 0, False  # what this process was sent, what all of them agreed on
-        self._window: dict[str, list[float]] = {}
+        self.average: dict[str, Tensor] = {}
+        if settings.ema:
+            self.average = copy_of_trained(self._whole_model())
+        self._state = checkpoints.State(self.model, self.optimizer.optimizer, self.average, stage.begin())
+        self._signal: int = 0  # the signal that this process received
+        self._stopping = False  # whether any process received one
+        self._window: dict[str, list[float]] = defaultdict(list)  # figures since the last line of the log
         self._logged_at = time.monotonic()
         if settings.resume:
-            self.step = checkpoints.load_newest(settings.run, self._state(), self.accelerator)
+            self.step = checkpoints.load_newest(settings.run, self._state, self.accelerator)
 
     def train(self) -> Denoiser:
-        """Run the remaining steps. Returns the trained model, averaged where `ema` says so.
+        """Run the remaining steps. Returns the trained model, averaged if `ema` is set.
 
-        SIGINT and SIGTERM end the step at hand, write a checkpoint and raise SystemExit.
+        On SIGINT and SIGTERM the step at hand is finished, a checkpoint written, and SystemExit raised.
         """
         settings = self.settings
         self.accelerator.init_trackers("diffucoder", config={name: str(value) for name, value in settings})
-        with _signals(self), self._progress() as show:
+        with _stop_on_signals(self), self._progress_bar() as bar:
+            task = bar.add_task(settings.run.name, total=settings.steps, completed=self.step)
             while self.step < settings.steps:
-                figures = self._train_step()
-                self.step += 1
-                show(figures)
-                self._log(figures)
-                stopping = self._stopping and self.step % self.stage.stride == 0
-                if stopping or self.step % settings.save_every == 0 or self.step == settings.steps:
-                    checkpoints.save(settings.run, self.step, self._state(), self.accelerator, keep=settings.keep)
-                if stopping:
-                    message = f"stopped at step {self.step} of {settings.steps}; go on with --resume"
+                for batch in self.stage.batches(self.step, self._shares):
+                    figures = self._train_step(batch)
+                    self.step += 1
+                    shown = " ".join(f"{name} {figures[name]:.3f}" for name in ("loss", *self.stage.shown))
+                    bar.update(task, completed=self.step, description=f"{settings.run.name} {shown}")
+                    self._log(figures)
+                if self._stopping or self.step % settings.save_every == 0 or self.step == settings.steps:
+                    checkpoints.save(settings.run, self.step, self._state, self.accelerator, keep=settings.keep)
+                if self._stopping:
+                    message = f"stopped at step {self.step} of {settings.steps}; continue with --resume"
                     Console(stderr=True).print(message, soft_wrap=True)
                     raise SystemExit(128 + (self._signal or signal.SIGTERM))
-        model: Denoiser = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
-        self._swap_averages()
+        model = self._whole_model()
+        swap_trained(model, self.average)
         return model
 
-    def _train_step(self) -> Figures:
-        settings, accelerator = self.settings, self.accelerator
+    def _train_step(self, batch: Batch) -> dict[str, float]:
+        """Learn from one batch and return the figures of the step."""
+        settings = self.settings
+        accelerator = self.accelerator
         for group in self.optimizer.param_groups:
             group["lr"] = settings.lr * schedule(self.step, settings)
-        micros = self.stage.prepare(self.step, self._shares)
-        # One sum over the processes tells the divisor, the tokens seen, and whether any process was asked to stop
-        count, tokens, signals = self._sum([sum(m.count for m in micros), sum(m.tokens for m in micros), self._signal])
+        micros = batch.micro_batches
+        # one message between the processes: the divisor, the tokens seen, and whether anyone was told to stop
+        count, tokens, signals = self._sum(
+            [sum(micro.count for micro in micros), sum(micro.tokens for micro in micros), self._signal]
+        )
         self._stopping |= signals > 0
-        sums: dict[str, Tensor] = {}
-        for at, micro in enumerate(micros):
-            wait = accelerator.no_sync(self.model) if at < len(micros) - 1 else nullcontext()
+        sums: _Sums = {}
+        self._add(sums, batch.figures)
+        for number, micro in enumerate(micros, start=1):
+            wait = accelerator.no_sync(self.model) if number < len(micros) else nullcontext()
             with wait, training_kernels(accelerator.device, bf16=settings.bf16):
                 terms = self.stage.loss(self.model, micro)
                 # gradients are averaged over processes, the loss is a sum over them
                 accelerator.backward(terms.loss * (accelerator.num_processes / max(count, 1)))
-            _add(sums, terms)
+            self._add(sums, {"loss": (terms.loss, micro.count), **terms.figures})
         norm = float(accelerator.clip_grad_norm_(self.model.parameters(), settings.clip))
         if not math.isfinite(norm):  # before it spoils the weights, which the next checkpoint would keep
-            raise ConfigError(f"grad_norm={norm} in step {self.step + 1}; begin anew below lr={settings.lr}")
+            raise ConfigError(f"grad_norm={norm} in step {self.step + 1}; start again with less than lr={settings.lr}")
         self.optimizer.step()
         self.optimizer.zero_grad()
-        decay = min(settings.ema, (self.step + 1) / (self.step + 11))
-        for name, parameter in self._trained() if settings.ema else ():
-            self.average[name].lerp_(parameter.detach(), 1 - decay)
-        return self._means(sums, count) | {"grad_norm": norm, "tokens": tokens}
+        self._update_average()
+        return self._means(sums) | {"grad_norm": norm, "tokens": tokens}
 
-    def held_out_loss(self) -> Figures:
-        """The stage's held-out figures, of the averaged weights if there are any and with the same noise every time."""
-        batch, rows = self.settings.batch, self.stage.held_out_rows
-        shares = [range(at + s.start, at + s.stop) for at in range(0, rows, batch) for s in self._shares]
+    def _update_average(self) -> None:
+        decay = min(self.settings.ema, (self.step + 1) / (self.step + 11))  # less at first, when weights change much
+        if self.average:
+            for name, parameter in trained_parameters(self._whole_model()):
+                self.average[name].lerp_(parameter.detach(), 1 - decay)
+
+    def evaluate(self) -> dict[str, float]:
+        """The stage's held-out figures: of the averaged weights if there are any, and always with the same noise."""
+        shares = [
+            range(first + share.start, first + share.stop)
+            for first in range(0, self.stage.held_out_rows, self.settings.batch)
+            for share in self._shares
+        ]
         if not shares:
             return {}
-        sums: dict[str, Tensor] = {}
-        divisor = 0.0
+        sums: _Sums = {}
         self.model.eval()
-        self._swap_averages()
+        swap_trained(self._whole_model(), self.average)
         with torch.no_grad():
-            for count, terms in self.stage.held_out(self.model, shares):
-                _add(sums, terms)
-                divisor += count
+            for figures in self.stage.held_out(self.model, shares):
+                self._add(sums, figures)
         reshard(self.model)
-        self._swap_averages()
+        swap_trained(self._whole_model(), self.average)
         self.model.train()
-        return {f"held_out_{name}": value for name, value in self._means(sums, *self._sum([divisor])).items()}
-
-    def _trained(self) -> Iterator[tuple[str, Tensor]]:
-        model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
-        return ((name, p) for name, p in model.named_parameters() if p.requires_grad)
-
-    @torch.no_grad()
-    def _swap_averages(self) -> None:
-        """Put the averaged weights where the trained ones are, and those into `average`; nothing without averages."""
-        for name, parameter in self._trained() if self.average else ():
-            trained = parameter.detach().clone()
-            parameter.copy_(self.average[name])
-            self.average[name].copy_(trained)
-
-    def _sum(self, values: Sequence[float]) -> list[float]:
-        """Sums over the processes."""
-        local = torch.tensor(values, dtype=torch.float32, device=self.accelerator.device)
-        return [float(value) for value in self.accelerator.reduce(local, "sum").tolist()]
-
-    def _means(self, sums: Mapping[str, Tensor], divisor: float) -> Figures:
-        """Means over the step: the loss by its divisor, every other figure by its own number of items."""
-        flat = torch.stack([sums[name] for name in sums]).flatten().tolist() if sums else []  # one look at the device
-        total = self._sum(flat)
-        pairs = {name: (total[2 * at], total[2 * at + 1]) for at, name in enumerate(sums)}
-        loss = {"loss": pairs.pop("loss")[0] / max(divisor, 1)} if "loss" in pairs else {}
-        return loss | {name: value / max(number, 1) for name, (value, number) in pairs.items()}
-
-    def _log(self, figures: Figures) -> None:
-        """Add up figures, and write their means every `log_every` steps."""
-        settings = self.settings
-        for name, value in figures.items():
-            self._window.setdefault(name, []).append(value)
-        last = self.step == settings.steps
-        evaluate = last or (settings.evaluate_every and self.step % settings.evaluate_every == 0)
-        if not (last or evaluate or self.step % settings.log_every == 0):
-            return
-        now = time.monotonic()
-        tokens = self._window.pop("tokens")
-        line = {name: sum(values) / len(values) for name, values in self._window.items()}
-        line |= {"lr": settings.lr * schedule(self.step - 1, settings), "tokens": sum(tokens)}
-        line |= {"tokens_per_second": sum(tokens) / (now - self._logged_at)}
-        if evaluate:
-            line |= self.held_out_loss()
-        self._window, self._logged_at = {}, time.monotonic()
-        self.accelerator.log(line, step=self.step)
-        if self.accelerator.is_main_process:
-            with (settings.run / "metrics.jsonl").open("a", encoding="utf-8") as file:
-                file.write(json.dumps({"step": self.step, **{k: round(v, 6) for k, v in line.items()}}) + "\n")
+        return {f"held_out_{name}": value for name, value in self._means(sums).items()}
 
     def close(self) -> None:
-        """End trackers and process group; another Trainer may then begin in this process, with other settings."""
+        """End trackers and process group; another Trainer may then start in this process, with other settings."""
         self.accelerator.end_training()
         AcceleratorState._reset_state(reset_partial_state=True)
 
-    def _state(self) -> checkpoints.State:
-        return checkpoints.State(self.model, self.optimizer.optimizer, self.average, self._kept)
+    def _whole_model(self) -> Denoiser:
+        """The model without what accelerate put around it."""
+        model: Denoiser = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        return model
 
-    @contextmanager
-    def _progress(self) -> Iterator[Callable[[Figures], None]]:
-        """A bar on a terminal, shown by the first process; elsewhere metrics.jsonl tells."""
-        name = self.settings.run.name
-        count = TextColumn("{task.completed}/{task.total}")
+    def _sum(self, values: Sequence[float]) -> list[float]:
+        """Sums over the processes, exact for counts: in float64 on every device that has it."""
+        device = self.accelerator.device
+        dtype = torch.float32 if device.type == "mps" else torch.float64
+        total = self.accelerator.reduce(torch.tensor(values, dtype=dtype, device=device), "sum")
+        return [float(value) for value in total.tolist()]
+
+    def _add(self, sums: _Sums, figures: Figures) -> None:
+        """Add figures to the sums of a step, which stay on the device until it is over."""
+        for name, (value, number) in figures.items():
+            value = torch.as_tensor(value, dtype=torch.float32, device=self.accelerator.device).detach()
+            if name in sums:
+                value = sums[name][0] + value
+                number = sums[name][1] + number
+            sums[name] = (value, number)
+
+    def _means(self, sums: _Sums) -> dict[str, float]:
+        """The mean of each figure over all processes."""
+        if not sums:
+            return {}
+        values, numbers = zip(*sums.values(), strict=True)
+        totals = self._sum([*torch.stack(values).tolist(), *numbers])  # one device synchronisation
+        return {name: totals[at] / max(totals[len(sums) + at], 1) for at, name in enumerate(sums)}
+
+    def _log(self, figures: Mapping[str, float]) -> None:
+        """Keep the figures of a step, and write their means every `log_every` steps; evaluate when it is due."""
+        settings = self.settings
+        for name, value in figures.items():
+            self._window[name].append(value)
+        last = self.step == settings.steps
+        evaluate = last or (settings.evaluate_every and self.step % settings.evaluate_every == 0)
+        if not evaluate and self.step % settings.log_every:
+            return
+        seconds = time.monotonic() - self._logged_at
+        tokens = sum(self._window.pop("tokens"))
+        line = {name: sum(values) / len(values) for name, values in self._window.items()}
+        line["lr"] = settings.lr * schedule(self.step - 1, settings)
+        line["tokens"] = tokens
+        line["tokens_per_second"] = tokens / seconds
+        if evaluate:
+            line |= self.evaluate()
+        self._window.clear()
+        self._logged_at = time.monotonic()
+        self.accelerator.log(line, step=self.step)
+        if self.accelerator.is_main_process:
+            rounded = {name: round(value, 6) for name, value in line.items()}
+            append_jsonl(settings.run / "metrics.jsonl", [{"step": self.step, **rounded}])
+
+    def _progress_bar(self) -> Progress:
+        """Drawn on the terminal of the first process; elsewhere there is only metrics.jsonl."""
         console = Console(stderr=True)
-        shown = self.accelerator.is_main_process and console.is_terminal
+        count = TextColumn("{task.completed}/{task.total}")
         columns = (TextColumn("{task.description}"), BarColumn(), count, TimeRemainingColumn())
-        with Progress(*columns, console=console, disable=not shown) as bar:
-            task = bar.add_task(name, total=self.settings.steps, completed=self.step)
-
-            def show(figures: Figures) -> None:
-                told = " ".join(f"{each} {figures[each]:.3f}" for each in ("loss", *self.stage.shown))
-                bar.update(task, completed=self.step, description=f"{name} {told}")
-
-            yield show
+        hidden = not (self.accelerator.is_main_process and console.is_terminal)
+        return Progress(*columns, console=console, disable=hidden)
 
 
 def schedule(step: int, settings: TrainSettings) -> float:
     """Share of the peak learning rate at `step`: linear warm-up, then a cosine down to `final_lr` at the end."""
-    warmup = settings.warmup if settings.warmup >= 1 else settings.warmup * settings.steps
+    warmup = settings.warmup
+    if warmup < 1:
+        warmup *= settings.steps
     if step < warmup:
         return min(1.0, (step + 1) / warmup)
     done = (step - warmup) / max(1.0, settings.steps - warmup)
     return settings.final_lr + (1 - settings.final_lr) * 0.5 * (1 + math.cos(math.pi * done))
 
 
+# --- trained weights -------------------------------------------------------------------------------------------------
+
+
+def trained_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """Names and parameters that are trained: all of them, or the adapters alone."""
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            yield name, parameter
+
+
+def copy_of_trained(model: nn.Module) -> dict[str, Tensor]:
+    """A copy of the trained weights as they are now."""
+    return {name: parameter.detach().clone() for name, parameter in trained_parameters(model)}
+
+
+@torch.no_grad()
+def swap_trained(model: nn.Module, other: dict[str, Tensor]) -> None:
+    """Exchange the trained weights with `other`, in place; nothing happens if `other` is empty."""
+    for name, parameter in trained_parameters(model):
+        if name in other:
+            current = parameter.detach().clone()
+            parameter.copy_(other[name])
+            other[name].copy_(current)
+
+
 def _optimizer(model: Denoiser, settings: TrainSettings) -> torch.optim.AdamW:
     """AdamW that decays matrices only."""
-    trained = [p for p in model.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in trained if p.ndim > 1], "weight_decay": settings.weight_decay},
-        {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW([g for g in groups if g["params"]], lr=settings.lr, betas=settings.betas, fused=True)
+    matrices: list[nn.Parameter] = []
+    others: list[nn.Parameter] = []
+    for _, parameter in trained_parameters(model):
+        (matrices if parameter.ndim > 1 else others).append(parameter)
+    groups = [{"params": matrices, "weight_decay": settings.weight_decay}, {"params": others, "weight_decay": 0.0}]
+    groups = [group for group in groups if group["params"]]
+    return torch.optim.AdamW(groups, lr=settings.lr, betas=settings.betas, fused=True)
+
+
+# --- around a step ---------------------------------------------------------------------------------------------------
 
 
 @contextmanager
-def _signals(trainer: Trainer) -> Iterator[None]:
-    """SIGINT and SIGTERM become a wish that the loop sees; a second one ends the process as ever."""
+def training_kernels(device: torch.device, *, bf16: bool) -> Iterator[None]:
+    """Attend by plain products of bfloat16 on a CPU; elsewhere torch's choice, flash attention, is the fastest.
 
-    def wish(number: int, _frame: FrameType | None) -> None:
+    Up to 512 positions they take half the time of the flash kernel (benchmarks/results/training.md), if torch is told
+    not to widen them to float32.
+    """
+    if device.type != "cpu" or not bf16:
+        yield
+        return
+    flags = torch.backends.cuda  # the flag is for every device, whatever its name
+    before = flags.fp16_bf16_reduction_math_sdp_allowed()  # type: ignore[no-untyped-call]  # torch leaves it untyped
+    flags.allow_fp16_bf16_reduction_math_sdp(True)
+    try:
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
+    finally:
+        flags.allow_fp16_bf16_reduction_math_sdp(before)
+
+
+@contextmanager
+def _stop_on_signals(trainer: Trainer) -> Iterator[None]:
+    """SIGINT and SIGTERM ask the trainer to stop after its step; a second one ends the process as usual."""
+    handlers: dict[int, Any] = {}  # Any: whatever handler was there
+
+    def request_stop(number: int, _frame: FrameType | None) -> None:
         trainer._signal = number
-        signal.signal(number, before[number])
+        signal.signal(number, handlers[number])
 
-    before: dict[int, Any] = {}  # Any: whatever handler was there
     if threading.current_thread() is threading.main_thread():
-        before = {number: signal.signal(number, wish) for number in (signal.SIGINT, signal.SIGTERM)}
+        for stop in (signal.SIGINT, signal.SIGTERM):
+            handlers[stop] = signal.signal(stop, request_stop)
     try:
         yield
     finally:
-        for number, handler in before.items():
+        for number, handler in handlers.items():
             signal.signal(number, handler)
-
-
-def _add(sums: dict[str, Tensor], terms: Terms) -> None:
-    """Add the (sum, number) pairs of a micro-batch to those of the step: (2,) float32 each."""
-    pairs = dict(terms.figures)
-    if terms.loss is not None:
-        pairs["loss"] = (terms.loss.detach(), 1)
-    for name, (value, number) in pairs.items():
-        pair = torch.stack([value.float(), torch.full_like(value, number, dtype=torch.float32)])
-        sums[name] = sums[name] + pair if name in sums else pair

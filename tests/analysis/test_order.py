@@ -1,7 +1,8 @@
 """Figures of the order of generation: the published vectors, a slow obvious implementation, models of a known order."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from collections.abc import Sequence as Sequences
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,21 +13,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from diffucoder import Canvas, DecodingParams, Denoiser, DiffuCoder
-from diffucoder.analysis.order import (
-    GLOBAL,
-    LOCAL,
-    Answer,
-    Conventions,
-    Run,
-    analyse,
-    ar_ness,
-    labelled,
-    mean_map,
-    read_runs,
-    token_classes,
-)
-from diffucoder.decoding.denoise import Step, denoise
-from diffucoder.decoding.trace import Trace, record, write_traces
+from diffucoder.analysis.order import analyse, mean_map
+from diffucoder.analysis.runs import GLOBAL, LOCAL, Answer, Run, ar_ness, labelled, read_runs
+from diffucoder.analysis.settings import Conventions
+from diffucoder.analysis.tokens import token_classes
+from diffucoder.decoding.step import Sequence, Step, decode, denoise
+from diffucoder.decoding.trace import Trace, write_traces
 from diffucoder.errors import ConfigError
 from diffucoder.tokenizer import Tokenizer
 from recipes.tiny.problems import problems
@@ -40,7 +32,7 @@ CONVENTIONS = st.builds(
 )
 
 
-def obvious(steps: Sequence[int], sure: Sequence[float], how: Conventions) -> tuple[list[float], list[float]]:
+def obvious(steps: Sequences[int], sure: Sequences[float], how: Conventions) -> tuple[list[float], list[float]]:
     """AR-ness as the paper defines it, commitment by commitment, with sets and no cleverness."""
     committed = [at for at, step in enumerate(steps) if step >= 0]
     if how.several == "surest_first":
@@ -121,21 +113,34 @@ def tokenizer(train_tokenizer: Callable[..., None], tmp_path_factory: pytest.Tem
     return Tokenizer.load(folder)
 
 
-class Known(torch.nn.Module):
+class Known:
     """A model that writes `text` and is surest where `sureness` is highest: its order is known beforehand."""
 
+    first_scorable = 0
+    device = torch.device("cpu")
+    dtype = torch.float32
+
     def __init__(self, tokenizer: Tokenizer, first: int, text: str, sureness: Callable[[int], float]) -> None:
-        super().__init__()
-        self.mask_id, self.vocab_size, self.proposable = tokenizer.mask_id, tokenizer.vocab_size, tokenizer.vocab_size
-        self.compiled, self.max_length, self.device, self.dtype = False, 512, torch.device("cpu"), torch.float32
+        self.mask_id = tokenizer.mask_id
         self.scores = torch.zeros(512, tokenizer.vocab_size)
         ids = [*tokenizer.encode(text), min(tokenizer.terminator_ids)]
         self.length = len(ids)
         for at, token in enumerate(ids):
             self.scores[first + at, token] = 8 + sureness(at)
 
-    def forward(self, tokens: torch.Tensor, *, rows: torch.Tensor, reduce: Any, **_: Any) -> Any:
-        return reduce(self.scores[rows[:, 1]], slice(None))
+    def scorable(self, fed: torch.Tensor) -> torch.Tensor:
+        return fed
+
+    def score(self, tokens: torch.Tensor, *, wanted: torch.Tensor, reduce: Any, **_: Any) -> Any:
+        return reduce(self.scores[wanted[:, 1]], slice(0, len(wanted)))
+
+
+def traces_of(model: Any, canvas: Canvas, params: DecodingParams, entropies: int = 0, name: str = "") -> list[Trace]:
+    """The trace of each row of a canvas."""
+    sequences = [Sequence(canvas, params, row=row, entropies=entropies) for row in range(len(canvas.tokens))]
+    for _ in decode(model, sequences):
+        pass
+    return [sequence.trace(name) for sequence in sequences]
 
 
 TEXT = "def f(x):\n    return x + 1  # one more\n"
@@ -151,7 +156,7 @@ def known(tokenizer: Tokenizer, sureness: Callable[[int], float], *, steps: int 
         terminators=tuple(tokenizer.terminator_ids),
     )
     params = DecodingParams(policy="max_prob", steps=steps)
-    [trace] = record(denoise(model, canvas, params, entropies=99), canvas, params=params, model="known")
+    [trace] = traces_of(model, canvas, params, entropies=99, name="known")
     return Answer.of(trace, tokenizer, task="known")
 
 
@@ -199,9 +204,9 @@ def test_traces_with_entropies_and_revisions_are_written_and_read(tokenizer: Tok
 def test_revisions_are_recorded_with_what_stood_there(causal_lm: Callable[..., Any]) -> None:
     model = Denoiser.from_causal_lm(causal_lm(), mask_id=66)
     canvas = Canvas.from_prompts(torch.tensor([[5, 6], [7, 8]]), new_tokens=24, mask_id=66)
-    params = DecodingParams(adaptive=True, revoke=0.6, policy="max_prob", steps=4)
+    params = DecodingParams(threshold=0.3, revoke=0.6, policy="max_prob", steps=4)
     steps: list[Step] = list(denoise(model, canvas, params))
-    traces = record(steps, canvas, params=params)
+    traces = traces_of(model, canvas, params)
     taken_back = [(s.index, *at) for s in steps if s.revoked is not None for at in s.revoked.nonzero().tolist()]
     assert taken_back, "a test of revisions needs some"
     found = [(step, row, at + 2) for row, trace in enumerate(traces) for at, _, _, step in trace.revoked]
@@ -219,7 +224,7 @@ def test_an_unshifted_model_is_analysed_like_any(causal_lm: Callable[..., Any], 
     model = Denoiser.from_causal_lm(causal_lm(), mask_id=66, shifted=False)
     canvas = Canvas.from_prompts(torch.tensor([[5, 6, 7]]), new_tokens=12, mask_id=66)
     params = DecodingParams(policy=policy)
-    [trace] = record(denoise(model, canvas, params, entropies=12), canvas, params=params)
+    [trace] = traces_of(model, canvas, params, entropies=12)
     assert ar_ness(trace.steps, Conventions()) == obvious(trace.steps, [], Conventions())
     logits = model(canvas.tokens)[0, 3:].detach()  # (12, V)
     logits[:, 66] = -torch.inf
@@ -230,7 +235,7 @@ def test_an_unshifted_model_is_analysed_like_any(causal_lm: Callable[..., Any], 
 def test_recording_entropies_changes_nothing_else(causal_lm: Callable[..., Any]) -> None:
     model = Denoiser.from_causal_lm(causal_lm(), mask_id=66)
     canvas = Canvas.from_prompts(torch.tensor([[5, 6], [7, 8]]), new_tokens=12, mask_id=66)
-    several = [{}, {"drafts": 3}, {"branches": 2, "threshold": 0.5}, {"block": 4, "cache": "dual"}, {"horizon": 6}]
+    several = [{}, {"threshold": 0.5}, {"block": 4, "cache": "dual"}, {"cache": "delayed"}]
     for changes in several:
         params = DecodingParams(temperature=0.8, **changes)  # type: ignore[arg-type]
         plain, told = (list(denoise(model, canvas, params, entropies=n)) for n in (0, 3))

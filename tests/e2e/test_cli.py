@@ -4,6 +4,7 @@ A process that loads torch takes seconds, so most tests call `main` in this one;
 """
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 import tokenizers
 from commands import Run, assert_refused, process
 
+from diffucoder.decoding.params import DecodingParams
 from diffucoder.decoding.trace import read_traces
 from diffucoder.models.hub import KNOWN_MODELS, SHIPPED
 
@@ -82,6 +84,27 @@ def test_the_trace_can_be_read_back(cli: Run, tmp_path: Path) -> None:
     assert (trace.model, trace.params["steps"], trace.forward_passes) == ("tiny", 4, result["forward_passes"])
 
 
+def test_the_preset_fast_fills_in_the_options_that_are_not_given(cli: Run, tmp_path: Path) -> None:
+    path = tmp_path / "trace.jsonl"
+    arguments = ("generate", REQUEST, "--new-tokens", 8, "--dtype", "float32", "--preset", "fast", "--trace", path)
+    assert cli(*arguments).code == 0
+    params = read_traces(path)[0].params
+    assert (params["entropy_bound"], params["cache"]) == (0.01, "delayed")
+    assert cli(*arguments, "--threshold", 0.5, "--cache", "none").code == 0
+    params = read_traces(path)[0].params
+    assert (params["entropy_bound"], params["threshold"], params["cache"]) == (None, 0.5, "none")
+
+
+@pytest.mark.parametrize("command", ["generate", "evaluate", "order"])
+def test_help_has_each_decoding_setting_once_with_its_default(cli: Run, command: str) -> None:
+    code, out, _ = cli(command, "--help")
+    assert code == 0
+    options = re.findall(r"^  (--[a-z-]+)", out, re.MULTILINE)
+    assert len(options) == len(set(options))
+    assert set(options) >= {f"--{name.replace('_', '-')}" for name in DecodingParams.model_fields}
+    assert "[default: exact]" in " ".join(out.split())
+
+
 def test_watching_without_a_terminal_leaves_the_answer_alone(cli: Run) -> None:
     plain, watched = cli("generate", REQUEST, *QUICK), cli("generate", REQUEST, *QUICK, "--watch")
     assert (watched.code, watched.out) == (0, plain.out)
@@ -133,7 +156,7 @@ def test_chat_forgets_rather_than_outgrow_the_context(cli: Run) -> None:
     lines = f"{REQUEST * 10}\n" * 2
     outcome = cli("chat", "--new-tokens", 280, "--steps", 1, "--dtype", "float32", stdin=lines)
     assert outcome.code == 0
-    assert outcome.err == "(the conversation outgrew the model's context; starting anew)\n"
+    assert outcome.err == "(the conversation outgrew the model's context; starting again)\n"
 
 
 def test_models_lists_what_is_here_and_what_can_be_fetched_with_licences(cli: Run) -> None:
@@ -176,7 +199,7 @@ def test_bench_prints_figures_for_people_and_for_programs(cli: Run) -> None:
         (["--num-samples", 0], ["num_samples=0"]),
         (["--seed", -1], ["seed=-1"]),
         (["--stop", ""], ["stop.0=''"]),
-        (["--dtype", "int3"], ["dtype='int3' is not known; use one of float32, bfloat16, float16, int8"]),
+        (["--dtype", "int3"], ["dtype='int3' is not known; use one of float32, bfloat16, float16"]),
         (["--device", "abacus"], ["device='abacus' is not on this machine; use 'cpu'"]),
         (["--device", "meta"], ["device='meta' is not on this machine"]),
         (["--model", "nobody"], ["model 'nobody' is not a folder", "cpgrpo"]),

@@ -17,7 +17,7 @@ from typing import Any
 import httpx
 import pytest
 import yaml
-from serving import serving
+from serving import PATIENCE, post, serving, stream
 
 ADDRESS = "http://127.0.0.1:8000"
 PAGE = (Path(__file__).parents[2] / "docs" / "editors.md").read_text(encoding="utf-8")
@@ -43,7 +43,7 @@ def outputs(section: str, server: str, **environment: str) -> list[str]:
     for line in block(section, "bash").replace(ADDRESS, server).splitlines():
         if not line.startswith("#"):
             env = {**os.environ, "PATH": path, **environment}
-            ended = subprocess.run(["bash", "-c", line], env=env, capture_output=True, text=True, timeout=120)
+            ended = subprocess.run(["bash", "-c", line], env=env, capture_output=True, text=True, timeout=PATIENCE)
             assert ended.returncode == 0, ended.stderr
             printed.append(ended.stdout)
     return printed
@@ -51,14 +51,14 @@ def outputs(section: str, server: str, **environment: str) -> list[str]:
 
 def asked(url: str, body: Json) -> Any:
     """The answer to a request that is taken."""
-    answer = httpx.post(url, json=body, timeout=120)
+    answer = post(url, json=body)
     assert answer.status_code == 200, answer.text
     return answer.json()
 
 
 def chunks(url: str, body: Json) -> list[Json]:
     """The events of a stream, as plug-ins read them: every line of data but the last is JSON."""
-    with httpx.stream("POST", url, json=body, timeout=120) as answer:
+    with stream(url, body) as answer:
         lines = [line.removeprefix("data: ") for line in answer.iter_lines() if line]
     assert lines.pop() == "[DONE]"
     return [json.loads(line) for line in lines]
@@ -182,7 +182,7 @@ def test_a_long_file_is_cut_to_what_the_model_reads(server: str) -> None:
     ids=["lora", "twice", "min_p"],
 )
 def test_what_would_change_the_answer_is_refused_by_name(server: str, path: str, body: Json, said: str) -> None:
-    answer = httpx.post(f"{server}{path}", json=body, timeout=60)
+    answer = post(f"{server}{path}", json=body)
     assert answer.status_code == 400
     assert said in answer.json()["error"]["message"]
 

@@ -5,11 +5,12 @@
 
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
-from serving import serving
+from serving import PATIENCE, figure, serving, stream, wait
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +28,7 @@ def page(browser: Any, url: str) -> Iterator[Any]:
     made.on("console", lambda message: wrong.append(message.text) if message.type in ("error", "warning") else None)
     made.on("pageerror", lambda error: wrong.append(str(error)))
     made.on("request", lambda request: asked.append(request.url))
-    made.set_default_timeout(60_000)
+    made.set_default_timeout(1000 * PATIENCE)
     made.goto(url)
     yield made
     context.close()
@@ -84,7 +85,16 @@ def test_two_settings_side_by_side(page: Any) -> None:
     assert page.locator(".panel").count() == 1
 
 
-def test_the_keyboard_does_it_all(page: Any) -> None:
+@contextmanager
+def busy(url: str) -> Iterator[None]:
+    """Have the server decode something else meanwhile, so that what is asked of it takes seconds."""
+    body = {"prompt": "def f(x):\n", "max_tokens": 400, "n": 8, "stream": True}
+    with stream(f"{url}/v1/completions", body):
+        wait(lambda: figure(url, "running") == 8)
+        yield
+
+
+def test_the_keyboard_does_it_all(page: Any, url: str) -> None:
     page.focus("#text")
     page.keyboard.press("ControlOrMeta+a")
     page.keyboard.type("Given a number, double the number.")
@@ -94,10 +104,11 @@ def test_the_keyboard_does_it_all(page: Any) -> None:
     page.select_option("#colour", "sure")
     page.fill("#text", "Write a function that takes a string and removes the vowels.")
     page.locator("[name=tokens]").fill("256")
-    page.keyboard.press("Control+Enter")
-    page.wait_for_selector(".canvas .token, .canvas .end")
-    page.keyboard.press("Escape")
-    page.wait_for_selector("#status:has-text('stopped')")
+    with busy(url):
+        page.keyboard.press("Control+Enter")
+        page.wait_for_selector(".canvas .token, .canvas .end")
+        page.keyboard.press("Escape")
+        page.wait_for_selector("#status:has-text('stopped')")
 
 
 def test_a_trace_can_be_kept(page: Any, tmp_path: Path) -> None:
@@ -114,6 +125,7 @@ def test_a_trace_can_be_kept(page: Any, tmp_path: Path) -> None:
 
 def test_what_is_wrong_is_said(browser: Any, url: str) -> None:
     page = browser.new_page()
+    page.set_default_timeout(1000 * PATIENCE)
     page.goto(url)
     page.fill("#text", "<|hole|> first")
     page.click("#go")
@@ -124,7 +136,7 @@ def test_what_is_wrong_is_said(browser: Any, url: str) -> None:
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_a_narrow_screen_holds_all(browser: Any, url: str, scheme: str) -> None:
     page = browser.new_page(viewport={"width": 390, "height": 844}, color_scheme=scheme)
-    page.set_default_timeout(60_000)
+    page.set_default_timeout(1000 * PATIENCE)
     page.goto(url)
     page.check("#compare")
     write(page)

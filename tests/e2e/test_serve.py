@@ -2,19 +2,18 @@
 
 import json
 import signal
+import socket
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import httpx
 import openai
 import pytest
 import torch
-from serving import serving
+from serving import PATIENCE, figure, get, post, serving, stream, wait
 
 from diffucoder import DiffuCoder
 
@@ -30,7 +29,7 @@ def server() -> Iterator[str]:
 
 @pytest.fixture(scope="module")
 def client(server: str) -> Iterator[openai.OpenAI]:
-    with openai.OpenAI(base_url=f"{server}/v1", api_key="none", max_retries=0, timeout=60) as made:
+    with openai.OpenAI(base_url=f"{server}/v1", api_key="none", max_retries=0, timeout=PATIENCE) as made:
         yield made
 
 
@@ -111,6 +110,31 @@ def test_a_stream_says_what_the_whole_answer_says(client: openai.OpenAI, more: d
     assert usage.completion_tokens == whole.usage.completion_tokens
 
 
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"suffix": "\n", "max_tokens": 8, "n": 4, "decoding": {"block": 1}},
+        {"suffix": "\n", "n": 3},
+        {"suffix": "\n", "max_tokens": 12, "n": 2, "stop": ["\n"], "decoding": {"preset": "fast"}},
+        {"max_tokens": 16, "n": 3, "decoding": {"revoke": 0.25, "threshold": 0.9}},
+    ],
+    ids=["holes", "lengths", "stop", "revoked"],
+)
+def test_a_streamed_completion_has_the_index_and_text_of_the_whole_one(server: str, more: dict[str, Any]) -> None:
+    body = {"prompt": "def f(x):\n    return", "temperature": 1.5, "seed": 1, **more}
+    whole = post(f"{server}/v1/completions", json=body).json()["choices"]
+    assert len({choice["text"] for choice in whole}) > 1
+    texts, reasons = ["" for _ in whole], {}
+    with stream(f"{server}/v1/completions", {**body, "stream": True}) as answer:
+        for line in answer.iter_lines():
+            if line.startswith("data: {"):
+                for choice in json.loads(line.removeprefix("data: "))["choices"]:
+                    texts[choice["index"]] += choice["text"]
+                    reasons[choice["index"]] = choice["finish_reason"]
+    assert texts == [choice["text"] for choice in whole]
+    assert reasons == {choice["index"]: choice["finish_reason"] for choice in whole}
+
+
 def test_streamed_text_grows_before_the_end(client: openai.OpenAI) -> None:
     stream = client.chat.completions.create(
         model="tiny", messages=CHAT, stream=True, extra_body={"decoding": {"block": 4}}
@@ -122,7 +146,7 @@ def test_streamed_text_grows_before_the_end(client: openai.OpenAI) -> None:
 def test_watchers_are_told_of_every_commitment(server: str) -> None:
     asked = {"messages": CHAT, "stream": True, "stream_options": {"denoise": True}, "decoding": {"threshold": 0.9}}
     told, text = {}, ""
-    with httpx.stream("POST", f"{server}/v1/chat/completions", json=asked, timeout=60) as answer:
+    with stream(f"{server}/v1/chat/completions", asked) as answer:
         for line in answer.iter_lines():
             if not line.startswith("data: {"):
                 continue
@@ -194,7 +218,7 @@ def test_what_cannot_be_is_said(client: openai.OpenAI, asked: dict[str, Any], sa
 
 def test_two_holes_are_filled(server: str) -> None:
     text = "def total(nums):\n    nums = [n for n in nums if <|hole:5|>]\n    return sum(<|hole|>)\n"
-    answer = httpx.post(f"{server}/v1/fill", json={"text": text}, timeout=60).json()
+    answer = post(f"{server}/v1/fill", json={"text": text}).json()
     holes = answer["choices"][0]["holes"]
     assert len(holes) == 2
     assert answer["choices"][0]["text"] == text.replace("<|hole:5|>", holes[0]).replace("<|hole|>", holes[1])
@@ -203,7 +227,7 @@ def test_two_holes_are_filled(server: str) -> None:
 def test_an_edit_keeps_what_is_frozen_and_shows_the_difference(server: str) -> None:
     text = "def double(n):\n    return n + 1\n"
     span = {"start": text.index("n + 1"), "end": len(text) - 1, "tokens": 3}
-    choice = httpx.post(f"{server}/v1/edit", json={"text": text, "spans": [span]}, timeout=60).json()["choices"][0]
+    choice = post(f"{server}/v1/edit", json={"text": text, "spans": [span]}).json()["choices"][0]
     assert choice["text"].startswith("def double(n):\n    return ")
     assert choice["text"].endswith("\n")
     assert choice["diff"] == "" or "-    return n + 1" in choice["diff"]
@@ -223,24 +247,24 @@ def test_llama_cpps_infill(server: str) -> None:
         "samplers": ["top_k", "top_p", "infill"],
         "stream": False,
     }
-    answer = httpx.post(f"{server}/infill", json=asked, timeout=60)
+    answer = post(f"{server}/infill", json=asked)
     assert answer.status_code == 200, answer.text
     assert answer.json()["content"]
     assert answer.json()["tokens_predicted"] in (2, 4)  # the lengths up to 4
-    assert httpx.post(f"{server}/infill", json={**asked, "n_predict": 0}).json()["content"] == ""
+    assert post(f"{server}/infill", json={**asked, "n_predict": 0}).json()["content"] == ""
 
 
 def test_tokens_and_pieces(server: str) -> None:
     asked = {"content": "def f(x):\n    return x", "with_pieces": True}
-    tokens = httpx.post(f"{server}/tokenize", json=asked).json()["tokens"]
+    tokens = post(f"{server}/tokenize", json=asked).json()["tokens"]
     assert "".join(token["piece"] for token in tokens) == asked["content"]
 
 
 def test_state_and_figures(server: str, client: openai.OpenAI) -> None:
     client.chat.completions.create(model="tiny", messages=CHAT, max_tokens=8)
-    assert httpx.get(f"{server}/health").json() == {"status": "ok"}
-    assert httpx.get(f"{server}/ready").status_code == 200
-    told = httpx.get(f"{server}/metrics").text
+    assert get(f"{server}/health").json() == {"status": "ok"}
+    assert get(f"{server}/ready").status_code == 200
+    told = get(f"{server}/metrics").text
     figures = dict(line.rsplit(" ", 1) for line in told.splitlines() if not line.startswith("#"))
     assert float(figures["diffucoder_finished_total"]) >= 1
     assert float(figures["diffucoder_request_seconds_count"]) >= 1
@@ -266,7 +290,7 @@ def test_state_and_figures(server: str, client: openai.OpenAI) -> None:
 )
 def test_bad_bodies_are_refused(server: str, content: bytes, status: int) -> None:
     headers = {"content-type": "application/json"}
-    answer = httpx.post(f"{server}/v1/completions", content=content, headers=headers, timeout=60)
+    answer = post(f"{server}/v1/completions", content=content, headers=headers)
     assert answer.status_code == status, answer.text
     assert answer.json()["error"]["message"]
 
@@ -274,7 +298,7 @@ def test_bad_bodies_are_refused(server: str, content: bytes, status: int) -> Non
 @pytest.mark.parametrize(
     ("content", "sent_as", "said", "param"),
     [
-        (b'{"prompt":"a",', "application/json", "no JSON, from byte", None),
+        (b'{"prompt":"a",', "application/json", "not JSON from byte", None),
         (b'{"prompt":"\xff"}', "application/json", "JSON in UTF-8", None),
         (b'{"prompt":"a"}', "text/plain", "Content-Type: application/json", None),
         (b"", "application/json", "Content-Type: application/json", None),
@@ -285,27 +309,27 @@ def test_bad_bodies_are_refused(server: str, content: bytes, status: int) -> Non
 def test_what_is_wrong_with_a_body_is_told_in_words(
     server: str, content: bytes, sent_as: str, said: str, param: str | None
 ) -> None:
-    answer = httpx.post(f"{server}/v1/completions", content=content, headers={"content-type": sent_as}, timeout=60)
+    answer = post(f"{server}/v1/completions", content=content, headers={"content-type": sent_as})
     error = answer.json()["error"]
     assert (answer.status_code, error["param"]) == (400, param)
     assert said in error["message"]
 
 
 def test_an_edit_without_an_instruction_is_refused(server: str) -> None:
-    answer = httpx.post(f"{server}/v1/edit", json={"text": "x = 1\n", "instruction": ""}, timeout=60)
+    answer = post(f"{server}/v1/edit", json={"text": "x = 1\n", "instruction": ""})
     assert answer.status_code == 400
     assert answer.json()["error"]["param"] == "instruction"
 
 
 def test_a_body_without_a_length_is_cut_off_too(server: str) -> None:
     chunks = (b"x" * 2**16 for _ in range(40))
-    answer = httpx.post(f"{server}/v1/completions", content=chunks, timeout=60)
+    answer = post(f"{server}/v1/completions", content=chunks)
     assert answer.status_code == 413
 
 
 def test_unknown_paths_and_methods(server: str) -> None:
-    assert httpx.get(f"{server}/v1/embeddings").json()["error"]["message"] == "GET /v1/embeddings: Not Found"
-    assert httpx.get(f"{server}/v1/completions").status_code == 405
+    assert get(f"{server}/v1/embeddings").json()["error"]["message"] == "GET /v1/embeddings: Not Found"
+    assert get(f"{server}/v1/completions").status_code == 405
 
 
 def test_no_request_that_can_be_described_breaks_the_server() -> None:
@@ -314,39 +338,32 @@ def test_no_request_that_can_be_described_breaks_the_server() -> None:
     checks = "not_a_server_error,status_code_conformance,content_type_conformance,response_schema_conformance"
     with serving("--set", "new_tokens=8", "--set", "preset=fast", *options) as (url, _):
         command = [str(Path(sys.executable).with_name("st")), "run", f"{url}/openapi.json", "--checks", checks]
-        command += ["--phases", "coverage,fuzzing", "--max-examples", "10", "--seed", "1", "--request-timeout", "20"]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+        command += ["--phases", "coverage,fuzzing", "--max-examples", "10", "--seed", "1", "--request-timeout", "300"]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10 * PATIENCE)
         assert done.returncode == 0, done.stdout
-        assert httpx.get(f"{url}/ready").status_code == 200
+        assert get(f"{url}/ready").status_code == 200
 
 
 # --- the process -----------------------------------------------------------------------------------------------------
 
 
-def figure(url: str, name: str) -> float:
-    told = httpx.get(f"{url}/metrics").text
-    return next(float(line.split()[1]) for line in told.splitlines() if line.startswith(f"diffucoder_{name} "))
-
-
-def wait(condition: Any, seconds: float = 20) -> None:
-    began = time.monotonic()
-    while not condition():
-        assert time.monotonic() - began < seconds
-        time.sleep(0.05)
-
-
 LONG = {"prompt": "def f(x):\n", "max_tokens": 200}
 
 
-@pytest.mark.parametrize("stream", [False, True])
-def test_who_hangs_up_is_forgotten(server: str, stream: bool) -> None:
+@pytest.mark.parametrize("streamed", [False, True])
+def test_who_hangs_up_is_forgotten(server: str, streamed: bool) -> None:
     before = figure(server, "cancelled_total")
-    if stream:
-        with httpx.stream("POST", f"{server}/v1/completions", json={**LONG, "stream": True}, timeout=60):
+    body = {**LONG, "n": 8}  # it takes long
+    if streamed:
+        with stream(f"{server}/v1/completions", {**body, "stream": True}):
             pass  # the answer has begun
     else:
-        with pytest.raises(httpx.ReadTimeout):
-            httpx.post(f"{server}/v1/completions", json=LONG, timeout=0.3)
+        content = json.dumps(body)
+        host, port = server.removeprefix("http://").split(":")
+        with socket.create_connection((host, int(port)), timeout=PATIENCE) as connection:
+            head = f"POST /v1/completions HTTP/1.1\r\nhost: {host}\r\ncontent-type: application/json\r\n"
+            connection.sendall(f"{head}content-length: {len(content)}\r\n\r\n{content}".encode())
+            wait(lambda: figure(server, "running") == 8)
     wait(lambda: figure(server, "cancelled_total") == before + 1)
     wait(lambda: figure(server, "running") == 0)
 
@@ -356,40 +373,52 @@ def test_a_key_is_asked_for(tmp_path: Path) -> None:
     with serving("--api-key-file", str(tmp_path / "key")) as (url, _):
         for key in ("none", "secret"):
             with pytest.raises(openai.AuthenticationError, match="API key is missing or wrong"):
-                openai.OpenAI(base_url=f"{url}/v1", api_key=key, max_retries=0).models.list()
-        assert openai.OpenAI(base_url=f"{url}/v1", api_key="secret-of-ours").models.list().data[0].id == "tiny"
-        assert httpx.get(f"{url}/health").status_code == 200
+                openai.OpenAI(base_url=f"{url}/v1", api_key=key, max_retries=0, timeout=PATIENCE).models.list()
+        assert (
+            openai.OpenAI(base_url=f"{url}/v1", api_key="secret-of-ours", timeout=PATIENCE).models.list().data[0].id
+            == "tiny"
+        )
+        assert get(f"{url}/health").status_code == 200
 
 
 def test_a_full_server_says_when_to_come_again() -> None:
     limits = ("--limit", "max_batch=1", "--limit", "max_waiting=1")
-    with serving(*limits) as (url, _), ThreadPoolExecutor(6) as pool:
-        asked = [
-            pool.submit(httpx.post, f"{url}/v1/completions", json={**LONG, "max_tokens": 60}, timeout=60)
-            for _ in range(6)
-        ]
-        answers = [each.result() for each in asked]
-    assert {answer.status_code for answer in answers} == {200, 429}
-    refused = next(answer for answer in answers if answer.status_code == 429)
-    assert int(refused.headers["retry-after"]) >= 1
-    assert "try again in" in refused.json()["error"]["message"]
+    with serving(*limits) as (url, _), ThreadPoolExecutor(2) as pool:
+        accepted = [pool.submit(post, f"{url}/v1/completions", json=LONG) for _ in range(2)]
+        wait(lambda: (figure(url, "running"), figure(url, "waiting")) == (1, 1))
+        refused = post(f"{url}/v1/completions", json=LONG)
+        assert refused.status_code == 429
+        assert int(refused.headers["retry-after"]) >= 1
+        assert "try again in" in refused.json()["error"]["message"]
+        assert {answer.result().status_code for answer in accepted} == {200}
+
+
+def test_the_deadline_ends_an_answer_with_a_status_and_a_stream_with_an_event() -> None:
+    with serving("--limit", "deadline=0.05") as (url, _):
+        whole = post(f"{url}/v1/completions", json=LONG)
+        assert whole.status_code == 408
+        with stream(f"{url}/v1/completions", {**LONG, "stream": True}) as answer:
+            lines = [line.removeprefix("data: ") for line in answer.iter_lines() if line]
+        assert lines.pop() == "[DONE]"
+        assert json.loads(lines[-1]) == whole.json()
+        assert whole.json()["error"]["type"] == "timeout_error"
+        assert figure(url, "late_total") == 2
 
 
 def test_a_terminated_server_answers_what_it_accepted() -> None:
     with serving() as (url, process), ThreadPoolExecutor(3) as pool:
-        asked = [pool.submit(httpx.post, f"{url}/v1/completions", json=LONG, timeout=60) for _ in range(3)]
+        accepted = [pool.submit(post, f"{url}/v1/completions", json=LONG) for _ in range(3)]
         wait(lambda: figure(url, "running") == 3)
         process.send_signal(signal.SIGTERM)
-        answers = [each.result() for each in asked]
-        assert [answer.status_code for answer in answers] == [200] * 3
-        assert process.wait(20) in (0, -signal.SIGTERM)
+        assert [answer.result().status_code for answer in accepted] == [200] * 3
+        assert process.wait(PATIENCE) in (0, -signal.SIGTERM)
         assert process.stderr is not None
-        assert "stopping: nothing new is accepted, what was is answered" in process.stderr.read()
+        assert "stopping: accepted requests are still answered" in process.stderr.read()
 
 
 def test_an_address_that_is_taken_is_one_line(server: str) -> None:
     command = [sys.executable, "-m", "diffucoder.cli", "serve", "--port", server.rsplit(":", 1)[1]]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE)
     assert done.returncode == 2
     assert "Traceback" not in done.stderr
     assert "choose another --port" in done.stderr

@@ -13,7 +13,7 @@ import pytest
 from commands import Outcome, Run, assert_refused, process
 
 from diffucoder import DiffuCoder
-from diffucoder.config import load_settings
+from diffucoder.config import all_settings, load_settings
 from diffucoder.models.hub import SHIPPED
 from diffucoder.training.settings import STAGES, TrainSettings
 
@@ -72,7 +72,7 @@ def test_help_lists_every_setting_with_its_default_and_what_it_is(cli: Run, stag
     code, out, err = cli("train", stage, "--help")
     assert (code, err) == (0, "")
     printed = [line.strip() for line in out.splitlines()]
-    for name, field in STAGES[stage].model_fields.items():
+    for name, field in all_settings(STAGES[stage]):
         assert field.description, name
         default = "" if field.is_required() else f" [{field.default}]"
         assert f"{name}{default}: {field.description}" in printed
@@ -162,9 +162,11 @@ def test_resume_without_a_run_begins_one(cli: Run, settings: list[str], tmp_path
 def test_a_run_folder_that_is_taken_is_refused(cli: Run, settings: list[str], tmp_path: Path) -> None:
     assert cli(*parent(*settings)).code == 0
     before = metrics(tmp_path / "run")
-    assert_refused(_fresh(cli(*parent(*settings))), "holds a run already; go on with --resume, or name another folder")
     assert_refused(
-        _fresh(cli(*parent(*settings, "--resume", *said(lr=0.5)))), "lr=0.5 but the run in", "was begun with 0.01"
+        _fresh(cli(*parent(*settings))), "holds a run already; resume it with --resume", "or name another folder"
+    )
+    assert_refused(
+        _fresh(cli(*parent(*settings, "--resume", *said(lr=0.5)))), "lr=0.5 but the run in", "began with 0.01"
     )
     assert metrics(tmp_path / "run") == before
 
@@ -190,7 +192,7 @@ def test_a_process_trains_and_says_where_the_model_is(settings: list[str], tmp_p
         (["sft", "--set", "lr"], ["setting 'lr' is not of the form key=value"]),
         (["sft", *said(run="x", data=["y"], lr="fast")], ["lr='fast'", "valid number", "peak learning rate"]),
         (["sft", *said(run="x", data=["y"], lr=1, spare=4)], ["error: spare=4 needs padding='flexible'"]),
-        (["sft", *said(run="x", data=["/no/such"], lr=1, length=64)], ["'/no/such' is no folder and no file"]),
+        (["sft", *said(run="x", data=["/no/such"], lr=1, length=64)], ["'/no/such' is not a folder or a file"]),
         (["sft", *said(run="x", data=["y"], lr=1)], ["length=2048 exceeds the model's context of 512"]),
         (["sft", *said(run="x", data=["y"], lr=1, model="nobody")], ["model 'nobody' is not a folder"]),
         (["adapt", "/no/such.toml"], ["settings file '/no/such.toml' cannot be read"]),

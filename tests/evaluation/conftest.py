@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from diffucoder.errors import SandboxError
-from diffucoder.evaluation.benchmarks import Task
+from diffucoder.evaluation.benchmarks import Calls, Task
 from diffucoder.grading.sandbox import Sandbox
 
 
@@ -20,9 +20,10 @@ def sandbox() -> Iterator[Sandbox]:
         yield box
 
 
-@pytest.fixture
-def cache(tmp_path: Path) -> Path:
-    return tmp_path / "cache"
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No test sees what another one has cached."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
 
 HALF = "def half(x):\n    return x / 2\n"
@@ -37,6 +38,5 @@ def half() -> Task:
         prompt='def half(x):\n    """Half of x."""\n',
         request="Half of x.",
         canonical=HALF,
-        base=((2,), (4,)),
-        plus=((1,), (0.3,)),
+        tests=Calls(base=((2,), (4,)), plus=((1,), (0.3,))),
     )

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 
 from diffucoder.errors import ConfigError
-from diffucoder.evaluation import benchmarks
-from diffucoder.evaluation.benchmarks import PREFILL, Task, load, program
+from diffucoder.evaluation.benchmarks import PREFILL, Asserts, Calls, Script, Task, load
+from diffucoder.evaluation.programs import whole_program
 from diffucoder.grading.extract import parsed
 
 ROW = {
@@ -38,6 +38,11 @@ HARD = {
 def write(path: Path, *rows: dict[str, Any]) -> None:
     text = "".join(json.dumps(row) + "\n" for row in rows).encode()
     path.write_bytes(gzip.compress(text) if path.suffix == ".gz" else text)
+
+
+def inputs(task: Task, name: str) -> Any:
+    """`base` or `plus` inputs, or the `code` that tests a program; none where the task has no such thing."""
+    return getattr(task.tests, name, ())
 
 
 @pytest.fixture
@@ -66,19 +71,20 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[Any]]:
         ("humaneval+", 164, "plus"),
         ("mbpp", 399, "base"),
         ("mbpp+", 399, "plus"),
-        ("humaneval-infilling", 1033, "tests"),
-        ("humaneval-infilling-random-span-light", 164, "tests"),
-        ("bigcodebench-hard", 148, "tests"),
-        ("bigcodebench-hard-instruct", 148, "tests"),
+        ("humaneval-infilling", 1033, "code"),
+        ("humaneval-infilling-random-span-light", 164, "code"),
+        ("bigcodebench-hard", 148, "code"),
+        ("bigcodebench-hard-instruct", 148, "code"),
     ],
 )
 def test_published_benchmarks_are_read_whole(shared: Path, name: str, count: int, judged: str) -> None:
     tasks = load(name, shared / "data")
     assert len({task.task_id for task in tasks}) == len(tasks) == count
-    assert [task.task_id for task in tasks if not getattr(task, judged)] in ([], ["Mbpp/793"])  # which has no plus
+    assert [task.task_id for task in tasks if not inputs(task, judged)] in ([], ["Mbpp/793"])  # which has no plus
     for task in tasks:
-        assert bool(task.base) != bool(task.tests)
-        assert bool(task.plus) <= (judged == "plus")
+        assert isinstance(task.tests, Script if judged == "code" else Calls)
+        assert bool(inputs(task, "plus")) <= (judged == "plus")
+        assert task.prefill == PREFILL
         functions = [node.name for node in parsed(task.canonical).body if isinstance(node, ast.FunctionDef)]
         assert task.entry_point in functions
 
@@ -89,7 +95,7 @@ def test_the_canonical_program_is_the_published_completion_of_the_prompt(shared:
         with gzip.open(shared / f"data/{name}.jsonl.gz", "rt") as file:
             rows = [json.loads(line) for line in file]
         for task, row in zip(load(benchmark, shared / "data"), rows, strict=True):
-            assert program(task, {"completion": row["canonical_solution"]}) == task.canonical
+            assert whole_program(task, {"completion": row["canonical_solution"]}) == task.canonical
 
 
 @pytest.mark.parametrize(
@@ -102,7 +108,7 @@ def test_samples_make_the_programs_whose_verdicts_were_published(shared: Path, n
     with gzip.open(shared / f"replay/1.5b/{stem}-samples.jsonl.gz", "rt") as file:
         for sample in map(json.loads, file):
             (verdict,) = judged[sample["task_id"]]
-            assert program(tasks[sample["task_id"]], sample) == verdict["solution"]
+            assert whole_program(tasks[sample["task_id"]], sample) == verdict["solution"]
 
 
 def test_instruct_models_are_asked_in_the_words_of_the_papers_tables(tmp_path: Path) -> None:
@@ -128,15 +134,15 @@ def test_humaneval_is_judged_by_evalplus_inputs_where_they_are_and_by_its_own_te
 ) -> None:
     write(tmp_path / f"HumanEval.jsonl{ending}", ROW)
     (task,) = load("humaneval", tmp_path)
-    assert (task.base, task.tests) == ((), ROW["test"] + "\ncheck(f)\n")
-    exec(task.canonical + task.tests, {})  # passes, so is silent
+    assert task.tests == Script(ROW["test"] + "\ncheck(f)\n")
+    exec(task.canonical + task.tests.code, {})  # passes, so is silent
     with pytest.raises(AssertionError):
-        exec(task.canonical.replace("return x", "return 0") + task.tests, {})
+        exec(task.canonical.replace("return x", "return 0") + task.tests.code, {})
 
     write(tmp_path / f"HumanEvalPlus.jsonl{ending}", ROW | {"base_input": [[1]], "plus_input": [[2]], "atol": 1e-6})
     (task,) = load("humaneval", tmp_path)
-    assert (task.base, task.plus, task.atol, task.tests) == (((1,),), None, 1e-6, "")
-    assert load("humaneval+", tmp_path)[0].plus == ((2,),)
+    assert task.tests == Calls(base=((1,),), plus=None, atol=1e-6)
+    assert inputs(load("humaneval+", tmp_path)[0], "plus") == ((2,),)
 
 
 @pytest.mark.parametrize("form", [{"BigCodeBench/13": HARD}, [HARD], HARD])
@@ -146,26 +152,46 @@ def test_bigcodebench_is_read_in_every_form_it_is_handed_round(tmp_path: Path, f
     (task,) = load("bigcodebench", tmp_path)
     assert task.libraries == ("bs4", "pandas")
     calibrated = "import os\nimport pandas as pd\ndef task_func():\n\n    pass\nx = 1"
-    assert program(task, {"solution": "x = 1"}) == calibrated
+    assert whole_program(task, {"solution": "x = 1"}) == calibrated
 
 
-def test_the_projects_own_problems_are_a_benchmark_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(benchmarks, "TINY", 20)  # the first of them are the same, however many are drawn
+def test_the_projects_own_problems_are_a_benchmark_too() -> None:
     tasks = load("tiny")
     first = tasks[0]
-    assert [task.task_id for task in tasks] == [f"tiny/{at}" for at in range(20)]
+    assert [task.task_id for task in tasks] == [f"tiny/{at}" for at in range(500)]
     assert first.prompt == f"# {first.request}\n"
-    exec("\n".join([program(first, {"completion": first.canonical}), *first.asserts]), {})
+    assert first.prefill == ""
+    assert isinstance(first.tests, Asserts)
+    exec("\n".join([whole_program(first, {"completion": first.canonical}), *first.tests.lines]), {})
     with pytest.raises(AssertionError):
-        exec("\n".join([f"def {first.entry_point}(*_): return object()", *first.asserts]), {})
+        exec("\n".join([f"def {first.entry_point}(*_): return object()", *first.tests.lines]), {})
+
+
+def test_only_the_older_mbpp_compares_in_order(tmp_path: Path) -> None:
+    rows = [ROW | {"task_id": "Mbpp/1", "base_input": [[1]], "plus_input": [[2]]}] * 399
+    write(tmp_path / "MbppPlus.jsonl", *rows)
+    write(tmp_path / "HumanEvalPlus.jsonl", *rows)
+    in_order = [inputs(load(name, tmp_path)[0], "in_order") for name in ("mbpp", "mbpp+", "humaneval+")]
+    assert in_order == [True, True, False]
+    write(tmp_path / "MbppPlus.jsonl", *rows[:378])
+    assert not inputs(load("mbpp+", tmp_path)[0], "in_order")
+    write(tmp_path / "own.jsonl", *({"prompt": "x", "tests": ["assert f(1) == 1"]} for _ in range(399)))
+    assert load(str(tmp_path / "own.jsonl"))[398].tests == Asserts(("assert f(1) == 1",))
+
+
+def test_a_users_file_may_say_how_an_answer_begins(tmp_path: Path) -> None:
+    write(tmp_path / "own.jsonl", {"prompt": "Add.", "id": 7}, {"prompt": "Add.", "prefill": PREFILL})
+    plain, prefilled = load(str(tmp_path / "own.jsonl"))
+    assert (plain.task_id, plain.prefill, plain.tests) == ("7", "", None)
+    assert (prefilled.task_id, prefilled.prefill) == ("own/1", PREFILL)
 
 
 def test_a_sample_is_a_solution_or_a_completion() -> None:
     task = Task("t", "f", "def f():\n", "", "", suffix="# end\n")
-    assert program(task, {"completion": "    pass\n"}) == "def f():\n    pass\n# end\n"
-    assert program(task, {"solution": "x\n", "completion": "y"}) == "x\n"
+    assert whole_program(task, {"completion": "    pass\n"}) == "def f():\n    pass\n# end\n"
+    assert whole_program(task, {"solution": "x\n", "completion": "y"}) == "x\n"
     with pytest.raises(ConfigError, match="needs 'completion' or 'solution'"):
-        program(task, {"text": ""})
+        whole_program(task, {"text": ""})
 
 
 @pytest.mark.parametrize(
@@ -204,7 +230,7 @@ def test_a_broken_file_is_named_on_one_line(tmp_path: Path, content: bytes, mess
 def test_rows_of_the_hub_become_tasks(hub: Callable[..., list[Any]]) -> None:
     asked = hub([ROW])
     (task,) = load("humaneval")
-    assert task.tests.endswith("check(f)\n")
+    assert inputs(task, "code").endswith("check(f)\n")
     hub([HARD])
     (task,) = load("bigcodebench-hard-instruct")
     assert task.libraries == ("bs4", "pandas")

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from diffucoder.evaluation.evalplus import arguments, correct, time_limit, total_limit
+from diffucoder.evaluation.evalplus import correct, read_arguments, time_limit, total_limit
 
 PLAIN = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.complex_numbers() | st.text() | st.binary(),
@@ -61,7 +61,7 @@ def published(shared: Path) -> list[dict[str, Any]]:
     ],
 )
 def test_arguments_take_the_types_that_the_task_speaks_of(task: int, row: list[Any], read: tuple[Any, ...]) -> None:
-    (found,) = arguments(f"Mbpp/{task}", [row])
+    (found,) = read_arguments(f"Mbpp/{task}", [row])
     assert found == read
     assert repr(found) == repr(read)  # 1 == 1.0 == 1+0j
 
@@ -72,7 +72,7 @@ def test_arguments_satisfy_the_contracts_that_come_with_the_tasks(shared: Path) 
     for row in published(shared):
         head = next(filter(re.compile(rf"def {row['entry_point']}\b").match, row["canonical_solution"].split("\n")))
         contract = textwrap.indent(textwrap.dedent(row["contract"].expandtabs()), "  ")
-        for call in arguments(row["task_id"], row["base_input"]):
+        for call in read_arguments(row["task_id"], row["base_input"]):
             namespace: dict[str, Any] = {"re": re}
             exec(f"{head.strip()}\n{contract}\n  pass", namespace)
             try:

@@ -11,8 +11,11 @@ import pytest
 from diffucoder.decoding.params import DecodingParams
 from diffucoder.errors import ConfigError
 from diffucoder.evaluation.benchmarks import Task
-from diffucoder.evaluation.evaluate import Evaluation, claim, grade_samples, model_settings, task_settings
-from diffucoder.evaluation.samples import Generator, Sample, read_samples
+from diffucoder.evaluation.judge import grade_samples
+from diffucoder.evaluation.run import Evaluation, model_settings, task_settings
+from diffucoder.evaluation.run_folder import default_folder, open_run_folder, run_key, weights_hash
+from diffucoder.evaluation.samples import Generator, read_samples
+from diffucoder.files import Json
 from diffucoder.grading.sandbox import Sandbox
 
 GOOD, INTEGER, BAD = (f"def half(x):\n    return {body}\n" for body in ("x / 2", "x // 2", "x"))
@@ -33,8 +36,8 @@ def file(tmp_path: Path) -> Path:
     return path
 
 
-def test_the_figures_are_those_of_the_verdicts(tasks: list[Task], file: Path, sandbox: Sandbox, cache: Path) -> None:
-    told = Evaluation("test", tasks, sandbox, cache).of_samples(file, None, {"why": "test"})
+def test_the_figures_are_those_of_the_verdicts(tasks: list[Task], file: Path, sandbox: Sandbox) -> None:
+    told = Evaluation("test", tasks, sandbox).of_samples(file, None, {"why": "test"})
     assert told["pass@1"] == pytest.approx((1 + 0.5 + 0) / 3)
     assert told["base_pass@1"] == pytest.approx((1 + 1 + 0.5) / 3)
     assert "pass@5" not in told
@@ -47,7 +50,7 @@ def test_the_figures_are_those_of_the_verdicts(tasks: list[Task], file: Path, sa
 
 
 def test_tasks_without_samples_and_tasks_that_cannot_run_are_told(
-    tasks: list[Task], file: Path, sandbox: Sandbox, cache: Path
+    tasks: list[Task], file: Path, sandbox: Sandbox
 ) -> None:
     more = [
         *tasks[:1],
@@ -55,24 +58,24 @@ def test_tasks_without_samples_and_tasks_that_cannot_run_are_told(
         tasks[2],
         replace(tasks[2], task_id="Test/3"),
     ]
-    told = Evaluation("test", more, sandbox, cache).of_samples(file, None, {})
+    told = Evaluation("test", more, sandbox).of_samples(file, None, {})
     assert (told["tasks"], told["missing"]) == (2, ["Test/3"])
     assert told["skipped"] == {"Test/1": "needs nobody_made_this"}
 
 
-def test_a_limit_takes_the_first_tasks(tasks: list[Task], file: Path, sandbox: Sandbox, cache: Path) -> None:
-    told = Evaluation("test", tasks, sandbox, cache, limit=1).of_samples(file, None, {})
+def test_a_limit_takes_the_first_tasks(tasks: list[Task], file: Path, sandbox: Sandbox) -> None:
+    told = Evaluation("test", tasks, sandbox, limit=1).of_samples(file, None, {})
     assert (told["tasks"], told["pass@1"], told["missing"]) == (1, 1.0, [])
 
 
 @pytest.mark.parametrize("lines", range(7))
 def test_a_stop_after_any_verdict_changes_no_byte_of_the_report(
-    tasks: list[Task], file: Path, sandbox: Sandbox, cache: Path, tmp_path: Path, lines: int
+    tasks: list[Task], file: Path, sandbox: Sandbox, tmp_path: Path, lines: int
 ) -> None:
-    evaluation = Evaluation("test", tasks, sandbox, cache)
+    evaluation = Evaluation("test", tasks, sandbox)
     evaluation.of_samples(file, tmp_path / "whole", {})
     verdicts = (tmp_path / "whole" / "verdicts.jsonl").read_text().splitlines(keepends=True)
-    claim(tmp_path / "stopped", {})
+    open_run_folder(tmp_path / "stopped", run_key({}))
     torn = "".join(verdicts[:lines]) + "".join(verdicts[lines : lines + 1])[:20]
     (tmp_path / "stopped" / "verdicts.jsonl").write_text(torn)
     evaluation.of_samples(file, tmp_path / "stopped", {})
@@ -80,9 +83,7 @@ def test_a_stop_after_any_verdict_changes_no_byte_of_the_report(
         assert (tmp_path / "stopped" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
 
-def test_what_is_graded_is_not_graded_again(
-    tasks: list[Task], file: Path, sandbox: Sandbox, cache: Path, tmp_path: Path
-) -> None:
+def test_what_is_graded_is_not_graded_again(tasks: list[Task], file: Path, sandbox: Sandbox, tmp_path: Path) -> None:
     samples = read_samples(file, tasks)
     heard: list[tuple[int, str]] = []
 
@@ -90,41 +91,73 @@ def test_what_is_graded_is_not_graded_again(
         heard.append((count, what))
         return things
 
-    def graded() -> list[Sample]:
+    def graded() -> list[Json]:
         path = tmp_path / "verdicts.jsonl"
-        return grade_samples(tasks, samples, sandbox, path=path, cache=cache, progress=progress)  # type: ignore[arg-type]
+        return grade_samples(tasks, samples, sandbox, path=path, progress=progress)  # type: ignore[arg-type]
 
     assert graded() == graded()
     assert heard == [(3, "published solutions run"), (6, "samples graded"), (0, "samples graded")]
 
 
 def test_verdicts_of_other_tasks_are_not_taken_for_those_of_these(
-    tasks: list[Task], file: Path, sandbox: Sandbox, cache: Path, tmp_path: Path
+    tasks: list[Task], file: Path, sandbox: Sandbox, tmp_path: Path
 ) -> None:
     fewer = [replace(tasks[0], libraries=("nobody_made_this",)), *tasks[1:]]  # as before --packages was given
-    Evaluation("test", fewer, sandbox, cache).of_samples(file, tmp_path / "run", {})
-    told = Evaluation("test", tasks, sandbox, cache).of_samples(file, tmp_path / "run", {})
-    assert told == Evaluation("test", tasks, sandbox, cache).of_samples(file, None, {})
+    Evaluation("test", fewer, sandbox).of_samples(file, tmp_path / "run", {})
+    told = Evaluation("test", tasks, sandbox).of_samples(file, tmp_path / "run", {})
+    assert told == Evaluation("test", tasks, sandbox).of_samples(file, None, {})
     assert (told["tasks"], told["pass@1"]) == (3, pytest.approx(0.5))
 
 
 def test_packages_belong_to_what_decides_the_tasks(tmp_path: Path) -> None:
     assert task_settings("tiny", 3, ()) == {"benchmark": "tiny", "limit": 3}
-    claim(tmp_path, task_settings("tiny", 3, ()))
+    open_run_folder(tmp_path, task_settings("tiny", 3, ()))
     with pytest.raises(ConfigError, match=r"belongs to packages=None, not \['site'\]"):
-        claim(tmp_path, task_settings("tiny", 3, [Path("site")]))
+        open_run_folder(tmp_path, task_settings("tiny", 3, [Path("site")]))
 
 
-def test_runs_from_before_a_setting_was_there_are_gone_on_with() -> None:
+def test_a_run_is_identified_by_the_decoding_settings_that_differ_from_their_defaults() -> None:
     coder: Any = SimpleNamespace(name="tiny", model=SimpleNamespace(dtype="float32"))
-    params = DecodingParams(steps=4)
-    before = {k: v for k, v in params.model_dump(mode="json").items() if k != "ar_bound"}
-    assert model_settings({}, Generator(coder, params), None)["params"] == before
-    assert model_settings({}, Generator(coder, params.replace(ar_bound=0.1)), None)["params"]["ar_bound"] == 0.1
+    params = DecodingParams(steps=4, temperature=0.0)
+    settings = model_settings(Generator(coder, params), None)
+    assert settings["params"] == params.model_dump(mode="json")  # the report has all of them
+    key = run_key({"benchmark": "tiny"} | settings)
+    assert key["params"] == {"steps": 4}
+    assert (key["version"], key["benchmark"], key["batch"]) == (2, "tiny", 8)
+
+
+def test_runs_from_before_a_setting_was_there_are_gone_on_with(tmp_path: Path) -> None:
+    params = DecodingParams(steps=4).model_dump(mode="json")
+    older = {name: value for name, value in params.items() if name != "threshold"}
+    before, now = ({"benchmark": "tiny", "params": known} for known in (older, params))
+    assert default_folder(tmp_path, now) == default_folder(tmp_path, before)
+    open_run_folder(tmp_path, run_key(before))
+    open_run_folder(tmp_path, run_key(now))
+    with pytest.raises(ConfigError, match=r"belongs to params={'steps': 4}, not {'steps': 4, 'threshold': 0.9}"):
+        open_run_folder(tmp_path, run_key({"benchmark": "tiny", "params": params | {"threshold": 0.9}}))
+
+
+def test_runs_of_an_older_kind_of_key_are_not_gone_on_with(tmp_path: Path) -> None:
+    (tmp_path / "settings.json").write_text('{"benchmark": "tiny", "params": {}}')
+    with pytest.raises(ConfigError, match=r"belongs to version=None, not 2; give another --run"):
+        open_run_folder(tmp_path, run_key({"benchmark": "tiny", "params": {}}))
+
+
+def test_weights_are_told_apart_by_their_last_byte(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    size = 3 << 20
+    hashes = set()
+    for name, last in (("a", b"x"), ("b", b"y"), ("c", b"x")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "model.safetensors").write_bytes(bytes(size) + last)
+        hashes.add(weights_hash(str(tmp_path / name)))
+        assert weights_hash(str(tmp_path / name)) in hashes  # from the cache
+    assert len(hashes) == 2
+    assert weights_hash("nobody/nothing") == ""
 
 
 def test_a_run_folder_belongs_to_its_settings(tmp_path: Path) -> None:
-    claim(tmp_path, {"steps": 4, "batch": 2})
-    claim(tmp_path, {"steps": 4, "batch": 2})
+    open_run_folder(tmp_path, {"steps": 4, "batch": 2})
+    open_run_folder(tmp_path, {"steps": 4, "batch": 2})
     with pytest.raises(ConfigError, match=r"belongs to steps=4, not 5; give another --run"):
-        claim(tmp_path, {"steps": 5, "batch": 2})
+        open_run_folder(tmp_path, {"steps": 5, "batch": 2})

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from diffucoder.errors import ConfigError
-from diffucoder.evaluation.benchmarks import Task
-from diffucoder.evaluation.judge import Judged, check_asserts, importable, judge, references
+from diffucoder.evaluation.benchmarks import Script, Task
+from diffucoder.evaluation.judge import Judged, check_asserts, judge, references, split_by_imports
 from diffucoder.grading.sandbox import Sandbox
 
 CHECK = (
@@ -24,8 +24,8 @@ class TestCases(unittest.TestCase):
 """
 
 
-def judged(task: Task, program: str, sandbox: Sandbox, cache: Path) -> Judged:
-    known = references([task], sandbox, cache, lambda things, count: things)
+def judged(task: Task, program: str, sandbox: Sandbox) -> Judged:
+    known = references([task], sandbox)
     return judge(task, program, known.get(task.task_id), sandbox)
 
 
@@ -46,83 +46,81 @@ def judged(task: Task, program: str, sandbox: Sandbox, cache: Path) -> Judged:
     ],
 )  # fmt: skip
 def test_a_task_with_inputs_compares_results(
-    program: str, base: bool, plus: bool, detail: str, half: Task, sandbox: Sandbox, cache: Path
+    program: str, base: bool, plus: bool, detail: str, half: Task, sandbox: Sandbox
 ) -> None:
-    result = judged(half, program, sandbox, cache)
+    result = judged(half, program, sandbox)
     assert (result.passed, result.base, result.plus, result.trusted) == (base and plus, base, plus, True)
     assert detail in result.detail
 
 
-def test_a_call_without_an_outcome_is_no_pass(
-    half: Task, sandbox: Sandbox, cache: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    known = references([half], sandbox, cache, lambda things, count: things)["Test/0"]
+def test_a_call_without_an_outcome_is_no_pass(half: Task, sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch) -> None:
+    known = references([half], sandbox)["Test/0"]
     monkeypatch.setattr("diffucoder.evaluation.judge.call", lambda *a, **k: [])
     assert not judge(half, half.canonical, known, sandbox).passed
 
 
-def test_results_far_larger_than_the_published_ones_are_not_read(half: Task, sandbox: Sandbox, cache: Path) -> None:
-    result = judged(half, "def half(x):\n    return [[]] * 100_000\n", sandbox, cache)
+def test_results_far_larger_than_the_published_ones_are_not_read(half: Task, sandbox: Sandbox) -> None:
+    result = judged(half, "def half(x):\n    return [[]] * 100_000\n", sandbox)
     assert (result.passed, result.status) == (False, "killed")
     assert "output: gave more than" in result.detail
 
 
-def test_the_published_solution_runs_once(half: Task, sandbox: Sandbox, cache: Path) -> None:
+def test_the_published_solution_runs_once(half: Task, sandbox: Sandbox) -> None:
     ran: list[int] = []
 
-    def progress(things: object, count: int) -> object:
+    def progress(items: object, count: int, what: str) -> object:
         ran.append(count)
-        return things
+        return items
 
-    first = references([half], sandbox, cache, progress)  # type: ignore[arg-type]
-    assert references([half], sandbox, cache, progress) == first  # type: ignore[arg-type]
+    first = references([half], sandbox, progress)  # type: ignore[arg-type]
+    assert references([half], sandbox, progress) == first  # type: ignore[arg-type]
     assert ran == [1]
     assert first["Test/0"].values == (1.0, 2.0, 0.5, 0.15)
 
 
-def test_a_published_solution_that_fails_is_told(half: Task, sandbox: Sandbox, cache: Path) -> None:
+def test_a_published_solution_that_fails_is_told(half: Task, sandbox: Sandbox) -> None:
     with pytest.raises(ConfigError, match=r"Test/0 fails on input 1 \(NameError"):
-        judged(replace(half, canonical="pass"), "pass", sandbox, cache)
+        judged(replace(half, canonical="pass"), "pass", sandbox)
 
 
-def test_a_check_made_of_asserts_is_judged_from_outside(half: Task, sandbox: Sandbox, cache: Path) -> None:
-    task = replace(half, base=(), plus=None, tests=CHECK)
-    assert check_asserts(task) == ["assert half(2) == 1", "assert half(3) == 1.5"]
-    good = judged(task, task.canonical, sandbox, cache)
+def test_a_check_made_of_asserts_is_judged_from_outside(half: Task, sandbox: Sandbox) -> None:
+    task = replace(half, tests=Script(CHECK))
+    assert check_asserts(CHECK, "half") == ["assert half(2) == 1", "assert half(3) == 1.5"]
+    good = judged(task, task.canonical, sandbox)
     assert (good.passed, good.plus, good.trusted) == (True, None, True)
     liar = "class L:\n    __eq__ = lambda *a: True\ndef half(x):\n    return L()\n"
-    assert not judged(task, liar, sandbox, cache).passed
+    assert not judged(task, liar, sandbox).passed
 
 
-def test_a_check_that_does_more_runs_whole_and_is_not_trusted(half: Task, sandbox: Sandbox, cache: Path) -> None:
+def test_a_check_that_does_more_runs_whole_and_is_not_trusted(half: Task, sandbox: Sandbox) -> None:
     tests = CHECK.replace(
         "    assert candidate(3)", "    for x in (1, 3): assert candidate(x) == x / 2\n    assert candidate(3)"
     )
-    task = replace(half, base=(), plus=None, tests=tests)
-    assert check_asserts(task) == []
-    good, bad = (judged(task, program, sandbox, cache) for program in (task.canonical, "def half(x): return 1"))
+    task = replace(half, tests=Script(tests))
+    assert check_asserts(tests, "half") == []
+    good, bad = (judged(task, program, sandbox) for program in (task.canonical, "def half(x): return 1"))
     assert (good.passed, good.trusted, bad.passed) == (True, False, False)
 
 
-def test_test_cases_run_beside_the_program(half: Task, sandbox: Sandbox, cache: Path) -> None:
-    task = replace(half, base=(), plus=None, tests=CASES)
-    assert judged(task, task.canonical, sandbox, cache).passed
-    bad = judged(task, "def half(x):\n    return x // 2\n", sandbox, cache)
+def test_test_cases_run_beside_the_program(half: Task, sandbox: Sandbox) -> None:
+    task = replace(half, tests=Script(CASES))
+    assert judged(task, task.canonical, sandbox).passed
+    bad = judged(task, "def half(x):\n    return x // 2\n", sandbox)
     assert not bad.passed
     assert "test_odd: AssertionError: 1 != 1.5" in bad.detail
     assert not bad.trusted
-    empty = replace(task, tests="import unittest\nclass TestCases(unittest.TestCase):\n    pass\n")
-    assert "no test ran" in judged(empty, task.canonical, sandbox, cache).detail
+    empty = replace(task, tests=Script("import unittest\nclass TestCases(unittest.TestCase):\n    pass\n"))
+    assert "no test ran" in judged(empty, task.canonical, sandbox).detail
 
 
 def test_a_task_whose_imports_are_absent_is_known(half: Task, sandbox: Sandbox) -> None:
-    tasks = [half, replace(half, libraries=("nobody_made_this", "json"))]
-    assert [absent for _, absent in importable(tasks, sandbox)] == [[], ["nobody_made_this"]]
+    other = replace(half, task_id="Test/1", libraries=("nobody_made_this", "json"))
+    assert split_by_imports([half, other], sandbox) == ([half], {"Test/1": "needs nobody_made_this"})
 
 
-def test_every_published_solution_of_a_sample_of_humaneval_passes(shared: Path, sandbox: Sandbox, cache: Path) -> None:
+def test_every_published_solution_of_a_sample_of_humaneval_passes(shared: Path, sandbox: Sandbox) -> None:
     from diffucoder.evaluation.benchmarks import load
 
     tasks = [task for task in load("humaneval+", shared / "data") if task.task_id in ("HumanEval/32", "HumanEval/53")]
     assert len(tasks) == 2
-    assert all(judged(task, task.canonical, sandbox, cache).passed for task in tasks)
+    assert all(judged(task, task.canonical, sandbox).passed for task in tasks)

@@ -10,7 +10,8 @@ import pytest
 from diffucoder import DecodingParams, DiffuCoder
 from diffucoder.errors import ConfigError
 from diffucoder.evaluation.benchmarks import Task, load
-from diffucoder.evaluation.samples import Generator, read_samples, sweep
+from diffucoder.evaluation.samples import Generator, read_samples
+from diffucoder.evaluation.settings import EvaluateSettings, OrderSettings
 
 
 @pytest.fixture(scope="module")
@@ -33,14 +34,14 @@ def test_samples_are_read_in_the_order_of_the_tasks(tmp_path: Path, half: Task, 
     [
         ("", "holds none"),
         ("{", "line 1 is not JSON"),
-        ("[]", "line 1 is no JSON object"),
-        ("[1, 2]", "line 1 is no JSON object"),
+        ("[]", "line 1 is not a JSON object"),
+        ("[1, 2]", "line 1 is not a JSON object"),
         ('{"task_id": ["a"], "solution": ""}', r"task_id=\['a'\] is not in this benchmark"),
-        ('{"task_id": "Test/0", "solution": 5, "completion": "x"}', "line 1: solution=5 is no string"),
-        ('{"task_id": "Test/0", "completion": null}', "line 1: completion=None is no string"),
+        ('{"task_id": "Test/0", "solution": 5, "completion": "x"}', "line 1: solution=5 is not a string"),
+        ('{"task_id": "Test/0", "completion": null}', "line 1: completion=None is not a string"),
         ('{"task_id": "Other/0", "solution": ""}', "task_id='Other/0' is not in this benchmark; its first is 'Test/0'"),
         ('{"task_id": "Test/0", "code": ""}', "it needs 'completion' or 'solution'"),
-        ('{"task_id": "Test/0", "solution": 1}', "solution=1 is no string"),
+        ('{"task_id": "Test/0", "solution": 1}', "solution=1 is not a string"),
     ],
 )
 def test_what_is_no_sample_is_refused_by_line(tmp_path: Path, half: Task, content: str, complaint: str) -> None:
@@ -107,8 +108,18 @@ def test_a_hole_is_filled_between_prompt_and_suffix(tmp_path: Path, coder: Diffu
 
 
 def test_a_sweep_is_every_pair() -> None:
-    pairs = [(p.steps, p.temperature) for p in sweep(DecodingParams(), "512,256", "0.2,0.4")]
+    settings = EvaluateSettings(benchmark="tiny", steps="512,256", temperature="0.2,0.4")
+    pairs = [(params.steps, params.temperature) for params in settings.sweep()]
     assert pairs == [(512, 0.2), (512, 0.4), (256, 0.2), (256, 0.4)]
-    assert list(sweep(DecodingParams(steps=7), None, None)) == [DecodingParams(steps=7)]
+    one = EvaluateSettings(benchmark="tiny", decoding=DecodingParams(steps=7))
+    assert one.sweep() == [DecodingParams(steps=7)]
     with pytest.raises(ConfigError, match="steps='a' must be numbers"):
-        list(sweep(DecodingParams(), "a", None))
+        EvaluateSettings(benchmark="tiny", steps="a").sweep()
+
+
+def test_a_sweep_over_policies_is_in_the_order_of_the_policies() -> None:
+    settings = OrderSettings(prompts="tiny", policy="random,entropy", steps="2,1")
+    pairs = [(params.policy, params.steps) for params in settings.sweep()]
+    assert pairs == [("random", 2), ("random", 1), ("entropy", 2), ("entropy", 1)]
+    with pytest.raises(ConfigError, match="policy='best'"):
+        OrderSettings(prompts="tiny", policy="best").sweep()

@@ -65,10 +65,6 @@ def _row(result: Generation) -> Json:
 
 # --- training --------------------------------------------------------------------------------------------------------
 
-# What settings of `[decoding]` are called beside those of the trainer; goes once they are a table there, too
-_GRPO_NAMES = {"steps": "decoding_steps", "cache": "decoding_cache"}
-
-
 def train(case: Json, folder: Path) -> list[Json]:
     """The lines of metrics.jsonl of a run in `folder`, an empty one."""
     from diffucoder.models.hub import SHIPPED
@@ -81,7 +77,6 @@ def train(case: Json, folder: Path) -> list[Json]:
     stage, data = case["stage"], folder / "data.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in case["rows"]), encoding="utf-8")
     settings = tomllib.loads(case["settings"])
-    settings |= {_GRPO_NAMES.get(name, name): value for name, value in settings.pop("decoding", {}).items()}
     if stage != "grpo":
         settings["cache"] = folder / "cache"
     if stage == "pretrain":

@@ -286,12 +286,12 @@ lr = 5e-5
 kl = 0.02
 reference_every = 8
 reference_mix = 0.6
-new_tokens = 20
 prompt_tokens = 60
 workers = 1
 samples_every = 100
 
 [decoding]
+new_tokens = 20
 steps = 10
 temperature = 1.2
 top_p = 0.98
@@ -311,12 +311,12 @@ scale_rewards = true
 reduction = "sequence"
 lr = 5e-5
 kl = 0.0
-new_tokens = 20
 prompt_tokens = 60
 workers = 1
 samples_every = 100
 
 [decoding]
+new_tokens = 20
 temperature = 0.9
 policy = "max_prob"
 threshold = 0.9

@@ -6,7 +6,7 @@ from fractions import Fraction
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from diffucoder.grading.asserts import parse
@@ -18,6 +18,7 @@ PLAIN = st.recursive(
 )
 
 
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])  # on a busy machine
 @given(expected=PLAIN, got=PLAIN)
 def test_an_equality_holds_for_equal_values_and_no_others(expected: object, got: object) -> None:
     split = parse(f"assert f(1, 2) == {expected!r}")
@@ -114,6 +115,10 @@ def test_an_assert_is_split(test: str, expression: str, good: object, bad: objec
         "assert builtins.eval('f(2) == 4')",
         "assert f().near(4)",
         "assert module.f().near(4)",
+        "assert f(2) == {**{'a': 1}, 'b': 2}",
+        "assert f(2) == {'b': 2, **g(2)}",
+        "assert f(2) == dict(**{'a': 1})",
+        "assert round(4, f(2)) == 4",
         "assert f(2) == 10 ** 10 ** 10",
         "assert f(2) == 'a' * 10 ** 10",
         "assert f(2) == '%1000000000d' % 1",
@@ -157,6 +162,7 @@ FORMS = [
 ]
 
 
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])  # on a busy machine
 @given(
     form=st.sampled_from(FORMS),
     order=st.sampled_from(["==", "!=", "<", "<=", ">", ">=", "is", "in"]),

@@ -3,20 +3,26 @@
 import os
 import signal
 import threading
-import time
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from time import process_time
 
 import pytest
+from machine import in_time, wait_for
 
+from diffucoder.decoding.coder import Generation
+from diffucoder.decoding.trace import Trace
 from diffucoder.errors import SandboxError
 from diffucoder.evaluation.evalplus import correct
 from diffucoder.grading.asserts import parse
 from diffucoder.grading.grade import Call, Outcome, call, grade
 from diffucoder.grading.sandbox import DEFAULT_LIMITS, Limits, Sandbox
-from diffucoder.training import samples
+from diffucoder.models.checkpoint import load_tokenizer
+from diffucoder.training.exercises import Exercise
 from diffucoder.training.rewards import reward
+from diffucoder.training.rollouts import Completion
+from diffucoder.training.samples import write_samples
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +34,7 @@ def box() -> Iterator[Sandbox]:
         pytest.skip(str(error))
 
 
-# Ending or stalling the harness
+# Ending or stalling the runner
 
 
 def asked(program: str, box: Sandbox, limits: Limits = DEFAULT_LIMITS) -> list[Outcome]:
@@ -37,30 +43,40 @@ def asked(program: str, box: Sandbox, limits: Limits = DEFAULT_LIMITS) -> list[O
 
 
 @pytest.mark.parametrize(
-    ("program", "status"),
+    ("program", "status", "seconds"),
     [
-        pytest.param("import os\nos.kill(os.getppid(), 9)", "killed", id="killing the harness"),
-        pytest.param("import os\nos.kill(-1, 9)", "killed", id="killing everybody"),
-        pytest.param("import os\nos.kill(os.getppid(), 19)", "timeout", id="stopping the harness"),
+        pytest.param("import os\nos.kill(os.getppid(), 9)", "killed", 5.0, id="killing the runner"),
+        pytest.param("import os\nos.kill(-1, 9)", "killed", 5.0, id="killing everybody"),
+        pytest.param("import os\nos.kill(os.getppid(), 19)", "timeout", 0.3, id="stopping the runner"),
         pytest.param(
             "import os, time\ndef f(x):\n    os.kill(os.getppid(), 9)\n    time.sleep(9)",
             "killed",
-            id="killing the harness in a call",
+            5.0,
+            id="killing the runner in a call",
         ),
     ],
 )
-def test_calls_that_the_harness_never_answered_are_lost(program: str, status: str, box: Sandbox) -> None:
-    outcomes = asked(program, box, Limits(seconds=0.3))
+def test_calls_that_the_runner_never_answered_are_lost(program: str, status: str, seconds: float, box: Sandbox) -> None:
+    outcomes = asked(program, box, Limits(seconds=seconds))
     assert [outcome.status for outcome in outcomes] == [status, status]
 
 
 def test_calls_are_lost_where_the_whole_worker_is_killed() -> None:
+    marker = f"marker-{uuid.uuid4()}"
+    program = (
+        f"import subprocess\nsubprocess.run(['/usr/bin/python3', '-c', 'import time; time.sleep(60)', {marker!r}])"
+    )
     with Sandbox(1) as own:
         own.run("pass")
         (worker,) = own._idle
-        killer = threading.Timer(1.0, os.killpg, (worker.process.pid, signal.SIGKILL))
+
+        def kill_once_it_runs() -> None:
+            wait_for(marker)
+            os.killpg(worker.process.pid, signal.SIGKILL)
+
+        killer = threading.Thread(target=kill_once_it_runs)
         killer.start()
-        outcomes = call("import time\ntime.sleep(60)", [Call("f(2)")], sandbox=own, until_failure=True)
+        outcomes = call(program, [Call("f(2)")], Limits(seconds=60), sandbox=own, until_failure=True)
         killer.join()
     assert [outcome.status for outcome in outcomes] == ["killed"]
 
@@ -84,10 +100,9 @@ def slow_to_compile(depth: int) -> str:
 
 
 def test_a_program_that_takes_too_long_to_compile_is_none_that_passes(box: Sandbox) -> None:
-    begin = time.monotonic()
-    (first, *_) = asked(slow_to_compile(18), box, Limits(seconds=0.5))
+    with in_time(20):
+        (first, *_) = asked(slow_to_compile(18), box, Limits(seconds=0.5))
     assert first.status != "ok"
-    assert time.monotonic() - begin < 20
 
 
 # Lying answers and shadowed built-ins, where an assert does more with an answer than to compare it
@@ -165,26 +180,26 @@ class Solution:
     assert not grade(program, ["assert len(gen(3)) == 3"], sandbox=box).passed
 
 
-# Writing where the harness writes
+# Writing where the runner writes
 
 OPENED = """
 import os
-harness, opened = os.getppid(), []
+runner, opened = os.getppid(), []
 for name, mode in [("mem", os.O_RDWR), ("mem", os.O_RDONLY), ("fd/1", os.O_WRONLY), ("environ", os.O_RDONLY)]:
     try:
-        os.close(os.open(f"/proc/{harness}/{name}", mode))
+        os.close(os.open(f"/proc/{runner}/{name}", mode))
         opened.append(name)
     except OSError:
         pass
 try:
-    opened += os.listdir(f"/proc/{harness}/fd")
+    opened += os.listdir(f"/proc/{runner}/fd")
 except OSError:
     pass
 def f(x): return opened
 """
 
 
-def test_nothing_of_the_harness_can_be_opened(box: Sandbox) -> None:
+def test_nothing_of_the_runner_can_be_opened(box: Sandbox) -> None:
     assert [outcome.value for outcome in asked(OPENED, box)] == [[], []]
 
 
@@ -215,14 +230,14 @@ def test_nothing_of_another_program_of_the_job_can_be_opened(box: Sandbox) -> No
     ],
 )  # fmt: skip
 def test_what_is_no_answer_is_a_loss(told: str, box: Sandbox, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("diffucoder.grading.grade._harness", lambda: f"print({told!r})")
+    monkeypatch.setattr("diffucoder.grading.grade.source_of", lambda name: f"print({told!r})")
     for outcome in asked("pass", box):
         assert (outcome.status, outcome.value) in {("killed", None), ("failed", None)}, outcome
         assert outcome.seconds >= 0
 
 
 def forged(answer: bytes) -> str:
-    """A program that says `answer` itself, on the pipe to its harness."""
+    """A program that says `answer` itself, on the pipe to its runner."""
     return f"import os\nos.write(4, b'ready\\n')\nos.write(4, {answer!r} + b'\\n')\nos._exit(0)\n"
 
 
@@ -268,9 +283,10 @@ def test_what_is_told_of_a_failure_can_be_printed_and_stored(program: str, box: 
 
 def test_a_failure_that_is_told_of_can_be_written_down(tmp_path: Path, box: Sandbox) -> None:
     given = reward("```python\ndef f(x):\n    raise ValueError('\\ud800')\n```\n", ["assert f(1) == 2"], box)
-    line = {"step": 1, "prompt": "p", "reward": 0.0, "advantage": 0.0, "pass_rate": 0.0, "tokens": ["x"], "steps": [0]}
-    samples.write(tmp_path, [{**line, "status": given.status, "detail": given.detail}])
-    assert "ValueError" in (tmp_path / "samples.html").read_text(encoding="utf-8")
+    trace = Trace(tokens=[1, 2], prompt_length=1, steps=[0], confidence=[1], log_probs=[0], forward_passes=1)
+    answer = Generation(0, "x", ("x",), (2,), 1, 0.0, "length", trace)
+    write_samples(tmp_path, 1, [Completion(Exercise("a", "p", ()), answer, given)], [0.0], load_tokenizer(None))
+    assert "ValueError" in (tmp_path / "samples.jsonl").read_text(encoding="utf-8")
 
 
 # Memory that no limit counts, and who dies where memory runs out
@@ -385,14 +401,14 @@ os._exit(0)
 # Reading one test to pass another
 
 LEAK = """
-import sys
+import re, sys
 frame, constants = sys._getframe(), []
 while frame:
     for question in frame.f_locals.get("questions") or []:
-        constants += getattr(question[1], "co_consts", [])
+        constants += map(int, re.findall("[0-9]+", question[0]))
     frame = frame.f_back
 def f(x):
-    return next((each for each in constants if isinstance(each, int) and each > 5), None)
+    return next((each for each in constants if each > 5), None)
 """
 
 
@@ -410,30 +426,47 @@ def test_tests_of_both_kinds_are_told_in_order(box: Sandbox) -> None:
 
 # Tests that cannot be split: what is told to be held there
 
+WALK = """
+import os, sys
+def values(thing, depth=0):
+    if isinstance(thing, bytes):
+        yield thing
+    elif isinstance(thing, (list, tuple, set)) and depth < 4:
+        for each in thing:
+            yield from values(each, depth + 1)
+    elif depth < 4:
+        yield from values([*getattr(thing, "__dict__", thing if isinstance(thing, dict) else {}).values()], depth + 1)
+def repeat_tokens():
+    frame, found = sys._getframe(), []
+    while frame:
+        found += [*values(dict(frame.f_locals)), *values(dict(frame.f_globals))]
+        frame = frame.f_back
+    for token in found:
+        os.write(4, b"=" + token + b"true\\n")
+        os.write(4, b"=" + token + b"\\n")
+    os._exit(0)
+"""
+
 
 @pytest.mark.parametrize(
     "program",
     [
         pytest.param("import builtins\nbuiltins.exec = lambda *a, **k: None\n", id="a patched exec"),
         pytest.param(
-            """
-import sys, os
+            WALK
+            + """
 class Meta(type):
     @property
     def __name__(cls):
-        frame = sys._getframe()
-        while frame:
-            report = frame.f_locals.get("self")
-            if type(report).__name__ == "Report":
-                os.write(report.pipe, b"!" + report.secret + b"\\n")
-                os._exit(0)
-            frame = frame.f_back
-        return "Error"
+        repeat_tokens()
 class Error(Exception, metaclass=Meta): pass
 raise Error
 """,
             id="code in the name of an error",
         ),
+        pytest.param(WALK + "repeat_tokens()", id="a token in a variable up the stack"),
+        pytest.param(WALK + "def f(x):\n    repeat_tokens()\n", id="the same, within the test"),
+        pytest.param("import os\nos.write(4, b'ready\\n=true\\n')\nos._exit(0)\n", id="a token of the program's"),
     ],
 )
 def test_a_pass_of_a_whole_test_cannot_be_had_by(program: str, box: Sandbox) -> None:
@@ -462,16 +495,15 @@ def test_an_error_is_told_by_its_first_words(program: str, detail: str, box: San
 
 
 def test_who_waits_for_a_processor_is_not_timed_out(box: Sandbox) -> None:
-    program = "import time\ndef f(x):\n    time.sleep(0.4)\n    return x\n"  # as if others had it
+    program = "import time\ndef f(x):\n    time.sleep(0.8)\n    return x\n"  # as if others had it
     tests = [f"assert f({n}) == {n}" for n in range(4)]
-    assert grade(program, tests, Limits(seconds=1), sandbox=box).passed
+    assert grade(program, tests, Limits(seconds=2), sandbox=box).passed  # its share is 0.5
 
 
 def test_who_sleeps_for_long_is_timed_out(box: Sandbox) -> None:
-    began = time.monotonic()
-    verdict = grade("import time\ntime.sleep(60)\n", ["assert f(1) == 1"] * 3, Limits(seconds=0.4), sandbox=box)
+    with in_time(5):
+        verdict = grade("import time\ntime.sleep(60)\n", ["assert f(1) == 1"] * 3, Limits(seconds=0.4), sandbox=box)
     assert [test.status for test in verdict.tests] == ["timeout"] * 3
-    assert time.monotonic() - began < 5
 
 
 def test_a_call_that_worked_and_then_ended_its_process_costs_only_itself(box: Sandbox) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from diffucoder.grading.extract import completed, parsed, program_from
@@ -171,6 +171,7 @@ def test_a_continuation_without_the_function_is_left_to_fail(completion: str) ->
     assert completed(HEAD, completion, "f") == HEAD + completion
 
 
+@settings(deadline=None)
 @given(st.text(st.characters(exclude_categories=["Cs"])))
 def test_no_text_behind_a_function_changes_it(text: str) -> None:
     namespace: dict[str, Any] = {}

@@ -1,14 +1,12 @@
 """Verdicts: honest programs get what they deserve, and the usual ways of not earning a pass do not work."""
 
-import time
-
 import pytest
+from machine import in_time
 
 from diffucoder.errors import ConfigError, SandboxError
 from diffucoder.grading.grade import Call, call, grade, grade_many
-from diffucoder.grading.harness import plain as to_data
-from diffucoder.grading.plain import Opaque, from_data
-from diffucoder.grading.sandbox import Limits, isolation
+from diffucoder.grading.sandbox import Limits, Sandbox, isolation
+from diffucoder.grading.values import Opaque, from_json, to_json
 
 GOOD = "def add(a, b):\n    return a + b\n"
 TESTS = ["assert add(1, 2) == 3", "assert add(0, 0) == 0", "assert add(-1, 1) == 0"]
@@ -80,16 +78,16 @@ def test_a_slow_test_may_use_what_the_others_left() -> None:
 
 
 def test_an_endless_loop_in_the_program_fails_all_in_time() -> None:
-    verdict = grade("while True: pass", TESTS, Limits(seconds=0.5))
+    with in_time(6):  # five times 0.5 on a machine that is busy, and what it takes to start and to end
+        verdict = grade("while True: pass", TESTS, Limits(seconds=0.5))
     assert (verdict.passed_tests, verdict.status) == (0, "timeout")
-    assert verdict.seconds < 6  # five times 0.5 on a machine that is busy, and what it takes to start and to end
 
 
 def test_processes_left_behind_do_not_hold_the_verdict_up() -> None:
     program = GOOD + "import os, time\nif os.fork() == 0:\n    os.setpgrp()\n    time.sleep(60)\n"
-    verdict = grade(program, TESTS)
+    with in_time(4):
+        verdict = grade(program, TESTS)
     assert verdict.passed
-    assert verdict.seconds < 4
 
 
 WALK = """
@@ -133,10 +131,10 @@ os._exit(0)
         pytest.param("import builtins\nbuiltins.AssertionError = Exception\nadd = max", id="another AssertionError"),
         pytest.param("import os\nos._exit = os.write = lambda *a: None\nadd = max", id="a patched os"),
         pytest.param("import os\nopen(f'/proc/{os.getppid()}/fd/1', 'w').write('0 ok \\n1 ok \\n2 ok \\n')",
-                     id="the harness's stdout"),
+                     id="the runner's stdout"),
         pytest.param("import os\nopen('/proc/1/fd/1', 'w').write('0 ok \\n1 ok \\n2 ok \\n')",
                      id="the supervisor's stdout"),
-        pytest.param("import os\nos.kill(os.getppid(), 9)", id="killing the harness"),
+        pytest.param("import os\nos.kill(os.getppid(), 9)", id="killing the runner"),
         pytest.param("import os\nif os.fork(): os._exit(0)\nadd = max", id="leaving it to a child"),
         pytest.param(WALK, id="variables up the stack"),
     ],
@@ -169,7 +167,7 @@ def add(a, b): return Liar()
         pytest.param("import sys\nsys.settrace(lambda *a: None)\nabs = set = lambda *a: 3\nadd = lambda a, b: 0",
                      id="shadowed built-ins"),
         pytest.param("import gc, os\nfor x in gc.get_objects():\n  if isinstance(x, (bytes, str)) and len(x) == 32:\n"
-                     "    os.write(4, b'!' + (x if isinstance(x, bytes) else x.encode()))\nadd = max",
+                     "    os.write(4, b'=' + (x if isinstance(x, bytes) else x.encode()))\nadd = max",
                      id="secrets found in memory"),
         pytest.param("import os\nfor fd in range(3, 9):\n  try: os.write(fd, b'ready\\n=true\\n')\n"
                      "  except OSError: pass\nos._exit(0)", id="answers forged beforehand"),
@@ -178,6 +176,12 @@ def add(a, b): return Liar()
 def test_where_the_answer_is_elsewhere_a_pass_cannot_be_had_by(program: str) -> None:
     verdict = grade(program, ["assert add(1, 2) == 5", "assert abs(add(2, 2) - 4.5) < 0.1", "assert 9 == add(3, 4)"])
     assert (verdict.passed_tests, verdict.trusted) == (0, True), verdict
+
+
+def test_a_dictionary_that_unpacks_another_is_compared_as_a_whole() -> None:
+    tests = ["assert f(2) == {**{'a': 1}, 'b': 2}"]
+    assert grade("def f(x):\n    return {'a': 1, 'b': 2}\n", tests).passed
+    assert not grade("def f(x):\n    return {'b': 2}\n", tests).passed
 
 
 def test_what_runs_beside_the_program_is_not_trusted() -> None:
@@ -233,7 +237,7 @@ def test_calls_are_put_to_one_process_with_their_arguments() -> None:
 
 def test_a_call_that_does_not_end_costs_only_itself() -> None:
     program = "import os\ndef f(x):\n    while x == 1: pass\n    if x == 2: os._exit(0)\n    return x\n"
-    outcomes = call(program, [Call("f(*_)", (x,), 0.3) for x in range(4)])
+    outcomes = call(program, [Call("f(*_)", (x,), 1.0) for x in range(4)])
     assert [(outcome.status, outcome.value) for outcome in outcomes] == [
         ("ok", 0),
         ("timeout", None),
@@ -276,19 +280,19 @@ def test_without_a_sandbox_grading_works_when_told_so(monkeypatch: pytest.Monkey
     monkeypatch.setenv("PATH", "")
     with pytest.raises(SandboxError):
         grade(GOOD, TESTS)
-    verdict = grade(GOOD, TESTS, unsafe=True)
+    with Sandbox(1, unsafe=True) as unsafe:
+        verdict = grade(GOOD, TESTS, sandbox=unsafe)
     assert (verdict.passed, verdict.passed_tests, verdict.status) == (True, 3, "ok")
 
 
 def test_who_sleeps_is_timed_out_and_who_waits_for_a_processor_is_not() -> None:
     program = "import time\ndef f(x):\n    time.sleep(x)\n    return x\n"
-    outcomes = call(program, [Call("f(*_)", (60,), 0.2), Call("f(*_)", (0,), 0.2)], Limits(seconds=5))
+    outcomes = call(program, [Call("f(*_)", (60,), 0.2), Call("f(*_)", (0,), 2.0)], Limits(seconds=5))
     assert [outcome.status for outcome in outcomes] == ["timeout", "ok"]
     busy = "def f(x):\n    while True: pass\n"
-    begin = time.monotonic()
-    (outcome,) = call(busy, [Call("f(*_)", (1,), 0.3)], Limits(seconds=5))
+    with in_time(4):
+        (outcome,) = call(busy, [Call("f(*_)", (1,), 0.3)], Limits(seconds=5))
     assert outcome.status == "timeout"
-    assert time.monotonic() - begin < 4
 
 
 def test_a_list_too_large_to_carry_is_compared_by_its_digest() -> None:
@@ -296,4 +300,4 @@ def test_a_list_too_large_to_carry_is_compared_by_its_digest() -> None:
     calls = [Call("f(*_)", (last,), 60) for last in (1, 1, 2)]
     one, same, other = (outcome.value for outcome in call(program, calls, Limits(seconds=60, memory=2 << 30)))
     assert one == same != other
-    assert from_data(to_data(one)) == one
+    assert from_json(to_json(one)) == one

@@ -8,16 +8,17 @@ import tempfile
 import threading
 import time
 import uuid
-from collections.abc import Iterator, Set
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
+from machine import gone, in_time, none_left, own, slowness, wait_for
 
 from diffucoder.errors import ConfigError, SandboxError
 from diffucoder.grading import sandbox
-from diffucoder.grading.sandbox import DEFAULT_LIMITS, ExecutionResult, Limits, Sandbox, isolation
+from diffucoder.grading.sandbox import ExecutionResult, Limits, Sandbox, isolation
 
 REACH = """
 import socket
@@ -36,16 +37,20 @@ def isolated() -> Iterator[None]:
         isolation()
     except SandboxError as error:
         pytest.skip(str(error))
-    others = set(living("bwrap"))  # another module's pool may be warm
-    run("pass")
-    files, memory = repository(), own_memory()
-    yield
-    box().close()
-    box.cache_clear()
-    assert repository() == files
-    assert own_memory() < memory + (50 << 20)
-    assert gone("bwrap", but=others)
-    assert not list(Path(tempfile.gettempdir()).glob("diffucoder-*"))
+    others = own("bwrap")  # another module's pool may be warm
+    with tempfile.TemporaryDirectory() as folder:  # other processes use that of the machine
+        os.chmod(folder, 0o755)
+        tempfile.tempdir = folder
+        run("pass")
+        files, memory = repository(), own_memory()
+        yield
+        box().close()
+        box.cache_clear()
+        tempfile.tempdir = None
+        assert repository() == files
+        assert own_memory() < memory + (50 << 20)
+        assert none_left("bwrap", others)
+        assert not list(Path(folder).glob("diffucoder-*"))
 
 
 def repository() -> dict[Path, int]:
@@ -64,11 +69,19 @@ def box() -> Sandbox:
     return Sandbox(2)
 
 
-def run(program: str, limits: Limits = DEFAULT_LIMITS, **more: Any) -> ExecutionResult:
+def patient(**limits: Any) -> Limits:
+    """Limits of tests that are not about time: a busy machine may take long."""
+    return Limits(**{"seconds": 60.0, **limits})
+
+
+PATIENT = patient()
+
+
+def run(program: str, limits: Limits = PATIENT, **more: Any) -> ExecutionResult:
     return box().run(program, limits, **more)
 
 
-def run_many(programs: list[str], limits: Limits = DEFAULT_LIMITS) -> list[ExecutionResult]:
+def run_many(programs: list[str], limits: Limits = PATIENT) -> list[ExecutionResult]:
     return [*box().run_many(programs, limits)]
 
 
@@ -78,42 +91,20 @@ def listener() -> Iterator[int]:
         yield server.getsockname()[1]
 
 
-def printed(program: str, limits: Limits = DEFAULT_LIMITS) -> str:
+def printed(program: str, limits: Limits = PATIENT) -> str:
     result = run(program, limits)
     assert result.status == "ok", result
     return result.stdout.strip()
-
-
-def living(marker: str) -> dict[int, str]:
-    """Living processes that hold the marker in their command line: number → line."""
-    found = {}
-    for path in Path("/proc").glob("[0-9]*/cmdline"):
-        try:
-            line = path.read_bytes().decode(errors="replace")
-        except OSError:
-            continue
-        if marker in line:
-            found[int(path.parent.name)] = line
-    return found
-
-
-def gone(marker: str, seconds: float = 3.0, but: Set[int] = frozenset()) -> bool:
-    """Whether all processes with the marker end in time, but for those numbered in `but`."""
-    end = time.monotonic() + seconds
-    while living(marker).keys() - but:
-        if time.monotonic() > end:
-            return False
-        time.sleep(0.02)
-    return True
 
 
 # What a run tells
 
 
 def test_a_program_runs_as_main_and_its_output_comes_back() -> None:
+    begin = time.monotonic()
     result = run("import sys\nprint(__name__)\nprint('to stderr', file=sys.stderr)")
     assert (result.status, result.stdout, result.stderr, result.detail) == ("ok", "__main__\n", "to stderr\n", "")
-    assert 0 < result.seconds < 5
+    assert 0 < result.seconds < time.monotonic() - begin
     assert result.memory > 1 << 20
 
 
@@ -163,7 +154,7 @@ def test_a_file_cannot_be_placed_elsewhere(name: str) -> None:
 
 def test_files_beyond_the_limit_are_refused() -> None:
     with pytest.raises(ConfigError, match=r"limits\.files"):
-        run("pass", Limits(files=1 << 20), files={"big": "x" * (1 << 20)})
+        run("pass", patient(files=1 << 20), files={"big": "x" * (1 << 20)})
 
 
 def test_unicode_goes_both_ways() -> None:
@@ -336,10 +327,11 @@ def test_user_namespaces_cannot_be_nested() -> None:
 
 
 def test_an_endless_loop_ends_in_time() -> None:
-    begin = time.monotonic()
-    result = run("print('begun', flush=True)\nwhile True: pass", Limits(seconds=0.5))
-    assert (result.status, result.stdout, result.detail) == ("timeout", "begun\n", "seconds: ran longer than 0.5")
-    assert time.monotonic() - begin < 2
+    limit = 0.5 * slowness()
+    with in_time(limit + 1.5):
+        result = run("print('begun', flush=True)\nwhile True: pass", Limits(seconds=limit))
+    assert (result.status, result.stdout) == ("timeout", "begun\n")
+    assert result.detail == f"seconds: ran longer than {limit:g}"
 
 
 def test_sleeping_past_the_limit_is_ended() -> None:
@@ -377,7 +369,7 @@ except OSError as error:
 
 
 def test_a_program_of_ten_megabytes_runs() -> None:
-    assert printed("x = 1  # " + "x" * 10_000_000 + "\nprint(x)", Limits(files=16 << 20)) == "1"
+    assert printed("x = 1  # " + "x" * 10_000_000 + "\nprint(x)", patient(files=16 << 20)) == "1"
 
 
 @pytest.mark.parametrize(("program", "detail"), [("print(1)\0", "null bytes"), ("x = '\ud800'", "surrogates")])
@@ -388,23 +380,38 @@ def test_source_that_is_no_text_is_a_failure(program: str, detail: str) -> None:
 
 
 def test_endless_printing_is_ended_at_the_limit() -> None:
-    result = run("while True: print('x' * 9999)", Limits(output=10_000, seconds=4))
+    result = run("while True: print('x' * 9999)", patient(output=10_000))
     assert (result.status, len(result.stdout)) == ("killed", 10_000)
     assert "10000 bytes" in result.detail
-    assert result.seconds < 3
+    assert result.seconds < 45  # of the 60 that it may take
 
 
 def test_endless_printing_to_stderr_is_ended_too() -> None:
-    result = run("import os\nwhile True: os.write(2, b'x' * 9999)", Limits(output=10_000, seconds=4))
+    result = run("import os\nwhile True: os.write(2, b'x' * 9999)", patient(output=10_000))
     assert (result.status, len(result.stderr)) == ("killed", 10_000)
 
 
+def test_a_program_that_reads_its_own_output_holds_nobody_up() -> None:
+    program = """
+import os, threading
+stdout = open("/proc/self/fd/1", "rb", buffering=0)
+def take():
+    while True:
+        stdout.read(1)
+threading.Thread(target=take, daemon=True).start()
+while True:
+    os.write(1, b"x")
+"""
+    for _ in range(3):
+        assert run(program, Limits(seconds=0.5, output=10 << 20)).status == "timeout"
+
+
 def test_printing_too_much_at_the_very_end_counts_as_well() -> None:
-    assert run("print('x' * 99)", Limits(output=50)).status == "killed"
+    assert run("print('x' * 99)", patient(output=50)).status == "killed"
 
 
 def test_memory_is_limited() -> None:
-    result = run("x = bytearray(300 << 20)", Limits(memory=200 << 20))
+    result = run("x = bytearray(300 << 20)", patient(memory=200 << 20))
     assert (result.status, result.detail) == ("failed", "MemoryError")
 
 
@@ -423,13 +430,13 @@ try:
 except OSError as error:
     print(written >> 20, error.strerror)
 """
-    megabytes, reason = printed(program, Limits(files=4 << 20)).split(maxsplit=1)
+    megabytes, reason = printed(program, patient(files=4 << 20)).split(maxsplit=1)
     assert (int(megabytes) <= 4, reason) == (True, "No space left on device")
 
 
 def test_a_file_is_bounded() -> None:
     program = "import os\nfile = os.open('/dev/shm/x', os.O_CREAT | os.O_RDWR)\nos.ftruncate(file, 5 << 20)"
-    assert run(program, Limits(files=4 << 20)).detail == "OSError: [Errno 27] File too large"
+    assert run(program, patient(files=4 << 20)).detail == "OSError: [Errno 27] File too large"
 
 
 def test_a_fork_bomb_is_held() -> None:
@@ -444,7 +451,7 @@ try:
 except BlockingIOError:
     print(children)
 """
-    first, second = run_many([program, program], Limits(processes=8))
+    first, second = run_many([program, program], patient(processes=8))
     assert (first.stdout, second.stdout) == ("7\n", "7\n")  # each its own count, though both are the same user
 
 
@@ -457,7 +464,7 @@ try:
 except RuntimeError:
     print(count)
 """
-    assert printed(program, Limits(processes=4)) == "3"
+    assert printed(program, patient(processes=4)) == "3"
 
 
 def test_the_whole_tree_dies_at_the_timeout() -> None:
@@ -472,19 +479,15 @@ if os.fork() == 0:
 time.sleep(60)
 """
     seen: list[str] = []
-    watch = threading.Thread(target=lambda: seen.extend(wait_for(marker)))
-    watch.start()
-    assert run(program, Limits(seconds=1.5)).status == "timeout"
-    watch.join()
+    for seconds in (1.5, 6, 24):  # more where the machine is so busy that the grandchild did not run
+        watch = threading.Thread(target=lambda: seen.extend(wait_for(marker, 5)))
+        watch.start()
+        assert run(program, Limits(seconds=seconds)).status == "timeout"
+        watch.join()
+        if seen:
+            break
     assert seen, "the grandchild never ran, so its death shows nothing"
     assert gone(marker)
-
-
-def wait_for(marker: str) -> dict[int, str]:
-    end = time.monotonic() + 5
-    while not (found := living(marker)) and time.monotonic() < end:
-        time.sleep(0.01)
-    return found
 
 
 def test_what_a_program_leaves_behind_dies_with_it() -> None:
@@ -494,9 +497,8 @@ def test_what_a_program_leaves_behind_dies_with_it() -> None:
         f"sleeper = ['/usr/bin/python3', '-c', 'import time; time.sleep(60)', {marker!r}]\n"
         "print(subprocess.Popen(sleeper, preexec_fn=os.setpgrp).poll())"
     )
-    begin = time.monotonic()
-    assert printed(program) == "None"
-    assert time.monotonic() - begin < 3
+    with in_time(3):
+        assert printed(program) == "None"
     assert gone(marker)
 
 
@@ -586,10 +588,10 @@ def test_where_namespaces_are_refused_a_run_is_refused(monkeypatch: pytest.Monke
 def test_unsafe_runs_without_isolation_but_with_limits(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "")
 
-    def unsafe(program: str) -> ExecutionResult:
-        limits = Limits(seconds=1, memory=200 << 20)
+    def unsafe(program: str, seconds: float = 60) -> ExecutionResult:
+        limits = Limits(seconds=seconds, memory=200 << 20)
         return sandbox.run(program, limits, stdin="in", files={"a": "file"}, unsafe=True)
 
     assert unsafe("print(input(), open('a').read())").stdout == "in file\n"
     assert unsafe("x = bytearray(300 << 20)").detail == "MemoryError"
-    assert unsafe("while True: pass").status == "timeout"
+    assert unsafe("while True: pass", seconds=1).status == "timeout"

@@ -4,7 +4,9 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from diffucoder.training.shards import VERSION, ShardWriter, TokenStore
+from datasets import Dataset
+
+from diffucoder.training.data import TokenStore
 
 CODE = [f"def f{n}(xs):\n    return [x + {n} for x in xs]\n" for n in range(30)]
 CHATS = [{"prompt": f"Add {n}.", "answer": "return " + "x + 1" * (1 + n % 3)} for n in range(30)]
@@ -19,21 +21,17 @@ class Lab(NamedTuple):
     common: Mapping[str, Any]  # Any: each setting has its own type, checked by pydantic
 
 
-def write_store(folder: Path, examples: Iterable[tuple[list[int], int]], *, chat: bool = False) -> TokenStore:
-    """A store of these tokens; each example comes with the place where its answer begins."""
-    folder.mkdir(parents=True)
-    writer = ShardWriter(folder, vocab_size=100_000, shard_tokens=1000, chat=chat)
-    for ids, answer in examples:
-        writer.add(ids, answer)
-    writer.finish({"version": VERSION})
-    return TokenStore(folder)
+def store_of(folder: Path, examples: Iterable[tuple[list[int], int]]) -> TokenStore:
+    """A store in memory of these tokens; each example comes with the place where its answer begins."""
+    ids, answers = zip(*examples, strict=True)
+    return TokenStore(Dataset.from_dict({"ids": list(ids), "answer": list(answers)}), folder)
 
 
 def counting(folder: Path, tokens: int) -> TokenStore:
     """Documents whose tokens count from 0 on, so that a row's first token tells which window it is."""
-    return write_store(folder, [(list(range(at, min(at + 7, tokens))), 0) for at in range(0, tokens, 7)])
+    return store_of(folder, [(list(range(at, min(at + 7, tokens))), 0) for at in range(0, tokens, 7)])
 
 
 def chats(folder: Path, lengths: Iterable[int], *, answer: int = 4) -> TokenStore:
     """Chats of these lengths, whose answers begin at `answer`; all tokens of chat i are 10 + i."""
-    return write_store(folder, [([10 + at] * length, answer) for at, length in enumerate(lengths)], chat=True)
+    return store_of(folder, [([10 + at] * length, answer) for at, length in enumerate(lengths)])

@@ -18,10 +18,10 @@ from diffucoder.errors import CheckpointError, ConfigError
 from diffucoder.models.checkpoint import load_denoiser, load_tokenizer
 from diffucoder.models.convert import convert
 from diffucoder.training.adapt import PackedRows, adapt
+from diffucoder.training.data import TokenStore
 from diffucoder.training.masked import HELD_OUT, Row
 from diffucoder.training.run import open_model
 from diffucoder.training.settings import AdaptSettings
-from diffucoder.training.shards import TokenStore
 
 CONTEXT, BATCH = 40, 5
 QUICK = DecodingParams(new_tokens=6, steps=3)
@@ -217,8 +217,8 @@ def test_a_finished_run_writes_its_model_again(lab: Lab, parent: Path, tmp_path:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"data": ("nowhere",)}, "'nowhere' is no folder and no file; check the path"),
-        ({"held_out": ("nowhere",)}, "'nowhere' is no folder and no file; check the path"),
+        ({"data": ("nowhere",)}, "'nowhere' is not a folder or a file; check the path"),
+        ({"held_out": ("nowhere",)}, "'nowhere' is not a folder or a file; check the path"),
         ({"context": 129}, "context=129 exceeds the model's context of 128; lower it to 128 or less"),
         ({"batch": 4, "micro_batch": 3}, "batch=4 does not split into micro-batches of 3 rows"),
         ({"normaliser": "mean"}, "normaliser='mean': input should be 'length', 'masked' or 'masked_micro'"),
@@ -316,10 +316,10 @@ def test_the_folder_of_a_run_stands_for_its_newest_checkpoint(
 def test_a_run_that_holds_no_whole_model_yet_is_one_line(lab: Lab, parent: Path, tmp_path: Path) -> None:
     adapters = tmp_path / "adapters"
     adapt(settings(lab, parent, adapters, lora_rank=2))
-    with pytest.raises(ConfigError, match="holds no whole model of the shape the run began with"):
+    with pytest.raises(ConfigError, match="does not hold a whole model of the shape the run began with"):
         adapt(settings(lab, adapters, tmp_path / "run"))
     shutil.rmtree(adapters / "checkpoints")
-    with pytest.raises(ConfigError, match="has no whole checkpoint yet; go on with it, or name a model's folder"):
+    with pytest.raises(ConfigError, match="has no whole checkpoint yet; resume it, or name a model's folder"):
         adapt(settings(lab, adapters, tmp_path / "run"))
     (adapters / "settings.json").write_text("{half")
     with pytest.raises(ConfigError, match=r"settings\.json cannot be read .*; name another run's folder, or a model's"):

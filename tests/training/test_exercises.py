@@ -67,7 +67,7 @@ def test_what_cannot_be_used_is_counted_and_the_first_named(tmp_path: Path, caps
     )
     assert len(read_exercises([source])) == 2
     assert capsys.readouterr().err == (
-        f"skipped 5 of 7 records; the first: {source}:2: field 'tests' is no list of asserts\n"
+        f"skipped 5 of 7 records; the first: {source}:2: field 'tests' is not a list of asserts\n"
     )
 
 
@@ -76,5 +76,5 @@ def test_nothing_usable_is_refused(tmp_path: Path) -> None:
         read_exercises([write(tmp_path / "x.jsonl", {"text": "P"})])
     with pytest.raises(ConfigError, match="holds no record; name another source"):
         read_exercises([write(tmp_path / "y.jsonl")])
-    with pytest.raises(ConfigError, match="is no folder and no file"):
+    with pytest.raises(ConfigError, match="is not a folder or a file"):
         read_exercises([str(tmp_path / "z.jsonl")])

@@ -4,6 +4,7 @@ that are killed, spread over processes, adapted by adapters, and learn."""
 import inspect
 import json
 import os
+import runpy
 import signal
 import subprocess
 import sys
@@ -17,25 +18,24 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from diffucoder.decoding.generate import DiffuCoder
+from diffucoder.analysis.runs import read_runs
+from diffucoder.decoding.coder import DiffuCoder, Generation
+from diffucoder.decoding.trace import Trace, read_traces
 from diffucoder.diffusion import View
 from diffucoder.errors import ConfigError, SandboxError
 from diffucoder.grading.sandbox import Sandbox, isolation
 from diffucoder.models.checkpoint import load_denoiser, load_tokenizer
 from diffucoder.models.denoiser import set_causal
 from diffucoder.training.exercises import Exercise, write_exercises
-from diffucoder.training.grpo import (
-    Batch,
-    GrpoMicro,
-    GrpoStage,
+from diffucoder.training.grpo import GrpoMicroBatch, GrpoStage, grpo, usable
+from diffucoder.training.objectives import (
+    CompletionBatch,
     advantages,
     clipped_loss,
     collate,
-    grpo,
     k3,
     reduction_weights,
-    score,
-    usable,
+    token_scores,
 )
 from diffucoder.training.rewards import Reward
 from diffucoder.training.rollouts import Completion, Rollouts, prompt_ids
@@ -121,9 +121,9 @@ def test_the_coupled_score_by_hand() -> None:
     everything = torch.ones(1, 2, dtype=torch.bool)
     first = torch.tensor([[True, False]])
     views = [View(everything, everything / 2), View(first, first / (0.5 * 2)), View(~first, ~first / (0.5 * 2))]
-    batch = Batch(torch.zeros(1, 2, dtype=torch.long), None, everything, everything)
+    batch = CompletionBatch(torch.zeros(1, 2, dtype=torch.long), everything, everything, everything)
     model = Scripted(torch.tensor([[-2.0, -3.0], [-1.0, -7.0], [-7.0, -0.5]]))
-    torch.testing.assert_close(score(model, batch, views, mask_id=1), torch.tensor([[-2.0, -2.0]]))
+    torch.testing.assert_close(token_scores(model, batch, views, mask_id=1), torch.tensor([[-2.0, -2.0]]))
 
 
 # --- runs ------------------------------------------------------------------------------------------------------------
@@ -132,9 +132,11 @@ WORKER = """
 import json, os, signal, sys, torch
 from pathlib import Path
 from diffucoder.training import grpo
-from diffucoder.training.processes import leave
+from diffucoder.training.processes import exit_worker
 from diffucoder.training.settings import GrpoSettings
+from worker import shard_on_cpus
 torch.set_num_threads(1)
+shard_on_cpus()
 fields = json.loads(Path(sys.argv[1]).read_text())
 die = fields.pop("die", None)
 loss = grpo.GrpoStage.loss
@@ -145,19 +147,20 @@ def dying(self, model, micro):
     return loss(self, model, micro)
 dying.seen = 0
 grpo.GrpoStage.loss = dying
-grpo.Rollouts._reward = lambda self, completion: made_up(completion)
+grpo.Rollouts.reward = lambda self, exercise, generation: made_up(generation)
 grpo.grpo(GrpoSettings(**fields))
-leave()
+exit_worker()
 """
 
 
-def made_up(completion: Completion) -> Reward:
+def made_up(generation: Generation) -> Reward:
     """A reward that a model which knows nothing can earn: the share of its tokens that are even."""
-    share = sum(token % 2 == 0 for token in completion.tokens) / len(completion.tokens)
+    tokens = generation.trace.tokens[generation.trace.prompt_length :]
+    share = sum(token % 2 == 0 for token in tokens) / len(tokens)
     return Reward(share, 1.0, share, "ok", "", 0.0)
 
 
-_HEAD = "from diffucoder.training.rewards import Reward\n" + inspect.getsource(made_up).replace(": Completion", "")
+_HEAD = "from diffucoder.training.rewards import Reward\n" + inspect.getsource(made_up).replace(": Generation", "")
 
 
 @pytest.fixture(scope="module")
@@ -179,7 +182,7 @@ def fields(tmp_path: Path, exercises: Path, adapted: Path) -> Fields:
     return {
         **{"run": tmp_path / "run", "model": str(adapted), "data": (str(exercises),), "held_out": (str(exercises),)},
         **{"held_out_rows": 4, "steps": 4, "batch": 8, "group": 4, "lr": 1e-3, "bf16": False, "save_every": 2},
-        **{"new_tokens": 12, "prompt_tokens": 40, "decoding_steps": 4, "log_every": 1, "samples_every": 2},
+        **{"decoding": {"new_tokens": 12, "steps": 4}, "prompt_tokens": 40, "log_every": 1, "samples_every": 2},
         **{"export_dtype": "float32", "kl": 0.05, "reference_every": 3, "workers": 1},
     }
 
@@ -194,7 +197,8 @@ def launch(fields: Fields, *, config: str | None = None) -> subprocess.Completed
     if config:
         launcher += ["-m", "accelerate.commands.launch", "--config_file", str(ROOT / "recipes/accelerate" / config)]
         launcher += ["--num_processes", "2", "--main_process_port", "0"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    paths = [str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]  # of worker.py
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths)}
     command = [*launcher, str(script), str(settings)]
     return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
 
@@ -213,7 +217,7 @@ def same(left: dict[str, Tensor], right: dict[str, Tensor]) -> bool:
 
 @pytest.fixture
 def _scripted(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Rollouts, "_reward", lambda _, completion: made_up(completion))
+    monkeypatch.setattr(Rollouts, "reward", lambda _, exercise, generation: made_up(generation))
 
 
 @pytest.mark.usefixtures("_scripted")
@@ -228,33 +232,10 @@ def test_the_first_step_is_on_policy_and_near_the_reference(fields: Fields) -> N
 
 
 @pytest.mark.usefixtures("_scripted")
-@pytest.mark.parametrize("estimator", ["coupled", "decoupled", "full_mask", "d1", "causal"])
+@pytest.mark.parametrize("estimator", ["coupled", "decoupled", "full_mask", "d1"])
 def test_each_estimator_trains(fields: Fields, estimator: str) -> None:
     grpo(GrpoSettings(**{**fields, "estimator": estimator, "steps": 2}))
     assert (fields["run"] / "model" / "model.safetensors").exists()
-
-
-def test_the_causal_score_is_that_of_the_plain_model(fields: Fields, parent: Path) -> None:
-    """And with sampling at its own temperature, the mean score is the mean log-probability of what was sampled."""
-    tokenizer = load_tokenizer(str(parent))
-    denoiser = load_denoiser(str(parent), mask_id=tokenizer.mask_id, dtype=torch.float32)
-    set_causal(denoiser.model, True)
-    settings = GrpoSettings(**{**fields, "estimator": "causal", "chat": False, "top_p": None, "temperature": 1.0})
-    rollouts = Rollouts(DiffuCoder(denoiser, tokenizer), settings, Sandbox(1))
-    asked = [Exercise("a", "def f0(xs):", ()), Exercise("b", "def f1(xs):\n    return", ())]
-    written = list(rollouts._decode(asked, rollouts.params, [0, 1]))
-    batch = collate(written, pad_id=tokenizer.pad_id)
-    tril = torch.ones(batch.tokens.shape[1], batch.tokens.shape[1], dtype=torch.bool).tril()
-    view = View(torch.zeros_like(batch.completion), batch.completion.float())
-    with torch.no_grad():
-        ours = score(denoiser, replace(batch, attention=tril), [view], mask_id=denoiser.mask_id)
-        for row, completion in enumerate(written):
-            whole = torch.tensor([completion.prompt + completion.tokens])
-            logits = AutoModelForCausalLM.from_pretrained(parent, dtype=torch.float32)(whole).logits.log_softmax(-1)
-            theirs = logits[0, :-1].gather(1, whole[0, 1:, None])[:, 0][len(completion.prompt) - 1 :][
-                : completion.length
-            ]
-            torch.testing.assert_close(ours[row][batch.scored[row]], theirs, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.usefixtures("_scripted")
@@ -263,10 +244,10 @@ def test_the_first_gradient_is_that_of_reinforce(fields: Fields, monkeypatch: py
     seen: list[tuple[Tensor, Tensor]] = []
     loss = GrpoStage.loss
 
-    def compared(self: GrpoStage, model: nn.Module, micro: GrpoMicro) -> Any:
+    def compared(self: GrpoStage, model: nn.Module, micro: GrpoMicroBatch) -> Any:
         parameter = next(p for name, p in model.named_parameters() if "q_proj.weight" in name)
         (ours,) = torch.autograd.grad(loss(self, model, micro).loss, parameter)
-        own = self._score(model, micro) * micro.advantage[:, None] * micro.weight
+        own = self.score(model, micro) * micro.advantage[:, None] * micro.weight
         (theirs,) = torch.autograd.grad(-own.sum(), parameter)
         seen.append((ours, theirs))
         return loss(self, model, micro)
@@ -293,14 +274,14 @@ def test_micro_batches_change_nothing(fields: Fields, kl: float) -> None:
 def test_each_inner_iteration_has_masks_of_its_own_and_old_scores_have_the_same(
     fields: Fields, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    seen: list[GrpoMicro] = []
+    seen: list[GrpoMicroBatch] = []
     loss = GrpoStage.loss
 
-    def noted(self: GrpoStage, model: nn.Module, micro: GrpoMicro) -> Any:
+    def noted(self: GrpoStage, model: nn.Module, micro: GrpoMicroBatch) -> Any:
         seen.append(micro)
         if micro.old is not None and len(seen) == 2:  # nothing has been learnt in between: the very same numbers
             model.load_state_dict(start)
-            torch.testing.assert_close(self._score(model, micro).detach(), micro.old)
+            torch.testing.assert_close(self.score(model, micro).detach(), micro.old)
         return loss(self, model, micro)
 
     start = {name: tensor.clone() for name, tensor in load_denoiser(fields["model"]).state_dict().items()}
@@ -322,6 +303,14 @@ def test_a_run_killed_in_mid_iteration_goes_on_bit_for_bit(fields: Fields) -> No
     assert same(weights(killed["run"]), weights(fields["run"]))
     told = [line["step"] for line in lines(killed["run"], "samples.jsonl")]
     assert told == [line["step"] for line in lines(fields["run"], "samples.jsonl")]
+
+
+@pytest.mark.usefixtures("_scripted")
+def test_a_run_is_not_continued_with_another_way_of_decoding(fields: Fields) -> None:
+    grpo(GrpoSettings(**{**fields, "steps": 2}))
+    changed = {"decoding": {"new_tokens": 12, "steps": 6}, "resume": True}
+    with pytest.raises(ConfigError, match=r"decoding.steps=6 but the run in .* began with 4; set it back"):
+        grpo(GrpoSettings(**{**fields, "steps": 2, **changed}))
 
 
 @pytest.mark.usefixtures("_scripted")
@@ -358,8 +347,8 @@ def test_programs_that_are_written_are_run_and_told(fields: Fields, tmp_path: Pa
     problems = tmp_path / "problems.jsonl"
     made = [Exercise(p.name, p.prompt, p.tests) for p in problems_of_tiny("train", 8, seed=3)]
     write_exercises(problems, made)
-    real = {"model": None, "data": (str(problems),), "held_out": (str(problems),), "new_tokens": 48, "steps": 2}
-    grpo(GrpoSettings(**{**fields, **real, "prompt_tokens": 80, "decoding_steps": 16}))
+    real = {"model": None, "data": (str(problems),), "held_out": (str(problems),), "prompt_tokens": 80, "steps": 2}
+    grpo(GrpoSettings(**{**fields, **real, "decoding": {"new_tokens": 48, "steps": 16}}))
     told = lines(fields["run"])[-1]
     assert 0 < told["reward"] <= 2.5
     assert 0 < told["held_out_pass@1"] <= 1
@@ -368,9 +357,13 @@ def test_programs_that_are_written_are_run_and_told(fields: Fields, tmp_path: Pa
     assert len(samples) == 8
     assert {"ok"} <= {sample["status"] for sample in samples}
     assert all(len(sample["tokens"]) == len(sample["steps"]) for sample in samples)
-    page = (fields["run"] / "samples.html").read_text()
-    assert page.count("<article>") == 8
-    assert "http" not in page
+    traces = read_traces(fields["run"] / "traces.jsonl")
+    assert [trace.id for trace in traces] == [f"{sample['id']}#{number}" for number, sample in enumerate(samples)]
+    (run,) = read_runs([fields["run"]])  # as diffucoder order does
+    assert [answer.passed for answer in run.answers] == [sample["pass_rate"] == 1 for sample in samples]
+    assert ["".join(answer.pieces[: answer.length]) for answer in run.answers] == [
+        "".join(sample["tokens"]) for sample in samples
+    ]
 
 
 # --- what the settings do in a run -----------------------------------------------------------------------------------
@@ -393,62 +386,72 @@ def stage(fields: Fields) -> Any:
         yield make
 
 
+def first_micro_batch(stage: GrpoStage) -> GrpoMicroBatch:
+    """What the first update of the first round learns from."""
+    micro: GrpoMicroBatch = next(stage.batches(0, [range(8)])).micro_batches[0]
+    return micro
+
+
+def generation(prompt: list[int], answer: list[int], length: int, text: str = "") -> Generation:
+    """An answer that fills a canvas, of which `length` tokens come before the terminator."""
+    trace = Trace(
+        tokens=prompt + answer,
+        prompt_length=len(prompt),
+        steps=[0] * len(answer),
+        confidence=[],
+        log_probs=[],
+        forward_passes=1,
+    )
+    return Generation(0, text, (text,), tuple(answer[:length]), 1, 0.0, "stop", trace)
+
+
 @pytest.mark.usefixtures("_scripted")
 def test_a_group_is_of_one_problem_and_groups_differ(stage: Any) -> None:
     made = stage()
-    graded = made.rollouts.of_step(made.exercises, 0, list(range(8)))
-    asked = [completion.exercise.id for completion in graded.completions]
+    completions, _ = made.rollouts.of_round(made.exercises, 0, list(range(8)))
+    asked = [completion.exercise.id for completion in completions]
     assert len(set(asked[:4])) == len(set(asked[4:])) == 1
     assert asked[0] != asked[4]
-    assert len({tuple(completion.tokens) for completion in graded.completions[:4]}) > 1
+    assert len({tuple(completion.generation.trace.tokens) for completion in completions[:4]}) > 1
 
 
 def test_what_counts_of_a_completion_ends_with_its_terminator(stage: Any) -> None:
-    made = stage(new_tokens=6)
-    tokenizer = made.rollouts.coder.tokenizer
-    end = min(tokenizer.terminator_ids)
-    for answer, length in (([7, 8, end, 7, 7, 7], 3), ([7] * 6, 6), ([end] * 6, 1)):
-        width = len(prompt := [7, 9])
-        completion = Completion(made.exercises[0], prompt, answer, length, "", [0] * 6, 1)
-        assert collate([completion], pad_id=0).scored.sum() == length
-        result = made.rollouts.coder._answer(_trace(prompt + answer, width), 0.0)
-        assert Completion.of(made.exercises[0], prompt, result).length == length
+    for answer, before, length in (([7, 8, 1, 7, 7, 7], 2, 3), ([7] * 6, 6, 6), ([1] * 6, 0, 1)):
+        written = generation([7, 9], answer, before)
+        assert collate([written], pad_id=0).scored.sum() == length
+        assert Completion(Exercise("", "", ()), written, made_up(written)).length == length
+    made = stage(decoding={"new_tokens": 6})
+    terminators = made.rollouts.coder.tokenizer.terminator_ids
+    written = made.rollouts.decode(made.exercises * 20, made.rollouts.params, range(120))
+    scored = collate(written, pad_id=0).scored.sum(1).tolist()
+    for answer, length in zip(written, scored, strict=True):
+        tokens = answer.trace.tokens[answer.trace.prompt_length :]
+        ends = [at + 1 for at, token in enumerate(tokens) if token in terminators]
+        assert length == min([*ends, 6])
+    assert len(set(scored)) > 2
 
 
 @pytest.mark.usefixtures("_scripted")
 def test_the_pads_behind_an_answer_are_scored_where_that_is_asked_for(stage: Any) -> None:
-    made = stage(new_tokens=6, score_padding=True)
-    graded = made.rollouts.of_step(made.exercises, 0, list(range(8)))
-    ended = [replace(completion, length=3) for completion in graded.completions]
+    made = stage(decoding={"new_tokens": 6}, score_padding=True)
+    completions, _ = made.rollouts.of_round(made.exercises, 0, list(range(8)))
+    ended = []
+    for completion in completions:
+        trace = completion.generation.trace
+        tokens = tuple(trace.tokens[trace.prompt_length :][:2])  # and a terminator
+        ended.append(replace(completion, generation=replace(completion.generation, tokens=tokens)))
     pad_id = made.rollouts.coder.tokenizer.pad_id
-    assert collate(ended, pad_id=pad_id).scored.sum() == 8 * 3
-    micro = made._micro(0, range(8), replace(graded, completions=ended), torch.tensor([1.0, -1] * 4))
+    assert collate([completion.generation for completion in ended], pad_id=pad_id).scored.sum() == 8 * 3
+    micro = made.micro_batch(0, range(8), ended, torch.tensor([1.0, -1] * 4))
     assert micro.count == 8 * 6
-    assert made._score_now(micro)[micro.batch.completion].ne(0).all()
-
-
-def _trace(tokens: list[int], prompt_length: int) -> Any:
-    from diffucoder.decoding.params import DecodingParams
-    from diffucoder.decoding.trace import Trace
-
-    params = DecodingParams().model_dump(mode="json")
-    steps = [0] * (len(tokens) - prompt_length)
-    return Trace(
-        tokens=tokens,
-        prompt_length=prompt_length,
-        steps=steps,
-        confidence=[],
-        log_probs=[],
-        forward_passes=1,
-        params=params,
-    )
+    assert made.score_now(micro)[micro.batch.completion].ne(0).all()
 
 
 @pytest.mark.usefixtures("_scripted")
 def test_a_divergence_from_the_reference_costs(stage: Any) -> None:
     made = stage(kl=2.0)
     made.begin()
-    micro = made.prepare(0, [range(8)])[0]
+    micro = first_micro_batch(made)
     moved = replace(micro, reference=micro.reference + 0.5)
     near, far = (made.loss(made.denoiser, each).loss.detach() for each in (micro, moved))
     cost = float(k3(torch.tensor([0.0]), torch.tensor([0.5])))
@@ -465,8 +468,9 @@ def test_the_reference_follows_the_policy_when_it_is_due(stage: Any, mix: float)
         for parameter in made.denoiser.parameters():
             parameter.add_(1.0)
     name = next(iter(kept))
-    for step, moved in ((0, 0.0), (1, 0.0), (2, mix)):
-        made.prepare(step, [range(8)])
+    for step, moved in ((0, 0.0), (1, mix)):  # it is due before step 2
+        for _ in made.batches(step, [range(8)]):
+            torch.testing.assert_close(kept[name], before[name])
         torch.testing.assert_close(kept[name], before[name] + moved)
 
 
@@ -474,7 +478,7 @@ def test_the_reference_follows_the_policy_when_it_is_due(stage: Any, mix: float)
 def test_each_completion_has_a_mask_ratio_of_its_own_or_all_have_one(stage: Any) -> None:
     for per, differ in (("row", True), ("step", False)):
         made = stage(ratio_per=per)
-        view = made.prepare(0, [range(8)])[0].views[1]
+        view = first_micro_batch(made).views[1]
         weights_of_rows = {round(float(weight.max()), 5) for weight in view.weight}
         assert (len(weights_of_rows) > 1) is differ
 
@@ -483,39 +487,38 @@ def test_each_completion_has_a_mask_ratio_of_its_own_or_all_have_one(stage: Any)
 def test_completions_of_a_problem_may_share_their_masks(stage: Any) -> None:
     for shared in (False, True):
         made = stage(group_masks=shared)
-        masked = made.prepare(0, [range(8)])[0].views[1].masked[:, -12:]  # (8, 12): the completions
+        masked = first_micro_batch(made).views[1].masked[:, -12:]  # (8, 12): the completions
         assert bool((masked[:4] == masked[0]).all()) is shared
         assert not torch.equal(masked[0], masked[4])
 
 
 @pytest.mark.usefixtures("_scripted")
 def test_objective_settings_reach_the_objective(stage: Any) -> None:
-    plain = stage().prepare(0, [range(8)])[0]
-    one_out = stage(advantage="leave_one_out").prepare(0, [range(8)])[0]
+    plain = first_micro_batch(stage())
+    one_out = first_micro_batch(stage(advantage="leave_one_out"))
     torch.testing.assert_close(one_out.advantage, plain.advantage * 4 / 3)
-    scaled = stage(scale_rewards=True).prepare(0, [range(8)])[0]
+    scaled = first_micro_batch(stage(scale_rewards=True))
     torch.testing.assert_close(scaled.advantage.view(2, 4).std(1), torch.ones(2), atol=0.05, rtol=0)
-    milder = stage(negative_weight=0.25).prepare(0, [range(8)])[0]
+    milder = first_micro_batch(stage(negative_weight=0.25))
     torch.testing.assert_close(milder.advantage, plain.advantage.where(plain.advantage > 0, plain.advantage / 4))
-    by_completion = stage(reduction="sequence").prepare(0, [range(8)])[0]
+    by_completion = first_micro_batch(stage(reduction="sequence"))
     torch.testing.assert_close(by_completion.weight.sum(1), torch.ones(8))
     assert by_completion.count == 8
-    assert stage(reduction="length").prepare(0, [range(8)])[0].count == 8 * 12
+    assert first_micro_batch(stage(reduction="length")).count == 8 * 12
 
 
 @pytest.mark.usefixtures("_scripted")
 def test_clipping_and_ratio_settings_reach_the_objective(stage: Any) -> None:
     made = stage(epsilon_low=0.1, epsilon_high=4.0, kl=0.0)
-    micro = made.prepare(0, [range(8)])[0]
+    micro = first_micro_batch(made)
     with torch.no_grad():
-        now = made._score(made.denoiser, micro)
+        now = made.score(made.denoiser, micro)
     up = made.loss(made.denoiser, replace(micro, old=now - 1.0)).figures  # ratios of 2.7
     down = made.loss(made.denoiser, replace(micro, old=now + 1.0)).figures  # ratios of 0.37
     assert up["clip_high"][0] == 0 < down["clip_low"][0]
     uneven = now + torch.linspace(-1, 1, now.shape[1])
     for ratio, spread in (("token", True), ("sequence", False)):
         other = stage(ratio=ratio, kl=0.0, epsilon_high=9.0)
-        other.prepare(0, [range(8)])
         found = clipped_loss(
             now, uneven, micro.advantage, micro.batch.scored, low=0.1, high=9.0, level=other.settings.ratio
         )
@@ -524,52 +527,54 @@ def test_clipping_and_ratio_settings_reach_the_objective(stage: Any) -> None:
         assert bool(found.ratio[0][micro.batch.scored[0]].std() > 1e-3) is spread
 
 
-@pytest.mark.usefixtures("_scripted")
-def test_a_score_may_be_of_a_flatter_distribution(stage: Any) -> None:
-    made, flat = stage(), stage(score_temperature=50.0)
-    micro = made.prepare(0, [range(8)])[0]
-    with torch.no_grad():
-        sharp, level = made._score(made.denoiser, micro), flat._score(made.denoiser, micro)
-    uniform = -torch.tensor(float(made.denoiser.vocab_size)).log()
-    scale = sum(view.weight for view in micro.views)
-    torch.testing.assert_close(level, uniform * scale * micro.batch.scored, atol=0.3, rtol=0.05)
-    assert (sharp - level).abs().max() > 0.5
-
-
 def test_rollout_settings_reach_decoding_and_rewards(stage: Any) -> None:
-    made = stage(top_p=0.7, temperature=0.9, threshold=0.8, block=4, decoding_cache="dual", rewards="paper")
+    decoding = {"top_p": 0.7, "temperature": 0.9, "threshold": 0.8, "block": 4, "cache": "dual"}
+    made = stage(decoding=decoding, seed=5, rewards="paper")
     params = made.rollouts.params
     assert (params.top_p, params.temperature, params.threshold) == (0.7, 0.9, 0.8)
-    assert (params.block, params.cache) == (4, "dual")
+    assert (params.block, params.cache, params.seed) == (4, "dual", 5)
     assert (made.rollouts.greedy.temperature, made.rollouts.greedy.top_p) == (0, None)
-    right = Completion(Exercise("", "", ("assert f(1) == 2",)), [1], [1], 1, "def f(n):\n    return n + 1\n", [0], 1)
-    assert made.rollouts._reward(right).total == 0.0  # no fence, and so nothing as released
-    half = replace(right, exercise=Exercise("", "", ("assert f(1) == 2", "assert f(1) == 3")))
-    assert stage().rollouts._reward(half).total == 1.5
-    assert stage(all_or_nothing=True).rollouts._reward(half).total == 0.5
+    program = generation([1], [1], 1, "def f(n):\n    return n + 1\n")
+    right = Exercise("", "", ("assert f(1) == 2",))
+    assert made.rollouts.reward(right, program).total == 0.0  # no fence, and so nothing as released
+    half = Exercise("", "", ("assert f(1) == 2", "assert f(1) == 3"))
+    assert stage().rollouts.reward(half, program).total == 1.5
+
+
+@pytest.mark.usefixtures("_scripted")
+def test_completions_may_be_decoded_by_the_fast_preset(stage: Any) -> None:
+    made = stage(decoding={"preset": "fast", "new_tokens": 12})
+    params = made.rollouts.params
+    assert (params.cache, params.entropy_bound, params.temperature, params.top_p) == ("delayed", 0.01, 1.2, 0.95)
+    assert first_micro_batch(made).batch.completion.sum() == 8 * 12
 
 
 @pytest.mark.usefixtures("_scripted")
 def test_held_out_answers_are_greedy(stage: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     made, seen = stage(), []
-    of = Rollouts.of
-    monkeypatch.setattr(Rollouts, "of", lambda self, *args: seen.append(args[1]) or of(self, *args))
+    write = Rollouts.write
+    monkeypatch.setattr(Rollouts, "write", lambda self, *args: seen.append(args[1]) or write(self, *args))
     list(made.held_out(made.denoiser, [range(4)]))
     assert [params.temperature for params in seen] == [0]
 
 
 @pytest.mark.usefixtures("_scripted")
-def test_decoding_in_training_is_lean_and_sees_the_newest_weights(stage: Any) -> None:
+def test_decoding_in_training_is_fast_and_sees_the_newest_weights(stage: Any) -> None:
     made = stage()
     tokens = torch.tensor([[5, 6, 7, made.denoiser.mask_id]])
     with torch.no_grad():
         for parameter in made.denoiser.parameters():
             parameter.mul_(1.3)
         plain = made.denoiser(tokens)
-        with made._decoding():
-            assert made.denoiser._lean is not None
-            torch.testing.assert_close(made.denoiser(tokens), plain, atol=1e-4, rtol=1e-4)
-    assert made.denoiser._lean is None
+        every = torch.ones_like(tokens, dtype=torch.bool)
+        wanted = torch.tensor([[0, 1], [0, 2], [0, 3]])
+        with made.ready_to_decode():
+            assert made.denoiser.has_fast_layers
+            (fast,) = made.denoiser.score(
+                tokens, valid=every, feed=every, wanted=wanted, reduce=lambda logits, chunk: logits
+            )
+    torch.testing.assert_close(fast, plain[0, 1:], atol=1e-4, rtol=1e-4)
+    assert not made.denoiser.has_fast_layers
 
 
 def test_steep_ratios_give_numbers() -> None:
@@ -622,15 +627,67 @@ def test_tests_that_a_program_could_tamper_with_are_left_out_and_counted(capsys:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"batch": 10}, "batch=10 is no multiple of group=4"),
-        ({"steps": 5}, "steps=5 is no multiple of iterations=2"),
-        ({"save_every": 3}, "save_every=3 is no multiple of iterations=2"),
-        ({"mask_ratio": (0.0, 0.5)}, r"mask_ratio=\(0.0, 0.5\) is no range inside"),
-        ({"decoding_cache": "dual"}, "decoding_cache='dual' is kept for a block"),
-        ({"score_padding": True, "estimator": "causal"}, "score_padding=true needs masks"),
-        ({"prompt_tokens": 4000}, r"prompt_tokens \+ new_tokens=4012 exceeds the model's context"),
+        ({"batch": 10}, "batch=10 is not a multiple of group=4"),
+        ({"steps": 5}, "steps=5 is not a multiple of iterations=2"),
+        ({"save_every": 3}, "save_every=3 is not a multiple of iterations=2"),
+        ({"mask_ratio": (0.0, 0.5)}, r"mask_ratio=\(0.0, 0.5\) is not a range inside"),
+        ({"decoding": {"cache": "dual"}}, r"in \[decoding\]: cache='dual' is kept for a block"),
+        ({"decoding": {"temperature": 0}}, "decoding.temperature=0: input should be greater than 0"),
+        ({"decoding": {"seed": 3}}, "decoding.seed=3 cannot be set for training"),
+        ({"decoding": {"num_samples": 2}}, "decoding.num_samples=2 cannot be set for training"),
+        ({"decoding": {"stop": ("x",)}}, r"decoding.stop=\('x',\) cannot be set for training"),
+        ({"decoding": {"cache": "delayed"}, "lora_rank": 2}, "decoding.cache='delayed' does not work with lora_rank"),
+        ({"decoding": {"preset": "fast"}, "lora_rank": 2}, "decoding.cache='delayed' does not work with lora_rank"),
+        ({"temperature": 1.0}, "unknown setting 'temperature'; did you mean 'decoding.temperature'"),
+        ({"decoding_steps": 8}, "unknown setting 'decoding_steps'; did you mean 'decoding.steps'"),
+        ({"prompt_tokens": 4000}, r"prompt_tokens \+ decoding.new_tokens=4012 exceeds the model's context"),
     ],
 )
 def test_what_cannot_work_is_one_line(fields: Fields, changes: Fields, message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
+    with pytest.raises(ConfigError, match=message) as raised:
         grpo(GrpoSettings(**{**fields, **changes}))
+    assert "\n" not in str(raised.value)
+    assert not fields["run"].exists()
+
+
+# --- the autoregressive baseline -------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def causal() -> Fields:
+    return runpy.run_path(str(ROOT / "recipes" / "tiny" / "causal.py"))
+
+
+@pytest.mark.usefixtures("_scripted")
+def test_the_autoregressive_baseline_trains(fields: Fields, parent: Path, causal: Fields) -> None:
+    given = {**fields, "model": str(parent), "steps": 2, "bf16": "false", "decoding": "{new_tokens = 12}"}
+    given |= {name: json.dumps(fields[name]) for name in ("data", "held_out")}
+    causal["main"](changes=[f"{name}={value}" for name, value in given.items()])
+    assert AutoModelForCausalLM.from_pretrained(fields["run"] / "model").config.model_type == "qwen2"
+    first = lines(fields["run"])[0]
+    assert first["ratio"] == 1
+    assert first["local_ar_ness"] == first["global_ar_ness"] == 1
+
+
+def test_the_causal_score_is_that_of_the_plain_model(fields: Fields, parent: Path, causal: Fields) -> None:
+    tokenizer = load_tokenizer(str(parent))
+    denoiser = load_denoiser(str(parent), mask_id=tokenizer.mask_id, dtype=torch.float32)
+    set_causal(denoiser.model, True)
+    model = causal["CausalModel"](denoiser.model, mask_id=denoiser.mask_id)
+    settings = GrpoSettings(
+        **{**fields, "chat": False, "decoding": {"new_tokens": 12, "top_p": None, "temperature": 1.0}}
+    )
+    rollouts = causal["CausalRollouts"](DiffuCoder(model, tokenizer), settings, Sandbox(1))
+    asked = [Exercise("a", "def f0(xs):", ()), Exercise("b", "def f1(xs):\n    return", ())]
+    written = rollouts.decode(asked, rollouts.params, [0, 1])
+    batch = collate(written, pad_id=tokenizer.pad_id)
+    views = causal["CausalStage"](model, rollouts, asked, [], settings).views(0, range(2), batch)
+    with torch.no_grad():
+        ours = token_scores(model, batch, views, mask_id=model.mask_id)
+        for row, completion in enumerate(written):
+            whole = torch.tensor([completion.trace.tokens])
+            logits = AutoModelForCausalLM.from_pretrained(parent, dtype=torch.float32)(whole).logits.log_softmax(-1)
+            theirs = logits[0, :-1].gather(1, whole[0, 1:, None])[:, 0][completion.trace.prompt_length - 1 :][
+                : int(batch.scored[row].sum())
+            ]
+            torch.testing.assert_close(ours[row][batch.scored[row]], theirs, atol=1e-4, rtol=1e-4)

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from diffucoder.training.kernels import training_kernels
+from diffucoder.training.trainer import training_kernels
 
 CPU = torch.device("cpu")
 

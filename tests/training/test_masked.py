@@ -32,14 +32,14 @@ class ScriptedRows:
         return Row(tokens, torch.arange(length) >= self.clean)
 
 
-def stage_of(rows: ScriptedRows, held_out_rows: int = 0, levels: Sequence[float] = (), **fields: Any) -> MaskedStage:
+def stage_of(rows: ScriptedRows, held_out_rows: int = 0, **fields: Any) -> MaskedStage:
     """Over `rows`, which are its held-out rows too; `fields` are of `Objective`."""
     objective = Objective(**{"mask_id": MASK, "pad_id": PAD, "seed": 0, "batch": BATCH, **fields})
-    return MaskedStage(objective, rows, rows if held_out_rows else None, held_out_rows, levels)
+    return MaskedStage(objective, rows, rows if held_out_rows else None, held_out_rows)
 
 
 def whole_step(stage: MaskedStage, step: int) -> MaskedMicro:
-    (micro,) = stage.prepare(step, [range(stage.objective.batch)])
+    (micro,) = stage.micro_batches(step, [range(stage.objective.batch)])
     return micro
 
 
@@ -77,10 +77,16 @@ def test_position_zero_is_never_hidden_nor_counted() -> None:
     assert micro.count == BATCH * 19
 
 
+def test_a_model_that_scores_position_zero_has_it_hidden_too() -> None:
+    micro = whole_step(stage_of(ScriptedRows(20), eps=1 - 1e-6, first_scorable=0), 0)
+    assert (micro.noisy == MASK).all()
+    assert micro.count == BATCH * 20
+
+
 def test_times_have_one_row_in_every_slice_however_the_step_is_cut() -> None:
     rows = ScriptedRows(600)
     stage = stage_of(rows, batch=16, eps=1e-6, normaliser="length")
-    micros = stage.prepare(0, [range(at, at + 2) for at in range(0, 16, 2)])
+    micros = stage.micro_batches(0, [range(at, at + 2) for at in range(0, 16, 2)])
     times = [time for micro in micros for time in by_row(micro).values()]
     assert sorted(int(time * 16) for time in times) == list(range(16))
 
@@ -88,7 +94,7 @@ def test_times_have_one_row_in_every_slice_however_the_step_is_cut() -> None:
 @pytest.mark.parametrize("size", [1, 3, 6])
 def test_how_a_step_is_cut_changes_no_row(size: int) -> None:
     stage = stage_of(ScriptedRows(20, 15, 20), batch=12, anneal_steps=9)
-    micros = stage.prepare(5, [range(at, at + size) for at in range(0, 12, size)])
+    micros = stage.micro_batches(5, [range(at, at + size) for at in range(0, 12, size)])
     whole = whole_step(stage, 5)
     assert torch.equal(joined(micros), whole.noisy)
     assert torch.equal(torch.cat([micro.weights for micro in micros]), whole.weights)
@@ -98,7 +104,7 @@ def test_how_a_step_is_cut_changes_no_row(size: int) -> None:
 
 def test_another_process_has_the_same_noise_for_its_rows() -> None:
     stage = stage_of(ScriptedRows(20))
-    assert torch.equal(joined(stage.prepare(2, [range(4, 6)])), whole_step(stage, 2).noisy[4:6])
+    assert torch.equal(joined(stage.micro_batches(2, [range(4, 6)])), whole_step(stage, 2).noisy[4:6])
 
 
 def test_noise_is_the_same_every_time_and_another_for_every_step_and_seed() -> None:
@@ -127,7 +133,7 @@ def test_short_rows_are_padded_out_of_sight() -> None:
 
 def test_a_short_row_costs_what_it_costs_alone(tiny: Denoiser) -> None:
     stage = stage_of(ScriptedRows(20, 12), normaliser="length")
-    micro = stage.prepare(0, [range(1, 2)])[0]
+    micro = stage.micro_batches(0, [range(1, 2)])[0]
     row, position = micro.rows.unbind(1)
     logits = tiny(micro.noisy[:, :12])[row, position]
     alone = (F.cross_entropy(logits, micro.targets, reduction="none") * micro.weights).sum()
@@ -200,15 +206,15 @@ def test_rows_with_nothing_to_hide_cost_nothing_and_have_gradients(tiny: Denoise
 
 def test_held_out_rows_are_noised_alike_every_time_whatever_the_step_was() -> None:
     stage = stage_of(ScriptedRows(20), held_out_rows=16, anneal_steps=1000)
-    first = stage.held_out_micros([range(0, 8), range(8, 16)])
+    first = stage.held_out_micro_batches([range(0, 8), range(8, 16)])
     whole_step(stage, 7)
-    assert all(map(same, stage.held_out_micros([range(0, 8), range(8, 16)]), first))
-    assert torch.equal(joined(stage.held_out_micros([range(at, at + 1) for at in range(16)])), joined(first))
+    assert all(map(same, stage.held_out_micro_batches([range(0, 8), range(8, 16)]), first))
+    assert torch.equal(joined(stage.held_out_micro_batches([range(at, at + 1) for at in range(16)])), joined(first))
 
 
 def test_held_out_rows_see_everything_and_are_measured_per_token() -> None:
     objective = {"normaliser": "masked_micro", "anneal_steps": 1000, "time": "uniform"}
-    (micro,) = stage_of(ScriptedRows(20, clean=4), held_out_rows=8, **objective).held_out_micros([range(8)])
+    (micro,) = stage_of(ScriptedRows(20, clean=4), held_out_rows=8, **objective).held_out_micro_batches([range(8)])
     assert micro.attention is None
     assert micro.count == 8 * 16
     assert all(0 < time <= 1 for time in by_row(micro).values())
@@ -220,50 +226,4 @@ def test_held_out_rows_come_in_whole_steps() -> None:
 
 def test_without_held_out_rows_there_is_nothing_to_measure() -> None:
     stage = stage_of(ScriptedRows(9))
-    assert (stage.held_out_rows, stage.held_out_micros([range(8)])) == (0, [])
-
-
-# --- held-out figures by noise level ---------------------------------------------------------------------------------
-
-
-def levels_of(stage: MaskedStage, model: Any) -> dict[str, list[tuple[float, int]]]:
-    """The (sum, number) pairs of every figure that has no loss beside it."""
-    found: dict[str, list[tuple[float, int]]] = {}
-    for count, terms in stage.held_out(model, [range(4), range(4, 8)]):
-        if terms.loss is None:
-            assert count == 0
-            for name, (value, number) in terms.figures.items():
-                found.setdefault(name, []).append((float(value), number))
-    return found
-
-
-def test_held_out_levels_hide_that_share_and_prefixes_score_one_token_each(tiny: Denoiser) -> None:
-    rows = ScriptedRows(120)
-    found = levels_of(stage_of(rows, 8, (0.2, 0.9)), tiny)
-    assert set(found) == {"at_0.2", "at_0.9", "after_prefix"}
-    shares = {name: sum(number for _, number in pairs) / (8 * 119) for name, pairs in found.items()}
-    assert 0.1 < shares["at_0.2"] < 0.3
-    assert 0.8 < shares["at_0.9"] < 1.0
-    assert sum(number for _, number in found["after_prefix"]) == 3 * 8
-    assert levels_of(stage_of(rows, 8, (0.2, 0.9)), tiny) == found  # always the same noise
-    assert levels_of(stage_of(rows, 8), tiny) == {}
-
-
-def test_behind_a_prefix_all_else_is_hidden(tiny: Denoiser) -> None:
-    class Watched:
-        def __init__(self) -> None:
-            self.seen: list[tuple[Tensor, Tensor]] = []
-
-        def __call__(self, tokens: Tensor, *, rows: Tensor, **options: Any) -> Any:
-            self.seen.append((tokens, rows))
-            return tiny(tokens, rows=rows, **options)
-
-    watched, rows = Watched(), ScriptedRows(30, clean=4)
-    levels_of(stage_of(rows, 8, (1.0,)), watched)
-    for tokens, scored in watched.seen[-6:]:  # three cuts of two micro-batches
-        assert scored[:, 0].tolist() == [0, 1, 2, 3]
-        for row, position in scored.tolist():
-            assert position >= 4
-            assert (tokens[row, position:] == MASK).all()
-            assert not (tokens[row, :position] == MASK).any()
-    assert len({tuple(scored[:, 1].tolist()) for _, scored in watched.seen[-6:]}) > 1
+    assert (stage.held_out_rows, stage.held_out_micro_batches([range(8)])) == (0, [])

@@ -87,7 +87,7 @@ def test_heads_follow_from_the_width(lab: Lab, tmp_path: Path, hidden: int, head
             r"has [\d,]+ tokens, no row of 100000; lower context or add data",
         ),
         ({"context": 256}, "context=256 exceeds the model's context of 128; lower it to 128 or less"),
-        ({"data": ("nowhere",)}, "'nowhere' is no folder and no file; check the path"),
+        ({"data": ("nowhere",)}, "'nowhere' is not a folder or a file; check the path"),
         ({"data": ()}, r"data=\(\) names no source"),
         ({"hidden": 100}, "hidden=100: input should be a multiple of 64"),
         ({"model": "tiny"}, "model='tiny': .*a parent has no parent"),

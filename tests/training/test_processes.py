@@ -6,10 +6,10 @@ import sys
 
 ENDING = """
 import atexit
-from diffucoder.training.processes import leave
+from diffucoder.training.processes import exit_worker
 atexit.register(print, "taken down")
 print("done")
-leave()
+exit_worker()
 print("went on")
 """
 

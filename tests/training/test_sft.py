@@ -16,10 +16,10 @@ from diffucoder import DecodingParams, DiffuCoder
 from diffucoder.errors import ConfigError
 from diffucoder.models.checkpoint import load_denoiser, load_tokenizer
 from diffucoder.tokenizer import PAD_TOKEN
+from diffucoder.training.data import TokenStore
 from diffucoder.training.masked import HELD_OUT, Row
 from diffucoder.training.settings import SftSettings
 from diffucoder.training.sft import ChatRows, sft
-from diffucoder.training.shards import TokenStore
 
 PAD, BATCH, LENGTH, ANSWER = 1, 4, 40, 4
 LENGTHS = [8 + at * 7 % 29 for at in range(64)]  # one group of 16 steps; 8 to 36 tokens, in no order
@@ -251,7 +251,7 @@ def test_examples_that_are_too_long_are_counted_on_one_line(
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"data": ("nowhere",)}, "'nowhere' is no folder and no file; check the path"),
+        ({"data": ("nowhere",)}, "'nowhere' is not a folder or a file; check the path"),
         ({"length": 10}, "length=10 is shorter than every example; raise it"),
         ({"length": 129}, "length=129 exceeds the model's context of 128; lower it to 128 or less"),
         ({"spare": 4}, "^spare=4 needs padding='flexible'; fixed rows are always padded to length"),

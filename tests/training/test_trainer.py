@@ -133,7 +133,7 @@ def test_the_held_out_loss_is_of_the_averaged_weights(tmp_path: Path, whole: Pat
     trained = worker.model()
     trained.model.load_state_dict(weights(whole))
     trainer = Trainer(trained, worker.stage(settings), settings.model_copy(update={"ema": 0.0}))
-    assert trainer.held_out_loss()["held_out_loss"] == pytest.approx(last, rel=1e-6)
+    assert trainer.evaluate()["held_out_loss"] == pytest.approx(last, rel=1e-6)
     trainer.close()
 
 
@@ -160,7 +160,7 @@ def test_a_run_killed_in_mid_step_goes_on_bit_for_bit(tmp_path: Path, accumulate
 def test_a_sharded_run_that_is_killed_goes_on_in_one_process(tmp_path: Path, accumulated: Path) -> None:
     fields: Fields = {"run": tmp_path / "run", "micro_batch": 2}
     assert launch({**fields, "die": 5}, config="fsdp2.yaml").returncode != 0
-    assert max(checkpoints.found(tmp_path / "run")) == 4
+    assert max(checkpoints.checkpoint_steps(tmp_path / "run")) == 4
     worker.run({**fields, "resume": True})
     assert losses(tmp_path / "run") == pytest.approx(losses(accumulated), abs=1e-5)
 
@@ -207,7 +207,7 @@ def test_a_torn_checkpoint_is_named_and_the_one_before_it_used(
 
 
 def test_only_the_newest_checkpoints_are_kept(whole: Path) -> None:
-    assert sorted(checkpoints.found(whole)) == [8, 10]
+    assert sorted(checkpoints.checkpoint_steps(whole)) == [8, 10]
 
 
 def test_a_finished_run_resumed_writes_its_model_again(tmp_path: Path, whole: Path) -> None:
@@ -219,16 +219,23 @@ def test_a_finished_run_resumed_writes_its_model_again(tmp_path: Path, whole: Pa
 
 def test_a_run_folder_is_not_overwritten(tmp_path: Path) -> None:
     worker.run({"run": tmp_path / "run", "steps": 2})
-    with pytest.raises(ConfigError, match="holds a run already; go on with --resume"):
+    with pytest.raises(ConfigError, match="holds a run already; resume it with --resume"):
         worker.run({"run": tmp_path / "run", "steps": 2})
     _reset()
 
 
 def test_a_run_is_not_continued_with_other_settings(tmp_path: Path) -> None:
     worker.run({"run": tmp_path / "run", "steps": 2})
-    with pytest.raises(ConfigError, match=r"lr=0.5 but the run in .* was begun with 0.01"):
+    with pytest.raises(ConfigError, match=r"lr=0.5 but the run in .* began with 0.01"):
         worker.run({"run": tmp_path / "run", "steps": 2, "lr": 0.5, "resume": True})
     _reset()
+
+
+def test_counts_are_exact_beyond_what_float32_holds(tmp_path: Path) -> None:
+    settings = TrainSettings(**{**worker.DEFAULTS, "run": tmp_path / "run"})
+    trainer = Trainer(worker.model(), worker.stage(settings), settings)
+    assert trainer._sum([2**24 + 1, 0.5]) == [2**24 + 1, 0.5]
+    trainer.close()
 
 
 def test_a_stopped_run_writes_a_checkpoint_first(tmp_path: Path) -> None:
@@ -241,15 +248,15 @@ def test_a_stopped_run_writes_a_checkpoint_first(tmp_path: Path) -> None:
         process.send_signal(signal.SIGTERM)
         _, said = process.communicate(timeout=60)
     assert process.returncode == 128 + signal.SIGTERM
-    assert "go on with --resume" in " ".join(said.split())
-    (step,) = checkpoints.found(tmp_path / "run")
+    assert "continue with --resume" in " ".join(said.split())
+    (step,) = checkpoints.checkpoint_steps(tmp_path / "run")
     assert lines(tmp_path / "run")[-1]["step"] <= step
 
 
 def test_a_loss_that_is_no_number_ends_the_run_and_is_not_saved(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"grad_norm=(nan|inf) in step \d+; begin anew below lr=1e\+30"):
+    with pytest.raises(ConfigError, match=r"grad_norm=(nan|inf) in step \d+; start again with less than lr=1e\+30"):
         worker.run({"run": tmp_path / "run", "lr": 1e30, "save_every": 1})
-    assert max(checkpoints.found(tmp_path / "run"), default=0) < 5
+    assert max(checkpoints.checkpoint_steps(tmp_path / "run"), default=0) < 5
     _reset()
 
 
@@ -258,7 +265,7 @@ def test_the_checkpoint_just_written_is_kept_beside_a_torn_one(tmp_path: Path) -
     worker.run({"run": run, "keep": 1})
     (run / "checkpoints" / "step-00000010" / "whole.json").unlink()
     worker.run({"run": run, "keep": 1, "resume": True, "save_every": 7})
-    assert sorted(checkpoints.found(run)) == [10]
+    assert sorted(checkpoints.checkpoint_steps(run)) == [10]
     worker.run({"run": run, "keep": 1, "resume": True})
     assert len(lines(run)) == 10
 

@@ -12,14 +12,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from torch import nn
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from diffucoder.diffusion import keyed_generator
 from diffucoder.models.denoiser import Denoiser
 from diffucoder.tokenizer import Tokenizer
+from diffucoder.training import processes
 from diffucoder.training.masked import HELD_OUT, MaskedMicro, MaskedStage, Objective, Row
-from diffucoder.training.processes import leave
+from diffucoder.training.processes import exit_worker
 from diffucoder.training.run import train_and_export
 from diffucoder.training.settings import TrainSettings
 from diffucoder.training.trainer import Terms
@@ -50,9 +53,9 @@ class DyingStage(MaskedStage):
     die: int | None = None
     step = seen = 0
 
-    def prepare(self, step: int, shares: Sequence[range]) -> list[MaskedMicro]:
+    def micro_batches(self, step: int, shares: Sequence[range]) -> list[MaskedMicro]:
         self.step, self.seen = step, 0
-        return super().prepare(step, shares)
+        return super().micro_batches(step, shares)
 
     def loss(self, model: nn.Module, micro: MaskedMicro) -> Terms:
         self.seen += 1
@@ -99,7 +102,22 @@ def run(fields: dict[str, Any]) -> Path:  # Any: whatever the settings are
     return train_and_export(model(), tokenizer(), stage(settings, normaliser=normaliser, die=die), settings)
 
 
+def shard_on_cpus() -> None:
+    """Let FSDP2 run on CPUs, which torch can do but accelerate leaves out: so tests take the path of many GPUs."""
+
+    class ShardingAccelerator(Accelerator):  # type: ignore[misc]  # accelerate is not followed by mypy
+        def __init__(self, **options: Any) -> None:
+            super().__init__(**options)
+            sharded = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+            if sharded and self.distributed_type == DistributedType.MULTI_CPU:
+                self.state.distributed_type = DistributedType.FSDP
+                self.state.fsdp_plugin = FullyShardedDataParallelPlugin()
+
+    processes.Accelerator = ShardingAccelerator  # type: ignore[misc]  # for this process alone
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
+    shard_on_cpus()
     run(json.loads(Path(sys.argv[1]).read_text()))
-    leave()
+    exit_worker()

@@ -1,0 +1,166 @@
+"""Recorded answers to analyse: traces with their text and verdicts, grouped into runs; and the AR-ness of an answer.
+
+For: folders that `evaluation` leaves, and any file of traces. Not for: figures over many answers (`order`).
+"""
+
+import ast
+import json
+import zlib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+
+from diffucoder.analysis.settings import Conventions
+from diffucoder.analysis.tokens import token_classes, token_pieces
+from diffucoder.decoding.trace import Trace, commit_order, committed_before, global_ar_ness, local_ar_ness, read_traces
+from diffucoder.errors import ConfigError
+from diffucoder.files import Json, read_whole_lines
+from diffucoder.grading.extract import parsed, program_from
+from diffucoder.models.checkpoint import load_tokenizer
+from diffucoder.tokenizer import Tokenizer
+
+LOCAL = range(1, 10)  # k of local AR-ness, as in the paper's figures
+GLOBAL = range(1, 5)  # k of global AR-ness
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A trace with its text: pieces and classes of the tokens from the first hole on."""
+
+    task: str  # the prompt that it answers
+    trace: Trace
+    prompt: str
+    pieces: list[str]
+    classes: list[str]  # of CLASSES
+    length: int  # tokens of the answer, its terminator included
+    revoked: list[tuple[int, str, int, int]]  # as in the trace, with text
+    passed: bool | None  # None: not graded
+
+    @classmethod
+    def of(cls, trace: Trace, tokenizer: Tokenizer, *, task: str, passed: bool | None = None) -> "Answer":
+        """Read a trace."""
+        tokens = trace.tokens[trace.prompt_length :]
+        end = 0
+        while end < len(tokens) and tokens[end] not in tokenizer.terminator_ids:
+            end += 1
+        pieces = token_pieces(tokens, tokenizer)
+        classes = token_classes(pieces[:end]) + ["end"] * (len(tokens) - end)
+        prompt = tokenizer.decode(trace.tokens[: trace.prompt_length], skip_special=False)
+        revoked = []
+        for position, token, committed, taken_back in trace.revoked:
+            revoked.append((position, tokenizer.decode([token], skip_special=False), committed, taken_back))
+        return cls(task, trace, prompt, pieces, classes, min(end + 1, len(tokens)), revoked, passed)
+
+    @property
+    def program(self) -> str:
+        """The syntax tree of the program, which tells it from others, or the text if it is not Python."""
+        text = program_from("".join(self.pieces[: len(self.classes) - self.classes.count("end")]))
+        try:
+            return ast.dump(parsed(text))
+        except (SyntaxError, ValueError, RecursionError, MemoryError):
+            return text.strip()
+
+    def ar_ness(self, conventions: Conventions) -> tuple[list[float], list[float]]:
+        """Local AR-ness@k and global AR-ness@k, for `LOCAL` and `GLOBAL` k."""
+        length = self.length if conventions.span == "answer" else len(self.pieces)
+        return ar_ness(self.trace.steps[:length], conventions, self.trace.confidence[:length])
+
+    @property
+    def ranks(self) -> np.ndarray:
+        """(L,) when each token of the answer was committed, from 0 = first to 1 = last; nan elsewhere."""
+        order = commit_order(self.trace.steps[: self.length])
+        ranks = np.full(len(self.pieces), np.nan)
+        ranks[order] = np.arange(len(order)) / max(len(order) - 1, 1)
+        return ranks
+
+
+@dataclass(frozen=True)
+class Run:
+    """The answers of one model with one setting."""
+
+    settings: Json  # name of the model, and its decoding parameters
+    answers: list[Answer] = field(default_factory=list)
+    label: str = ""  # what tells it from the runs that it is reported with
+
+
+def ar_ness(
+    steps: Sequence[int], conventions: Conventions, confidence: Sequence[float] | None = None
+) -> tuple[list[float], list[float]]:
+    """Return local and global AR-ness, from the step of each position from the first hole on; -1 where none did."""
+    order = commit_order(steps, confidence if conventions.several == "surest_first" else None)
+    before = committed_before(order, steps) if conventions.several == "at_once" else None
+    local = []
+    for k in LOCAL:
+        if conventions.boundary == "prompt":  # the k tokens to the left of the first hole were read in order
+            longer = [*range(-k, 0), *order]
+            known = None if before is None else [*range(k), *(k + count for count in before)]
+            value = local_ar_ness(longer, k, ordered=conventions.ordered, before=known)
+        else:
+            value = local_ar_ness(order, k, ordered=conventions.ordered, boundary=conventions.boundary, before=before)
+        local.append(value)
+    return local, [global_ar_ness(order, k, before=before) for k in GLOBAL]
+
+
+def read_runs(paths: Iterable[Path]) -> list[Run]:
+    """Return runs from run folders, with their verdicts, or from files of traces: one for each model and setting.
+
+    Raises ConfigError if there are none, and CheckpointError if the tokenizer of a model cannot be found.
+    """
+    runs: dict[str, Run] = {}
+    for path in paths:
+        file = path / "traces.jsonl" if path.is_dir() else path
+        if not file.is_file():
+            raise ConfigError(f"{str(path)!r} holds no traces; give a folder of diffucoder order, or a file of traces")
+        verdicts = {}
+        for verdict in read_whole_lines(file.with_name("verdicts.jsonl")):
+            verdicts[f"{verdict['task_id']}#{verdict['sample']}"] = bool(verdict["passed"])
+        prompts = _prompts(file.with_name("settings.json"))
+        for trace in read_traces(file):
+            settings = {"model": trace.model, **prompts, **trace.params}
+            settings.pop("seed", None)
+            set_values = {name: value for name, value in settings.items() if value is not None}  # old traces lack some
+            key = json.dumps([str(path) if path.is_dir() else "", set_values], sort_keys=True)
+            answer = Answer.of(trace, _tokenizer(trace.model), task=_task(trace), passed=verdicts.get(trace.id))
+            runs.setdefault(key, Run(settings)).answers.append(answer)
+    if not runs:
+        raise ConfigError("there is no trace in what was given; give folders or files that hold some")
+    return labelled(list(runs.values()))
+
+
+def labelled(runs: Sequence[Run]) -> list[Run]:
+    """Return the runs, each named by the settings in which they differ, or by its model."""
+    names: Json = {}
+    for run in runs:
+        names |= run.settings
+    differing = [name for name in names if len({json.dumps(run.settings.get(name)) for run in runs}) > 1]
+    labels: list[str] = []
+    for run in runs:
+        parts = []
+        for name in differing:
+            value = run.settings.get(name)
+            parts.append(str(value) if name == "model" else f"{name} {value}")
+        label = ", ".join(parts) or str(run.settings.get("model"))
+        if label in labels:
+            label = f"{label} ({labels.count(label) + 1})"
+        labels.append(label)
+    return [replace(run, label=label) for run, label in zip(runs, labels, strict=True)]
+
+
+@cache
+def _tokenizer(model: str) -> Tokenizer:
+    return load_tokenizer(None if model == "tiny" else model)
+
+
+def _prompts(path: Path) -> Json:
+    """Return the name of the prompts of a run folder, by which code and mathematics are told apart."""
+    settings: Json = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return {"prompts": settings["benchmark"]} if "benchmark" in settings else {}
+
+
+def _task(trace: Trace) -> str:
+    """Return the task that a trace answers; without an id one that stands for its prompt."""
+    prompt = tuple(trace.tokens[: trace.prompt_length])
+    return trace.id.rpartition("#")[0] or f"prompt {zlib.crc32(repr(prompt).encode()):08x}"

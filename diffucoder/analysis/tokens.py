@@ -1,0 +1,91 @@
+"""Tokens of an answer as text, and what each of them is to Python.
+
+Not for encoding and decoding text (`tokenizer`).
+"""
+
+import io
+import keyword
+import tokenize
+from collections.abc import Iterator, Sequence
+
+from diffucoder.grading.extract import program_from
+from diffucoder.tokenizer import Tokenizer
+
+CLASSES = ("keyword", "name", "operator", "literal", "indentation", "comment", "text", "end")
+_INCOMPLETE = "\ufffd"  # decoded from a part of a character
+
+
+def token_pieces(tokens: Sequence[int], tokenizer: Tokenizer) -> list[str]:
+    """Return the text of each token. A character that is split over several tokens belongs to the last of them."""
+    pieces = [tokenizer.decode([token], skip_special=False) for token in tokens]
+    if _INCOMPLETE not in "".join(pieces):
+        return pieces
+    whole = tokenizer.decode(tokens, skip_special=False)
+    start = 0
+    for index in range(len(tokens)):
+        end = len(whole)
+        if index < len(tokens) - 1:
+            end = len(tokenizer.decode(tokens[: index + 1], skip_special=False).rstrip(_INCOMPLETE))
+        pieces[index] = whole[start:end]
+        start = end
+    return pieces
+
+
+def token_classes(pieces: Sequence[str]) -> list[str]:
+    """Return the class of each piece of an answer: that of its first character that is not white space.
+
+    White space alone, line breaks included, is indentation. Text around the program, or that is not Python, is text.
+    """
+    of_characters = _character_classes("".join(pieces))
+    classes = []
+    start = 0
+    for piece in pieces:
+        blank = len(piece) - len(piece.lstrip())
+        classes.append(of_characters[start + blank] if blank < len(piece) else "indentation")
+        start += len(piece)
+    return classes
+
+
+def _character_classes(text: str) -> list[str]:
+    """Return the class of each character, by Python's own tokenizer."""
+    program = program_from(text)
+    start = text.find(program)
+    if start < 0:
+        start = 0
+        program = text
+    line_starts = [start]
+    for line in program.splitlines(keepends=True):
+        line_starts.append(line_starts[-1] + len(line))
+    classes = ["text"] * len(text)
+    for token in _python_tokens(program):
+        kind = _class_of(token)
+        if kind is not None:
+            begin = line_starts[token.start[0] - 1] + token.start[1]
+            end = line_starts[token.end[0] - 1] + token.end[1]
+            classes[begin:end] = [kind] * (end - begin)
+    return classes
+
+
+def _python_tokens(program: str) -> Iterator[tokenize.TokenInfo]:
+    """Yield the tokens of Python. In broken code the lines from the error on are read one by one."""
+    read_lines = 0
+    try:
+        for token in tokenize.generate_tokens(io.StringIO(program).readline):
+            yield token
+            read_lines = token.end[0]
+    except (tokenize.TokenError, SyntaxError):
+        lines = program.splitlines(keepends=True)
+        if len(lines) == 1:
+            return
+        for row in range(read_lines, len(lines)):
+            for token in _python_tokens(lines[row]):
+                start = (token.start[0] + row, token.start[1])
+                yield token._replace(start=start, end=(token.end[0] + row, token.end[1]))
+
+
+def _class_of(token: tokenize.TokenInfo) -> str | None:
+    if token.type == tokenize.NAME:
+        return "keyword" if keyword.iskeyword(token.string) else "name"
+    if token.type in (tokenize.STRING, tokenize.NUMBER) or tokenize.tok_name[token.type].startswith("FSTRING"):
+        return "literal"
+    return {tokenize.OP: "operator", tokenize.COMMENT: "comment"}.get(token.type)

@@ -1,0 +1,55 @@
+"""`diffucoder train STAGE`: one command a stage, whose help lists its settings."""
+
+from importlib import import_module
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from diffucoder.config import all_settings, load_settings
+from diffucoder.errors import ConfigError
+from diffucoder.training.settings import STAGES, TrainSettings
+
+stages = typer.Typer(help="Train a model, stage by stage; recipes/ holds settings to begin with.")
+
+
+def train(
+    context: typer.Context,
+    recipe: Annotated[Path | None, typer.Argument(help="TOML file of settings")] = None,
+    *,
+    changes: Annotated[list[str] | None, typer.Option("--set", help="name=value, over the file; repeatable")] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="continue from the newest checkpoint of the run folder")
+    ] = False,
+) -> None:
+    """Run the stage that the command is named after."""
+    stage = str(context.info_name)
+    overrides = list(changes or ())
+    if resume:
+        overrides.append("resume=true")
+    settings = load_settings(STAGES[stage], recipe, overrides)
+    try:
+        function = getattr(import_module(f"diffucoder.training.{stage}"), stage)
+    except ModuleNotFoundError as error:
+        raise ConfigError(f'training needs {error.name}; install it: pip install "diffucoder[train]"') from None
+    folder = function(settings)
+    from diffucoder.training.processes import exit_worker, first_process
+
+    if first_process():  # every process of a distributed run comes here
+        following = f"convert {folder} START" if stage == "pretrain" else f"generate --model {folder} ..."
+        print(f"model in {folder}; try: diffucoder {following}")
+    exit_worker()
+
+
+def _help(kind: type[TrainSettings]) -> str:
+    """Return the summary of a stage, and every setting with its default."""
+    lines = []
+    for name, field in all_settings(kind):
+        default = "" if field.is_required() else f" [{field.default}]"
+        lines.append(f"{name}{default}: {field.description}")
+    summary = (kind.__doc__ or "").splitlines()[0]
+    return f"{summary}\n\nSettings, in RECIPE or as --set name=value:\n\n\b\n" + "\n".join(lines)
+
+
+for _stage, _kind in STAGES.items():
+    stages.command(_stage, help=_help(_kind))(train)

@@ -1,0 +1,98 @@
+"""The report of a run: its figures, from samples and verdicts. It holds no time and no date: the same samples give the
+same bytes. How fast the model was is in samples.jsonl.
+"""
+
+import platform
+from collections.abc import Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import numpy as np
+
+from diffucoder.evaluation.benchmarks import Task
+from diffucoder.files import Json
+from diffucoder.metrics import bootstrap, pass_at_k
+
+_KS = (1, 5, 10, 100)
+_SEED = 2506  # of the bootstrap
+
+
+def report(
+    benchmark: str,
+    tasks: Sequence[Task],
+    samples: Sequence[Json],
+    verdicts: Sequence[Json],
+    settings: Json,
+    skipped: Mapping[str, str],
+) -> Json:
+    """Return the report of a run. pass@k is unbiased; its interval is a 95 % bootstrap over the tasks."""
+    by_task: dict[str, list[Json]] = {}
+    for verdict in verdicts:
+        by_task.setdefault(verdict["task_id"], []).append(verdict)
+    judged = {task.task_id for task in tasks if task.tests is not None}
+    return {
+        "benchmark": benchmark,
+        **_shares_passed(by_task),
+        "tokens_per_forward": _ratio(samples, "tokens", "forward_passes"),
+        "tasks": len(by_task),
+        "samples": len(verdicts),
+        "untrusted": sum(not verdict["trusted"] for verdict in verdicts),
+        "missing": sorted(judged - skipped.keys() - by_task.keys()),
+        "skipped": dict(skipped),
+        "settings": settings,
+        "versions": versions(),
+        "verdicts": {task_id: _without_ids(verdicts) for task_id, verdicts in by_task.items()},
+    }
+
+
+def _shares_passed(by_task: Mapping[str, Sequence[Json]]) -> Json:
+    figures: Json = {}
+    fewest = min(map(len, by_task.values()), default=0)
+    for k in _KS:
+        if k <= fewest:
+            shares = _pass_at_k(by_task, "passed", k)
+            figures[f"pass@{k}"] = sum(shares) / len(shares)
+            figures[f"pass@{k}_interval"] = bootstrap(shares, np.random.default_rng(_SEED))
+    if any(verdict["plus"] is not None for verdicts in by_task.values() for verdict in verdicts):
+        shares = _pass_at_k(by_task, "base", 1)
+        figures["base_pass@1"] = sum(shares) / len(shares)
+    return figures
+
+
+def _pass_at_k(by_task: Mapping[str, Sequence[Json]], key: str, k: int) -> list[float]:
+    shares = []
+    for verdicts in by_task.values():
+        passed = sum(verdict[key] for verdict in verdicts)
+        shares.append(pass_at_k(len(verdicts), passed, k))
+    return shares
+
+
+def _without_ids(verdicts: Sequence[Json]) -> Any:
+    """Return one verdict, or a list of several."""
+    shown = []
+    for verdict in verdicts:
+        shown.append({key: value for key, value in verdict.items() if key not in ("task_id", "sample")})
+    return shown[0] if len(shown) == 1 else shown
+
+
+def tokens_per_second(samples: Sequence[Json]) -> float | None:
+    """Return tokens before the terminator, without prompt and padding, for each second of generating."""
+    return _ratio(samples, "tokens", "seconds")
+
+
+def _ratio(samples: Sequence[Json], above: str, below: str) -> float | None:
+    divisor = sum(sample.get(below, 0) for sample in samples)
+    if not divisor:
+        return None
+    return float(sum(sample.get(above, 0) for sample in samples) / divisor)
+
+
+def versions() -> dict[str, str]:
+    """Return the versions that a result may depend on."""
+    known = {"python": platform.python_version()}
+    for name in ("diffucoder", "torch", "transformers", "numpy"):
+        try:
+            known[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return known

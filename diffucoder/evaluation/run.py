@@ -1,0 +1,160 @@
+"""Evaluate: benchmark + model → samples.jsonl → verdicts.jsonl → report.json, in a run folder.
+
+Each stage reads what the stage before it wrote, and continues where it was stopped. So nothing is generated or graded
+twice, and a run that was killed ends with the same report.
+
+    for report, folder in evaluate(EvaluateSettings(benchmark="tiny", limit=5)):
+        print(report["pass@1"])
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from diffucoder.errors import ConfigError
+from diffucoder.evaluation.benchmarks import Task, load
+from diffucoder.evaluation.judge import Progress, grade_samples, silent, split_by_imports
+from diffucoder.evaluation.report import report, tokens_per_second
+from diffucoder.evaluation.run_folder import content_hash, default_folder, open_run_folder, run_key, weights_hash
+from diffucoder.evaluation.samples import Generator, read_samples
+from diffucoder.evaluation.settings import EvaluateSettings, OrderSettings, RunSettings
+from diffucoder.files import Json, write_json
+from diffucoder.grading.sandbox import Sandbox
+
+if TYPE_CHECKING:
+    from diffucoder.decoding.coder import DiffuCoder
+
+
+def evaluate(settings: EvaluateSettings, progress: Progress = silent) -> Iterator[tuple[Json, Path | None]]:
+    """Yield the report and the folder of each run: one for each of `settings.sweep()`, or one on a file of samples.
+
+    The folder is None for samples from a file. Raises ConfigError where settings, files or a run folder do not fit.
+    """
+    tasks = load(settings.benchmark, settings.data)
+    if all(task.tests is None for task in tasks):
+        raise ConfigError(
+            f"{settings.benchmark!r} has no tests to evaluate answers by; use diffucoder order to look at their order"
+        )
+    with Sandbox(settings.workers, packages=settings.packages, unsafe=settings.unsafe) as sandbox:
+        evaluation = Evaluation(settings.benchmark, tasks, sandbox, settings.limit, progress)
+        shown = task_settings(settings.benchmark, settings.limit, settings.packages)
+        if settings.samples is not None:
+            shown["samples"] = content_hash(settings.samples)
+            yield evaluation.of_samples(settings.samples, settings.run, shown), None
+            return
+        sweep = settings.sweep()
+        coder = _load_model(settings.model, settings)
+        for params in sweep:
+            generator = Generator(coder, params, raw=settings.raw, batch=settings.batch)
+            run_settings = shown | model_settings(generator, settings.model)
+            folder = settings.run or default_folder(Path("runs/evaluate"), run_settings)
+            if settings.run and len(sweep) > 1:
+                folder = settings.run / f"steps-{params.steps}-temperature-{params.temperature:g}"
+            yield evaluation.of_model(generator, folder, run_settings), folder
+
+
+def record_orders(settings: OrderSettings, progress: Progress = silent) -> list[Path]:
+    """Return the files and folders of traces to analyse. Models answer the prompts first, if there are any.
+
+    Answers are graded where the prompts have tests. Raises ConfigError as `evaluate` does.
+    """
+    folders = list(settings.traces)
+    if settings.prompts is None:
+        return folders
+    tasks = load(settings.prompts, settings.data)
+    sweep = settings.sweep()
+    with Sandbox(unsafe=settings.unsafe) as sandbox:
+        evaluation = Evaluation(settings.prompts, tasks, sandbox, settings.limit, progress)
+        shown = task_settings(settings.prompts, settings.limit, ())
+        for name in settings.model or ("tiny",):
+            source = None if name == "tiny" else name
+            coder = _load_model(source, settings)
+            for params in sweep:
+                generator = Generator(coder, params, settings.raw, settings.batch, maps=settings.maps)
+                run_settings = shown | model_settings(generator, source)
+                folders.append(default_folder(settings.folder, run_settings))
+                evaluation.of_model(generator, folders[-1], run_settings)
+    return folders
+
+
+def _load_model(source: str | None, settings: RunSettings) -> "DiffuCoder":
+    import torch  # here, because grading does without it
+
+    from diffucoder.decoding.coder import DiffuCoder
+
+    dtype = getattr(torch, settings.dtype) if settings.dtype else None
+    return DiffuCoder.load(source, dtype=dtype, device=settings.device)
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One benchmark, and the sandbox of its programs."""
+
+    name: str
+    tasks: Sequence[Task]
+    sandbox: Sandbox
+    limit: int | None = None  # number of tasks, from the first on
+    progress: Progress = silent
+
+    def of_model(self, generator: Generator, run: Path, settings: Json) -> Json:
+        """Generate, grade and report in the folder `run`. Raises ConfigError where it belongs to other settings."""
+        open_run_folder(run, run_key(settings))
+        tasks, skipped = split_by_imports(self.tasks[: self.limit], self.sandbox)
+        samples = generator.samples(tasks, run / "samples.jsonl", self.progress)
+        return self._judged(samples, skipped, settings, run)
+
+    def of_samples(self, path: Path, run: Path | None, settings: Json) -> Json:
+        """Grade the samples of a file, and report; nothing is kept without `run`."""
+        if run is not None:
+            open_run_folder(run, run_key(settings))
+        tasks, skipped = split_by_imports(self.tasks[: self.limit], self.sandbox)
+        runnable = {task.task_id for task in tasks}
+        every = read_samples(path, self.tasks)
+        samples = [sample for sample in every if sample["task_id"] in runnable]
+        if not samples and any(sample["task_id"] in skipped for sample in every):
+            raise ConfigError(f"no task of {self.name!r} with a sample can be run here; give --packages FOLDER")
+        if not samples:
+            rule = f"leaves none of the tasks that {self.name!r} has samples of"
+            raise ConfigError(f"limit={self.limit} {rule}; raise it or leave it out")
+        return self._judged(samples, skipped, settings, run)
+
+    def _judged(self, samples: Sequence[Json], skipped: Mapping[str, str], settings: Json, run: Path | None) -> Json:
+        path = run / "verdicts.jsonl" if run else None
+        judged = {task.task_id for task in self.tasks if task.tests is not None}
+        graded = [sample for sample in samples if sample["task_id"] in judged]
+        verdicts = grade_samples(self.tasks, graded, self.sandbox, path=path, progress=self.progress)
+        content = report(self.name, self.tasks[: self.limit], samples, verdicts, settings, skipped)
+        if run:
+            write_json(run / "report.json", content)
+        speed = tokens_per_second(samples)
+        if speed is not None:
+            content["tokens_per_second"] = speed
+        return content
+
+
+# --- the settings that a report names, and that its run depends on ---------------------------------------------------
+
+
+def task_settings(benchmark: str, limit: int | None, packages: Sequence[Path]) -> Json:
+    """Return the settings that decide which tasks are asked."""
+    settings: Json = {"benchmark": benchmark, "limit": limit}
+    if benchmark.endswith(".jsonl"):
+        settings["content"] = content_hash(Path(benchmark))
+    if packages:
+        settings["packages"] = [str(folder) for folder in packages]
+    return settings
+
+
+def model_settings(generator: Generator, source: str | None) -> Json:
+    """Return the settings that decide the answers of the model from `source`."""
+    coder = generator.coder
+    settings: Json = {} if generator.maps is None else {"maps": generator.maps}
+    return settings | {
+        "model": coder.name,
+        "weights": weights_hash(source),
+        "dtype": str(coder.model.dtype).removeprefix("torch."),
+        "raw": generator.raw,
+        "batch": generator.batch,
+        "params": generator.params.model_dump(mode="json"),
+    }

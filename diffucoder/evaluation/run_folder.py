@@ -1,0 +1,85 @@
+"""Run folders: which settings a run belongs to, so that it is only continued with the same ones."""
+
+import hashlib
+import json
+from pathlib import Path
+
+from diffucoder.decoding.params import DecodingParams
+from diffucoder.errors import ConfigError
+from diffucoder.files import Json, cache_folder, write_json, write_text
+from diffucoder.models.hub import SHIPPED
+
+KEY_VERSION = 2  # raise it when a setting, or its default, changes its meaning: older runs are not continued then
+
+
+def run_key(settings: Json) -> Json:
+    """Return what identifies a run: its settings, of decoding only those that differ from their defaults.
+
+    So runs that were begun before a decoding setting existed can be continued.
+    """
+    key = {"version": KEY_VERSION, **settings}
+    if "params" in settings:
+        defaults = DecodingParams().model_dump(mode="json")
+        key["params"] = {name: value for name, value in settings["params"].items() if value != defaults[name]}
+    return key
+
+
+def default_folder(parent: Path, settings: Json) -> Path:
+    """Return the folder of a run, named after its settings."""
+    content = json.dumps(run_key(settings), sort_keys=True)
+    return parent / f"{Path(settings['benchmark']).stem}-{hashlib.sha256(content.encode()).hexdigest()[:8]}"
+
+
+def open_run_folder(folder: Path, key: Json) -> None:
+    """Make the folder of a run, or continue in it. Raises ConfigError if it is unusable or belongs to another run."""
+    path = folder / "settings.json"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if not path.exists():
+            write_json(path, key)
+        present = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(present, dict):
+            raise ValueError("not a JSON object")
+    except OSError as error:
+        raise ConfigError(f"run folder {str(folder)!r} cannot be used ({error.strerror}); give another --run") from None
+    except ValueError as error:
+        raise ConfigError(f"{str(path)!r} cannot be read ({error}); remove it, or give another --run") from None
+    for name in dict.fromkeys([*key, *present]):
+        if present.get(name) != key.get(name):
+            raise ConfigError(
+                f"run folder {str(folder)!r} belongs to {name}={present.get(name)!r}, not {key.get(name)!r}; "
+                "give another --run, or the same settings to continue"
+            )
+
+
+def content_hash(path: Path) -> str:
+    """Return a hash of a file. Raises ConfigError if it cannot be read."""
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()[:16]
+    except OSError as error:
+        raise ConfigError(f"file {str(path)!r} cannot be read ({error.strerror}); check the path") from None
+
+
+def weights_hash(source: str | None) -> str:
+    """Return a hash of the weights in a model's folder (None: the shipped model's); "" for a hub id.
+
+    The hash of each file is cached under its path, size and time of change, for weights take a minute to read.
+    """
+    folder = SHIPPED if source is None else Path(source)
+    if not folder.is_dir():
+        return ""
+    hashes = [_cached_hash(path) for path in sorted(folder.glob("*.safetensors"))]
+    return hashlib.sha256("".join(hashes).encode()).hexdigest()[:16]
+
+
+def _cached_hash(path: Path) -> str:
+    status = path.stat()
+    identity = f"{path.resolve()} {status.st_size} {status.st_mtime_ns}"
+    cached = cache_folder() / "weights" / hashlib.sha256(identity.encode()).hexdigest()[:16]
+    if cached.exists():
+        return cached.read_text(encoding="utf-8")
+    digest = content_hash(path)
+    cached.parent.mkdir(parents=True, exist_ok=True)
+    write_text(cached, digest)
+    return digest

@@ -1,0 +1,116 @@
+"""Settings of `diffucoder evaluate` and `diffucoder order`. No torch: the command line makes its options of them."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from pydantic import Field, model_validator
+
+from diffucoder.config import Settings
+from diffucoder.decoding.params import DecodingParams
+from diffucoder.errors import ConfigError
+
+_NOT_OF_A_MODEL = {"benchmark", "samples", "data", "run", "limit", "workers", "packages", "unsafe"}
+
+
+class RunSettings(Settings):
+    """What both commands have in common. `steps` and `temperature` may list several values: a run each."""
+
+    data: Path | None = Field(default=None, description="folder of published files; the hub if left out")
+    run: Path | None = Field(default=None, description="run folder; one below runs/ if left out")
+    limit: int | None = Field(default=None, ge=1, description="number of tasks, from the first on; all if left out")
+    raw: bool = Field(default=False, description="continue the prompt as it is, without a chat template (base models)")
+    steps: str | None = Field(default=None, description="denoising steps; several, as in 512,256, make a run each")
+    temperature: str | None = Field(default=None, description="randomness of the tokens; several make a run each")
+    batch: int = Field(default=8, ge=1, description="tasks decoded together")
+    unsafe: bool = Field(default=False, description="run programs WITHOUT a sandbox, as yourself")
+    dtype: Literal["float32", "bfloat16", "float16"] | None = Field(
+        default=None, description="float32, bfloat16 or float16; the fastest on this machine if left out"
+    )
+    device: str | None = Field(default=None, description="cpu, cuda or mps; the best on this machine if left out")
+    decoding: DecodingParams = DecodingParams()
+
+    def sweep(self) -> list[DecodingParams]:
+        """Return the decoding settings of each run. Raises ConfigError for a value that cannot be one."""
+        runs = []
+        for policy in self.policies:
+            for steps in _numbers("steps", self.steps, int):
+                for temperature in _numbers("temperature", self.temperature, float):
+                    changes = {"policy": policy, "steps": steps, "temperature": temperature}
+                    given = {name: value for name, value in changes.items() if value is not None}
+                    runs.append(self.decoding.replace(**given))
+        return runs
+
+    @property
+    def policies(self) -> Sequence[str | None]:
+        """Policies to compare; None: that of `decoding`."""
+        return (None,)
+
+
+class EvaluateSettings(RunSettings):
+    """What to evaluate: a model, or a file of samples."""
+
+    benchmark: str = Field(
+        description="tiny, humaneval, humaneval+, mbpp, mbpp+, humaneval-infilling, ..., or your own .jsonl file"
+    )
+    model: str | None = Field(
+        default=None, description="folder, hub id, or name from `diffucoder models`; the shipped model if left out"
+    )
+    samples: Path | None = Field(
+        default=None, description="grade this file of completions (JSONL, also .gz) instead of a model"
+    )
+    workers: int | None = Field(default=None, ge=1, description="programs run at a time; one a core if left out")
+    packages: tuple[Path, ...] = Field(
+        default=(), description="folder of packages that programs may import; repeatable"
+    )
+
+    @model_validator(mode="after")
+    def _samples_need_no_model(self) -> Self:
+        given = self.model_dump(exclude_defaults=True)
+        given |= given.pop("decoding", {})
+        unused = sorted(given.keys() - _NOT_OF_A_MODEL)
+        if self.samples is not None and unused:
+            option = unused[0].replace("_", "-")
+            raise ValueError(f"--samples are graded as they are, and --{option} is for a model; give one of the two")
+        return self
+
+
+class OrderSettings(RunSettings):
+    """Whose order of decoding to analyse: that of models on some prompts, or that of recorded traces."""
+
+    prompts: str | None = Field(
+        default=None,
+        description="a benchmark as of evaluate, gsm8k, or a .jsonl file of prompts, optionally with tests",
+    )
+    model: tuple[str, ...] = Field(default=(), description="as elsewhere, or tiny, the shipped one; repeatable")
+    traces: tuple[Path, ...] = Field(
+        default=(), description="report on this file of traces, or run folder, instead; repeatable"
+    )
+    policy: str | None = Field(default=None, description="which positions to commit first; several make a run each")
+    maps: int = Field(default=8, ge=0, description="prompts whose entropies are kept at every step")
+
+    @model_validator(mode="after")
+    def _prompts_or_traces(self) -> Self:
+        if (self.prompts is None) == (not self.traces):
+            raise ValueError("give PROMPTS for a model, or --traces of what was written already; one of the two")
+        return self
+
+    @property
+    def folder(self) -> Path:
+        """Folder of the report and of the runs."""
+        return self.run or Path("runs/order") / Path(self.prompts or "traces").stem
+
+    @property
+    def policies(self) -> Sequence[str | None]:
+        """Policies to compare; None: that of `decoding`."""
+        return self.policy.split(",") if self.policy else (None,)
+
+
+def _numbers(name: str, text: str | None, kind: Callable[[str], Any]) -> list[Any]:
+    """Return the numbers in `text`, which are separated by commas; None where there is no text. Raises ConfigError."""
+    if not text:
+        return [None]
+    try:
+        return [kind(part) for part in text.split(",")]
+    except ValueError:
+        raise ConfigError(f"{name}={text!r} must be numbers separated by commas, as in --{name} 512,256") from None

@@ -1,0 +1,319 @@
+"""Answers: what a route sends for a request, as one JSON object or as a stream of server-sent events.
+
+For: the JSON of answers and of stream events. Not for: routes (`app`), the fields of requests (`protocol`).
+
+Each route of the OpenAI kind has a subclass of `Answer`, which makes both the whole answer and the stream, so that the
+two agree. The index of a choice is that of its result, `Generation.index`.
+"""
+
+import difflib
+import json
+import time
+import uuid
+from collections.abc import AsyncIterator, Iterator, Sequence
+from typing import Any
+
+from diffucoder.decoding.coder import HOLE_LENGTHS, DiffuCoder, Generation, Request, before_stops
+from diffucoder.decoding.trace import Trace, as_json
+from diffucoder.errors import DiffuCoderError
+from diffucoder.grading.extract import program_from
+from diffucoder.serving import protocol
+from diffucoder.serving.edge import api_error
+from diffucoder.serving.engine import Event, Job
+
+Json = dict[str, Any]  # Any: what is sent as JSON
+
+
+def token_text(coder: DiffuCoder, token: int) -> str:
+    """The text of one token; special tokens are shown."""
+    return coder.tokenizer.decode([token], skip_special=False)
+
+
+def settled_text(request: Request, settled: list[int]) -> str:
+    """The text of the `settled` ids of an answer, as far as neither later tokens nor a stop string can change it."""
+    text = request.tokenizer.decode(settled).rstrip("\ufffd")  # the first bytes of an incomplete character
+    text = before_stops(text, request.params.stop)
+    held_back = 0  # characters that may be the beginning of a stop string
+    for stop in request.params.stop:
+        for length in range(1, len(stop)):
+            if text.endswith(stop[:length]):
+                held_back = max(held_back, length)
+    return text[: len(text) - held_back]
+
+
+class Answer:
+    """The answer of a route to one request. Each route has a subclass, which says what a choice holds."""
+
+    id_prefix: str
+    kind: str
+    chunk_kind: str
+    body: protocol.SamplingRequest
+
+    def __init__(self, coder: DiffuCoder, request: Request, body: protocol.SamplingRequest) -> None:
+        """Answer `body`, which `request` decodes."""
+        self.coder = coder
+        self.request = request
+        self.body = body
+        self.id = f"{self.id_prefix}-{uuid.uuid4().hex}"
+        self.created = int(time.time())
+
+    def choice(self, result: Generation) -> Json:
+        """What a whole choice holds, besides its index and finish reason."""
+        raise NotImplementedError
+
+    def piece(self, text: str) -> Json:
+        """What a streamed choice holds for a piece of its text; nothing if a stream holds whole choices."""
+        return {}
+
+    def whole(self, results: Sequence[Generation]) -> Json:
+        """The answer as one JSON object."""
+        choices = []
+        for result in results:
+            choice = self.choice(result)
+            choices.append({"index": result.index, "finish_reason": result.finish_reason, **choice})
+        return {**self.head(self.kind), "choices": choices, "usage": self.usage(results)}
+
+    def head(self, kind: str) -> Json:
+        """What an answer and each chunk of a stream begin with."""
+        return {"id": self.id, "object": kind, "created": self.created, "model": self.coder.name}
+
+    def usage(self, results: Sequence[Generation]) -> Json:
+        """Tokens of the prompt, once, and of the answers before their ends."""
+        canvas = self.request.canvas
+        prompt = int((canvas.valid[0] & ~canvas.masked[0]).sum())
+        completion = sum(len(result.tokens) for result in results)
+        passes = sum(result.forward_passes for result in results)
+        counts = {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
+        return {**counts, "forward_passes": passes}
+
+    def token_logprobs(self, result: Generation) -> list[Json]:
+        """Each token of an answer with its log-probability when it was committed."""
+        entries = []
+        for token, log_prob in zip(result.tokens, result.trace.log_probs, strict=False):
+            text = token_text(self.coder, token)
+            entries.append({"token": text, "logprob": log_prob, "bytes": list(text.encode()), "top_logprobs": []})
+        return entries
+
+
+class ChatAnswer(Answer):
+    """`/v1/chat/completions`."""
+
+    id_prefix = "chatcmpl"
+    kind = "chat.completion"
+    chunk_kind = "chat.completion.chunk"
+    body: protocol.ChatRequest
+
+    def choice(self, result: Generation) -> Json:
+        logprobs = None
+        if self.body.logprobs:
+            logprobs = {"content": self.token_logprobs(result), "refusal": None}
+        message = {"role": "assistant", "content": result.text, "refusal": None}
+        return {"message": message, "logprobs": logprobs}
+
+    def piece(self, text: str) -> Json:
+        return {"delta": {"content": text}}
+
+
+class CompletionAnswer(Answer):
+    """`/v1/completions`."""
+
+    id_prefix = "cmpl"
+    kind = chunk_kind = "text_completion"
+    body: protocol.CompletionRequest
+
+    def choice(self, result: Generation) -> Json:
+        echoed = self.body.prompt if self.body.echo else ""
+        logprobs = None
+        if self.body.logprobs is not None:
+            entries = self.token_logprobs(result)
+            logprobs = _completion_logprobs(entries, offset=len(echoed), with_top=self.body.logprobs > 0)
+        return {"text": echoed + result.text, "logprobs": logprobs}
+
+    def piece(self, text: str) -> Json:
+        return {"text": text, "logprobs": None}
+
+
+def _completion_logprobs(entries: Sequence[Json], *, offset: int, with_top: bool) -> Json:
+    """The columns that `/v1/completions` has for the tokens of an answer, which begins at character `offset`."""
+    columns: Json = {"tokens": [], "token_logprobs": [], "top_logprobs": [] if with_top else None, "text_offset": []}
+    for entry in entries:
+        columns["tokens"].append(entry["token"])
+        columns["token_logprobs"].append(entry["logprob"])
+        columns["text_offset"].append(offset)
+        if with_top:
+            columns["top_logprobs"].append({entry["token"]: entry["logprob"]})
+        offset += len(entry["token"])
+    return columns
+
+
+class FillAnswer(Answer):
+    """`/v1/fill`."""
+
+    id_prefix = kind = chunk_kind = "fill"
+
+    def choice(self, result: Generation) -> Json:
+        return {"text": result.text, "holes": result.pieces}
+
+
+class EditAnswer(Answer):
+    """`/v1/edit`."""
+
+    id_prefix = kind = "edit"
+    body: protocol.EditRequest
+
+    def choice(self, result: Generation) -> Json:
+        text = result.text if self.body.instruction is None else program_from(result.text)
+        before = self.body.text.splitlines(keepends=True)
+        after = text.splitlines(keepends=True)
+        return {"text": text, "diff": "".join(difflib.unified_diff(before, after, "before", "after"))}
+
+
+class Stream:
+    """An answer as server-sent events: text as it settles, from the left, then the end of each choice."""
+
+    def __init__(self, answer: Answer, job: Job) -> None:
+        self.answer = answer
+        self.coder = answer.coder
+        self.request = answer.request
+        self.job = job
+        self.options = answer.body.stream_options or protocol.StreamOptions()
+        self.grows = bool(answer.piece("")) and self.request.streams and not self.request.params.revoke
+        self.sent = [""] * self.request.answers  # the text of each choice until now
+
+    async def events(self) -> AsyncIterator[str]:
+        """Yield the events. An error is one of them, since it comes too late for a status."""
+        try:
+            for chunk in self._first_chunks():
+                yield chunk
+            async for event in self.job.events():
+                for chunk in self._step_chunks(event):
+                    yield chunk
+            for chunk in self._last_chunks():
+                yield chunk
+        except DiffuCoderError as error:
+            yield _event(api_error(error).body)
+        yield "data: [DONE]\n\n"
+
+    def _first_chunks(self) -> Iterator[str]:
+        if isinstance(self.answer, ChatAnswer):
+            for index in range(self.request.answers):
+                yield self._choice(index, {"delta": {"role": "assistant", "content": ""}})
+        if self.options.denoise:
+            for row in range(len(self.job.sequences)):
+                yield self._chunk(denoise={"row": row, "canvas": self._canvas(row)})
+
+    def _step_chunks(self, event: Event) -> Iterator[str]:
+        if self.options.denoise:
+            yield self._chunk(denoise=self._committed(event))
+        if self.grows:
+            text = settled_text(self.request, event.settled)
+            sent = self.sent[event.row]  # a row is a choice here
+            if text != sent and text.startswith(sent):
+                self.sent[event.row] = text
+                yield self._choice(event.row, self.answer.piece(text[len(sent) :]))
+
+    def _last_chunks(self) -> Iterator[str]:
+        results = self.job.results_now()
+        for result in results:
+            rest = result.text[len(self.sent[result.index]) :]
+            content = self.answer.piece(rest) or self.answer.choice(result)
+            if self.options.denoise:
+                content |= {"row": self._row(result), "trace": as_json(result.trace)}
+            yield self._choice(result.index, content, result.finish_reason)
+        if self.options.include_usage:
+            yield self._chunk(usage=self.answer.usage(results))
+
+    def _choice(self, index: int, content: Json, finish_reason: str | None = None) -> str:
+        return self._chunk(choices=[{"index": index, "finish_reason": finish_reason, **content}])
+
+    def _chunk(self, choices: Sequence[Json] = (), **content: Json) -> str:
+        return _event({**self.answer.head(self.answer.chunk_kind), "choices": choices, **content})
+
+    def _canvas(self, row: int) -> list[str | None]:
+        """The text of each token before the first step, from the first hole on; None for a mask."""
+        canvas = self.request.canvas
+        tokens = canvas.tokens[row, canvas.valid[row]][self.job.sequences[row].first_hole :].tolist()
+        return [None if token == canvas.mask_id else token_text(self.coder, token) for token in tokens]
+
+    def _committed(self, event: Event) -> Json:
+        """What a step did to a row. Positions count from the row's first hole."""
+        step = event.step
+        start = self.job.sequences[event.row].first_hole
+        committed = []
+        for position in step.committed[0, start:].nonzero()[:, 0].tolist():
+            token = int(step.canvas[0, start + position])
+            log_prob = round(float(step.log_prob[0, start + position]), 4)
+            text = token_text(self.coder, token)
+            committed.append({"position": position, "token": token, "text": text, "log_prob": log_prob})
+        revoked = []
+        if step.revoked is not None:
+            revoked = step.revoked[0, start:].nonzero()[:, 0].tolist()
+        head = {"row": event.row, "step": step.index, "passes": step.forward_passes}
+        return {**head, "committed": committed, "revoked": revoked}
+
+    def _row(self, result: Generation) -> int:
+        """The row that a result was made of: the only one, or that of the length that was kept."""
+        rows = range(result.index, len(self.job.sequences), self.request.answers)
+        return next(row for row in rows if self.job.sequences[row].trace(self.coder.name) == result.trace)
+
+
+def _event(content: Json) -> str:
+    return f"data: {json.dumps(content)}\n\n"
+
+
+# --- llama.cpp's /infill ---------------------------------------------------------------------------------------------
+
+_NO_TRACE = Trace(tokens=[], prompt_length=0, steps=[], confidence=[], log_probs=[], forward_passes=0)
+# the answer to a request that is to write nothing
+EMPTY = Generation(
+    index=0, text="", pieces=(), tokens=(), forward_passes=0, seconds=0.0, finish_reason="length", trace=_NO_TRACE
+)
+
+
+def fit_into_context(coder: DiffuCoder, body: protocol.InfillRequest) -> tuple[str, str]:
+    """Return prefix and suffix, cut to what the model can read.
+
+    The text next to the cursor comes first. Text from elsewhere goes before the prefix if there is room.
+    """
+    encode = coder.tokenizer.encode
+    room = coder.model.max_length - max(HOLE_LENGTHS) - 2
+    suffix = encode(body.input_suffix)[: room // 4]
+    room -= len(suffix)
+    prefix = encode(body.input_prefix + body.prompt)
+    prefix = prefix[max(0, len(prefix) - room) :]
+    room -= len(prefix)
+    context = encode("".join(extra.text for extra in body.input_extra))
+    context = context[max(0, len(context) - room) :]
+    text = coder.tokenizer.decode(context + prefix, skip_special=False)
+    return text or "\n", coder.tokenizer.decode(suffix, skip_special=False)
+
+
+def infill_answer(coder: DiffuCoder, result: Generation, fields: Sequence[str]) -> Json:
+    """An answer in llama.cpp's form. With `fields` only these; `timings/predicted_n` is a nested one.
+
+    Times of the prompt are 0: it is read again in every pass.
+    """
+    written = len(result.tokens)
+    known = len(result.trace.tokens) - written
+    milliseconds = 1e3 * result.seconds
+    timings = {"prompt_n": known, "prompt_ms": 0.0, "prompt_per_token_ms": 0.0, "prompt_per_second": 0.0}
+    timings |= {"predicted_n": written, "predicted_ms": milliseconds}
+    timings["predicted_per_token_ms"] = milliseconds / max(1, written)
+    timings["predicted_per_second"] = result.tokens_per_second
+    answer: Json = {
+        "content": result.text,
+        "model": coder.name,
+        "stop": True,
+        "stop_type": "word" if result.finish_reason == "stop" else "limit",
+        "truncated": False,
+        "tokens_predicted": written,
+        "tokens_evaluated": known,
+        "tokens_cached": known + written,
+        "generation_settings": {"n_ctx": coder.model.max_length},
+        "timings": timings,
+    }
+    if not fields:
+        return answer
+    for group in ("generation_settings", "timings"):
+        answer |= {f"{group}/{name}": value for name, value in answer[group].items()}
+    return {name: answer[name] for name in fields if name in answer}
