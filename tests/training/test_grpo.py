@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from diffucoder.analysis.order import read_runs
+from diffucoder.analysis.runs import read_runs
 from diffucoder.decoding.coder import DiffuCoder, Generation
 from diffucoder.decoding.trace import Trace, read_traces
 from diffucoder.diffusion import View
