@@ -1,7 +1,7 @@
 """How much the score of a token varies with its masks: coupled against decoupled, full-mask and d1, and the theory.
 
     python benchmarks/grpo_variance.py                      # minutes on two cores; writes docs/grpo_variance.md
-    python benchmarks/grpo_variance.py --draws 40 --count 8
+    python benchmarks/grpo_variance.py --draws 80 --count 8
 
 Completions are fixed: sampled at temperature 1.2 for hard problems of the dev split, as in training. Each draw of masks
 scores all of their tokens. The theory (DiffuCoder, appendix A.4) gives the variance that coupling saves for a token
@@ -39,8 +39,8 @@ def main(
     new_tokens: Annotated[int, typer.Option(help="canvas of a completion")] = 64,
 ) -> None:
     """Measure, and write the tables and the plot."""
-    if draws < 40 or draws % 40:
-        raise typer.BadParameter(f"draws={draws} does not split into {BLOCKS} blocks of up to 4 pairs; use 40, 80, ...")
+    if draws < 80 or draws % 40:
+        raise typer.BadParameter(f"draws={draws} does not split into {BLOCKS} blocks of 4 pairs; use 80, 120, ...")
     coder = DiffuCoder.load(model, dtype=torch.float32)
     batch = write_completions(coder, count, new_tokens, temperature)
     coupled = masked_terms(coder, batch, draws, "coupled")  # (D, 2, N)

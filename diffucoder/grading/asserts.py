@@ -197,12 +197,9 @@ def _evaluate(node: ast.expr, question: ast.expr | None = None, answer: Any = No
     match node:
         case ast.Constant(value):
             return value
-        case ast.List(items):
-            return list(map(value_of, items))
-        case ast.Tuple(items):
-            return tuple(map(value_of, items))
-        case ast.Set(items):
-            return set(map(value_of, items))
+        case ast.List(items) | ast.Tuple(items) | ast.Set(items):
+            kind = {ast.List: list, ast.Tuple: tuple, ast.Set: set}[type(node)]
+            return kind(map(value_of, items))
         case ast.Dict(keys, values) if all(keys):  # a key is None where another dictionary is unpacked: {**other}
             return dict(zip(map(value_of, filter(None, keys)), map(value_of, values), strict=True))
         case ast.UnaryOp(sign, operand):

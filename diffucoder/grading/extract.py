@@ -69,18 +69,13 @@ def _until_terminator(reply: str) -> str:
 def _without_prose(text: str) -> str:
     """The code in `text` if the rest is only prose; else the text, since it may be broken code."""
     lines = text.split("\n")
-    start = 0
-    for number, line in enumerate(lines):
-        if _CODE.match(line) and not line[0].isspace():
-            start = number
-            break
+    starts = [number for number, line in enumerate(lines) if _CODE.match(line) and not line[0].isspace()]
+    start = starts[0] if starts else 0
     code, tree = _longest_program(lines[start:])
-    for line in lines[:start] + lines[start + len(code) :]:
-        if line.strip() and _CODE.match(line):
-            return text
-    if any(isinstance(node, _Function | ast.ClassDef) for node in tree.body):
-        return "\n".join(code).strip("\n")
-    return text
+    around = [line for line in lines[:start] + lines[start + len(code) :] if line.strip()]
+    if any(map(_CODE.match, around)) or not any(isinstance(node, _Function | ast.ClassDef) for node in tree.body):
+        return text
+    return "\n".join(code).strip("\n")
 
 
 def _longest_program(lines: list[str]) -> tuple[list[str], ast.Module]:

@@ -110,7 +110,8 @@ def grade(
         # Two runs, because a program can read what a whole test expects in the run of that test.
         for kind, questions in (("value", split), ("test", whole)):
             if questions:
-                answers, run_seconds = _ask(box, program, [*questions.values()], limits, kind=kind, fresh=True)
+                job = {"kind": kind, "questions": [*questions.values()], "fresh": True, "stop_at_failure": False}
+                answers, run_seconds = _ask(box, program, job, limits)
                 outcomes.update(zip(questions, answers, strict=True))
                 seconds += run_seconds
     verdicts = [_judge(test, asserts[index], outcomes[index]) for index, test in enumerate(tests)]
@@ -150,49 +151,28 @@ def call(
     if not calls:
         return []
     questions = [(each.expression, each.arguments, each.seconds) for each in calls]
+    job = {"kind": "value", "questions": questions, "fresh": False, "stop_at_failure": until_failure}
     with nullcontext(sandbox) if sandbox else Sandbox(1) as box:
-        return _ask(box, program, questions, limits, stop_at_failure=until_failure)[0]
+        return _ask(box, program, job, limits)[0]
 
 
-def _ask(
-    sandbox: Sandbox,
-    program: str,
-    questions: list[Question],
-    limits: Limits,
-    *,
-    kind: str = "value",
-    fresh: bool = False,
-    stop_at_failure: bool = False,
-) -> tuple[list[Outcome], float]:
-    """An outcome for every question, and the seconds of the run. `runner` describes the job."""
+def _ask(sandbox: Sandbox, program: str, job: dict[str, Any], limits: Limits) -> tuple[list[Outcome], float]:
+    """An outcome for every question of a job (see `runner.main`), and the seconds of the run."""
+    count = len(job["questions"])
     clock = PATIENCE * limits.seconds
-    values = 1  # that may have the size of the limit
-    if fresh:
+    output = _LINE_BYTES * count + limits.output
+    if job["fresh"]:  # then every answer may be as long as the limit
         clock = min(clock, limits.seconds + _MAX_SLEEP)
-        values = len(questions)
-    job = {
-        "kind": kind,
-        "program": program,
-        "questions": questions,
-        "seconds": limits.seconds,
-        "clock": clock,
-        "output": limits.output,
-        "fresh": fresh,
-        "stop_at_failure": stop_at_failure,
-    }
-    run_limits = replace(
-        limits,
-        seconds=clock + _GRACE,
-        processes=limits.processes + 1,
-        output=_LINE_BYTES * len(questions) + limits.output * values,
-    )
-    result = sandbox.run(source_of("runner.py"), run_limits, stdin=marshal.dumps(job, 2))
+        output = (_LINE_BYTES + limits.output) * count
+    job |= {"program": program, "seconds": limits.seconds, "clock": clock, "output": limits.output}
+    roomier = replace(limits, seconds=clock + _GRACE, processes=limits.processes + 1, output=output)
+    result = sandbox.run(source_of("runner.py"), roomier, stdin=marshal.dumps(job, 2))
     answers = dict(map(_read_line, _LINE.finditer(result.stdout)))
     status: Status = "killed" if result.status == "ok" else result.status
     lost = Outcome(status, None, 0.0, readable(result.detail) or "the runner ended before it")
-    outcomes = [answers.get(index, lost) for index in range(len(questions))]
+    outcomes = [answers.get(index, lost) for index in range(count)]
     # without any answer the runner did not stop at a failure: the program ended it
-    if stop_at_failure and answers and answers[max(answers)].status != "ok":
+    if job["stop_at_failure"] and answers and answers[max(answers)].status != "ok":
         outcomes = outcomes[: max(answers) + 1]
     return outcomes, result.seconds
 

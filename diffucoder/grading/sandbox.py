@@ -207,10 +207,7 @@ def _refusal(bwrap: str) -> str:
 
 
 def _python() -> str:
-    for path in _PYTHONS:
-        if os.access(path, os.X_OK):
-            return path
-    return _PYTHONS[0]
+    return next((path for path in _PYTHONS if os.access(path, os.X_OK)), _PYTHONS[0])
 
 
 def _bubblewrap(packages: Sequence[Path]) -> list[str]:
@@ -372,10 +369,8 @@ def _rlimits(limits: Limits, unsafe: bool) -> dict[str, int]:
 
 
 def _last_line(text: str) -> str:
-    for line in reversed(text.splitlines()):
-        if line.strip():
-            return line.strip()[:500]
-    return ""
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return lines[-1][:500] if lines else ""
 
 
 def _signal_name(number: int) -> str:

@@ -91,17 +91,17 @@ class Server:
 
     async def results(self, request: Request, http: fastapi.Request) -> list[Generation]:
         """Decode a request, unless its client disconnects before it is finished."""
-        with self.latency.time():
-            results = asyncio.create_task(self.submit(request).results())
-            disconnect = asyncio.create_task(_disconnected(http))
-            try:
+        results = asyncio.create_task(self.submit(request).results())
+        disconnect = asyncio.create_task(_disconnected(http))
+        try:
+            with self.latency.time():
                 await asyncio.wait({results, disconnect}, return_when=asyncio.FIRST_COMPLETED)
-                if not results.done():
-                    raise ApiError(499, "the client disconnected", "client_closed_request")  # which nobody reads
-                return results.result()
-            finally:
-                results.cancel()
-                disconnect.cancel()
+            if not results.done():
+                raise ApiError(499, "the client disconnected", "client_closed_request")  # which nobody reads
+            return results.result()
+        finally:
+            results.cancel()
+            disconnect.cancel()
 
     async def _timed(self, events: AsyncIterator[str]) -> AsyncIterator[str]:
         with self.latency.time():

@@ -181,7 +181,7 @@ def write_report(lab: Lab, page: str, figure: str, options: str, content: str, r
         if name.removesuffix(" solves") not in (*COMMON_COMMANDS, *runs):  # a run of another report
             del minutes[name]
     parts = ", ".join([f"{name} {taken:.1f}" for name, taken in minutes.items()])
-    workers = f"{lab.runs.processes} processes of {torch.get_num_threads()} threads"
+    workers = f"training processes: {lab.runs.processes}, threads: {torch.get_num_threads()}"
     took = f"{sum(minutes.values()):.0f} minutes ({parts})"
     command = f"python recipes/tiny/lab.py {lab.name}{options}"
     sections = {"run": provenance(command, f"{workers}, {took}"), "table": content}
