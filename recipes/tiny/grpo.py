@@ -92,7 +92,6 @@ def main(
     arms: Annotated[str, typer.Option(help="arms to run, separated by commas")] = "coupled,decoupled,full_mask,d1",
     seeds: Annotated[str, typer.Option(help="seeds of every arm")] = "0,1,2",
     folder: Annotated[Path, typer.Option(help="run folder")] = ROOT / "runs" / "tiny-grpo",
-    model: Annotated[str | None, typer.Option(help="where to start; default: the shipped model")] = None,
     parent: Annotated[str | None, typer.Option(help="where the arm causal starts: an autoregressive model")] = None,
     jobs: Annotated[int, typer.Option(min=1, help="runs at a time, one thread each; 1: all threads")] = 2,
     count: Annotated[int, typer.Option(help="test problems behind each figure")] = 2000,
@@ -106,10 +105,10 @@ def main(
         if name == "causal" and parent is None and not report:
             raise typer.BadParameter("the arm causal needs --parent; make tiny leaves one in runs/tiny/parent/model")
     if not report:
-        lab = Lab(RunFolder(folder, threads=1 if jobs > 1 else None), model, parent, count)
+        lab = Lab(RunFolder(folder, threads=1 if jobs > 1 else None), parent, count)
         make_data(folder)
         RESULTS.mkdir(parents=True, exist_ok=True)
-        tasks: list[Callable[[], None]] = [partial(lab.measure, "start", model)]
+        tasks: list[Callable[[], None]] = [partial(lab.measure, "start", None)]
         if parent is not None:
             tasks.append(partial(lab.measure, "parent", parent))
         for seed in seeds.split(","):
@@ -147,10 +146,9 @@ def run_side_by_side(tasks: Sequence[Callable[[], None]], jobs: int) -> None:
 
 @dataclass(frozen=True)
 class Lab:
-    """Runs the arms in one folder and keeps what the report needs."""
+    """Runs the arms in one folder, from the shipped model, and keeps what the report needs."""
 
     runs: RunFolder
-    model: str | None  # where the arms start; None: the shipped model
     parent: str | None  # where the arm causal starts
     count: int
 
@@ -177,14 +175,11 @@ class Lab:
             "steps": steps_of(arm),
             "workers": self.runs.threads or 0,
         }
-        program: tuple[object, ...] = (*TRAIN, "grpo")
-        if causal:
-            program = (HERE / "causal.py",)
-            settings |= {"model": self.parent, "chat": False, "score_padding": False}  # the parent writes no pads
+        if causal:  # the parent writes no pads
+            settings |= {"model": self.parent, "chat": False, "score_padding": False}
         else:
             settings["estimator"] = arm
-            if self.model:
-                settings["model"] = self.model
+        program = [HERE / "causal.py"] if causal else [*TRAIN, "grpo"]
         model = self.runs.train(name, program, HERE / "grpo.toml", settings)
         self.measure(name, model, self.runs.metrics(name))
 

@@ -14,7 +14,7 @@ that a model wrote run in `diffucoder.grading` only.
 import hashlib
 import random
 import tomllib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from pathlib import Path
@@ -103,14 +103,10 @@ class Problem:
     """A request, a solution that satisfies it, and asserts that test whether another program does."""
 
     prompt: str
-    name: str  # of the requested function
+    name: str  # of the function
     solution: str
     tests: tuple[str, ...]
     composition: tuple[str, ...]  # kind and block ids: what the splits are made by
-
-    @property
-    def split(self) -> Split:
-        return split_of(self.composition)
 
 
 def problems(split: Split, count: int, *, seed: int, hard: bool = False) -> Iterator[Problem]:
@@ -125,8 +121,10 @@ def problems(split: Split, count: int, *, seed: int, hard: bool = False) -> Iter
     rng = random.Random(f"{split}-{seed}-hard" if hard else f"{split}-{seed}")
     prompts: set[str] = set()
     while len(prompts) < count:
-        problem = sample_problem(rng, hard=hard)
-        if problem.split == split and problem.prompt not in prompts:
+        problem = draw_problem(rng, hard=hard)
+        if problem is None:
+            continue
+        if split_of(problem.composition) == split and problem.prompt not in prompts:
             prompts.add(problem.prompt)
             yield problem
 
@@ -142,17 +140,15 @@ def split_of(composition: Sequence[str]) -> Split:
     return "dev" if bucket < 15 else "train"
 
 
-def sample_problem(rng: random.Random, *, hard: bool = False) -> Problem:
-    """Draw kind, blocks, constants, names and wording, until they make a problem. Its split may be any."""
-    while True:
-        plan = draw_plan(rng, hard=hard)
-        examples = draw_examples(rng, plan) if plan else None
-        if plan is None or examples is None:
-            continue
-        problem = write_problem(rng, plan, examples)
-        outputs = {test.rpartition(" == ")[2] for test in problem.tests}
-        if len(outputs) > 1:  # a guard's constant may equal all other outputs
-            return problem
+def draw_problem(rng: random.Random, *, hard: bool) -> Problem | None:
+    """Draw kind, blocks, constants, names and wording; None where they make no problem. Its split may be any."""
+    plan = draw_plan(rng, hard=hard)
+    examples = draw_examples(rng, plan) if plan else None
+    if plan is None or examples is None:
+        return None
+    problem = write_problem(rng, plan, examples)
+    outputs = {test.rpartition(" == ")[2] for test in problem.tests}
+    return problem if len(outputs) > 1 else None  # a guard's constant may equal all other outputs
 
 
 # --- choosing blocks -------------------------------------------------------------------------------------------------
@@ -268,10 +264,8 @@ def run_chain(uses: Sequence[BlockUse], value: Value) -> Value:
 
 def check_size(value: Value, largest: int = 400) -> None:
     """Raise OverflowError for a value that would make a later block slow or an assert unreadable."""
-    if isinstance(value, int):
-        if abs(value) > largest:
-            raise OverflowError
-    elif len(value) > 40 or len(repr(value)) > 120:
+    too_large = abs(value) > largest if isinstance(value, int) else len(value) > 40 or len(repr(value)) > 120
+    if too_large:
         raise OverflowError
 
 
@@ -290,7 +284,7 @@ def draw_examples(rng: random.Random, plan: Plan) -> list[Example] | None:
     distinct: dict[str, Example] = {}
     for value, output in examples:
         distinct.setdefault(repr(output), (value, output))
-    chosen = move_to_front(distinct.values(), examples)  # examples with new outputs test most
+    chosen = [*distinct.values(), *[each for each in examples if each not in distinct.values()]]  # new outputs first
     if len(distinct) < 2 or len(chosen) < EXAMPLES:
         return None
     if plan.condition is not None:
@@ -299,13 +293,8 @@ def draw_examples(rng: random.Random, plan: Plan) -> list[Example] | None:
             sides[bool(plan.condition.apply(value))] = (value, output)
         if len(sides) < 2:
             return None
-        chosen = move_to_front(sides.values(), chosen)
+        chosen = [*sides.values(), *[each for each in chosen if each not in sides.values()]]
     return chosen[:EXAMPLES]
-
-
-def move_to_front(front: Iterable[Example], examples: list[Example]) -> list[Example]:
-    """The examples of `front`, each once, then the others."""
-    return [*front, *[example for example in examples if example not in front]]
 
 
 def draw_input(rng: random.Random, takes: str, slots: dict[str, str]) -> Value:
