@@ -51,10 +51,12 @@ def _flat_fields(kind: type[Settings], without: tuple[str, ...]) -> dict[str, Fi
     inner_fields: dict[str, FieldInfo] = {}
     for name, field in kind.model_fields.items():
         inner = nested_settings(field)
-        if inner is not None:
-            inner_fields |= _flat_fields(inner, (*without, *kind.model_fields))
-        elif name not in without:
+        if name in without:
+            continue
+        if inner is None:
             fields[name] = field
+        else:
+            inner_fields |= _flat_fields(inner, (*without, *kind.model_fields))
     return fields | inner_fields
 
 
@@ -77,18 +79,19 @@ def _parameter(name: str, field: FieldInfo, *, positional: bool) -> inspect.Para
     """Return the parameter of a command for one field, as typer reads it; None or an empty list if it is not given."""
     kind: Any = field.annotation  # Any: annotations are not all plain types
     parts = get_args(kind)
+    text = str(field.description)
     names = [f"--{name}"] if kind is bool else []  # else typer adds --no-...
-    if get_origin(kind) is tuple:  # repeatable
+    if get_origin(kind) is tuple:
         item: Any = get_args(parts[0])[0] if get_origin(parts[0]) is Annotated else parts[0]
         kind = list[item]
+        text += "; repeatable"
     elif any(get_origin(part) is Literal for part in (kind, *parts)):
         kind = str  # the settings class names the choices when a value is wrong
     if positional:
         default = inspect.Parameter.empty if field.is_required() else None
-        about: Any = typer.Argument(help=field.description)
+        about: Any = typer.Argument(help=text)
         place = inspect.Parameter.POSITIONAL_OR_KEYWORD
         return inspect.Parameter(name, place, default=default, annotation=Annotated[kind, about])
-    text = str(field.description)
     if not any(field.default is value for value in (None, False, ())):
         text += f" [default: {field.default}]"
     about = typer.Option(*names, help=text, show_default=False)
