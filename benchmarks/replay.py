@@ -91,9 +91,8 @@ def replay(benchmark: str, folder: Path, data: Path, sandbox: Sandbox) -> tuple[
         compared += len(statuses)
         for kind, passed in statuses.items():
             if passed != bool(verdict[VERDICTS[kind]]):
-                published_word, our_word = ("pass", "fail") if passed else ("fail", "pass")
-                what = f"{benchmark}, {verdict['task_id']} {kind}: published {published_word}, here {our_word}"
-                differences.append(f"* {what}. {reason(verdict)}")
+                words = "published pass, here fail" if passed else "published fail, here pass"
+                differences.append(f"* {benchmark}, {verdict['task_id']} {kind}: {words}. {reason(verdict)}")
         overall["theirs"].append(all(statuses.values()))
         overall["ours"].append(verdict["passed"])
         if "base_status" in statuses:

@@ -66,7 +66,6 @@ class Measured:
     seconds: float  # of a step, the median
     ceiling: float  # operations a second of a matmul
     scored: float  # positions of a step that have logits
-    before: int  # bytes, peak until the first step begins
     peak: int  # bytes, peak after the last step
 
 
@@ -115,19 +114,19 @@ class RandomRows:
 
 
 class TimedStage(MaskedStage):
-    """The masked objective, which notes time and memory whenever a step begins."""
+    """The masked objective; notes the time and the peak of memory whenever a step begins."""
 
     def __init__(self, job: Job) -> None:
         objective = Objective(mask_id=job.vocabulary - 1, pad_id=0, seed=0, batch=job.batch, normaliser="masked")
         super().__init__(objective, RandomRows(job), None, 0)
         self.begun: list[float] = []
-        self.peaks: list[int] = []
+        self.peak = 0
         self.scored: list[int] = []
 
     def batches(self, step: int, shares: Sequence[range]) -> Iterator[Batch]:
         synchronize()
         self.begun.append(time.perf_counter())
-        self.peaks.append(peak_memory())
+        self.peak = peak_memory()
         for batch in super().batches(step, shares):
             self.scored.append(sum([len(micro.targets) for micro in batch.micro_batches]))
             yield batch
@@ -151,8 +150,7 @@ def measure(job: Job) -> Measured:
         seconds=median([end - begin for begin, end in pairwise(stage.begun[WARM_UP:])]),
         ceiling=matmul_rate(torch.bfloat16 if job.bf16 else torch.float32, model.device, 2048),
         scored=mean(stage.scored),
-        before=stage.peaks[0],
-        peak=stage.peaks[-1],
+        peak=stage.peak,
     )
 
 
@@ -205,8 +203,8 @@ def memory_table(measured: list[tuple[Job, Measured]]) -> str:
     rows = []
     for job, result in measured:
         logits = size(4 * result.scored * job.vocabulary)
-        rows.append([job.name, logits, size(result.peak), size(result.before), f"{result.seconds:.1f} s"])
-    return table(["logits", "of hidden positions, whole", "peak memory", "before the first step", "step"], rows)
+        rows.append([job.name, logits, size(result.peak), f"{result.seconds:.1f} s"])
+    return table(["logits", "of hidden positions, whole", "peak memory", "step"], rows)
 
 
 def size(count: float) -> str:

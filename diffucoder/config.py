@@ -24,7 +24,7 @@ class Settings(BaseModel):
 
     if not TYPE_CHECKING:  # mypy then keeps the signature that pydantic makes from the fields
 
-        def __init__(self, **settings: object) -> None:
+        def __init__(self, /, **settings: object) -> None:
             """Validate. Raises ConfigError, one line, in place of pydantic's own error."""
             try:
                 super().__init__(**settings)

@@ -38,12 +38,13 @@ def write_jsonl(path: str | Path, rows: Iterable[Json]) -> None:
     write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
 
 
-def append_jsonl(path: str | Path, rows: Iterable[Json]) -> None:
-    """Add one JSON object a line and wait until the disk has them. Raises OSError."""
+def append_jsonl(path: str | Path, rows: Iterable[Json], *, sync: bool = True) -> None:
+    """Add one JSON object a line and, with `sync`, wait until the disk has them. Raises OSError."""
     with Path(path).open("a", encoding="utf-8") as file:
         file.write("".join(json.dumps(row) + "\n" for row in rows))
         file.flush()
-        os.fsync(file.fileno())
+        if sync:
+            os.fsync(file.fileno())
 
 
 def read_whole_lines(path: str | Path) -> list[Json]:

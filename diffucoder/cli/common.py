@@ -14,7 +14,8 @@ if TYPE_CHECKING:
 
     import torch
 
-    from diffucoder.decoding.coder import DiffuCoder, Generation, Request
+    from diffucoder.decoding.coder import DiffuCoder
+    from diffucoder.decoding.requests import Generation, Request
 
 Model = Annotated[
     str | None, typer.Option(help="folder, hub id, or name from `diffucoder models`; the shipped model if left out")

@@ -122,7 +122,7 @@ class DecodingParams(Settings):
         """Whether two seeds may differ."""
         return self.temperature > 0 or self.policy_temperature > 0 or self.policy == "random"
 
-    def replace(self, **changes: Any) -> "DecodingParams":  # Any: each field has its own type, checked by pydantic
+    def replace(self, /, **changes: Any) -> "DecodingParams":  # Any: each field has its own type, checked by pydantic
         """These settings with `changes`, validated (pydantic's own `model_copy` does not validate)."""
         return DecodingParams(**{**self.model_dump(exclude_unset=True), **changes})
 

@@ -7,7 +7,7 @@ verifier), its random numbers, its cache row and its history. So it comes out th
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Literal
 
 import numpy as np
@@ -57,16 +57,8 @@ class Proposals:
 
     def of(self, row: int, length: int) -> "Proposals":
         """Those of one row, without its padding."""
-        return Proposals(
-            self.open[row, -length:],
-            self.verified[row, -length:],
-            self.tokens[row, -length:],
-            self.confidence[row, -length:],
-            self.log_prob[row, -length:],
-            self.entropy[row, -length:],
-            self.candidates[row, -length:],
-            self.candidate_log_probs[row, -length:],
-        )
+        rows = {field.name: getattr(self, field.name)[row, -length:] for field in fields(self)}
+        return Proposals(**rows)
 
 
 class Sequence:

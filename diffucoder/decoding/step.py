@@ -205,15 +205,18 @@ def _score(model: Denoiser, batch: Batch, rows: list[int], candidates: int) -> t
                 parts.append(
                     sampler.sample(own, uniform[here], known[here], with_entropy=with_entropy, candidates=candidates)
                 )
-        return parts[0] if len(parts) == 1 else Samples(*(torch.cat(column) for column in zip(*parts, strict=True)))
+        return Samples(*map(torch.cat, zip(*parts, strict=True)))
 
+    cache_rows = None
+    if sequences[0].cache_plan.keeps:
+        cache_rows = [sequence.acquire(model) for sequence in sequences]
     results = model.score(
         batch.tokens[rows],
         valid=batch.valid[rows],
         feed=batch.feed[rows],
         wanted=where,
         reduce=sample,
-        cache_rows=[sequence.acquire(model) for sequence in sequences] if sequences[0].cache_plan.keeps else None,
+        cache_rows=cache_rows,
         released=sequences[0].released,
     )
     samples = Samples(*(column.cpu() for column in results))

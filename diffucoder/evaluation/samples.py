@@ -19,8 +19,9 @@ from diffucoder.evaluation.programs import solution
 from diffucoder.files import Json, append_jsonl, parse_json_line, read_lines, read_whole_lines, write_jsonl
 
 if TYPE_CHECKING:
-    from diffucoder.decoding.coder import DiffuCoder, Generation, Request
+    from diffucoder.decoding.coder import DiffuCoder
     from diffucoder.decoding.params import DecodingParams
+    from diffucoder.decoding.requests import Generation, Request
     from diffucoder.decoding.trace import Trace
 
 _ALL_STEPS = 1 << 30

@@ -20,7 +20,8 @@ from fastapi.staticfiles import StaticFiles
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
-from diffucoder.decoding.coder import DiffuCoder, Generation, Request, Span
+from diffucoder.decoding.coder import DiffuCoder, Span
+from diffucoder.decoding.requests import Generation, Request
 from diffucoder.errors import ConfigError
 from diffucoder.serving import protocol, responses
 from diffucoder.serving.edge import ApiError, BodyLimit, add_error_handlers, require_key

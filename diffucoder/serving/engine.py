@@ -23,7 +23,8 @@ from typing import NamedTuple, TypeVar
 
 import torch
 
-from diffucoder.decoding.coder import DiffuCoder, Generation, Request
+from diffucoder.decoding.coder import DiffuCoder
+from diffucoder.decoding.requests import Generation, Request
 from diffucoder.decoding.step import Sequence, Step, advance
 from diffucoder.errors import DiffuCoderError
 from diffucoder.serving.settings import EngineSettings

@@ -13,7 +13,8 @@ import uuid
 from collections.abc import AsyncIterator, Iterator, Sequence
 from typing import Any
 
-from diffucoder.decoding.coder import HOLE_LENGTHS, DiffuCoder, Generation, Request, before_stops
+from diffucoder.decoding.coder import HOLE_LENGTHS, DiffuCoder
+from diffucoder.decoding.requests import Generation, Request, before_stops
 from diffucoder.decoding.trace import Trace, as_json
 from diffucoder.errors import DiffuCoderError
 from diffucoder.grading.extract import program_from

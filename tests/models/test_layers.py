@@ -275,7 +275,7 @@ def test_a_snapshot_in_another_dtype_leaves_the_model_alone(causal_lm: MakeLM) -
 )
 def test_layers_it_does_not_know_are_left_to_transformers(causal_lm: MakeLM, overrides: dict[str, Any]) -> None:
     model = causal_lm("llama", **overrides)
-    assert not FastLayers.supports(model)
+    assert FastLayers.of(model) is None
     denoiser = Denoiser.from_causal_lm(model, mask_id=66)
     denoiser.use_fast_layers()
     assert not denoiser.has_fast_layers

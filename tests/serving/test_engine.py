@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from diffucoder import Canvas, DecodingParams, DiffuCoder
-from diffucoder.decoding.coder import Generation, Request
+from diffucoder.decoding.requests import Generation, Request
 from diffucoder.decoding.step import Sequence, advance
 from diffucoder.serving import engine as engine_module
 from diffucoder.serving.engine import (
