@@ -83,11 +83,16 @@ def _figures_by_prompt(run: Run, conventions: Conventions) -> dict[str, Figures]
     fewest = min(map(len, groups.values()))
     table = {}
     for task, answers in groups.items():
-        names, values = _as_table([_figures_of(answer, conventions) for answer in answers])
+        rows, programs, right = list[Figures](), list[str](), list[str]()
+        for answer in answers:
+            rows.append(_figures_of(answer, conventions))
+            programs.append(answer.program)
+            if answer.passed:
+                right.append(programs[-1])
+        names, values = _as_table(rows)
         figures: Figures = dict(zip(names, _mean(values).tolist(), strict=True))
-        figures["distinct"] = len({answer.program for answer in answers})
+        figures["distinct"] = len(set(programs))
         if all(answer.passed is not None for answer in answers):
-            right = [answer.program for answer in answers if answer.passed]
             figures["distinct_right"] = len(set(right))
             for k in range(1, fewest + 1):
                 figures[f"pass@{k}"] = pass_at_k(len(answers), len(right), k)
