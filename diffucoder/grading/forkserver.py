@@ -101,7 +101,7 @@ def supervise(control: socket.socket, isolated: bool) -> dict[str, bytes]:
     contents: dict[str, bytes] = job["contents"]
     os.setsid()
     if isolated:
-        enter_namespaces(job["rlimits"]["FSIZE"] + len(job["stdin"]))
+        enter_namespaces(job["rlimits"]["FSIZE"], len(job["stdin"]))
     os.chdir(job["folder"])
     for name, content in contents.items():
         os.makedirs(os.path.dirname(os.path.abspath(name)), exist_ok=True)
@@ -186,13 +186,13 @@ def end_job(isolated: bool) -> NoReturn:
     os._exit(0)  # process 1 takes its namespace along
 
 
-def enter_namespaces(tmpfs_bytes: int) -> None:
+def enter_namespaces(tmpfs_bytes: int, stdin_bytes: int) -> None:
     """In the new namespaces: stay the same user, mount what belongs to the job, forbid further namespaces."""
     for name, text in (("setgroups", "deny"), ("gid_map", f"{user} {user} 1"), ("uid_map", f"{user} {user} 1")):
         write_file(f"/proc/self/{name}", text)
-    bounds = b"size=%d,nr_inodes=4096,mode=755" % tmpfs_bytes
-    call("mount", b"tmpfs", b"/tmp", b"tmpfs", MS_NOSUID | MS_NODEV, bounds)
-    call("mount", b"tmpfs", b"/dev/shm", b"tmpfs", MS_NOSUID | MS_NODEV, bounds)
+    for folder, size in ((b"/tmp", tmpfs_bytes + stdin_bytes), (b"/dev/shm", tmpfs_bytes)):
+        bounds = b"size=%d,nr_inodes=4096,mode=755" % size
+        call("mount", b"tmpfs", folder, b"tmpfs", MS_NOSUID | MS_NODEV, bounds)
     call("mount", b"proc", b"/proc", b"proc", MS_NOSUID | MS_NODEV | MS_NOEXEC, None)
     call("mount", b"devpts", b"/dev/pts", b"devpts", MS_NOSUID | MS_NOEXEC, b"newinstance,ptmxmode=0666,mode=620")
     write_file("/proc/sys/user/max_user_namespaces", "0")

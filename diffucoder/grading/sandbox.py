@@ -6,8 +6,8 @@ processes and time have limits. A system call filter denies tracing, mounting an
 everything else on the machine, and what one of them does is not there for the next.
 
 Not protected: side channels (timing, caches, figures in /proc); the sum of what the limits allow, which is `processes ×
-memory + 2 × files`; what an administrator put into /usr for everyone. `unsafe=True` is not a sandbox: a plain process
-with rlimits, for machines that offer nothing better.
+memory + 2 × files + stdin`; what an administrator put into /usr for everyone. `unsafe=True` is not a sandbox: a plain
+process with rlimits, for machines that offer nothing better.
 
 A worker is warm: bubblewrap with a fork server in it (`forkserver`), which starts a program in milliseconds.
 """
