@@ -137,15 +137,18 @@ def measure(job: Job) -> Measured:
     torch.set_num_threads(job.threads)
     model = build(job)
     stage = TimedStage(job)
-    sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
-    matrices = [name for name, parameter in model.named_parameters() if parameter.ndim == 2]
-    multiplying = sum([sizes[name] for name in matrices if "embed_tokens" not in name])
+    parameters = 0
+    multiplying = 0
+    for name, parameter in model.named_parameters():
+        parameters += parameter.numel()
+        if parameter.ndim == 2 and "embed_tokens" not in name:
+            multiplying += parameter.numel()
     steps = WARM_UP + job.steps + 1  # the begin of the last one is the end of the last that is timed
     with tempfile.TemporaryDirectory() as folder:
         run = Path(folder) / "run"
         Trainer(model, stage, TrainSettings(run=run, steps=steps, batch=job.batch, lr=1e-4, bf16=job.bf16)).train()
     return Measured(
-        parameters=sum(sizes.values()),
+        parameters=parameters,
         multiplying=multiplying,
         seconds=median([end - begin for begin, end in pairwise(stage.begun[WARM_UP:])]),
         ceiling=matmul_rate(torch.bfloat16 if job.bf16 else torch.float32, model.device, 2048),

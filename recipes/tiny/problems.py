@@ -13,6 +13,7 @@ that a model wrote run in `diffucoder.grading` only.
 
 import hashlib
 import random
+import re
 import tomllib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -35,8 +36,7 @@ VERBS = WORDING["verbs"].split()
 OBJECTS = WORDING["objects"].split()
 INPUT_TYPES = {"nums": 27, "words": 21, "text": 25, "num": 17, "table": 10}  # how often each is drawn
 KINDS: dict[Kind, int] = {"chain": 75, "branch": 14, "guard": 11}  # how often each is drawn
-CHAIN_LENGTHS = (18, 52, 30)  # weights of one, two and three blocks
-GUARDED_LENGTHS = (60, 40)
+LENGTHS = {"chain": (18, 52, 30), "guard": (60, 40)}  # weights of one, two and three blocks
 HARD_LENGTHS = (0, 0, 1)
 EXAMPLES = 5  # asserts of a problem
 FALLBACKS = {"0": "0", "-1": "-1", "None": "None", "an empty list": "[]", "an empty string": '""'}  # phrase -> code
@@ -60,7 +60,7 @@ class Block:
 
 @dataclass(frozen=True)
 class BlockUse:
-    """A block with its slots filled and one phrasing chosen."""
+    """A block with its slots filled and a phrasing chosen."""
 
     block: Block
     slots: tuple[tuple[str, str], ...]
@@ -166,44 +166,29 @@ def load_blocks() -> tuple[Block, ...]:
     """The blocks of blocks.txt, in its order."""
     blocks: list[Block] = []
     takes = gives = ""
-    phrasings: tuple[str, ...] = ()
-    body: list[str] = []
-    lines = (HERE / "blocks.txt").read_text(encoding="utf-8").splitlines()
-    for line in [*lines, "@ end -> end"]:
-        if not line or line.startswith("#"):
+    text = (HERE / "blocks.txt").read_text(encoding="utf-8")
+    for heading, body in re.findall(r"^([^ #\n].*)\n((?: {4}.*\n)*)", text, re.MULTILINE):
+        if heading.startswith("@"):
+            takes, _, gives = heading[2:].split()
             continue
-        if line.startswith("    "):
-            body.append(line[4:])
-            continue
-        if phrasings:  # the block before this line is complete
-            blocks.append(Block(takes, gives, phrasings, tuple(body[:-1]), body[-1].removeprefix("=> ")))
-        phrasings = ()
-        body = []
-        if line.startswith("@"):
-            takes, _, gives = line[2:].split()
-        else:
-            phrasings = tuple(part.strip() for part in line.split(" | "))
+        phrasings = tuple(part.strip() for part in heading.split(" | "))
+        *statements, result = [line[4:] for line in body.splitlines()]
+        blocks.append(Block(takes, gives, phrasings, tuple(statements), result.removeprefix("=> ")))
     return tuple(blocks)
 
 
 @cache
 def blocks_of(takes: str, gives: str | None = None, *, flags: bool = True) -> tuple[Block, ...]:
     """The blocks that take a type; only those that give `gives`, and without `flags` none that give a flag."""
-    blocks = []
-    for block in load_blocks():
-        wanted = flags or block.gives != "flag"
-        if block.takes == takes and wanted and gives in (None, block.gives):
-            blocks.append(block)
+    blocks = [block for block in load_blocks() if block.takes == takes and gives in (None, block.gives)]
+    if not flags:
+        blocks = [block for block in blocks if block.gives != "flag"]
     return tuple(blocks)
 
 
 def draw_plan(rng: random.Random, *, hard: bool) -> Plan | None:
     """Draw kind, input type and blocks; None where the blocks do not fit together."""
-    kind: Kind = "chain"
-    if hard:
-        rng.random()  # the number that a choice would take: fixed by the shipped problems
-    else:
-        kind = rng.choices(tuple(KINDS), tuple(KINDS.values()))[0]
+    kind = rng.choices(tuple(KINDS), (1, 0, 0) if hard else tuple(KINDS.values()))[0]
     takes = rng.choices(tuple(INPUT_TYPES), tuple(INPUT_TYPES.values()))[0]
     if kind == "branch":
         condition = draw_use(rng, blocks_of(takes, "flag"))
@@ -212,17 +197,11 @@ def draw_plan(rng: random.Random, *, hard: bool) -> Plan | None:
         if exception.block == otherwise.block:
             return None
         return Plan(kind, takes, (otherwise,), condition, exception)
-    lengths = CHAIN_LENGTHS
-    if kind == "guard":
-        lengths = GUARDED_LENGTHS
-    elif hard:
-        lengths = HARD_LENGTHS
-    steps = draw_chain(rng, takes, lengths)
+    steps = draw_chain(rng, takes, HARD_LENGTHS if hard else LENGTHS[kind])
     if not steps:
         return None
-    if kind == "guard":
-        return Plan(kind, takes, steps, draw_use(rng, blocks_of(takes, "flag")))
-    return Plan(kind, takes, steps)
+    guard = draw_use(rng, blocks_of(takes, "flag")) if kind == "guard" else None
+    return Plan(kind, takes, steps, guard)
 
 
 def draw_chain(rng: random.Random, takes: str, lengths: Sequence[int]) -> tuple[BlockUse, ...]:
