@@ -22,7 +22,7 @@ from torch.nn.utils.rnn import pad_sequence
 from diffucoder.decoding.canvas import Canvas
 from diffucoder.decoding.params import DecodingParams
 from diffucoder.decoding.policies import RuleInput
-from diffucoder.decoding.sampling import Samples
+from diffucoder.decoding.sampling import Sampler, Samples
 from diffucoder.decoding.sequence import Proposals, Sequence, Step, Until
 from diffucoder.errors import PromptError
 from diffucoder.models.denoiser import Denoiser
@@ -197,17 +197,7 @@ def propose(model: Denoiser, batch: Batch) -> Proposals:
 def _score(model: Denoiser, batch: Batch, rows: list[int], candidates: int) -> tuple[Tensor, Samples]:
     """One call for some rows of a batch: the (row, position) pairs (M, 2) that it scores, and their samples."""
     sequences = [batch.sequences[row] for row in rows]
-    scored = batch.open[rows] | batch.verified[rows]  # (r, T)
-    parts = []
-    samplers = []
-    end = 0
-    for sampler in dict.fromkeys(sequence.sampler for sequence in sequences):  # positions with one sampler together
-        same = torch.tensor([sequence.sampler == sampler for sequence in sequences])
-        part = (scored & same[:, None]).nonzero()
-        samplers.append((sampler, end, end + len(part)))
-        end += len(part)
-        parts.append(part)
-    where = torch.cat(parts)  # (M, 2)
+    where, spans = _by_sampler(sequences, batch.open[rows] | batch.verified[rows])
     at = tuple(where.T)
     given = batch.tokens[rows].masked_fill(batch.open[rows], -1)[at].to(model.device)  # (M,) -1: to be proposed
     uniform = batch.uniform[0, rows][at].to(model.device)  # (M,)
@@ -215,10 +205,12 @@ def _score(model: Denoiser, batch: Batch, rows: list[int], candidates: int) -> t
 
     def sample(logits: Tensor, chunk: slice) -> Samples:
         parts = []
-        for sampler, start, end in samplers:
-            here = slice(max(start, chunk.start), min(end, chunk.stop))
-            if here.start < here.stop or not len(where):
-                own = logits[here.start - chunk.start : max(here.start, here.stop) - chunk.start]
+        for sampler, span in spans:
+            start = max(span.start, chunk.start)
+            stop = min(span.stop, chunk.stop)
+            if start < stop or not len(where):  # no position at all is still one, empty, chunk
+                here = slice(start, stop)
+                own = logits[start - chunk.start : stop - chunk.start]
                 parts.append(
                     sampler.sample(own, uniform[here], given[here], with_entropy=with_entropy, candidates=candidates)
                 )
@@ -238,6 +230,22 @@ def _score(model: Denoiser, batch: Batch, rows: list[int], candidates: int) -> t
     )
     samples = Samples(*(column.cpu() for column in results))
     return torch.stack([torch.tensor(rows)[where[:, 0]], where[:, 1]], -1), samples
+
+
+def _by_sampler(sequences: list[Sequence], scored: Tensor) -> tuple[Tensor, list[tuple[Sampler, range]]]:
+    """The positions `scored` (r, T) as (row, position) pairs (M, 2), and which of the M each sampler has.
+
+    Positions of sequences with equal samplers are next to each other, so that they are sampled in one go.
+    """
+    pairs: list[Tensor] = []
+    spans: list[tuple[Sampler, range]] = []
+    count = 0
+    for sampler in dict.fromkeys(sequence.sampler for sequence in sequences):
+        same = torch.tensor([sequence.sampler == sampler for sequence in sequences])
+        pairs.append((scored & same[:, None]).nonzero())
+        spans.append((sampler, range(count, count + len(pairs[-1]))))
+        count += len(pairs[-1])
+    return torch.cat(pairs), spans
 
 
 # --- what a step commits ---------------------------------------------------------------------------------------------
