@@ -27,7 +27,9 @@ Figures = dict[str, float]  # of one answer or prompt, by name
 
 def analyse(runs: Sequence[Run], conventions: Conventions) -> Json:
     """Return the content of report.json: the figures of every run, and the differences of every two."""
-    tables, reports, differences = list[dict[str, Figures]](), list[Json](), list[Json]()
+    tables: list[dict[str, Figures]] = []
+    reports: list[Json] = []
+    differences: list[Json] = []
     for run in runs:
         tables.append(_figures_by_prompt(run, conventions))
         reports.append(_report_of(run, tables[-1]))
@@ -83,7 +85,9 @@ def _figures_by_prompt(run: Run, conventions: Conventions) -> dict[str, Figures]
     fewest = min(map(len, groups.values()))
     table = {}
     for task, answers in groups.items():
-        rows, programs, right = list[Figures](), list[str](), list[str]()
+        rows: list[Figures] = []
+        programs: list[str] = []
+        right: list[str] = []
         for answer in answers:
             rows.append(_figures_of(answer, conventions))
             programs.append(answer.program)
