@@ -1,8 +1,8 @@
 """Files: atomic writes, JSON lines in and out, the cache folder.
 
 The only place that does these. A file written here is whole or not there at all: the content goes to a neighbour
-(`name.PID.partial`), which then takes the name. Files that grow (`append_jsonl`) may lose their last line when the process
-is killed; `read_whole_lines` reads what is complete.
+(`name.PID.partial`), which then takes the name. Files that grow (`append_jsonl`) may lose their last line when the
+process is killed; `read_whole_lines` reads what is complete.
 """
 
 import gzip
