@@ -21,10 +21,11 @@ run: $(STAMP) sandbox  ## generate code from the shipped model; PROMPT="..." ask
 test: $(DEV) sandbox browser  ## the whole test suite, offline
 	$(PYTHON) -m pytest
 
-check: $(DEV)    ## ruff, mypy --strict on the package, the floors
+check: $(DEV)    ## ruff, mypy --strict on the package, the floors, size and density of the code
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/mypy
 	$(VENV)/bin/lint-imports
+	$(PYTHON) tools/measure_code.py
 
 tiny: $(DEV) sandbox  ## train the shipped model's recipe from nothing, into runs/tiny (hours; PROCESSES=2 on two cores)
 	$(PYTHON) recipes/tiny/lab.py tiny --processes $(PROCESSES)

@@ -11,8 +11,8 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from statistics import mean, stdev
 
+import numpy as np
 import torch
 
 from diffucoder.grading.extract import program_from
@@ -40,15 +40,11 @@ def commit() -> str:
 
 
 def machine() -> str:
-    """The device, and the threads of torch."""
+    """What torch computes on."""
     if torch.cuda.is_available():
         return str(torch.cuda.get_device_name())
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
-    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    name = models[0] if models else "unknown"
     kind = torch.backends.cpu.get_cpu_capability()
-    return f"{os.cpu_count()} CPUs {name} with {kind}, {torch.get_num_threads()} threads"
+    return f"{os.cpu_count()} CPUs with {kind}, {torch.get_num_threads()} threads"
 
 
 def run_peer(python: Path, program: str, *arguments: str, fed: str = "") -> str:
@@ -57,10 +53,6 @@ def run_peer(python: Path, program: str, *arguments: str, fed: str = "") -> str:
     if ended.returncode:
         raise SystemExit(f"{python} ended with {ended.returncode}:\n{ended.stderr[-2000:]}")
     return ended.stdout
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def synchronize() -> None:
@@ -77,6 +69,6 @@ def solved(texts: Sequence[str], problems: Sequence[Problem]) -> list[bool]:
 
 def paired_gain(before: Sequence[bool], after: Sequence[bool]) -> str:
     """By how much the share solved has changed on the same problems, with a 95 % interval."""
-    gains = [int(new) - int(old) for old, new in zip(before, after, strict=True)]
-    half = 1.96 * stdev(gains) / math.sqrt(len(gains)) if len(gains) > 1 else math.nan
-    return f"{mean(gains):+.1%} ± {half:.1%}"
+    gains = np.array(after, dtype=float) - np.array(before, dtype=float)
+    half = 1.96 * gains.std(ddof=1) / math.sqrt(len(gains))
+    return f"{gains.mean():+.1%} ± {half:.1%}"

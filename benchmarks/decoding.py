@@ -20,7 +20,7 @@ from statistics import mean
 from typing import Annotated, Any
 
 import typer
-from common import RESULTS, dtype_name, key_of, machine, paired_gain, solved
+from common import RESULTS, key_of, machine, paired_gain, solved
 
 import diffucoder
 from diffucoder import DecodingParams, DiffuCoder
@@ -57,7 +57,7 @@ def main(
     settings = {name: load_settings(DecodingParams, overrides=PRESETS.get(name, name).split()) for name in names}
     coder = DiffuCoder.load()
     drawn = list(problems(split, count, seed=1))  # type: ignore[arg-type]  # it checks
-    rows = time_in_turns(coder, [problem.prompt for problem in drawn[:timed]], settings)
+    rows = time_in_turns(coder, drawn[:timed], settings)
     for name, params in settings.items():
         print(json.dumps({"way": name, **rows[name]}), flush=True)
         rows[name]["solved"] = solved(answers(coder, drawn, params), drawn)
@@ -66,7 +66,7 @@ def main(
         "run": provenance(
             "python benchmarks/decoding.py",
             f"{timed} requests timed one by one; pass@1 of {count} problems of the {split} split, greedy",
-            f"model {key_of(None)} in {dtype_name(coder.model.dtype)}; package in {Path(diffucoder.__file__).parent}",
+            f"model {key_of(None)} in {coder.model.dtype}; package in {Path(diffucoder.__file__).parent}",
             f"{machine()}, where a matmul of 1024³ reaches {ceiling / 1e9:.0f} GFLOP/s",
         ),
         "table": table_of(rows, against),
@@ -82,16 +82,16 @@ def main(
 
 
 def time_in_turns(
-    coder: DiffuCoder, prompts: Sequence[str], ways: Mapping[str, DecodingParams]
+    coder: DiffuCoder, drawn: Sequence[Problem], ways: Mapping[str, DecodingParams]
 ) -> dict[str, dict[str, Any]]:
     """Speed and passes of each way, over single requests."""
     totals = {name: {"tokens": 0, "passes": 0, "seconds": 0.0} for name in ways}
     for params in ways.values():
-        for prompt in prompts[:WARM_UP]:
-            coder.generate(prompt, params)
-    for prompt in prompts:
+        for problem in drawn[:WARM_UP]:
+            coder.generate(problem.prompt, params)
+    for problem in drawn:
         for name, params in ways.items():
-            result = coder.generate(prompt, params)
+            result = coder.generate(problem.prompt, params)
             totals[name]["tokens"] += len(result.tokens)
             totals[name]["passes"] += result.forward_passes
             totals[name]["seconds"] += result.seconds
@@ -100,7 +100,7 @@ def time_in_turns(
         figures[name] = {
             "tokens_per_second": total["tokens"] / total["seconds"],
             "tokens_per_forward": total["tokens"] / total["passes"],
-            "passes": total["passes"] / len(prompts),
+            "passes": total["passes"] / len(drawn),
             "ms": 1e3 * total["seconds"] / total["passes"],
         }
     return figures
@@ -110,8 +110,9 @@ def answers(coder: DiffuCoder, drawn: Sequence[Problem], params: DecodingParams)
     """The answer to each problem, decoded in batches."""
     texts = []
     for start in range(0, len(drawn), BATCH):
-        results = coder.generate_batch([problem.prompt for problem in drawn[start : start + BATCH]], params)
-        texts += [result.text for result in results]
+        prompts = [problem.prompt for problem in drawn[start : start + BATCH]]
+        for result in coder.generate_batch(prompts, params):
+            texts.append(result.text)
     return texts
 
 

@@ -13,9 +13,9 @@ import json
 import sysconfig
 from collections.abc import Iterable
 from pathlib import Path
-from statistics import mean
 from typing import Annotated, Any
 
+import numpy as np
 import typer
 from common import RESULTS
 from rich.console import Console
@@ -83,30 +83,27 @@ def replay(benchmark: str, folder: Path, data: Path, sandbox: Sandbox) -> tuple[
     published = json.loads(gzip.decompress((folder / f"{name}-results.json.gz").read_bytes()))["eval"]
     compared = 0
     differences = []
-    base: dict[str, list[bool]] = {"theirs": [], "ours": []}
-    overall: dict[str, list[bool]] = {"theirs": [], "ours": []}
+    base: list[tuple[bool, bool]] = []  # theirs, ours
+    overall: list[tuple[bool, bool]] = []
     for verdict in verdicts:
         theirs = published[verdict["task_id"]][0]
         statuses = {kind: theirs[kind] == "pass" for kind in VERDICTS if kind in theirs}
         compared += len(statuses)
         for kind, passed in statuses.items():
             if passed != bool(verdict[VERDICTS[kind]]):
-                published_word, our_word = ("pass", "fail") if passed else ("fail", "pass")
-                what = f"{benchmark}, {verdict['task_id']} {kind}: published {published_word}, here {our_word}"
-                differences.append(f"* {what}. {reason(verdict)}")
-        overall["theirs"].append(all(statuses.values()))
-        overall["ours"].append(verdict["passed"])
+                words = "published pass, here fail" if passed else "published fail, here pass"
+                differences.append(f"* {benchmark}, {verdict['task_id']} {kind}: {words}. {reason(verdict)}")
+        overall.append((all(statuses.values()), verdict["passed"]))
         if "base_status" in statuses:
-            base["theirs"].append(statuses["base_status"])
-            base["ours"].append(verdict["base"])
+            base.append((statuses["base_status"], verdict["base"]))
     equal = compared - len(differences)
     for verdict in canonical:
         if not verdict["passed"]:
             differences.append(f"* The published solution of {verdict['task_id']} fails here. {reason(verdict)}")
     row = [benchmark, f"{len(verdicts)} of {len(tasks)}", str(compared), f"{equal} ({equal / compared:.2%})"]
-    for side in ("theirs", "ours"):
-        totals = [values[side] for values in (base, overall) if values[side]]
-        row.append(" / ".join([f"{100 * mean(values):.2f}" for values in totals]))
+    shares = np.array([values for values in (base, overall) if values]).mean(axis=1)  # (base and overall, sides)
+    for side in shares.T:
+        row.append(" / ".join([f"{100 * share:.2f}" for share in side]))
     solved = sum([verdict["passed"] for verdict in canonical])
     return [*row, f"{solved} of {len(canonical)}"], differences
 

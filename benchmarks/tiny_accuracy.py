@@ -51,22 +51,27 @@ def main(
 ) -> None:
     """Ask, grade, and write the table or the figures."""
     drawn = list(problems(split, count, seed=SEED, hard=hard))  # type: ignore[arg-type]  # `problems` checks it
-    prompts = [problem.prompt.lower() if lower else problem.prompt for problem in drawn]
-    if base:
-        prompts = [f"# {prompt}\n" for prompt in prompts]  # as recipes/tiny/data.py writes documents
-    coder = load_causal(model) if causal else DiffuCoder.load(model)
-    fixed = ["block=1"] if causal else []
-    kind = f"{split}{'-hard' * hard}{'-lower' * lower}-{SEED}-{'base' if base else 'chat'}"
+    prompts = []
+    for problem in drawn:
+        prompt = problem.prompt.lower() if lower else problem.prompt
+        prompts.append(f"# {prompt}\n" if base else prompt)  # as recipes/tiny/data.py writes documents
+    overrides = list(changes or ())
+    kind = [split, *[name for name, given in (("hard", hard), ("lower", lower), ("base", base)) if given]]
+    if causal:
+        coder = load_causal(model)
+        overrides.append("block=1")
+    else:
+        coder = DiffuCoder.load(model)
     rows = []
     shares = {}
     for number in steps.split(","):
-        params = load_settings(DecodingParams, overrides=[*(changes or ()), *fixed, f"steps={number}"])
-        name = "-".join([key_of(model), kind, str(params.new_tokens), number, *(changes or ())])
+        params = load_settings(DecodingParams, overrides=[*overrides, f"steps={number}"])
+        name = "-".join([key_of(model), *kind, str(params.new_tokens), number, *overrides])
         answers = answer_all(coder, prompts, params, run / f"{name}.jsonl", chat=not base)
         passed = solved([answer["text"] for answer in answers], drawn)
         shares[number] = {
             "share": mean(passed),
-            "solved": "".join(["1" if each else "0" for each in passed]),
+            "solved": "".join([str(int(each)) for each in passed]),
             "local": mean_of(answers, "local"),
             "global": mean_of(answers, "global"),
         }
@@ -79,7 +84,7 @@ def main(
     details = f"{count} problems of the {split} split (seed {SEED}); model {key_of(model)}"
     head = ["steps", "solved", "95 % interval", "chains", "branches", "guards", "parse", "passes", "tokens per pass"]
     sections = {"run": provenance(command, details, machine()), "table": table(head, rows)}
-    standard = split == "test" and model is None and not (changes or hard or lower or base)
+    standard = model is None and not overrides and kind == ["test"]
     update_page(RESULTS / "tiny_accuracy.md" if standard else run / "tiny_accuracy.md", sections)
 
 
@@ -119,19 +124,23 @@ def answer_all(
 
 def mean_of(answers: Sequence[Answer], name: str) -> float | None:
     values = [answer[name] for answer in answers if name in answer]
-    return mean(values) if values else None
+    if not values:
+        return None
+    return mean(values)
 
 
 def row_of(answers: Sequence[Answer], passed: Sequence[bool], drawn: Sequence[Problem]) -> list[str]:
     """The cells of the table for one number of steps."""
     low, high = wilson(sum(passed), len(passed))
     cells = [f"**{mean(passed):.1%}**", f"{low:.1%} – {high:.1%}"]
-    for kind in ("chain", "branch", "guard"):
-        verdicts = [ok for ok, problem in zip(passed, drawn, strict=True) if problem.composition[0] == kind]
+    by_kind: dict[str, list[bool]] = {"chain": [], "branch": [], "guard": []}
+    for verdict, problem in zip(passed, drawn, strict=True):
+        by_kind[problem.composition[0]].append(verdict)
+    for verdicts in by_kind.values():
         cells.append(f"{mean(verdicts):.1%}" if verdicts else "–")
-    passes = mean(answer["passes"] for answer in answers)
-    tokens = mean(answer["tokens"] for answer in answers)
     parse = mean(parses(answer["text"]) for answer in answers)
+    passes = mean_of(answers, "passes") or 0.0
+    tokens = mean_of(answers, "tokens") or 0.0
     return [*cells, f"{parse:.1%}", f"{passes:.1f}", f"{tokens / passes:.2f}"]
 
 

@@ -1,13 +1,13 @@
 """How fast a training step is, what share of this machine's matmul that is, and how much memory it takes.
 
-    python benchmarks/training.py                        # the whole table, under five minutes on two cores
+    python benchmarks/training.py                        # under five minutes on two cores
     python benchmarks/training.py --threads 1 --steps 3  # one thread, fewer steps to take the median of
 
 Each row is a process of its own, in which the project's Trainer takes real steps of the masked objective on random
 tokens. The time covers a whole step: noise, forward, backward, clipping, AdamW. The work is counted as 6 N operations a
 token, where N is the parameters that multiply (all but the input embedding). The ceiling beside it is a matmul of 2048
-cubed of the same dtype in the same process. The last rows show what keeping logits in chunks saves. The tables go to
-benchmarks/results/training.md.
+cubed of the same dtype in the same process. The last rows, a layer under a vocabulary of 152,064, show what keeping
+logits in chunks saves. The table goes to benchmarks/results/training.md.
 """
 
 import multiprocessing
@@ -20,7 +20,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
-from statistics import mean, median
+from statistics import median
 from typing import Annotated
 
 import torch
@@ -65,32 +65,27 @@ class Measured:
     multiplying: int  # N: without the input embedding
     seconds: float  # of a step, the median
     ceiling: float  # operations a second of a matmul
-    scored: float  # positions of a step that have logits
-    before: int  # bytes, peak until the first step begins
     peak: int  # bytes, peak after the last step
 
 
 def main(
     threads: Annotated[int, typer.Option(help="threads of torch; 0: torch's own choice")] = 0,
-    batch: Annotated[int, typer.Option(help="rows of a step", min=1)] = 16,
-    context: Annotated[int, typer.Option(help="tokens of a row", min=8)] = 256,
     steps: Annotated[int, typer.Option(help=f"timed steps, after {WARM_UP} to warm up", min=1)] = 5,
-    output: Annotated[Path, typer.Option(help="file of the tables")] = RESULTS / "training.md",
+    output: Annotated[Path, typer.Option(help="file of the table")] = RESULTS / "training.md",
 ) -> None:
-    """Measure, and write the tables."""
+    """Measure, and write the table."""
     torch.set_num_threads(threads or torch.get_num_threads())
     threads = torch.get_num_threads()
-    tiny = Job("tiny", 1536, 256, 5, 640, batch, context, threads, steps)
-    larger = Job("30 M", 8192, 512, 8, 1280, batch, context, threads, steps)
-    chunked = Job("in chunks", 152_064, 64, 1, 64, 8, 512, threads, min(steps, 2))
-    speed = [tiny, replace(tiny, bf16=True), larger, replace(larger, bf16=True)]
-    memory = [chunked, replace(chunked, name="whole", chunk=WHOLE)]
-    sections = {
-        "run": provenance("make bench-training", commit(), machine(), f"median of {steps} steps"),
-        "speed": speed_table([(job, measure_in_own_process(job)) for job in speed]),
-        "memory": memory_table([(job, measure_in_own_process(job)) for job in memory]),
-    }
-    update_page(output, sections)
+    tiny = Job("tiny", 1536, 256, 5, 640, 16, 256, threads, steps)
+    larger = Job("30 M", 8192, 512, 8, 1280, 16, 256, threads, steps)
+    chunked = Job("logits in chunks", 152_064, 64, 1, 64, 8, 512, threads, min(steps, 2))
+    whole = replace(chunked, name="logits whole", chunk=WHOLE)
+    rows = []
+    for job in (tiny, replace(tiny, bf16=True), larger, replace(larger, bf16=True), chunked, whole):
+        rows.append(row_of(job, measure_in_own_process(job)))
+    head = ["model", "dtype", "parameters", "N", "step", "tokens/s", "6·N·tokens", "share", "ceiling", "peak memory"]
+    run = provenance("make bench-training", commit(), machine(), f"median of {steps} steps")
+    update_page(output, {"run": run, "table": table(head, rows)})
 
 
 def measure_in_own_process(job: Job) -> Measured:
@@ -115,22 +110,19 @@ class RandomRows:
 
 
 class TimedStage(MaskedStage):
-    """The masked objective, which notes time and memory whenever a step begins."""
+    """The masked objective; notes the time and the peak of memory whenever a step begins."""
 
     def __init__(self, job: Job) -> None:
         objective = Objective(mask_id=job.vocabulary - 1, pad_id=0, seed=0, batch=job.batch, normaliser="masked")
         super().__init__(objective, RandomRows(job), None, 0)
         self.begun: list[float] = []
-        self.peaks: list[int] = []
-        self.scored: list[int] = []
+        self.peak = 0
 
     def batches(self, step: int, shares: Sequence[range]) -> Iterator[Batch]:
         synchronize()
         self.begun.append(time.perf_counter())
-        self.peaks.append(peak_memory())
-        for batch in super().batches(step, shares):
-            self.scored.append(sum([len(micro.targets) for micro in batch.micro_batches]))
-            yield batch
+        self.peak = peak_memory()
+        yield from super().batches(step, shares)
 
 
 def measure(job: Job) -> Measured:
@@ -138,21 +130,22 @@ def measure(job: Job) -> Measured:
     torch.set_num_threads(job.threads)
     model = build(job)
     stage = TimedStage(job)
-    sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
-    matrices = [name for name, parameter in model.named_parameters() if parameter.ndim == 2]
-    multiplying = sum([sizes[name] for name in matrices if "embed_tokens" not in name])
+    parameters = 0
+    multiplying = 0
+    for name, parameter in model.named_parameters():
+        parameters += parameter.numel()
+        if parameter.ndim == 2 and "embed_tokens" not in name:
+            multiplying += parameter.numel()
     steps = WARM_UP + job.steps + 1  # the begin of the last one is the end of the last that is timed
     with tempfile.TemporaryDirectory() as folder:
         run = Path(folder) / "run"
         Trainer(model, stage, TrainSettings(run=run, steps=steps, batch=job.batch, lr=1e-4, bf16=job.bf16)).train()
     return Measured(
-        parameters=sum(sizes.values()),
+        parameters=parameters,
         multiplying=multiplying,
         seconds=median([end - begin for begin, end in pairwise(stage.begun[WARM_UP:])]),
         ceiling=matmul_rate(torch.bfloat16 if job.bf16 else torch.float32, model.device, 2048),
-        scored=mean(stage.scored),
-        before=stage.peaks[0],
-        peak=stage.peaks[-1],
+        peak=stage.peak,
     )
 
 
@@ -188,29 +181,21 @@ def dtype_of(job: Job) -> str:
     return "bfloat16" if job.bf16 else "float32"
 
 
-def speed_table(measured: list[tuple[Job, Measured]]) -> str:
-    rows = []
-    for job, result in measured:
-        tokens = job.batch * job.context
-        cells = [job.name, dtype_of(job), f"{result.parameters / 1e6:.1f} M", f"{result.multiplying / 1e6:.1f} M"]
-        cells += [f"{1e3 * result.seconds:.0f} ms", f"{tokens / result.seconds:,.0f}"]
-        rate = 6.0 * result.multiplying * tokens / result.seconds
-        cells += [f"{rate / 1e9:,.0f} GFLOP/s", f"**{rate / result.ceiling:.0%}**"]
-        rows.append([*cells, f"{result.ceiling / 1e9:,.0f} GFLOP/s", size(result.peak)])
-    head = ["model", "dtype", "parameters", "N", "step", "tokens/s", "6·N·tokens", "share"]
-    return table([*head, "ceiling", "peak memory"], rows)
-
-
-def memory_table(measured: list[tuple[Job, Measured]]) -> str:
-    rows = []
-    for job, result in measured:
-        logits = size(4 * result.scored * job.vocabulary)
-        rows.append([job.name, logits, size(result.peak), size(result.before), f"{result.seconds:.1f} s"])
-    return table(["logits", "of hidden positions, whole", "peak memory", "before the first step", "step"], rows)
-
-
-def size(count: float) -> str:
-    return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.0f} MiB"
+def row_of(job: Job, result: Measured) -> list[str]:
+    tokens = job.batch * job.context
+    rate = 6.0 * result.multiplying * tokens / result.seconds
+    return [
+        job.name,
+        dtype_of(job),
+        f"{result.parameters / 1e6:.1f} M",
+        f"{result.multiplying / 1e6:.1f} M",
+        f"{1e3 * result.seconds:.0f} ms",
+        f"{tokens / result.seconds:,.0f}",
+        f"{rate / 1e9:,.0f} GFLOP/s",
+        f"**{rate / result.ceiling:.0%}**",
+        f"{result.ceiling / 1e9:,.0f} GFLOP/s",
+        f"{result.peak / 2**30:.1f} GiB",
+    ]
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ _HOME = {
     "Denoiser": "diffucoder.models.denoiser",
     "DiffuCoder": "diffucoder.decoding.coder",
     "DiffuCoderError": "diffucoder.errors",
-    "Generation": "diffucoder.decoding.coder",
+    "Generation": "diffucoder.decoding.requests",
     "Step": "diffucoder.decoding.step",
     "denoise": "diffucoder.decoding.step",
     "load_denoiser": "diffucoder.models.checkpoint",

@@ -24,7 +24,7 @@ class Settings(BaseModel):
 
     if not TYPE_CHECKING:  # mypy then keeps the signature that pydantic makes from the fields
 
-        def __init__(self, **settings: object) -> None:
+        def __init__(self, /, **settings: object) -> None:
             """Validate. Raises ConfigError, one line, in place of pydantic's own error."""
             try:
                 super().__init__(**settings)
@@ -54,13 +54,13 @@ def load_settings(kind: type[S], path: Path | None = None, overrides: Iterable[s
 def all_settings(kind: type[Settings], prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
     """Every setting with its full name: those of a nested class as `decoding.steps`."""
     for name, field in kind.model_fields.items():
-        if nested := _nested(field):
+        if nested := nested_settings(field):
             yield from all_settings(nested, f"{prefix}{name}.")
         else:
             yield prefix + name, field
 
 
-def _nested(field: FieldInfo | None) -> type[Settings] | None:
+def nested_settings(field: FieldInfo | None) -> type[Settings] | None:
     """The settings class that a field holds, if it holds one."""
     kind = None if field is None else field.annotation
     return kind if isinstance(kind, type) and issubclass(kind, Settings) else None
@@ -105,7 +105,7 @@ def _explain(kind: type[Settings], error: ValidationError) -> str:
     message = first["msg"].removeprefix("Value error, ")
     if not first["loc"]:  # a rule over several settings names them itself
         return message
-    if first["type"] == "value_error" and _nested(kind.model_fields.get(key)):
+    if first["type"] == "value_error" and nested_settings(kind.model_fields.get(key)):
         return f"in [{key}]: {message}"
     field = settings.get(key)
     description = f" ({field.description})" if field is not None and field.description else ""

@@ -1,4 +1,4 @@
-"""Everything the package raises on purpose.
+"""Everything the package raises on purpose; a room may subclass these (serving.engine: busy, closing, late, failed).
 
     DiffuCoderError
     ├── ConfigError        a setting, flag or recipe value breaks its rule

@@ -1,8 +1,8 @@
 """Files: atomic writes, JSON lines in and out, the cache folder.
 
 The only place that does these. A file written here is whole or not there at all: the content goes to a neighbour
-(`name.partial`), which then takes the name. Files that grow (`append_jsonl`) may lose their last line when the process
-is killed; `read_whole_lines` reads what is complete.
+(`name.PID.partial`), which then takes the name. Files that grow (`append_jsonl`) may lose their last line when the
+process is killed; `read_whole_lines` reads what is complete.
 """
 
 import gzip
@@ -23,7 +23,7 @@ def cache_folder() -> Path:
 def write_text(path: str | Path, text: str) -> None:
     """Write a whole file, or leave it as it was. Raises OSError."""
     path = Path(path)
-    partial = path.with_name(path.name + ".partial")
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")  # several processes may write the same file
     partial.write_text(text, encoding="utf-8")
     partial.replace(path)
 
@@ -38,12 +38,13 @@ def write_jsonl(path: str | Path, rows: Iterable[Json]) -> None:
     write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
 
 
-def append_jsonl(path: str | Path, rows: Iterable[Json]) -> None:
-    """Add one JSON object a line and wait until the disk has them. Raises OSError."""
+def append_jsonl(path: str | Path, rows: Iterable[Json], *, sync: bool = True) -> None:
+    """Add one JSON object a line and, with `sync`, wait until the disk has them. Raises OSError."""
     with Path(path).open("a", encoding="utf-8") as file:
         file.write("".join(json.dumps(row) + "\n" for row in rows))
         file.flush()
-        os.fsync(file.fileno())
+        if sync:
+            os.fsync(file.fileno())
 
 
 def read_whole_lines(path: str | Path) -> list[Json]:

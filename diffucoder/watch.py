@@ -18,7 +18,8 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
-from diffucoder.decoding.coder import OnStep, Request
+from diffucoder.decoding.coder import OnStep
+from diffucoder.decoding.requests import Request
 from diffucoder.decoding.step import Sequence, Step
 from diffucoder.tokenizer import PLACEHOLDER, Tokenizer
 

@@ -12,7 +12,7 @@ from rich.style import Style
 from rich.text import Text
 
 from diffucoder import Canvas, DecodingParams, Denoiser, DiffuCoder, Step
-from diffucoder.decoding.coder import Request
+from diffucoder.decoding.requests import Request
 from diffucoder.decoding.step import denoise
 from diffucoder.tokenizer import PLACEHOLDER, Tokenizer
 from diffucoder.watch import CanvasView, progress, watch

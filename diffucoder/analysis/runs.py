@@ -90,14 +90,18 @@ def ar_ness(
     steps: Sequence[int], conventions: Conventions, confidence: Sequence[float] | None = None
 ) -> tuple[list[float], list[float]]:
     """Return local and global AR-ness, from the step of each position from the first hole on; -1 where none did."""
-    order = commit_order(steps, confidence if conventions.several == "surest_first" else None)
-    before = committed_before(order, steps) if conventions.several == "at_once" else None
+    first = confidence if conventions.several == "surest_first" else None
+    order = commit_order(steps, first)
+    before = None
+    if conventions.several == "at_once":
+        before = committed_before(order, steps)
     local = []
     for k in LOCAL:
         if conventions.boundary == "prompt":  # the k tokens to the left of the first hole were read in order
-            longer = [*range(-k, 0), *order]
-            known = None if before is None else [*range(k), *(k + count for count in before)]
-            value = local_ar_ness(longer, k, ordered=conventions.ordered, before=known)
+            known = None
+            if before is not None:
+                known = [*range(k), *(k + count for count in before)]
+            value = local_ar_ness([*range(-k, 0), *order], k, ordered=conventions.ordered, before=known)
         else:
             value = local_ar_ness(order, k, ordered=conventions.ordered, boundary=conventions.boundary, before=before)
         local.append(value)
@@ -156,8 +160,10 @@ def _tokenizer(model: str) -> Tokenizer:
 
 def _prompts(path: Path) -> Json:
     """Return the name of the prompts of a run folder, by which code and mathematics are told apart."""
-    settings: Json = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    return {"prompts": settings["benchmark"]} if "benchmark" in settings else {}
+    settings = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    if "benchmark" not in settings:  # a training run
+        return {}
+    return {"prompts": settings["benchmark"]}
 
 
 def _task(trace: Trace) -> str:

@@ -14,7 +14,8 @@ if TYPE_CHECKING:
 
     import torch
 
-    from diffucoder.decoding.coder import DiffuCoder, Generation, Request
+    from diffucoder.decoding.coder import DiffuCoder
+    from diffucoder.decoding.requests import Generation, Request
 
 Model = Annotated[
     str | None, typer.Option(help="folder, hub id, or name from `diffucoder models`; the shipped model if left out")
@@ -41,7 +42,9 @@ def read_text(text: str | None, file: Path | None) -> str:
     if text is not None and text != "-":
         return text
     try:
-        return sys.stdin.read() if file is None else file.read_text(encoding="utf-8")
+        if file is None:
+            return sys.stdin.read()
+        return file.read_text(encoding="utf-8")
     except UnicodeDecodeError:
         raise PromptError(f"{file or 'standard input'} is not UTF-8 text; convert it") from None
     except OSError as error:
@@ -89,7 +92,7 @@ def print_answer(result: "Generation", coder: "DiffuCoder", *, as_json: bool) ->
     if as_json:
         print(json.dumps({name: getattr(result, name) for name in _REPORTED} | {"model": coder.name}))
     else:
-        print(result.text, end="" if result.text.endswith("\n") else "\n")
+        print(result.text.removesuffix("\n"))
 
 
 def show_progress(items: "Iterable[Any]", count: int, what: str) -> "Iterable[Any]":

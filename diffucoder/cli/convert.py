@@ -25,9 +25,11 @@ def convert(
     revision: Annotated[str | None, typer.Option(help="branch, tag or commit of a hub id")] = None,
 ) -> None:
     """Make a denoiser of an autoregressive model, or a GGUF file of a denoiser."""
-    if gguf != (out.suffix == ".gguf"):
-        rule = "is not a .gguf file" if gguf else "is a .gguf file, which only --gguf writes"
-        raise ConfigError(f"OUT={str(out)!r} {rule}; write diffucoder convert SOURCE FOLDER, or SOURCE OUT.gguf --gguf")
+    usage = "write diffucoder convert SOURCE FOLDER, or SOURCE OUT.gguf --gguf"
+    if gguf and out.suffix != ".gguf":
+        raise ConfigError(f"OUT={str(out)!r} is not a .gguf file; {usage}")
+    if not gguf and out.suffix == ".gguf":
+        raise ConfigError(f"OUT={str(out)!r} is a .gguf file, which only --gguf writes; {usage}")
     if gguf and pad:
         raise ConfigError(
             "--pad adds a token to a parent and --gguf writes a model as it is; convert first, then export"
@@ -36,9 +38,10 @@ def convert(
     from diffucoder.models.convert import export
 
     if gguf:
+        kind = "dream GGUF"
         denoiser = export(source, out, dtype=dtype, revision=revision)
     else:
+        kind = "denoiser, untrained"
         denoiser = convert_parent(source, out, pad=pad, dtype=torch_dtype(dtype), revision=revision)
-    kind = "dream GGUF" if gguf else "denoiser, untrained"
     size = sum(parameter.numel() for parameter in denoiser.parameters()) / 1e6
     print(f"{out}: {kind}, {size:.1f} M parameters, mask at {denoiser.mask_id} of {denoiser.vocab_size} tokens")

@@ -24,9 +24,12 @@ def infill(
     params: DecodingParams,
 ) -> None:
     """Fill every hole of a file, all of them jointly."""
-    text = read_text("-", None) if path == "-" else read_text(None, Path(path))
-    if in_place and path == "-":
+    if path != "-":
+        text = read_text(None, Path(path))
+    elif in_place:
         raise ConfigError("--in-place needs a file to write to, and '-' is standard input; give a path")
+    else:
+        text = read_text(path, None)
     coder = load_model(model, dtype, device)
     result = coder.fill(text, params)
     if in_place:

@@ -34,4 +34,7 @@ def order(
 
     folders = record_orders(settings, show_progress)
     report = write(settings.folder, folders, conventions, show=show)
-    print(json.dumps(report) if as_json else summary(report, settings.folder))
+    if as_json:
+        print(json.dumps(report))
+    else:
+        print(summary(report, settings.folder))

@@ -1,19 +1,23 @@
 """`diffucoder serve`: an HTTP server for one model."""
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from diffucoder.cli.common import Device, DType, Model, load_model
+from diffucoder.cli.common import load_model
 from diffucoder.config import load_settings
 from diffucoder.decoding.params import DecodingParams
 from diffucoder.errors import ConfigError
+from diffucoder.options import with_options
+from diffucoder.serving.settings import EngineSettings, ScaleSettings
 
 
+@partial(with_options, of=ScaleSettings, into="settings", without=("api_key", "max_body", "decoding", "engine"))
 def serve(
     *,
-    model: Model = None,
+    settings: ScaleSettings,
     host: Annotated[str, typer.Option(help="address to bind (0.0.0.0: all interfaces)")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="port to bind (0: any free port)")] = 8000,
     changes: Annotated[
@@ -25,38 +29,25 @@ def serve(
     api_key_file: Annotated[
         Path | None, typer.Option(help="file of the key that clients must send; else $DIFFUCODER_API_KEY, else none")
     ] = None,
-    cors: Annotated[list[str] | None, typer.Option(help="allowed CORS origin; repeatable")] = None,
-    dtype: DType = None,
-    device: Device = None,
     ray: Annotated[bool, typer.Option("--ray", help="serve by replicas of Ray, here or at $RAY_ADDRESS")] = False,
-    replicas: Annotated[str, typer.Option(help="with --ray: their number, or MIN:MAX to follow the load")] = "1",
-    cpus: Annotated[int | None, typer.Option(help="of a replica; an equal share of those here if left out")] = None,
-    gpus: Annotated[float | None, typer.Option(help="of a replica; an equal share of those here if left out")] = None,
 ) -> None:
     """Serve a model: OpenAI's completions and chat, infilling, holes and edits."""
     try:
         from diffucoder.serving.app import create_app
         from diffucoder.serving.engine import load_in_own_thread
         from diffucoder.serving.run import read_api_key, run
-        from diffucoder.serving.settings import EngineSettings, ScaleSettings
     except ModuleNotFoundError as error:
         raise ConfigError(f'serving needs {error.name}; install it: pip install "diffucoder[serve]"') from None
-    if not ray and (replicas, cpus, gpus) != ("1", None, None):
+    if not ray and settings.model_fields_set & {"replicas", "cpus", "gpus"}:
         raise ConfigError("--replicas, --cpus and --gpus are for Ray's replicas; add --ray")
-    settings = ScaleSettings(
-        api_key=read_api_key(api_key_file),
-        cors=tuple(cors or ()),
-        decoding=load_settings(DecodingParams, overrides=changes or ()),
-        engine=load_settings(EngineSettings, overrides=limits or ()),
-        model=model,
-        dtype=dtype,  # type: ignore[arg-type]  # pydantic checks it
-        device=device,
-        replicas=replicas,
-        cpus=cpus,
-        gpus=gpus,
-    )
+    more = {
+        "api_key": read_api_key(api_key_file),
+        "decoding": load_settings(DecodingParams, overrides=changes or ()),
+        "engine": load_settings(EngineSettings, overrides=limits or ()),
+    }
+    settings = ScaleSettings(**(dict(settings) | more))
     if not ray:
-        coder = load_in_own_thread(lambda: load_model(model, dtype, device))
+        coder = load_in_own_thread(lambda: load_model(settings.model, settings.dtype, settings.device))
         run(create_app(coder, settings), host=host, port=port)
         return
     try:

@@ -1,26 +1,25 @@
 """DiffuCoder: text in, text out. Loads a model with its tokenizer, and turns texts into requests and results.
 
-For: the one pipeline from request to result. A `Request` is made from text; its sequences are decoded, here by `run`
-and in the server by its engine; `Request.results` makes `Generation`s of them. Not for: decoding itself (`step`), or
-reading files (`models.checkpoint`).
+For: the one pipeline from request to result. A `Request` is made from text; its sequences are decoded, here
+by `run` and in the server by its engine; `Request.results` makes `Generation`s of them. Not for: decoding itself
+(`step`), or reading files (`models.checkpoint`).
 
 A hole without a given length is tried at a few lengths, as rows of one batch; the row whose tokens were likeliest on
 average is kept. Several such holes in one text grow together: a row gives all of them the same length.
 """
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from diffucoder.decoding import step as decoding
 from diffucoder.decoding.canvas import Canvas
 from diffucoder.decoding.params import DecodingParams
-from diffucoder.decoding.step import Step, Until, decode, denoise
-from diffucoder.decoding.trace import Trace
+from diffucoder.decoding.requests import Generation, HoleRequest, Part, Request
+from diffucoder.decoding.step import Step, decode, denoise
 from diffucoder.errors import ConfigError, PromptError
 from diffucoder.models.checkpoint import load_with_tokenizer
 from diffucoder.models.denoiser import Denoiser
@@ -29,166 +28,6 @@ from diffucoder.tokenizer import Hole, Tokenizer, split_holes
 HOLE_LENGTHS = (2, 4, 6, 8, 12, 16, 24)  # tokens, tried for a hole without a given length
 Prompt = str | Sequence[Mapping[str, str]]  # a request, or the messages of a conversation
 OnStep = Callable[[decoding.Sequence, Step], None]  # is called after each step of each sequence
-
-
-@dataclass(frozen=True)
-class Generation:
-    """One finished sample."""
-
-    index: int  # which answer of its request it is, from 0
-    text: str  # what was wanted: the answer, the middle of an infill, or the whole text of a fill
-    pieces: tuple[str, ...]  # the text of each hole; for a generation the answer alone
-    tokens: tuple[int, ...]  # what was generated, up to the terminator
-    forward_passes: int
-    seconds: float  # of the whole batch that the sample was in
-    finish_reason: str  # "stop": a terminator or stop string; "length": the canvas is full
-    trace: Trace  # the whole row, and the step that committed each token
-
-    @property
-    def order(self) -> list[int]:
-        """Positions, counted from the first hole, in the order of their commitment."""
-        return [position - self.trace.prompt_length for position in self.trace.order]
-
-    @property
-    def seed(self) -> int:
-        """What fixes this result."""
-        return int(self.trace.params["seed"])
-
-    @property
-    def tokens_per_forward(self) -> float:
-        """TPF: tokens before the terminator for each forward pass."""
-        return len(self.tokens) / max(1, self.forward_passes)
-
-    @property
-    def tokens_per_second(self) -> float:
-        """TPS: tokens before the terminator; neither prompt nor padding counts."""
-        return len(self.tokens) / max(1e-9, self.seconds)
-
-
-@dataclass(frozen=True, eq=False, kw_only=True)
-class Request:
-    """Answers to one prompt: a canvas with a row for each sample, and what the decoded rows come to."""
-
-    canvas: Canvas  # (B, T)
-    params: DecodingParams
-    tokenizer: Tokenizer
-    model_name: str
-
-    @property
-    def answers(self) -> int:
-        """How many results there will be."""
-        return len(self.canvas.tokens)
-
-    @property
-    def streams(self) -> bool:
-        """Whether each row is the answer of its own number, so that its text is known while it is decoded."""
-        return self.answers == len(self.canvas.tokens)
-
-    @property
-    def until(self) -> Until | None:
-        """What ends a row early: a stop string in its text."""
-        stops = self.params.stop
-        if not stops:
-            return None
-
-        def stopped(settled: Tensor) -> bool:
-            text = self.tokenizer.decode(settled.tolist())
-            return any(stop in text for stop in stops)
-
-        return stopped
-
-    def sequences(self, *, entropies: int = 0) -> list[decoding.Sequence]:
-        """One for each row; their traces hold the entropies of the first `entropies` steps."""
-        rows = range(len(self.canvas.tokens))
-        until = self.until
-        return [decoding.Sequence(self.canvas, self.params, row=n, until=until, entropies=entropies) for n in rows]
-
-    def settled(self, sequence: decoding.Sequence) -> list[int]:
-        """The ids of an answer that no later step can change, from its beginning; none while tokens may be revoked."""
-        if self.params.revoke and sequence.finish_reason is None:
-            return []
-        masks = int(sequence.holes.sum())
-        end = min(sequence.settled, sequence.answer_end, sequence.first_hole + masks)
-        ids: list[int] = sequence.tokens[sequence.first_hole : end].tolist()
-        return ids
-
-    def results(self, sequences: Sequence[decoding.Sequence], seconds: float) -> list[Generation]:
-        """What the finished `sequences` come to, in order of their index. `seconds` is what decoding took."""
-        return [self._answer(index, sequence, seconds) for index, sequence in enumerate(sequences)]
-
-    def _answer(self, index: int, sequence: decoding.Sequence, seconds: float) -> Generation:
-        tokens = sequence.tokens[sequence.first_hole : sequence.answer_end].tolist()
-        whole = self.tokenizer.decode(tokens)
-        text = before_stops(whole, self.params.stop)
-        stopped = sequence.answer_end < len(sequence.tokens) or text != whole
-        trace = sequence.trace(self.model_name)
-        return Generation(
-            index=index,
-            text=text,
-            pieces=(text,),
-            tokens=tuple(tokens),
-            forward_passes=trace.forward_passes,
-            seconds=seconds,
-            finish_reason="stop" if stopped else "length",
-            trace=trace,
-        )
-
-
-@dataclass(frozen=True, eq=False, kw_only=True)
-class HoleRequest(Request):
-    """Text with holes: the canvas has `num_samples` consecutive rows for each length that open holes are tried at."""
-
-    pieces: Sequence[str | Hole]
-    known: Sequence[list[int] | int | None]  # the ids of each piece of text, the length of each hole or None
-    lengths: Sequence[int]
-    whole: bool  # whether the result's text is the whole, filled, or the first hole alone
-
-    @property
-    def answers(self) -> int:
-        """How many results there will be."""
-        return self.params.num_samples
-
-    @property
-    def until(self) -> Until | None:
-        """Nothing: rows that ended early could not be compared."""
-        return None
-
-    def results(self, sequences: Sequence[decoding.Sequence], seconds: float) -> list[Generation]:
-        """Of each sample the row of the likeliest length, in order of the samples."""
-        traces = [sequence.trace(self.model_name) for sequence in sequences]
-        results = []
-        for sample in range(self.params.num_samples):
-            rows = range(sample, len(traces), self.params.num_samples)
-            best = max(rows, key=lambda row: traces[row].mean_log_prob)  # the first of equals
-            results.append(self._filled(sample, self.lengths[best // self.params.num_samples], traces[best], seconds))
-        return results
-
-    def _filled(self, index: int, length: int, trace: Trace, seconds: float) -> Generation:
-        text = ""
-        holes: list[str] = []
-        tokens: list[int] = []
-        position = 0
-        for piece, known in zip(self.pieces, self.known, strict=True):
-            size = len(known) if isinstance(known, list) else known or length
-            if isinstance(piece, str):
-                text += piece
-            else:
-                ids = trace.tokens[position : position + size]
-                tokens += ids
-                holes.append(self.tokenizer.decode(ids))
-                text += holes[-1]
-            position += size
-        middle = before_stops(holes[0], self.params.stop)
-        return Generation(
-            index=index,
-            text=text if self.whole else middle,
-            pieces=tuple(holes),
-            tokens=tuple(tokens),
-            forward_passes=trace.forward_passes,
-            seconds=seconds,
-            finish_reason="length" if middle == holes[0] else "stop",
-            trace=trace,
-        )
 
 
 @dataclass(frozen=True)
@@ -326,8 +165,8 @@ class DiffuCoder:
         for span in spans:
             if not position <= span.start <= span.end <= len(text):
                 raise PromptError(
-                    f"span {span.start} to {span.end} is not in the {len(text)} characters of the text, after the span "
-                    "before it; give spans in order"
+                    f"span {span.start} to {span.end} overlaps the one before, is reversed, or ends past character "
+                    f"{len(text)}; give spans in order"
                 )
             marked += text[position : span.start]
             marked += f"<|hole:{span.tokens}|>" if span.tokens else "<|hole|>"
@@ -381,15 +220,19 @@ class DiffuCoder:
             raise ConfigError(
                 f"stop={params.stop!r} ends an answer, but holes end where the text goes on; leave it out"
             )
-        known = [self._encode(piece) if isinstance(piece, str) else piece.length for piece in pieces]
-        lengths = _lengths_to_try(most) if None in known else (0,)
-        given = sum(len(part) if isinstance(part, list) else part or 0 for part in known)
-        self._check_length(given + max(lengths) * known.count(None), "text and holes")  # before lists of that length
+        parts = [self._part(piece) for piece in pieces]
+        lengths: tuple[int, ...] = (0,)
+        if any(part.is_open for part in parts):
+            lengths = _lengths_to_try(most)
+        needed = 0
+        for part in parts:  # before lists of that length are made
+            needed += len(part.ids) + (part.length or 0) + max(lengths) * part.is_open
+        self._check_length(needed, "text and holes")
         rows = []
         for length in lengths:
             row: list[int] = []
-            for part in known:
-                row += part if isinstance(part, list) else [self.model.mask_id] * (part or length)
+            for part in parts:
+                row += part.row(self.model.mask_id, length)
             rows.append(row)
         forbidden = tuple(sorted(self.tokenizer.special_ids - {self.model.mask_id}))
         return HoleRequest(
@@ -397,15 +240,18 @@ class DiffuCoder:
             params=params,
             tokenizer=self.tokenizer,
             model_name=self.name,
-            pieces=pieces,
-            known=known,
+            parts=parts,
             lengths=lengths,
             whole=whole,
         )
 
+    def _part(self, piece: str | Hole) -> Part:
+        if isinstance(piece, Hole):
+            return Part(length=piece.length)
+        return Part(piece, tuple(self._encode(piece)))
+
     def _text(self, prompt: Prompt, chat: bool) -> str:
-        empty = not prompt.strip() if isinstance(prompt, str) else not prompt
-        if empty:
+        if not prompt or (isinstance(prompt, str) and not prompt.strip()):
             raise PromptError("the prompt is empty; say what to write")
         if chat:
             return self.tokenizer.chat(prompt)
@@ -431,10 +277,3 @@ def _lengths_to_try(most: int | None) -> tuple[int, ...]:
     """The lengths that a hole is tried at, none over `most`; 1 if all are."""
     lengths = tuple(length for length in HOLE_LENGTHS if most is None or length <= most)
     return lengths or (1,)
-
-
-def before_stops(text: str, stops: Iterable[str]) -> str:
-    """`text` up to the first of `stops`."""
-    for stop in stops:
-        text = text.partition(stop)[0]
-    return text

@@ -81,7 +81,7 @@ class DecodingParams(Settings):
     """also commit tokens of low entropy while their sum, without the largest, is at most this (EB-Sampler)"""
 
     revoke: float = Field(default=0.0, ge=0, lt=1)
-    """mask again this share of as many tokens as a step commits: those that lost most probability since (Saber)"""
+    """mask again the tokens that lost most probability: at most this times the tokens just committed (after Saber)"""
 
     # cache: what a pass does not compute again
 
@@ -122,7 +122,7 @@ class DecodingParams(Settings):
         """Whether two seeds may differ."""
         return self.temperature > 0 or self.policy_temperature > 0 or self.policy == "random"
 
-    def replace(self, **changes: Any) -> "DecodingParams":  # Any: each field has its own type, checked by pydantic
+    def replace(self, /, **changes: Any) -> "DecodingParams":  # Any: each field has its own type, checked by pydantic
         """These settings with `changes`, validated (pydantic's own `model_copy` does not validate)."""
         return DecodingParams(**{**self.model_dump(exclude_unset=True), **changes})
 

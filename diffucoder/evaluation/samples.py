@@ -8,7 +8,7 @@ short is generated again as a whole, so that a run that was stopped gives the sa
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import chain, islice
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,8 +19,9 @@ from diffucoder.evaluation.programs import solution
 from diffucoder.files import Json, append_jsonl, parse_json_line, read_lines, read_whole_lines, write_jsonl
 
 if TYPE_CHECKING:
-    from diffucoder.decoding.coder import DiffuCoder, Generation, Request
+    from diffucoder.decoding.coder import DiffuCoder
     from diffucoder.decoding.params import DecodingParams
+    from diffucoder.decoding.requests import Generation, Request
     from diffucoder.decoding.trace import Trace
 
 _ALL_STEPS = 1 << 30
@@ -45,7 +46,8 @@ class Generator:
             write_jsonl(traces, [line for line in read_whole_lines(traces) if line.get("id") in names])
         starts = range(len(done) // self.params.num_samples, len(tasks), self.batch)
         for start in progress(starts, len(starts), "batches generated"):
-            samples, trace_lines = list[Json](), list[Json]()
+            samples: list[Json] = []
+            trace_lines: list[Json] = []
             for sample, trace in self._answer(tasks[start : start + self.batch], self._steps_with_entropies(start)):
                 samples.append(sample)
                 if trace is not None:
@@ -76,24 +78,26 @@ class Generator:
 
     def _answer(self, tasks: Sequence[Task], entropies: int) -> "Iterator[tuple[Json, Trace | None]]":
         """Decode one batch. Yield each sample with its trace."""
-        requests: dict[str, list[Request]] = {}
-        failures: dict[str, str] = {}
-        for task in tasks:
+        requests: list[Request] = []
+        failures: dict[int, str] = {}
+        parts = []  # which of the requests belong to each task
+        for index, task in enumerate(tasks):
+            start = len(requests)
             try:
-                requests[task.task_id] = self._requests(task)
+                requests += self._requests(task)
             except PromptError as error:  # a prompt that the model cannot take counts as not solved
-                failures[task.task_id] = f"not asked: {error}"
-        results = iter(self.coder.run(list(chain(*requests.values())), entropies=entropies))
-        for task in tasks:
-            if task.task_id in failures:
-                for number in range(self.params.num_samples):
-                    cost = {"tokens": 0, "forward_passes": 0, "finish_reason": failures[task.task_id], "seconds": 0}
-                    yield {"task_id": task.task_id, "sample": number, "solution": "", **cost}, None
+                failures[index] = f"not asked: {error}"
+            parts.append(slice(start, len(requests)))
+        results = self.coder.run(requests, entropies=entropies)
+        total = sum(map(len, results))
+        for index, task in enumerate(tasks):
+            for number, generation in enumerate(chain(*results[parts[index]])):
+                yield self._sample(task, number, generation, generation.seconds / total), generation.trace
+            if index not in failures:
                 continue
-            generations = list(chain(*islice(results, len(requests[task.task_id]))))
-            share = len(requests) * len(generations)
-            for number, generation in enumerate(generations):
-                yield self._sample(task, number, generation, generation.seconds / share), generation.trace
+            for number in range(self.params.num_samples):
+                cost = {"tokens": 0, "forward_passes": 0, "finish_reason": failures[index], "seconds": 0}
+                yield {"task_id": task.task_id, "sample": number, "solution": "", **cost}, None
 
     def _requests(self, task: Task) -> "list[Request]":
         """Return what answers a task, with `params.num_samples` results together. Raises PromptError."""

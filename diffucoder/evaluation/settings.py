@@ -60,9 +60,7 @@ class EvaluateSettings(RunSettings):
         default=None, description="grade this file of completions (JSONL, also .gz) instead of a model"
     )
     workers: int | None = Field(default=None, ge=1, description="programs run at a time; one a core if left out")
-    packages: tuple[Path, ...] = Field(
-        default=(), description="folder of packages that programs may import; repeatable"
-    )
+    packages: tuple[Path, ...] = Field(default=(), description="folder of packages that programs may import")
 
     @model_validator(mode="after")
     def _samples_need_no_model(self) -> Self:
@@ -82,10 +80,8 @@ class OrderSettings(RunSettings):
         default=None,
         description="a benchmark as of evaluate, gsm8k, or a .jsonl file of prompts, optionally with tests",
     )
-    model: tuple[str, ...] = Field(default=(), description="as elsewhere, or tiny, the shipped one; repeatable")
-    traces: tuple[Path, ...] = Field(
-        default=(), description="report on this file of traces, or run folder, instead; repeatable"
-    )
+    model: tuple[str, ...] = Field(default=(), description="as elsewhere, or tiny, the shipped one")
+    traces: tuple[Path, ...] = Field(default=(), description="report on this file of traces, or run folder, instead")
     policy: str | None = Field(default=None, description="which positions to commit first; several make a run each")
     maps: int = Field(default=8, ge=0, description="prompts whose entropies are kept at every step")
 

@@ -40,10 +40,11 @@ class KVCache:
 
     def acquire(self, length: int) -> int:
         """A free row for a canvas of `length` positions. The cache grows when it must, keeping what it holds."""
-        row = self._lengths.index(0) if 0 in self._lengths else self.rows
-        if row == self.rows or length > self.slots:
-            rows = max(1, 2 * self.rows) if row == self.rows else self.rows
-            self._grow(rows, max(length, self.slots))
+        if 0 not in self._lengths:
+            self._grow(max(1, 2 * self.rows), max(length, self.slots))
+        elif length > self.slots:
+            self._grow(self.rows, length)
+        row = self._lengths.index(0)
         self._lengths[row] = length
         return row
 

@@ -93,8 +93,9 @@ class Denoiser(nn.Module):
     @property
     def pad_id(self) -> int:
         """What fills slots that `valid` marks False: the config's pad, else its end of text, else the mask."""
-        pad = self.config.pad_token_id
-        return int(pad) if pad is not None else next(iter(self.eos_ids), self.mask_id)
+        if self.config.pad_token_id is not None:
+            return int(self.config.pad_token_id)
+        return next(iter(self.eos_ids), self.mask_id)
 
     @property
     def eos_ids(self) -> tuple[int, ...]:
@@ -102,7 +103,9 @@ class Denoiser(nn.Module):
         eos = self.config.eos_token_id
         if eos is None:
             return ()
-        return tuple(eos) if isinstance(eos, list | tuple) else (int(eos),)
+        if isinstance(eos, list | tuple):
+            return tuple(eos)
+        return (int(eos),)
 
     @property
     def device(self) -> torch.device:
@@ -159,7 +162,7 @@ class Denoiser(nn.Module):
         `compiled` has torch compile the layers, for which passes are padded to a few shapes: CheckpointError where the
         architecture is not supported.
         """
-        self._fast = FastLayers(self.model) if FastLayers.supports(self.model) else None
+        self._fast = FastLayers.of(self.model)
         self.compiled = compiled
         if compiled:
             if self._fast is None:
@@ -171,7 +174,7 @@ class Denoiser(nn.Module):
     def fast_snapshot(self, dtype: torch.dtype) -> Iterator[None]:
         """Decode by a copy of the weights as they are now, in `dtype`: for a model that is being trained."""
         before = self._fast
-        self._fast = FastLayers(self.model, dtype) if FastLayers.supports(self.model) else None
+        self._fast = FastLayers.of(self.model, dtype)
         try:
             yield
         finally:
@@ -196,21 +199,20 @@ class Denoiser(nn.Module):
         wanted: Tensor,
         reduce: Reduce,
         cache_rows: Sequence[int] | None = None,
-        released: bool = False,
+        reference: bool = False,
     ) -> tuple[Tensor, ...]:
         """Reduce the logits of some positions of canvases, computing only what is fed. For decoding.
 
         tokens (R, T) int64, `valid` (R, T) bool False on left padding, and `feed` (R, T) bool are on the host. `wanted`
         (M, 2) int64 are (row, position) pairs, each `scorable` from what is fed. With `cache_rows` (one for each
         canvas, acquired from `cache`) positions that are not fed are seen as they were when they were fed last;
-        without, everything valid must be fed. `released` computes by transformers' layers, as the released code does.
+        without, everything valid must be fed. `reference` computes by transformers' layers, as the released code does.
         Returns the results of `reduce`, one row for each wanted position, (M, ...) each.
         """
         fast = self._fast
-        if fast is None or released or self.config.is_causal:
+        if fast is None or reference or self.config.is_causal:
             assert cache_rows is None, "a cache belongs to fast layers"
-            reduced = self(tokens, valid=valid, rows=wanted, reduce=reduce)
-            return reduced if isinstance(reduced, tuple) else (reduced,)
+            return _as_tuple(self(tokens, valid=valid, rows=wanted, reduce=reduce))
         positions = (valid.long().cumsum(-1) - 1).clamp(min=0)  # (R, T)
         fed = flat_positions(feed, self._feed_step())  # (N,)
         layout = plan_layout(
@@ -269,9 +271,9 @@ class Denoiser(nn.Module):
         if valid is not None and bool(valid.all()):  # read before it moves: it may still be on the host
             valid = None
         device = self.device
-        valid = None if valid is None else valid.to(device)
-        attention = None if attention is None else attention.to(device)
-        rows = None if rows is None else rows.to(device)
+        valid = _moved(valid, device)
+        attention = _moved(attention, device)
+        rows = _moved(rows, device)
         mask, positions = _mask_and_positions(valid, attention)
         body = self.model.base_model  # the layers and final norm, without the head
         hidden = body(
@@ -323,13 +325,22 @@ class Denoiser(nn.Module):
                 result = checkpoint(part, hidden[chunk], chunk, use_reentrant=False)
             else:
                 result = part(hidden[chunk], chunk)
-            parts.append(result if isinstance(result, tuple) else (result,))
+            parts.append(_as_tuple(result))
         return tuple(torch.cat(column) for column in zip(*parts, strict=True))
 
 
+def _moved(tensor: Tensor | None, device: torch.device) -> Tensor | None:
+    return None if tensor is None else tensor.to(device)
+
+
+def _as_tuple(reduced: Reduced) -> tuple[Tensor, ...]:
+    return reduced if isinstance(reduced, tuple) else (reduced,)
+
+
 def _without_autocast(device: torch.device) -> AbstractContextManager[object]:
-    within = torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
-    return torch.autocast(device.type, enabled=False) if within else nullcontext()
+    if torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return nullcontext()
 
 
 def set_causal(model: Any, causal: bool) -> None:

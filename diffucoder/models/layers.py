@@ -168,7 +168,7 @@ class FastLayers:
     """The layers and the last norm of a transformers model, as one function of tokens and positions."""
 
     def __init__(self, model: Any, dtype: torch.dtype | None = None) -> None:  # Any: a transformers causal LM
-        """Read the weights of a model that `supports`; with a `dtype` they are copied in it."""
+        """Read the weights of a model; with a `dtype` they are copied in it. Use `of`."""
         config = model.config
         body = model.base_model
         self.heads: int = config.num_attention_heads
@@ -179,7 +179,9 @@ class FastLayers:
         self.embedding: Tensor = body.embed_tokens.weight.detach().to(dtype)
         self.norm: Tensor = body.norm.weight.detach().to(dtype)
         head = model.get_output_embeddings()
-        self.head: Project = head if dtype is None else _join([head], dtype)
+        self.head: Project = head
+        if dtype is not None:
+            self.head = _join([head], dtype)
         self.cache = KVCache(
             len(self.layers),
             self.key_heads,
@@ -191,16 +193,17 @@ class FastLayers:
         self._cos = self._sin = self.embedding.new_zeros(0)
         self._run: Callable[[Tensor, Tensor, Tensor, Layout], Tensor] = self._forward
 
-    @staticmethod
-    def supports(model: Any) -> bool:  # Any: a transformers causal LM
-        """Whether the layers of `model` are the plain ones that this reads: no adapters, no RoPE by length."""
+    @classmethod
+    def of(cls, model: Any, dtype: torch.dtype | None = None) -> "FastLayers | None":  # Any: a transformers causal LM
+        """The fast layers of `model`; None if it has others than the plain ones (adapters, RoPE by length)."""
         body = model.base_model
         for layer in body.layers:
             for module in (*_projections(layer.self_attn), *_projections(layer.mlp)):
                 if type(module) is not nn.Linear:
-                    return False
-        by_length = body.rotary_emb.rope_type in ("dynamic", "longrope")
-        return not by_length and model.config.hidden_act == "silu"
+                    return None
+        if body.rotary_emb.rope_type in ("dynamic", "longrope") or model.config.hidden_act != "silu":
+            return None
+        return cls(model, dtype)
 
     @property
     def device(self) -> torch.device:
@@ -240,7 +243,7 @@ class FastLayers:
         return self._normed(hidden, self.norm)
 
     def _query_key_value(self, layer: Layer, hidden: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries (N, heads, D), keys and values (N, key heads, D), with positions turned into the first two."""
+        """Queries (N, heads, D), keys and values (N, key heads, D); the first two rotated by their positions (RoPE)."""
         heads = layer.qkv(hidden).view(len(hidden), -1, self.head_dim)
         rotated = heads[:, : self.heads + self.key_heads]
         value = heads[:, self.heads + self.key_heads :]
@@ -272,7 +275,7 @@ class FastLayers:
         cos, sin = self._rotary(self.embedding, torch.arange(count, device=self.device)[None])
         first, second = sin[0].chunk(2, -1)
         self._cos = cos[0]
-        self._sin = torch.cat((-first, second), -1)  # the sign by which the other half of a head is added
+        self._sin = torch.cat((-first, second), -1)  # rotate_half's sign, so that `roll` is enough
 
 
 def _projections(module: Any) -> list[nn.Module]:  # Any: an attention or feed-forward module of transformers

@@ -20,7 +20,8 @@ from fastapi.staticfiles import StaticFiles
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
-from diffucoder.decoding.coder import DiffuCoder, Generation, Request, Span
+from diffucoder.decoding.coder import DiffuCoder, Span
+from diffucoder.decoding.requests import Generation, Request
 from diffucoder.errors import ConfigError
 from diffucoder.serving import protocol, responses
 from diffucoder.serving.edge import ApiError, BodyLimit, add_error_handlers, require_key
@@ -91,17 +92,17 @@ class Server:
 
     async def results(self, request: Request, http: fastapi.Request) -> list[Generation]:
         """Decode a request, unless its client disconnects before it is finished."""
-        with self.latency.time():
-            results = asyncio.create_task(self.submit(request).results())
-            disconnect = asyncio.create_task(_disconnected(http))
-            try:
+        results = asyncio.create_task(self.submit(request).results())
+        disconnect = asyncio.create_task(_disconnected(http))
+        try:
+            with self.latency.time():
                 await asyncio.wait({results, disconnect}, return_when=asyncio.FIRST_COMPLETED)
-                if not results.done():
-                    raise ApiError(499, "the client disconnected", "client_closed_request")  # which nobody reads
-                return results.result()
-            finally:
-                results.cancel()
-                disconnect.cancel()
+            if not results.done():
+                raise ApiError(499, "the client disconnected", "client_closed_request")  # which nobody reads
+            return results.result()
+        finally:
+            results.cancel()
+            disconnect.cancel()
 
     async def _timed(self, events: AsyncIterator[str]) -> AsyncIterator[str]:
         with self.latency.time():

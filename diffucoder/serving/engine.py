@@ -23,7 +23,8 @@ from typing import NamedTuple, TypeVar
 
 import torch
 
-from diffucoder.decoding.coder import DiffuCoder, Generation, Request
+from diffucoder.decoding.coder import DiffuCoder
+from diffucoder.decoding.requests import Generation, Request
 from diffucoder.decoding.step import Sequence, Step, advance
 from diffucoder.errors import DiffuCoderError
 from diffucoder.serving.settings import EngineSettings
@@ -336,7 +337,7 @@ class Engine:
                 if job.started is None:
                     job.started = began
                 if job.watched:
-                    event = Event(row.number, step, job.request.settled(row.sequence))
+                    event = Event(row.number, step, job.request.settled_ids(row.sequence))
                     if not job.send(event):  # the client's event loop is closed
                         self.end(job)
                         continue

@@ -88,8 +88,12 @@ def read_run_settings(folder: Path) -> Json | None:
 
 def checkpoint_steps(run: Path) -> list[int]:
     """The steps of the run's checkpoints, whole or torn, in order."""
-    numbers = [folder.name.removeprefix("step-") for folder in (run / "checkpoints").glob("step-*")]
-    return sorted(int(number) for number in numbers if number.isdigit())
+    steps = []
+    for folder in (run / "checkpoints").glob("step-*"):
+        number = folder.name.removeprefix("step-")
+        if number.isdigit():
+            steps.append(int(number))
+    return sorted(steps)
 
 
 def _fixed_settings(settings: TrainSettings) -> Json:
@@ -238,7 +242,7 @@ def _size_and_checksum(file: Path) -> list[int]:
 
 def _sync(folder: Path) -> None:
     """Wait until the disk has the folder and its files."""
-    for path in [*(file for file in folder.iterdir() if file.is_file()), folder]:
+    for path in [*folder.iterdir(), folder]:
         handle = os.open(path, os.O_RDONLY)
         try:
             os.fsync(handle)

@@ -93,8 +93,8 @@ class GrpoStage:
         """One round of coupled-GRPO, which ends with a batch for each of `iterations` updates."""
         rows = [row for share in shares for row in share]
         number = step // self.settings.iterations
-        with self.ready_to_decode():
-            completions, seconds = self.rollouts.of_round(self.exercises, number, rows)  # roll out, reward
+        with self.ready_to_decode():  # roll out and reward
+            completions, seconds = self.rollouts.of_round(self.exercises, number, rows)
         advantage = self.advantages(completions, rows)
         began = time.perf_counter()
         updates = self.scored_micro_batches(step, shares, dict(zip(rows, completions, strict=True)), advantage)

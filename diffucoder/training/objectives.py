@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from diffucoder.decoding.coder import Generation
+from diffucoder.decoding.requests import Generation
 from diffucoder.diffusion import View
 
 _STEEPEST = 20.0  # bound on log-ratios: beyond it the exponential or its gradient would overflow

@@ -12,8 +12,9 @@ from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
-from diffucoder.decoding.coder import DiffuCoder, Generation
+from diffucoder.decoding.coder import DiffuCoder
 from diffucoder.decoding.params import DecodingParams
+from diffucoder.decoding.requests import Generation
 from diffucoder.decoding.trace import commit_order, global_ar_ness, local_ar_ness
 from diffucoder.errors import ConfigError
 from diffucoder.grading.sandbox import Limits, Sandbox

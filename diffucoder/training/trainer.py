@@ -245,7 +245,7 @@ class Trainer:
         self.accelerator.log(line, step=self.step)
         if self.accelerator.is_main_process:
             rounded = {name: round(value, 6) for name, value in line.items()}
-            append_jsonl(settings.run / "metrics.jsonl", [{"step": self.step, **rounded}])
+            append_jsonl(settings.run / "metrics.jsonl", [{"step": self.step, **rounded}], sync=False)
 
     def _progress_bar(self) -> Progress:
         """Drawn on the terminal of the first process; elsewhere there is only metrics.jsonl."""

@@ -18,7 +18,8 @@ import numpy as np
 from overlap import NOT_CODE, HeldOut, Overlaps
 
 from diffucoder.errors import ConfigError, DiffuCoderError
-from diffucoder.evaluation.benchmarks import load
+from diffucoder.evaluation.benchmarks import Asserts, Calls, load
+from diffucoder.evaluation.evalplus import Arguments
 from diffucoder.files import Json, write_json
 from diffucoder.grading.extract import parsed
 from diffucoder.training.exercises import Exercise, read_exercises, tests_of, write_exercises
@@ -118,8 +119,15 @@ def held_out(name: str, folder: Path | None) -> list[HeldOut]:
     """The tasks of a benchmark as plain text and data."""
     tasks = []
     for task in load(name, folder):
-        tests = "\n".join((task.tests, *task.asserts))
-        tasks.append(HeldOut(task.task_id, task.entry_point, task.prompt, task.canonical, tests, task.base))
+        tests = ""
+        inputs: tuple[Arguments, ...] = ()
+        if isinstance(task.tests, Calls):
+            inputs = task.tests.base
+        elif isinstance(task.tests, Asserts):
+            tests = "\n".join(task.tests.lines)
+        elif task.tests is not None:
+            tests = task.tests.code
+        tasks.append(HeldOut(task.task_id, task.entry_point, task.prompt, task.canonical, tests, inputs))
     return tasks
 
 

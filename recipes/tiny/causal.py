@@ -17,8 +17,9 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from diffucoder.config import load_settings
-from diffucoder.decoding.coder import DiffuCoder, Generation
+from diffucoder.decoding.coder import DiffuCoder
 from diffucoder.decoding.params import DecodingParams
+from diffucoder.decoding.requests import Generation
 from diffucoder.decoding.trace import Trace
 from diffucoder.diffusion import View, keyed_generator
 from diffucoder.grading.sandbox import Sandbox

@@ -27,6 +27,7 @@ sys.path.append(str(Path(__file__).parents[2]))  # last, so that PYTHONPATH may 
 from recipes.tiny.problems import Problem, problems
 
 HELD_OUT = 500  # problems of the benchmark `tiny`
+VOCABULARY = 1536  # tokens of the byte-level BPE, special tokens included
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|mask|>", "<|dlm_pad|>")
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
@@ -49,21 +50,18 @@ app = typer.Typer(add_completion=False)
 def training(
     folder: Annotated[Path, typer.Argument(help="folder for the files")],
     count: Annotated[int, typer.Option("--problems", help="distinct training problems")] = 160_000,
-    vocabulary: Annotated[int, typer.Option(help="tokens of the byte-level BPE, special tokens included")] = 1536,
-    held_out: Annotated[int, typer.Option(help="problems of each held-out file")] = 1000,
-    seed: Annotated[int, typer.Option(help="seed of the problems")] = 0,
 ) -> None:
     """Write the training files and a tokenizer; leave a finished folder as it is."""
     if (folder / "tokenizer" / "tokenizer_config.json").exists():
         return
     folder.mkdir(parents=True, exist_ok=True)
-    train = list(problems("train", count, seed=seed))
-    dev = list(problems("dev", held_out, seed=seed))
-    write_jsonl(folder / "corpus.jsonl", ({"text": text} for text in corpus(train, random.Random(seed))))
+    train = list(problems("train", count, seed=0))
+    dev = list(problems("dev", 1000, seed=0))
+    write_jsonl(folder / "corpus.jsonl", ({"text": text} for text in corpus(train, random.Random(0))))
     for prefix, drawn in (("", train), ("held_out_", dev)):
         write_jsonl(folder / f"{prefix}clean.jsonl", ({"text": clean(problem)} for problem in drawn))
         write_jsonl(folder / f"{prefix}chat.jsonl", ({"prompt": p.prompt, "answer": p.solution} for p in drawn))
-    train_tokenizer(train[:20_000], vocabulary, folder / "tokenizer")
+    train_tokenizer(train[:20_000], VOCABULARY, folder / "tokenizer")
 
 
 @app.command()

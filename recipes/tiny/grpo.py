@@ -92,7 +92,6 @@ def main(
     arms: Annotated[str, typer.Option(help="arms to run, separated by commas")] = "coupled,decoupled,full_mask,d1",
     seeds: Annotated[str, typer.Option(help="seeds of every arm")] = "0,1,2",
     folder: Annotated[Path, typer.Option(help="run folder")] = ROOT / "runs" / "tiny-grpo",
-    model: Annotated[str | None, typer.Option(help="where to start; default: the shipped model")] = None,
     parent: Annotated[str | None, typer.Option(help="where the arm causal starts: an autoregressive model")] = None,
     jobs: Annotated[int, typer.Option(min=1, help="runs at a time, one thread each; 1: all threads")] = 2,
     count: Annotated[int, typer.Option(help="test problems behind each figure")] = 2000,
@@ -106,14 +105,15 @@ def main(
         if name == "causal" and parent is None and not report:
             raise typer.BadParameter("the arm causal needs --parent; make tiny leaves one in runs/tiny/parent/model")
     if not report:
-        lab = Lab(RunFolder(folder, threads=1 if jobs > 1 else None), model, parent, count)
+        lab = Lab(RunFolder(folder, threads=1 if jobs > 1 else None), parent, count)
         make_data(folder)
         RESULTS.mkdir(parents=True, exist_ok=True)
-        tasks: list[Callable[[], None]] = [partial(lab.measure, "start", model)]
+        tasks: list[Callable[[], None]] = [partial(lab.measure, "start", None)]
         if parent is not None:
             tasks.append(partial(lab.measure, "parent", parent))
         for seed in seeds.split(","):
-            tasks += [partial(lab.run, name, int(seed)) for name in names]
+            for name in names:
+                tasks.append(partial(lab.run, name, int(seed)))
         run_side_by_side(tasks, jobs)
     elif not (RESULTS / "start.json").exists():
         raise typer.BadParameter(f"nothing has been run: {RESULTS / 'start.json'} does not exist")
@@ -147,10 +147,9 @@ def run_side_by_side(tasks: Sequence[Callable[[], None]], jobs: int) -> None:
 
 @dataclass(frozen=True)
 class Lab:
-    """Runs the arms in one folder and keeps what the report needs."""
+    """Runs the arms in one folder, from the shipped model, and keeps what the report needs."""
 
     runs: RunFolder
-    model: str | None  # where the arms start; None: the shipped model
     parent: str | None  # where the arm causal starts
     count: int
 
@@ -158,8 +157,9 @@ class Lab:
         """Keep what a model solves, and the metrics of the run that made it."""
         path = RESULTS / f"{name}.json"
         if not path.exists():
-            left_to_right = ["--causal", "--base"] if name.startswith(("causal", "parent")) else []
-            options = [*ASKED, "--count", str(self.count), *left_to_right]
+            options = [*ASKED, "--count", str(self.count)]
+            if name.startswith(("causal", "parent")):
+                options += ["--causal", "--base"]
             figures = self.runs.solve(name, model, options)[str(DECODING["steps"])]
             write_json(path, {"curve": curve or [], "solved": {"drawn": figures}})
 
@@ -168,23 +168,15 @@ class Lab:
         name = f"{arm}-{seed}"
         if (RESULTS / f"{name}.json").exists():
             return
-        causal = arm == "causal"
-        data = "_base.jsonl" if causal else ".jsonl"
-        settings: dict[str, Any] = {
-            "data": self.runs.folder / f"train{data}",
-            "held_out": self.runs.folder / f"dev{data}",
-            "seed": seed,
-            "steps": steps_of(arm),
-            "workers": self.runs.threads or 0,
-        }
-        program: tuple[object, ...] = (*TRAIN, "grpo")
-        if causal:
-            program = (HERE / "causal.py",)
-            settings |= {"model": self.parent, "chat": False, "score_padding": False}  # the parent writes no pads
+        folder = self.runs.folder
+        settings: dict[str, Any] = {"seed": seed, "steps": steps_of(arm), "workers": self.runs.threads or 0}
+        program: list[object] = [*TRAIN, "grpo"]
+        if arm == "causal":
+            program = [HERE / "causal.py"]
+            settings |= {"data": folder / "train_base.jsonl", "held_out": folder / "dev_base.jsonl", "chat": False}
+            settings |= {"model": self.parent, "score_padding": False}  # the parent writes no pads
         else:
-            settings["estimator"] = arm
-            if self.model:
-                settings["model"] = self.model
+            settings |= {"data": folder / "train.jsonl", "held_out": folder / "dev.jsonl", "estimator": arm}
         model = self.runs.train(name, program, HERE / "grpo.toml", settings)
         self.measure(name, model, self.runs.metrics(name))
 
@@ -203,9 +195,8 @@ def report_runs() -> None:
     start = Result.read("start")
     runs: Runs = {}  # in the order of ARMS
     for arm in ARMS:
-        paths = sorted(RESULTS.glob(f"{arm}-*.json"))
-        if paths:
-            runs[arm] = [Result.read(path.stem) for path in paths]
+        for path in sorted(RESULTS.glob(f"{arm}-*.json")):
+            runs.setdefault(arm, []).append(Result.read(path.stem))
     figures = ROOT / "docs" / "grpo"
     draw(figures / "learning.svg", runs, "held_out_pass@1", f"pass@1 of {RECIPE['held_out_rows']} dev problems")
     draw(figures / "reward.svg", runs, "reward", "reward")
@@ -221,17 +212,20 @@ def learning_table(start: Result, runs: Runs) -> str:
         if arm == "causal":  # the last arm
             start = Result.read("parent")
             rows.append(["parent", "", "", "", start.share(), "", ""])
-        pairs: list[Pair] = []
+        gains: list[Pair] = []  # over its start
+        differences: list[Pair] = []  # from the coupled arm
+        seconds = []
+        learnt = []
+        shares = []
         for result in results:
+            gains.append((start.verdicts, result.verdicts))
             if result.seed in coupled and arm not in ("coupled", "causal"):
-                pair = (coupled[result.seed].verdicts, result.verdicts)
-                pairs.append(pair)
-        minutes = mean(result.seconds() for result in results) / 60
-        learnt = mean(line["scored_share"] for result in results for line in result.curve)
-        shares = ", ".join([result.share() for result in results])
-        gain = interval([(start.verdicts, result.verdicts) for result in results])
-        row = [f"{arm}: {ARMS[arm]}", steps_of(arm), f"{minutes:.0f}", f"{learnt:.0%}", shares, gain, interval(pairs)]
-        rows.append(row)
+                differences.append((coupled[result.seed].verdicts, result.verdicts))
+            seconds.append(result.seconds())
+            learnt += [line["scored_share"] for line in result.curve]
+            shares.append(result.share())
+        cells = [f"{arm}: {ARMS[arm]}", steps_of(arm), f"{mean(seconds) / 60:.0f}", f"{mean(learnt):.0%}"]
+        rows.append([*cells, ", ".join(shares), interval(gains), interval(differences)])
     head = ["arm", "steps", "minutes a run", "learnt from", "pass@1 of each seed", "against its start"]
     return table([*head, "against coupled"], rows)
 
@@ -249,7 +243,8 @@ def difference(pairs: Sequence[Pair]) -> tuple[float, float]:
     Two things vary: seeds, whose mean has Student's distribution, and problems, which all seeds share. With one seed
     the interval is over problems only.
     """
-    gains = np.array([np.subtract(after, before) for before, after in pairs])  # (seeds, problems)
+    before, after = zip(*pairs, strict=True)
+    gains = np.stack(after) - np.stack(before)  # (seeds, problems)
     seeds = gains.mean(axis=1)
     half = 1.96 * float(gains.mean(axis=0).std(ddof=1)) / math.sqrt(gains.shape[1])
     if len(seeds) > 1:
@@ -257,16 +252,20 @@ def difference(pairs: Sequence[Pair]) -> tuple[float, float]:
     return float(seeds.mean()), half
 
 
-def draw(path: Path, runs: Runs, metric: str, label: str) -> None:
+def draw(path: Path, runs: Runs, metric: str, title: str) -> None:
     """Draw a metric over the course of each run, one colour for each arm."""
     with drawing(path) as axes:
         for number, (arm, results) in enumerate(runs.items()):
             for result in results:
-                lines = [line for line in result.curve if metric in line]
-                shares = [line["step"] / steps_of(arm) for line in lines]
-                name = arm if result is results[0] else None
-                axes.plot(shares, [line[metric] for line in lines], color=f"C{number}", alpha=0.8, label=name)
-        axes.set(xlabel="share of the run", ylabel=label)
+                shares = []
+                values = []
+                for line in result.curve:
+                    if metric in line:
+                        shares.append(line["step"] / steps_of(arm))
+                        values.append(line[metric])
+                label = arm if result is results[0] else None
+                axes.plot(shares, values, color=f"C{number}", alpha=0.8, label=label)
+        axes.set(xlabel="share of the run", ylabel=title)
         axes.legend()
 
 

@@ -93,8 +93,8 @@ def main(
     parent_only: Annotated[bool, typer.Option("--parent-only", help="train the parent, without a report")] = False,
 ) -> None:
     """Run the laboratory, or go on with it, and write its report."""
-    folder = folder or ROOT / "runs" / ("tiny" if budget == "tiny" else f"tiny-{budget}")
-    lab = Lab(budget, folder, processes)
+    name = "tiny" if budget == "tiny" else f"tiny-{budget}"
+    lab = Lab(budget, folder or ROOT / "runs" / name, processes)
     lab.make_data()
     if parent_only:
         print(f"parent in {lab.train_parent()}")
@@ -169,7 +169,7 @@ def report_arms(lab: Lab) -> None:
 def write_report(lab: Lab, page: str, figure: str, options: str, content: str, runs: Sequence[str]) -> None:
     """Update a page in docs/, that of `quick` in the run folder, and draw the held-out loss of each run."""
     folder = lab.runs.folder if lab.name == "quick" else ROOT / "docs"
-    suffix = "" if lab.name in ("lab", "quick") else f"_{lab.name}"
+    suffix = "_tiny" if lab.name == "tiny" else ""
     with drawing(folder / "lab" / f"{figure}{suffix}.svg") as axes:
         for name in runs:
             tokens, losses = zip(*lab.curve(name), strict=True)
@@ -181,7 +181,7 @@ def write_report(lab: Lab, page: str, figure: str, options: str, content: str, r
         if name.removesuffix(" solves") not in (*COMMON_COMMANDS, *runs):  # a run of another report
             del minutes[name]
     parts = ", ".join([f"{name} {taken:.1f}" for name, taken in minutes.items()])
-    workers = f"{lab.runs.processes} processes of {torch.get_num_threads()} threads"
+    workers = f"training processes: {lab.runs.processes}, threads: {torch.get_num_threads()}"
     took = f"{sum(minutes.values()):.0f} minutes ({parts})"
     command = f"python recipes/tiny/lab.py {lab.name}{options}"
     sections = {"run": provenance(command, f"{workers}, {took}"), "table": content}
@@ -200,7 +200,8 @@ def crossing(lab: Lab, name: str) -> str:
     arms = []
     for arm in ("adapt", "adapt-half", "abrupt", "unshifted"):
         reached = [seen for seen, loss in lab.curve(arm) if loss <= target]
-        arms.append(f"`{arm}` after {reached[0]:.2f} M ({reached[0] / tokens:.0%})" if reached else f"`{arm}` never")
+        when = f"after {reached[0]:.2f} M ({reached[0] / tokens:.0%})" if reached else "never"
+        arms.append(f"`{arm}` {when}")
     return f"* `{name}` ends at {target:.4f} after {tokens:.2f} M tokens. The others reach this: {', '.join(arms)}."
 
 

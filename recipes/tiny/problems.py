@@ -13,8 +13,9 @@ that a model wrote run in `diffucoder.grading` only.
 
 import hashlib
 import random
+import re
 import tomllib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from pathlib import Path
@@ -35,8 +36,7 @@ VERBS = WORDING["verbs"].split()
 OBJECTS = WORDING["objects"].split()
 INPUT_TYPES = {"nums": 27, "words": 21, "text": 25, "num": 17, "table": 10}  # how often each is drawn
 KINDS: dict[Kind, int] = {"chain": 75, "branch": 14, "guard": 11}  # how often each is drawn
-CHAIN_LENGTHS = (18, 52, 30)  # weights of one, two and three blocks
-GUARDED_LENGTHS = (60, 40)
+LENGTHS = {"chain": (18, 52, 30), "guard": (60, 40)}  # weights of one, two and three blocks
 HARD_LENGTHS = (0, 0, 1)
 EXAMPLES = 5  # asserts of a problem
 FALLBACKS = {"0": "0", "-1": "-1", "None": "None", "an empty list": "[]", "an empty string": '""'}  # phrase -> code
@@ -60,7 +60,7 @@ class Block:
 
 @dataclass(frozen=True)
 class BlockUse:
-    """A block with its slots filled and one phrasing chosen."""
+    """A block with its slots filled and a phrasing chosen."""
 
     block: Block
     slots: tuple[tuple[str, str], ...]
@@ -103,14 +103,10 @@ class Problem:
     """A request, a solution that satisfies it, and asserts that test whether another program does."""
 
     prompt: str
-    name: str  # of the requested function
+    name: str  # of the function
     solution: str
     tests: tuple[str, ...]
     composition: tuple[str, ...]  # kind and block ids: what the splits are made by
-
-    @property
-    def split(self) -> Split:
-        return split_of(self.composition)
 
 
 def problems(split: Split, count: int, *, seed: int, hard: bool = False) -> Iterator[Problem]:
@@ -122,11 +118,14 @@ def problems(split: Split, count: int, *, seed: int, hard: bool = False) -> Iter
         raise ConfigError(f"split={split!r} is not one of {', '.join(get_args(Split))}")
     if count < 1:
         raise ConfigError(f"count={count} gives no problems; use at least 1")
-    rng = random.Random(f"{split}-{seed}-hard" if hard else f"{split}-{seed}")
+    name = f"{split}-{seed}-hard" if hard else f"{split}-{seed}"
+    rng = random.Random(name)
     prompts: set[str] = set()
     while len(prompts) < count:
-        problem = sample_problem(rng, hard=hard)
-        if problem.split == split and problem.prompt not in prompts:
+        problem = draw_problem(rng, hard=hard)
+        if problem is None:
+            continue
+        if split_of(problem.composition) == split and problem.prompt not in prompts:
             prompts.add(problem.prompt)
             yield problem
 
@@ -139,20 +138,24 @@ def split_of(composition: Sequence[str]) -> Split:
     bucket = int.from_bytes(digest, "big") % 100
     if bucket < 10:
         return "test"
-    return "dev" if bucket < 15 else "train"
+    if bucket < 15:
+        return "dev"
+    return "train"
 
 
-def sample_problem(rng: random.Random, *, hard: bool = False) -> Problem:
-    """Draw kind, blocks, constants, names and wording, until they make a problem. Its split may be any."""
-    while True:
-        plan = draw_plan(rng, hard=hard)
-        examples = draw_examples(rng, plan) if plan else None
-        if plan is None or examples is None:
-            continue
-        problem = write_problem(rng, plan, examples)
-        outputs = {test.rpartition(" == ")[2] for test in problem.tests}
-        if len(outputs) > 1:  # a guard's constant may equal all other outputs
-            return problem
+def draw_problem(rng: random.Random, *, hard: bool) -> Problem | None:
+    """Draw kind, blocks, constants, names and wording; None where they make no problem. Its split may be any."""
+    plan = draw_plan(rng, hard=hard)
+    if plan is None:
+        return None
+    examples = draw_examples(rng, plan)
+    if examples is None:
+        return None
+    problem = write_problem(rng, plan, examples)
+    outputs = {test.rpartition(" == ")[2] for test in problem.tests}
+    if len(outputs) == 1:  # a guard's constant may equal all other outputs
+        return None
+    return problem
 
 
 # --- choosing blocks -------------------------------------------------------------------------------------------------
@@ -163,39 +166,29 @@ def load_blocks() -> tuple[Block, ...]:
     """The blocks of blocks.txt, in its order."""
     blocks: list[Block] = []
     takes = gives = ""
-    phrasings: tuple[str, ...] = ()
-    body: list[str] = []
-    lines = (HERE / "blocks.txt").read_text(encoding="utf-8").splitlines()
-    for line in [*lines, "@ end -> end"]:
-        if not line or line.startswith("#"):
+    text = (HERE / "blocks.txt").read_text(encoding="utf-8")
+    for heading, body in re.findall(r"^([^ #\n].*)\n((?: {4}.*\n)*)", text, re.MULTILINE):
+        if heading.startswith("@"):
+            takes, _, gives = heading[2:].split()
             continue
-        if line.startswith("    "):
-            body.append(line[4:])
-            continue
-        if phrasings:  # the block before this line is complete
-            blocks.append(Block(takes, gives, phrasings, tuple(body[:-1]), body[-1].removeprefix("=> ")))
-        phrasings = ()
-        body = []
-        if line.startswith("@"):
-            takes, _, gives = line[2:].split()
-        else:
-            phrasings = tuple(part.strip() for part in line.split(" | "))
+        phrasings = tuple(part.strip() for part in heading.split(" | "))
+        *statements, result = [line[4:] for line in body.splitlines()]
+        blocks.append(Block(takes, gives, phrasings, tuple(statements), result.removeprefix("=> ")))
     return tuple(blocks)
 
 
 @cache
 def blocks_of(takes: str, gives: str | None = None, *, flags: bool = True) -> tuple[Block, ...]:
     """The blocks that take a type; only those that give `gives`, and without `flags` none that give a flag."""
-    outputs = {block.gives for block in load_blocks()} if gives is None else {gives}
+    blocks = [block for block in load_blocks() if block.takes == takes and gives in (None, block.gives)]
     if not flags:
-        outputs.discard("flag")
-    return tuple(block for block in load_blocks() if block.takes == takes and block.gives in outputs)
+        blocks = [block for block in blocks if block.gives != "flag"]
+    return tuple(blocks)
 
 
 def draw_plan(rng: random.Random, *, hard: bool) -> Plan | None:
     """Draw kind, input type and blocks; None where the blocks do not fit together."""
-    weights = (1, 0, 0) if hard else tuple(KINDS.values())
-    kind = rng.choices(tuple(KINDS), weights)[0]
+    kind = rng.choices(tuple(KINDS), (1, 0, 0) if hard else tuple(KINDS.values()))[0]
     takes = rng.choices(tuple(INPUT_TYPES), tuple(INPUT_TYPES.values()))[0]
     if kind == "branch":
         condition = draw_use(rng, blocks_of(takes, "flag"))
@@ -204,25 +197,29 @@ def draw_plan(rng: random.Random, *, hard: bool) -> Plan | None:
         if exception.block == otherwise.block:
             return None
         return Plan(kind, takes, (otherwise,), condition, exception)
-    if kind == "guard":
-        steps = draw_chain(rng, takes, GUARDED_LENGTHS)
-        return Plan(kind, takes, steps, draw_use(rng, blocks_of(takes, "flag"))) if steps else None
-    steps = draw_chain(rng, takes, HARD_LENGTHS if hard else CHAIN_LENGTHS)
-    return Plan(kind, takes, steps) if steps else None
+    steps = draw_chain(rng, takes, HARD_LENGTHS if hard else LENGTHS[kind])
+    if not steps:
+        return None
+    guard = draw_use(rng, blocks_of(takes, "flag")) if kind == "guard" else None
+    return Plan(kind, takes, steps, guard)
 
 
 def draw_chain(rng: random.Random, takes: str, lengths: Sequence[int]) -> tuple[BlockUse, ...]:
     """Different blocks that fit together; `lengths` weighs 1, 2, 3, ... of them. Empty where the draw does not fit."""
     uses: list[BlockUse] = []
+    ids = set()
     length = rng.choices(range(1, len(lengths) + 1), lengths)[0]
     for position in range(length):
-        candidates = blocks_of(takes, flags=position == length - 1)
-        if not candidates:
+        blocks = blocks_of(takes, flags=position == length - 1)
+        if not blocks:
             return ()
-        uses.append(draw_use(rng, candidates))
-        takes = uses[-1].block.gives
-    distinct = {use.block.id for use in uses}
-    return tuple(uses) if len(distinct) == length else ()
+        use = draw_use(rng, blocks)
+        uses.append(use)
+        ids.add(use.block.id)
+        takes = use.block.gives
+    if len(ids) < length:
+        return ()
+    return tuple(uses)
 
 
 def draw_use(rng: random.Random, blocks: Sequence[Block]) -> BlockUse:
@@ -233,14 +230,18 @@ def draw_use(rng: random.Random, blocks: Sequence[Block]) -> BlockUse:
     slots["w"] = rng.choice(WORDS) if rng.random() < 0.7 else invent_word(rng)
     phrase = rng.choice(block.phrasings)
     mentioned = " ".join((phrase, *block.statements, block.result))
-    used = {name: value for name, value in slots.items() if f"${name}" in mentioned}
-    return BlockUse(block, tuple(used.items()), Template(phrase).safe_substitute(used))
+    for name in list(slots):
+        if f"${name}" not in mentioned:
+            del slots[name]
+    return BlockUse(block, tuple(slots.items()), Template(phrase).safe_substitute(slots))
 
 
 def invent_word(rng: random.Random) -> str:
     """A word of one to three open syllables: a model can only copy it."""
-    syllables = [rng.choice("bcdfgklmnprstvz") + rng.choice("aeiou") for _ in range(rng.randint(1, 3))]
-    return "".join(syllables)
+    word = ""
+    for _ in range(rng.randint(1, 3)):
+        word += rng.choice("bcdfgklmnprstvz") + rng.choice("aeiou")
+    return word
 
 
 # --- running blocks, for the expected values -------------------------------------------------------------------------
@@ -290,7 +291,7 @@ def draw_examples(rng: random.Random, plan: Plan) -> list[Example] | None:
     distinct: dict[str, Example] = {}
     for value, output in examples:
         distinct.setdefault(repr(output), (value, output))
-    chosen = move_to_front(distinct.values(), examples)  # examples with new outputs test most
+    chosen = [*distinct.values(), *[each for each in examples if each not in distinct.values()]]  # new outputs first
     if len(distinct) < 2 or len(chosen) < EXAMPLES:
         return None
     if plan.condition is not None:
@@ -299,13 +300,8 @@ def draw_examples(rng: random.Random, plan: Plan) -> list[Example] | None:
             sides[bool(plan.condition.apply(value))] = (value, output)
         if len(sides) < 2:
             return None
-        chosen = move_to_front(sides.values(), chosen)
+        chosen = [*sides.values(), *[each for each in chosen if each not in sides.values()]]
     return chosen[:EXAMPLES]
-
-
-def move_to_front(front: Iterable[Example], examples: list[Example]) -> list[Example]:
-    """The examples of `front`, each once, then the others."""
-    return [*front, *[example for example in examples if example not in front]]
 
 
 def draw_input(rng: random.Random, takes: str, slots: dict[str, str]) -> Value:
@@ -390,7 +386,8 @@ def write_request(rng: random.Random, plan: Plan, fallback: str, third: bool) ->
         return join_clauses(rng, plan.steps, third)
     condition = plan.condition.phrase
     if plan.exception is None:
-        guard = f"{'returns' if third else 'return'} {fallback} if {condition}"
+        verb = "returns" if third else "return"
+        guard = f"{verb} {fallback} if {condition}"
         return f"{guard}, otherwise {join_clauses(rng, plan.steps, third)}"
     yes = join_clauses(rng, [plan.exception], third)
     no = join_clauses(rng, plan.steps, third)

@@ -24,6 +24,7 @@ from diffucoder.errors import ConfigError
         ({"stop": ("",)}, "stop"),
         ({"temprature": 1.0}, "did you mean 'temperature'?"),
         ({"zzz": 1.0}, "policy_temperature"),
+        ({"self": 1.0}, "unknown setting 'self'"),
     ],
     ids=str,
 )
@@ -99,6 +100,8 @@ def test_settings_are_frozen_and_replaced_with_validation() -> None:
     assert params.replace(temperature=0.2) == DecodingParams(steps=8, temperature=0.2)
     with pytest.raises(ConfigError, match="steps=0"):
         params.replace(steps=0)
+    with pytest.raises(ConfigError, match="unknown setting 'self'"):
+        params.replace(**{"self": 1})
     with pytest.raises(ValueError, match="frozen"):
         params.steps = 9
 

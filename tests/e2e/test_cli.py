@@ -4,6 +4,7 @@ A process that loads torch takes seconds, so most tests call `main` in this one;
 """
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 import tokenizers
 from commands import Run, assert_refused, process
 
+from diffucoder.decoding.params import DecodingParams
 from diffucoder.decoding.trace import read_traces
 from diffucoder.models.hub import KNOWN_MODELS, SHIPPED
 
@@ -80,6 +82,27 @@ def test_the_trace_can_be_read_back(cli: Run, tmp_path: Path) -> None:
     (trace,) = read_traces(path)
     assert trace.tokens[trace.prompt_length :][: len(result["tokens"])] == result["tokens"]
     assert (trace.model, trace.params["steps"], trace.forward_passes) == ("tiny", 4, result["forward_passes"])
+
+
+def test_the_preset_fast_fills_in_the_options_that_are_not_given(cli: Run, tmp_path: Path) -> None:
+    path = tmp_path / "trace.jsonl"
+    arguments = ("generate", REQUEST, "--new-tokens", 8, "--dtype", "float32", "--preset", "fast", "--trace", path)
+    assert cli(*arguments).code == 0
+    params = read_traces(path)[0].params
+    assert (params["entropy_bound"], params["cache"]) == (0.01, "delayed")
+    assert cli(*arguments, "--threshold", 0.5, "--cache", "none").code == 0
+    params = read_traces(path)[0].params
+    assert (params["entropy_bound"], params["threshold"], params["cache"]) == (None, 0.5, "none")
+
+
+@pytest.mark.parametrize("command", ["generate", "evaluate", "order"])
+def test_help_has_each_decoding_setting_once_with_its_default(cli: Run, command: str) -> None:
+    code, out, _ = cli(command, "--help")
+    assert code == 0
+    options = re.findall(r"^  (--[a-z-]+)", out, re.MULTILINE)
+    assert len(options) == len(set(options))
+    assert set(options) >= {f"--{name.replace('_', '-')}" for name in DecodingParams.model_fields}
+    assert "[default: exact]" in " ".join(out.split())
 
 
 def test_watching_without_a_terminal_leaves_the_answer_alone(cli: Run) -> None:

@@ -115,7 +115,7 @@ def test_what_cannot_be_is_refused_in_one_line(cli: Run, tmp_path: Path) -> None
     assert_refused(cli("evaluate", "tiny", "--samples", "none.jsonl"), "'none.jsonl' cannot be read")
     assert_refused(cli("evaluate", "tiny", "--samples", "a", "--model", "b"), "give one of the two")
     assert_refused(cli("evaluate", "tiny", "--steps", "many"), "steps='many' must be numbers")
-    assert_refused(cli("evaluate", "tiny", "--packages", "nowhere"), "'nowhere' is no folder")
+    assert_refused(cli("evaluate", "tiny", "--packages", "nowhere"), "'nowhere' is not a folder")
 
 
 @pytest.mark.parametrize(("option", "value"), [("--steps", 4), ("--raw", None), ("--batch", 2), ("--top-p", 0.5)])

@@ -15,8 +15,9 @@ from typing import Any
 import torch
 from starlette.testclient import TestClient
 
-from diffucoder.decoding.coder import DiffuCoder, Generation
+from diffucoder.decoding.coder import DiffuCoder
 from diffucoder.decoding.params import DecodingParams
+from diffucoder.decoding.requests import Generation
 
 Json = dict[str, Any]
 

@@ -11,7 +11,7 @@ from time import process_time
 import pytest
 from machine import in_time, wait_for
 
-from diffucoder.decoding.coder import Generation
+from diffucoder.decoding.requests import Generation
 from diffucoder.decoding.trace import Trace
 from diffucoder.errors import SandboxError
 from diffucoder.evaluation.evalplus import correct

@@ -189,7 +189,7 @@ def test_the_command_converts_and_exports(
     ("arguments", "message"),
     [
         (["SOURCE", "x.gguf"], "OUT='x.gguf' is a .gguf file, which only --gguf writes; write diffucoder convert"),
-        (["SOURCE", "x", "--gguf"], "OUT='x' is no .gguf file; write diffucoder convert SOURCE FOLDER, or"),
+        (["SOURCE", "x", "--gguf"], "OUT='x' is not a .gguf file; write diffucoder convert SOURCE FOLDER, or"),
         (["SOURCE", "x.gguf", "--gguf", "--pad"], "--pad adds a token to a parent and --gguf writes a model as it is"),
         (["SOURCE", "x", "--dtype", "int3"], "dtype='int3' is not known; use one of float32, bfloat16, float16"),
         (["nobody", "x"], "model 'nobody' is not a folder"),

@@ -252,7 +252,7 @@ def test_changed_weights_are_seen_and_cast_ones_too(causal_lm: MakeLM) -> None:
 def test_gradients_and_released_numbers_come_from_transformers_layers(causal_lm: MakeLM) -> None:
     plain, fast = pair(causal_lm)
     ids = tokens(2, 7)
-    assert_scores(scores(fast, ids, released=True), plain(ids), atol=0)
+    assert_scores(scores(fast, ids, reference=True), plain(ids), atol=0)
     with torch.enable_grad():
         fast(ids).sum().backward()
     assert fast.model.base_model.layers[0].self_attn.k_proj.weight.grad is not None
@@ -275,7 +275,7 @@ def test_a_snapshot_in_another_dtype_leaves_the_model_alone(causal_lm: MakeLM) -
 )
 def test_layers_it_does_not_know_are_left_to_transformers(causal_lm: MakeLM, overrides: dict[str, Any]) -> None:
     model = causal_lm("llama", **overrides)
-    assert not FastLayers.supports(model)
+    assert FastLayers.of(model) is None
     denoiser = Denoiser.from_causal_lm(model, mask_id=66)
     denoiser.use_fast_layers()
     assert not denoiser.has_fast_layers

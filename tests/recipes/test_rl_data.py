@@ -12,7 +12,7 @@ from overlap import HeldOut, Overlaps
 from prepare import SPREADS, are_hard, main, prepare, stub_of, with_test
 
 from diffucoder.errors import ConfigError
-from diffucoder.evaluation.benchmarks import load
+from diffucoder.evaluation.benchmarks import Asserts, load
 from diffucoder.training.exercises import Exercise, read_exercises
 
 
@@ -205,10 +205,11 @@ def test_the_command_line_keeps_a_benchmarks_tasks_out(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     task = load("tiny")[7]
+    assert isinstance(task.tests, Asserts)
     rows = [
         {"id": "clean", "prompt": "Add one.", "tests": ["assert add(1) == 2"]},
         {"id": "leak", "prompt": task.request, "tests": ["assert add(1) == 2"]},
-        {"id": "tests", "prompt": "Do.", "tests": list(task.asserts)},
+        {"id": "tests", "prompt": "Do.", "tests": list(task.tests.lines)},
     ]
     source, out = write(tmp_path / "mine.jsonl", rows), tmp_path / "out.jsonl"
     monkeypatch.setattr(sys, "argv", ["prepare.py", source, str(out), "--against", "tiny"])

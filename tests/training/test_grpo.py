@@ -18,8 +18,9 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from diffucoder.analysis.order import read_runs
-from diffucoder.decoding.coder import DiffuCoder, Generation
+from diffucoder.analysis.runs import read_runs
+from diffucoder.decoding.coder import DiffuCoder
+from diffucoder.decoding.requests import Generation
 from diffucoder.decoding.trace import Trace, read_traces
 from diffucoder.diffusion import View
 from diffucoder.errors import ConfigError, SandboxError
