@@ -1,8 +1,8 @@
 """Files: atomic writes, JSON lines in and out, the cache folder.
 
 The only place that does these. A file written here is whole or not there at all: the content goes to a neighbour
-(`name.partial`), which then takes the name. Files that grow (`append_jsonl`) may lose their last line when the process
-is killed; `read_whole_lines` reads what is complete.
+(`name.PID.partial`), which then takes the name. Files that grow (`append_jsonl`) may lose their last line when the
+process is killed; `read_whole_lines` reads what is complete.
 """
 
 import gzip
@@ -23,7 +23,7 @@ def cache_folder() -> Path:
 def write_text(path: str | Path, text: str) -> None:
     """Write a whole file, or leave it as it was. Raises OSError."""
     path = Path(path)
-    partial = path.with_name(path.name + ".partial")
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")  # several processes may write the same file
     partial.write_text(text, encoding="utf-8")
     partial.replace(path)
 

@@ -45,7 +45,9 @@ def _figures(runs: Sequence[Json]) -> dict[str, Figure]:
     figures = {"ar_ness": _ar_ness(runs)}
     if len({run["settings"].get("temperature") for run in runs}) > 1:
         figures["temperature"] = _temperature(runs)
-    pass_at_k, sinks, ranks = list[_Line](), dict[str, _Line](), list[_Line]()
+    pass_at_k: list[_Line] = []
+    sinks: dict[str, _Line] = {}
+    ranks: list[_Line] = []
     for run in runs:
         label = run["label"]
         if "pass@2" in run["figures"]:
@@ -113,7 +115,9 @@ def _temperature(runs: Sequence[Json]) -> Figure:
     figure, axes = _new_figure(len(names))
     for panel, name in zip(axes, names, strict=True):
         for group in groups.values():
-            x, rows, label = list[float](), list[Json](), ""
+            x: list[float] = []
+            rows: list[Json] = []
+            label = ""
             for run in sorted(group, key=lambda run: run["settings"]["temperature"]):
                 if name in run["figures"]:
                     x.append(run["settings"]["temperature"])
@@ -144,7 +148,10 @@ def _classes(runs: Sequence[Json]) -> Figure:
         if count:
             labels[kind] = f"{kind}\n{count:,} tokens"
     for number, run in enumerate(runs):
-        means, below, above, heights = list[float](), list[float](), list[float](), list[float]()
+        means: list[float] = []
+        below: list[float] = []
+        above: list[float] = []
+        heights: list[float] = []
         for place, kind in enumerate(labels):
             rank = run["figures"].get(f"rank_{kind}")
             if rank is not None:

@@ -27,7 +27,9 @@ Figures = dict[str, float]  # of one answer or prompt, by name
 
 def analyse(runs: Sequence[Run], conventions: Conventions) -> Json:
     """Return the content of report.json: the figures of every run, and the differences of every two."""
-    tables, reports, differences = list[dict[str, Figures]](), list[Json](), list[Json]()
+    tables: list[dict[str, Figures]] = []
+    reports: list[Json] = []
+    differences: list[Json] = []
     for run in runs:
         tables.append(_figures_by_prompt(run, conventions))
         reports.append(_report_of(run, tables[-1]))
@@ -83,11 +85,18 @@ def _figures_by_prompt(run: Run, conventions: Conventions) -> dict[str, Figures]
     fewest = min(map(len, groups.values()))
     table = {}
     for task, answers in groups.items():
-        names, values = _as_table([_figures_of(answer, conventions) for answer in answers])
+        rows: list[Figures] = []
+        programs: list[str] = []
+        right: list[str] = []
+        for answer in answers:
+            rows.append(_figures_of(answer, conventions))
+            programs.append(answer.program)
+            if answer.passed:
+                right.append(programs[-1])
+        names, values = _as_table(rows)
         figures: Figures = dict(zip(names, _mean(values).tolist(), strict=True))
-        figures["distinct"] = len({answer.program for answer in answers})
+        figures["distinct"] = len(set(programs))
         if all(answer.passed is not None for answer in answers):
-            right = [answer.program for answer in answers if answer.passed]
             figures["distinct_right"] = len(set(right))
             for k in range(1, fewest + 1):
                 figures[f"pass@{k}"] = pass_at_k(len(answers), len(right), k)

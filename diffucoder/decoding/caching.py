@@ -24,19 +24,19 @@ if TYPE_CHECKING:
 class CachePlan(Protocol):
     """What the passes of one sequence are fed."""
 
-    keeps: bool  # whether keys and values are kept between passes
+    uses_cache: bool  # whether keys and values are kept between passes
 
     def feed(self, sequence: "Sequence", model: Denoiser) -> Tensor:
         """(T,) bool: the positions that the next pass is fed."""
 
     def passed(self, sequence: "Sequence") -> None:
-        """Remember that a pass over the tokens of `sequence` as they are now has succeeded."""
+        """Note that a pass has succeeded. It is called before the tokens of `sequence` change."""
 
 
 class NoCache:
     """Every pass computes the whole canvas."""
 
-    keeps = False
+    uses_cache = False
 
     def feed(self, sequence: "Sequence", model: Denoiser) -> Tensor:
         """(T,) bool, all of them."""
@@ -49,7 +49,7 @@ class NoCache:
 class BlockCache:
     """All is computed when a block begins; then the block, and with `prefix_only` what is right of it."""
 
-    keeps = True
+    uses_cache = True
 
     def __init__(self, *, prefix_only: bool) -> None:
         self.prefix_only = prefix_only
@@ -65,14 +65,14 @@ class BlockCache:
         return fed | model.needed_for(fed)
 
     def passed(self, sequence: "Sequence") -> None:
-        """Keys and values outside the block at work are kept until another one is."""
+        """From now on only this block is fed, until decoding moves to the next one."""
         self._block = sequence.block
 
 
 class DelayedCache:
     """A token is computed again as long as it is masked, and once more after it was committed or revoked."""
 
-    keeps = True
+    uses_cache = True
 
     def __init__(self) -> None:
         self._tokens: Tensor | None = None  # (T,) what the keys and values were computed from
@@ -85,7 +85,7 @@ class DelayedCache:
         return masked | model.needed_for(masked) | (sequence.tokens != self._tokens)
 
     def passed(self, sequence: "Sequence") -> None:
-        """Keys and values of all tokens are those of the tokens as they are."""
+        """The cache now matches these tokens."""
         self._tokens = sequence.tokens
 
 

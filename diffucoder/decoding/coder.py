@@ -165,8 +165,8 @@ class DiffuCoder:
         for span in spans:
             if not position <= span.start <= span.end <= len(text):
                 raise PromptError(
-                    f"span {span.start} to {span.end} is not in the {len(text)} characters of the text, after the span "
-                    "before it; give spans in order"
+                    f"span {span.start} to {span.end} overlaps the one before, is reversed, or ends past character "
+                    f"{len(text)}; give spans in order"
                 )
             marked += text[position : span.start]
             marked += f"<|hole:{span.tokens}|>" if span.tokens else "<|hole|>"

@@ -1,7 +1,8 @@
 """Constraints and verifiers: what may be committed, and what is taken back.
 
 For: the two hooks of a decoding step after order and rule have chosen. A constraint may veto or replace commitments; a
-verifier may mask earlier ones again. Both see one sequence at a time. Not for: order and rules (`policies`).
+verifier may mask earlier ones again. Both see one sequence at a time. A constraint is given to its `Sequence`; a
+verifier follows from the settings (`verifier_of`). Not for: order and rules (`policies`).
 """
 
 from dataclasses import dataclass
@@ -48,7 +49,7 @@ class Verifier(Protocol):
 class LostProbability:
     """Take back the commitments that lost most probability since they were scored last (after Saber).
 
-    At most `share` of as many as the step commits.
+    It takes back at most `share` times the number of tokens that the step commits.
     """
 
     def __init__(self, share: float) -> None:

@@ -81,7 +81,7 @@ class DecodingParams(Settings):
     """also commit tokens of low entropy while their sum, without the largest, is at most this (EB-Sampler)"""
 
     revoke: float = Field(default=0.0, ge=0, lt=1)
-    """mask again this share of as many tokens as a step commits: those that lost most probability since (Saber)"""
+    """mask again the tokens that lost most probability: at most this times the tokens just committed (after Saber)"""
 
     # cache: what a pass does not compute again
 

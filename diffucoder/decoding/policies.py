@@ -2,15 +2,15 @@
 
 For: small objects with pure functions of (R, T) tensors, R rows of T positions. Not for: logits (`sampling`).
 
-Three ideas a newcomer needs. A *schedule* says how many tokens are due at each step: a count, or for the preset
-`reference` a share of what is masked. An *order* gives each position a priority: how confident the model is, perturbed
-by Gumbel noise if the order is random, or noise alone. A *rule* commits what is due in that order, and may commit more:
-everything the model is confident enough of. To add one: a class, an entry in `order_of` or `rule_of`, and a name or a
-setting in `params`.
+Three ideas a newcomer needs. A *schedule* says how many tokens are due at each step: a count, or for `reference` with
+the policy `random` a probability for each mask. An *order* gives each position a priority: how confident the model is,
+perturbed by Gumbel noise if the order is random, or noise alone. A *rule* commits what is due in that order, and may
+commit more: everything the model is confident enough of. To add an order: a class, an entry in `_ORDERS`, a name in
+`params`. To add a rule: a frozen dataclass, a line in `rule_of`, a setting in `params` and in its `_RULES`.
 """
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -141,20 +141,23 @@ def gumbel(uniform: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True, eq=False)
-class Candidates:
+class RuleInput:
     """What a rule decides about: R rows of T positions."""
 
     open: Tensor  # (R, T) bool: positions that may be committed now
     priority: Tensor  # (R, T) by the order
     confidence: Tensor  # (R, T) by the order, without its noise
     probability: Tensor  # (R, T) of the proposed tokens
-    due: Tensor  # (R,) by the schedule
+    due: Tensor  # (R,) by the schedule: a count, or a probability for each mask
+    top_probabilities: Tensor  # (R, T, k) of the most probable tokens, best first, as many as the rule looks at or more
 
 
 class Rule(Protocol):
-    """What a step commits."""
+    """What a step commits. Sequences with equal rules are decided together, so rules can be hashed and compared."""
 
-    def commit(self, candidates: Candidates) -> Tensor:
+    top_tokens: ClassVar[int]  # how many of the most probable tokens of each position it looks at
+
+    def commit(self, given: RuleInput) -> Tensor:
         """(R, T) bool, a part of what is open."""
 
 
@@ -162,27 +165,29 @@ class Rule(Protocol):
 class ScheduleRule:
     """What is due, in order of priority, and nothing else."""
 
-    def commit(self, candidates: Candidates) -> Tensor:
+    top_tokens: ClassVar[int] = 0
+
+    def commit(self, given: RuleInput) -> Tensor:
         """(R, T) bool."""
-        return highest(candidates.priority, candidates.open, candidates.due)
+        return highest(given.priority, given.open, given.due)
 
 
 @dataclass(frozen=True)
-class ThresholdRule:
+class ThresholdRule(ScheduleRule):
     """Also every token of at least this probability, or this confidence (Fast-dLLM's threshold)."""
 
     least: float
     by_confidence: bool
 
-    def commit(self, candidates: Candidates) -> Tensor:
+    def commit(self, given: RuleInput) -> Tensor:
         """(R, T) bool."""
-        value = candidates.confidence if self.by_confidence else candidates.probability
-        due = highest(candidates.priority, candidates.open, candidates.due)
-        return due | (candidates.open & (value >= self.least))
+        value = given.confidence if self.by_confidence else given.probability
+        due = highest(given.priority, given.open, given.due)
+        return due | (given.open & (value >= self.least))
 
 
 @dataclass(frozen=True)
-class FactorRule:
+class FactorRule(ScheduleRule):
     """Also each row's n most probable tokens, for the largest n with (n + 1)(1 - p of the nth) < `factor`.
 
     Fast-dLLM (arXiv 2505.22618, §3.3): with every p above 1 - 1/(n + 1) committing together picks what one after the
@@ -191,19 +196,19 @@ class FactorRule:
 
     factor: float
 
-    def commit(self, candidates: Candidates) -> Tensor:
+    def commit(self, given: RuleInput) -> Tensor:
         """(R, T) bool."""
-        open_ = candidates.open
-        ordered = candidates.probability.masked_fill(~open_, -1).sort(dim=-1, descending=True, stable=True)
+        open_ = given.open
+        ordered = given.probability.masked_fill(~open_, -1).sort(dim=-1, descending=True, stable=True)
         rank = torch.arange(1, open_.shape[1] + 1)  # (T,)
         fits = (rank + 1) * (1 - ordered.values) < self.factor  # (R, T) by rank; what is not open has 1 - p = 2
         most = (fits * rank).amax(-1, keepdim=True)  # (R, 1)
         within = torch.zeros_like(open_).scatter(1, ordered.indices, rank <= most)
-        return highest(candidates.priority, open_, candidates.due) | (open_ & within)
+        return highest(given.priority, open_, given.due) | (open_ & within)
 
 
 @dataclass(frozen=True)
-class EntropyBoundRule:
+class EntropyBoundRule(ScheduleRule):
     """Also each row's tokens of least entropy, whose entropies without the largest add up to at most `bound`.
 
     The entropy-bounded sampler (arXiv 2505.24857): the sum bounds what is lost by taking tokens as independent.
@@ -211,36 +216,36 @@ class EntropyBoundRule:
 
     bound: float
 
-    def commit(self, candidates: Candidates) -> Tensor:
+    def commit(self, given: RuleInput) -> Tensor:
         """(R, T) bool."""
-        open_ = candidates.open
-        ordered = (-candidates.confidence).masked_fill(~open_, torch.inf).sort(dim=-1, stable=True)  # (R, T) by rank
+        open_ = given.open
+        ordered = (-given.confidence).masked_fill(~open_, torch.inf).sort(dim=-1, stable=True)  # (R, T) by rank
         before = ordered.values.cumsum(-1).roll(1, -1)  # (R, T) sum of those before; the first has none
         before[:, 0] = 0
         within = torch.zeros_like(open_).scatter(1, ordered.indices, before <= self.bound)
-        return highest(candidates.priority, open_, candidates.due) | (open_ & within)
+        return highest(given.priority, open_, given.due) | (open_ & within)
 
 
 @dataclass(frozen=True)
-class ReleasedRule:
+class ReleasedRule(ScheduleRule):
     """What is due, with ties broken by `torch.topk`, as released: they are common in bf16."""
 
-    def commit(self, candidates: Candidates) -> Tensor:
+    def commit(self, given: RuleInput) -> Tensor:
         """(R, T) bool."""
-        priority = candidates.priority.masked_fill(~candidates.open, -torch.inf)
-        committed = torch.zeros_like(candidates.open)
-        for row, due in enumerate(candidates.due.long().tolist()):
+        priority = given.priority.masked_fill(~given.open, -torch.inf)
+        committed = torch.zeros_like(given.open)
+        for row, due in enumerate(given.due.long().tolist()):
             committed[row, priority[row].topk(due).indices] = True
-        return committed & candidates.open
+        return committed & given.open
 
 
 @dataclass(frozen=True)
-class ReleasedRandomRule:
+class ReleasedRandomRule(ScheduleRule):
     """The released `origin`: every open position is committed by itself, with the probability that is due."""
 
-    def commit(self, candidates: Candidates) -> Tensor:
+    def commit(self, given: RuleInput) -> Tensor:
         """(R, T) bool."""
-        return candidates.open & (candidates.priority < candidates.due[:, None])
+        return given.open & (given.priority < given.due[:, None])
 
 
 def rule_of(params: DecodingParams) -> Rule:

@@ -4,15 +4,14 @@ For: the two ends of the pipeline, which coder and server share. Not for: making
 decoding them (`step`).
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from torch import Tensor
 
-from diffucoder.decoding import step as decoding
 from diffucoder.decoding.canvas import Canvas
 from diffucoder.decoding.params import DecodingParams
-from diffucoder.decoding.step import Until
+from diffucoder.decoding.sequence import Sequence, Until
 from diffucoder.decoding.trace import Trace
 from diffucoder.tokenizer import Tokenizer
 
@@ -61,14 +60,14 @@ class Request:
     model_name: str
 
     @property
-    def answers(self) -> int:
+    def result_count(self) -> int:
         """How many results there will be."""
         return len(self.canvas.tokens)
 
     @property
-    def streams(self) -> bool:
-        """Whether each row is the answer of its own number, so that its text is known while it is decoded."""
-        return self.answers == len(self.canvas.tokens)
+    def rows_are_results(self) -> bool:
+        """Whether row i becomes result i, so that its text can be sent while it is decoded."""
+        return self.result_count == len(self.canvas.tokens)
 
     @property
     def until(self) -> Until | None:
@@ -83,26 +82,26 @@ class Request:
 
         return stopped
 
-    def sequences(self, *, entropies: int = 0) -> list[decoding.Sequence]:
+    def sequences(self, *, entropies: int = 0) -> list[Sequence]:
         """One for each row; their traces hold the entropies of the first `entropies` steps."""
         rows = range(len(self.canvas.tokens))
         until = self.until
-        return [decoding.Sequence(self.canvas, self.params, row=n, until=until, entropies=entropies) for n in rows]
+        return [Sequence(self.canvas, self.params, row=n, until=until, entropies=entropies) for n in rows]
 
-    def settled(self, sequence: decoding.Sequence) -> list[int]:
+    def settled_ids(self, sequence: Sequence) -> list[int]:
         """The ids of an answer that no later step can change, from its beginning; none while tokens may be revoked."""
         if self.params.revoke and sequence.finish_reason is None:
             return []
         masks = int(sequence.holes.sum())
-        end = min(sequence.settled, sequence.answer_end, sequence.first_hole + masks)
+        end = min(sequence.first_masked, sequence.answer_end, sequence.first_hole + masks)
         ids: list[int] = sequence.tokens[sequence.first_hole : end].tolist()
         return ids
 
-    def results(self, sequences: Sequence[decoding.Sequence], seconds: float) -> list[Generation]:
+    def results(self, sequences: list[Sequence], seconds: float) -> list[Generation]:
         """What the finished `sequences` come to, in order of their index. `seconds` is what decoding took."""
         return [self._answer(index, sequence, seconds) for index, sequence in enumerate(sequences)]
 
-    def _answer(self, index: int, sequence: decoding.Sequence, seconds: float) -> Generation:
+    def _answer(self, index: int, sequence: Sequence, seconds: float) -> Generation:
         tokens = sequence.tokens[sequence.first_hole : sequence.answer_end].tolist()
         whole = self.tokenizer.decode(tokens)
         text = before_stops(whole, self.params.stop)
@@ -144,21 +143,21 @@ class Part:
 class HoleRequest(Request):
     """Text with holes: the canvas has `num_samples` consecutive rows for each length that open holes are tried at."""
 
-    parts: Sequence[Part]
-    lengths: Sequence[int]  # that open holes are tried at
+    parts: list[Part]
+    lengths: tuple[int, ...]  # that open holes are tried at
     whole: bool  # whether the result's text is the whole, filled, or the first hole alone
 
     @property
-    def answers(self) -> int:
+    def result_count(self) -> int:
         """How many results there will be."""
         return self.params.num_samples
 
     @property
     def until(self) -> Until | None:
-        """Nothing: rows that ended early could not be compared."""
+        """Nothing: rows that ended early could not be compared. Stop strings cut the text afterwards."""
         return None
 
-    def results(self, sequences: Sequence[decoding.Sequence], seconds: float) -> list[Generation]:
+    def results(self, sequences: list[Sequence], seconds: float) -> list[Generation]:
         """Of each sample the row of the likeliest length, in order of the samples."""
         traces = [sequence.trace(self.model_name) for sequence in sequences]
         results = []

@@ -44,43 +44,43 @@ class Sampler:
     top_k: int | None
     barred: tuple[int, ...]  # ids never proposed
     proposable: int | None  # nor ids from this one on
-    released: bool  # the released arithmetic, in the logits' own dtype, in place of fp32
+    reference: bool  # the released code's arithmetic, in the logits' own dtype, in place of fp32
 
     @classmethod
     def of(
         cls, params: DecodingParams, *, mask_id: int, forbidden: tuple[int, ...] = (), proposable: int | None = None
     ) -> "Sampler":
-        """The sampler that `params` ask for; the released one bars the mask alone."""
-        released = params.preset == "reference"
+        """The sampler that `params` ask for; that of the preset `reference` bars the mask alone."""
+        reference = params.preset == "reference"
         return cls(
             order=order_of(params),
             temperature=params.temperature,
             top_p=params.top_p,
             top_k=params.top_k,
-            barred=(mask_id,) if released else (mask_id, *forbidden),
-            proposable=None if released else proposable,
-            released=released,
+            barred=(mask_id,) if reference else (mask_id, *forbidden),
+            proposable=None if reference else proposable,
+            reference=reference,
         )
 
     def sample(
         self,
         logits: Tensor,
         uniform: Tensor,
-        known: Tensor,
+        given: Tensor,
         *,
         with_entropy: bool = False,
         candidates: int = 0,
     ) -> Samples:
         """Propose a token for each row of `logits` (M, V).
 
-        `uniform` (M,) in [0, 1) decides if there is a temperature. If `known` (M,) is not -1, that token takes the
+        `uniform` (M,) in [0, 1) decides if there is a temperature. If `given` (M,) is not -1, that token takes the
         place of the proposal: how confident the model is of it.
         """
         barred = torch.tensor(self.barred, device=logits.device)
-        unsure = torch.full((len(logits),), torch.nan, device=logits.device)
+        entropies = torch.full((len(logits),), torch.nan, device=logits.device)
         if with_entropy:
-            unsure = entropy(logits, barred, self.proposable)
-        logits = logits.to(logits.dtype if self.released else torch.float32, copy=True)
+            entropies = entropy(logits, barred, self.proposable)
+        logits = logits.to(logits.dtype if self.reference else torch.float32, copy=True)
         lowest = torch.finfo(logits.dtype).min
         logits[:, barred] = lowest
         if self.proposable is not None:
@@ -88,14 +88,14 @@ class Sampler:
         probabilities = self._filter(logits).softmax(-1)  # (M, V)
         del logits  # as large as the probabilities, and not read again
         tokens = draw(probabilities, uniform) if self.temperature > 0 else probabilities.argmax(-1)
-        tokens = known.where(known >= 0, tokens)
+        tokens = given.where(given >= 0, tokens)
         chosen = probabilities.gather(1, tokens[:, None])[:, 0]  # (M,)
         best = probabilities.topk(min(candidates, probabilities.shape[1]), -1)
         return Samples(
             tokens=tokens,
             confidence=self.order.confidence(probabilities, chosen).float(),
             log_prob=chosen.float().log(),
-            entropy=unsure,
+            entropy=entropies,
             candidates=best.indices,
             candidate_log_probs=best.values.float().log(),
         )

@@ -98,7 +98,7 @@ class Sequence:
         self.verifier = verifier_of(params)
         self.finish_reason: Literal["stop", "length"] | None = None if masked else "length"
         self.forward_passes = 0
-        self._until_saw = self.first_hole
+        self._until_saw = self.first_hole  # the first masked position when `until` was called last
         # SeedSequence mixes (seed, sample), so that neighbouring seeds and samples share nothing
         mixed = np.random.SeedSequence((params.seed, int(canvas.sample[row]))).generate_state(1, np.uint64)
         self._generator = torch.Generator().manual_seed(int(mixed[0]))
@@ -119,7 +119,7 @@ class Sequence:
         return self.tokens == self.canvas.mask_id
 
     @property
-    def settled(self) -> int:
+    def first_masked(self) -> int:
         """The first position that is still masked; T if none is. Without a verifier nothing before it changes."""
         return int(leftmost(self.masked[None]))
 
@@ -133,7 +133,7 @@ class Sequence:
         """The number of the block at work: the first one with a mask."""
         if self.params.block is None:
             return 0
-        return (self.settled - self.first_hole) // self.params.block
+        return (self.first_masked - self.first_hole) // self.params.block
 
     def block_bounds(self) -> tuple[int, int]:
         """The positions of the block at work: from, to."""
@@ -144,9 +144,9 @@ class Sequence:
     # --- what a pass needs ---
 
     @property
-    def released(self) -> bool:
-        """Whether it is decoded by the released code's arithmetic."""
-        return self.sampler.released
+    def as_reference(self) -> bool:
+        """Whether it is decoded by the released code's arithmetic and schedule."""
+        return self.sampler.reference
 
     @property
     def wants_entropy(self) -> bool:
@@ -218,16 +218,16 @@ class Sequence:
     def _finish_if_over(self) -> None:
         """Set `finish_reason` once nothing before the answer's end is masked, or `until` says so.
 
-        The reference preset knows no terminators: it takes all its steps.
+        The reference preset takes all its steps, whatever it has written.
         """
-        settled = self.settled
-        stopped = self.answer_end < settled
-        over = stopped or settled == len(self.tokens)
-        if self.released:
+        first_masked = self.first_masked
+        stopped = self.answer_end < first_masked
+        over = stopped or first_masked == len(self.tokens)
+        if self.as_reference:
             over = self.forward_passes == self.schedule.steps
-        if self.until is not None and settled > self._until_saw:
-            self._until_saw = settled
-            if self.until(self.tokens[self.first_hole : settled]):
+        if self.until is not None and first_masked > self._until_saw:
+            self._until_saw = first_masked
+            if self.until(self.tokens[self.first_hole : first_masked]):
                 over = stopped = True
         if over:
             self.finish_reason = "stop" if stopped else "length"

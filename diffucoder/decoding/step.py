@@ -8,12 +8,11 @@ every open position (`sampling`). Order and rule *choose* what to commit (`polic
 itself, where a constraint may veto and a verifier may take back (`constraints`).
 
 `advance` takes any mix of sequences (lengths, ages, settings) and spends one forward pass, so a sequence comes out the
-same alone and in company, up to the rounding of matrix products, which differ in shape. What needs the vocabulary runs
-where the model is; everything of shape (R, T), R rows of T positions, is on the host.
+same alone and in company, up to the rounding of matrix products, which differ in shape. Tensors with a vocabulary axis
+are on the model's device; everything of shape (R, T), R rows of T positions, is on the host.
 """
 
 from collections.abc import Iterator
-from collections.abc import Sequence as Sequences
 from dataclasses import dataclass
 
 import torch
@@ -22,8 +21,8 @@ from torch.nn.utils.rnn import pad_sequence
 
 from diffucoder.decoding.canvas import Canvas
 from diffucoder.decoding.params import DecodingParams
-from diffucoder.decoding.policies import Candidates
-from diffucoder.decoding.sampling import Samples
+from diffucoder.decoding.policies import RuleInput
+from diffucoder.decoding.sampling import Sampler, Samples
 from diffucoder.decoding.sequence import Proposals, Sequence, Step, Until
 from diffucoder.errors import PromptError
 from diffucoder.models.denoiser import Denoiser
@@ -32,7 +31,7 @@ __all__ = ["Sequence", "Step", "Until", "advance", "decode", "denoise"]
 
 
 @torch.no_grad()
-def advance(model: Denoiser, sequences: Sequences[Sequence]) -> list[Step]:
+def advance(model: Denoiser, sequences: list[Sequence]) -> list[Step]:
     """One pass for `sequences`, none of them finished; a Step of (1, own length) for each."""
     assert all(sequence.finish_reason is None for sequence in sequences), "a finished sequence has nothing to advance"
     batch = Batch.of(sequences, model)
@@ -45,7 +44,7 @@ def advance(model: Denoiser, sequences: Sequences[Sequence]) -> list[Step]:
     return steps
 
 
-def decode(model: Denoiser, sequences: Sequences[Sequence]) -> Iterator[list[tuple[int, Step]]]:
+def decode(model: Denoiser, sequences: list[Sequence]) -> Iterator[list[tuple[int, Step]]]:
     """Advance all sequences until they are finished. After each pass: which ones it advanced, and their Steps."""
     try:
         while True:
@@ -95,7 +94,16 @@ def denoise(
                 revoked[row, own] = step.revoked[0].to(tokens.device)
             if entropy is not None and step.entropy is not None:
                 entropy[row, own] = step.entropy[0].to(tokens.device)
-        yield Step(index, tokens, committed, revoked, confidence, index + 1, log_prob, entropy)
+        yield Step(
+            index=index,
+            canvas=tokens,
+            committed=committed,
+            revoked=revoked,
+            confidence=confidence,
+            forward_passes=index + 1,
+            log_prob=log_prob,
+            entropy=entropy,
+        )
 
 
 # --- one pass --------------------------------------------------------------------------------------------------------
@@ -105,16 +113,16 @@ def denoise(
 class Batch:
     """The R sequences of a pass, left-padded to T positions."""
 
-    sequences: Sequences[Sequence]
+    sequences: list[Sequence]
     tokens: Tensor  # (R, T)
     valid: Tensor  # (R, T) bool
     feed: Tensor  # (R, T) bool: what the model is fed
-    open: Tensor  # (R, T) bool: masks that may be committed
+    open: Tensor  # (R, T) bool: masked positions that may be filled now
     verified: Tensor  # (R, T) bool: committed tokens that are scored again
     uniform: Tensor  # (2, R, T) random numbers, for tokens and for the order
 
     @classmethod
-    def of(cls, sequences: Sequences[Sequence], model: Denoiser) -> "Batch":
+    def of(cls, sequences: list[Sequence], model: Denoiser) -> "Batch":
         """Lay out what `sequences` bring to a pass."""
         feeds = [sequence.cache_plan.feed(sequence, model) for sequence in sequences]
         opens = []
@@ -139,12 +147,21 @@ class Batch:
             uniform=_padded([sequence.uniform.T for sequence in sequences]).permute(2, 0, 1),
         )
 
-    def kinds(self) -> list[list[int]]:
-        """Rows that share a call of the model: released arithmetic, with a cache, without."""
-        kinds: dict[tuple[bool, bool], list[int]] = {}
+    def rows_by_call(self) -> list[list[int]]:
+        """Rows that share a call of the model: the released code's arithmetic, with a cache, without."""
+        calls: dict[tuple[bool, bool], list[int]] = {}
         for row, sequence in enumerate(self.sequences):
-            kinds.setdefault((sequence.released, sequence.cache_plan.keeps), []).append(row)
-        return list(kinds.values())
+            calls.setdefault((sequence.as_reference, sequence.cache_plan.uses_cache), []).append(row)
+        return list(calls.values())
+
+    def top_tokens(self) -> int:
+        """How many of the most probable tokens of a position rules and constraints look at."""
+        wanted = 0
+        for sequence in self.sequences:
+            wanted = max(wanted, sequence.rule.top_tokens)
+            if sequence.constraint is not None:
+                wanted = max(wanted, sequence.constraint.candidates)
+        return wanted
 
 
 def _padded(rows: list[Tensor]) -> Tensor:
@@ -154,7 +171,7 @@ def _padded(rows: list[Tensor]) -> Tensor:
 def propose(model: Denoiser, batch: Batch) -> Proposals:
     """Show the batch to the model, and collect the proposals of all positions that are open or verified."""
     shape = batch.tokens.shape
-    wanted = max((s.constraint.candidates for s in batch.sequences if s.constraint is not None), default=0)
+    wanted = batch.top_tokens()
     proposals = Proposals(
         open=batch.open,
         verified=batch.verified,
@@ -165,7 +182,7 @@ def propose(model: Denoiser, batch: Batch) -> Proposals:
         candidates=torch.zeros(*shape, wanted, dtype=torch.long),
         candidate_log_probs=torch.zeros(*shape, wanted),
     )
-    for rows in batch.kinds():
+    for rows in batch.rows_by_call():
         position, samples = _score(model, batch, rows, wanted)
         at = tuple(position.T)
         proposals.tokens[at] = samples.tokens
@@ -180,35 +197,27 @@ def propose(model: Denoiser, batch: Batch) -> Proposals:
 def _score(model: Denoiser, batch: Batch, rows: list[int], candidates: int) -> tuple[Tensor, Samples]:
     """One call for some rows of a batch: the (row, position) pairs (M, 2) that it scores, and their samples."""
     sequences = [batch.sequences[row] for row in rows]
-    scored = batch.open[rows] | batch.verified[rows]  # (r, T)
-    parts = []
-    samplers = []
-    end = 0
-    for sampler in dict.fromkeys(sequence.sampler for sequence in sequences):  # positions with one sampler together
-        same = torch.tensor([sequence.sampler == sampler for sequence in sequences])
-        part = (scored & same[:, None]).nonzero()
-        samplers.append((sampler, end, end + len(part)))
-        end += len(part)
-        parts.append(part)
-    where = torch.cat(parts)  # (M, 2)
+    where, spans = _by_sampler(sequences, batch.open[rows] | batch.verified[rows])
     at = tuple(where.T)
-    known = batch.tokens[rows].masked_fill(batch.open[rows], -1)[at].to(model.device)  # (M,)
+    given = batch.tokens[rows].masked_fill(batch.open[rows], -1)[at].to(model.device)  # (M,) -1: to be proposed
     uniform = batch.uniform[0, rows][at].to(model.device)  # (M,)
     with_entropy = any(sequence.wants_entropy for sequence in sequences)
 
     def sample(logits: Tensor, chunk: slice) -> Samples:
         parts = []
-        for sampler, start, end in samplers:
-            here = slice(max(start, chunk.start), min(end, chunk.stop))
-            if here.start < here.stop or not len(where):
-                own = logits[here.start - chunk.start : max(here.start, here.stop) - chunk.start]
+        for sampler, span in spans:
+            start = max(span.start, chunk.start)
+            stop = min(span.stop, chunk.stop)
+            if start < stop or not len(where):  # no position at all is still one, empty, chunk
+                here = slice(start, stop)
+                own = logits[start - chunk.start : stop - chunk.start]
                 parts.append(
-                    sampler.sample(own, uniform[here], known[here], with_entropy=with_entropy, candidates=candidates)
+                    sampler.sample(own, uniform[here], given[here], with_entropy=with_entropy, candidates=candidates)
                 )
         return Samples(*map(torch.cat, zip(*parts, strict=True)))
 
     cache_rows = None
-    if sequences[0].cache_plan.keeps:
+    if sequences[0].cache_plan.uses_cache:
         cache_rows = [sequence.acquire(model) for sequence in sequences]
     results = model.score(
         batch.tokens[rows],
@@ -217,10 +226,26 @@ def _score(model: Denoiser, batch: Batch, rows: list[int], candidates: int) -> t
         wanted=where,
         reduce=sample,
         cache_rows=cache_rows,
-        released=sequences[0].released,
+        reference=sequences[0].as_reference,
     )
     samples = Samples(*(column.cpu() for column in results))
     return torch.stack([torch.tensor(rows)[where[:, 0]], where[:, 1]], -1), samples
+
+
+def _by_sampler(sequences: list[Sequence], scored: Tensor) -> tuple[Tensor, list[tuple[Sampler, range]]]:
+    """The positions `scored` (r, T) as (row, position) pairs (M, 2), and which of the M each sampler has.
+
+    Positions of sequences with equal samplers are next to each other, so that they are sampled in one go.
+    """
+    pairs: list[Tensor] = []
+    spans: list[tuple[Sampler, range]] = []
+    count = 0
+    for sampler in dict.fromkeys(sequence.sampler for sequence in sequences):
+        same = torch.tensor([sequence.sampler == sampler for sequence in sequences])
+        pairs.append((scored & same[:, None]).nonzero())
+        spans.append((sampler, range(count, count + len(pairs[-1]))))
+        count += len(pairs[-1])
+    return torch.cat(pairs), spans
 
 
 # --- what a step commits ---------------------------------------------------------------------------------------------
@@ -236,12 +261,13 @@ def choose(batch: Batch, proposals: Proposals) -> Tensor:
     for rows in alike.values():
         first = batch.sequences[rows[0]]
         confidence = proposals.confidence[rows]
-        candidates = Candidates(
+        given = RuleInput(
             open=proposals.open[rows],
             priority=first.order.priority(confidence, batch.uniform[1, rows]),
             confidence=confidence,
             probability=proposals.log_prob[rows].exp(),
             due=due[rows],
+            top_probabilities=proposals.candidate_log_probs[rows].exp(),
         )
-        chosen[rows] = first.rule.commit(candidates)
+        chosen[rows] = first.rule.commit(given)
     return chosen

@@ -122,7 +122,8 @@ def split_by_imports(tasks: Sequence[Task], sandbox: Sandbox) -> tuple[list[Task
         names = sorted(libraries)
         probe = f"import importlib.util\nprint(*(n for n in {names!r} if importlib.util.find_spec(n) is None))"
         absent.update(sandbox.run(probe).stdout.split())
-    runnable, skipped = list[Task](), dict[str, str]()
+    runnable: list[Task] = []
+    skipped: dict[str, str] = {}
     for task in tasks:
         missing = [library for library in task.libraries if library in absent]
         if missing:
@@ -256,7 +257,8 @@ def _compute_reference(task: Task, sandbox: Sandbox) -> Reference:
     assert isinstance(task.tests, Calls)
     calls = [Call(f"{task.entry_point}(*_)", row, _REFERENCE_SECONDS) for row in task.tests.inputs]
     limits = Limits(seconds=10 * _REFERENCE_SECONDS, memory=MEMORY, output=_MOST_OUTPUT, processes=32)
-    values, seconds = list[Any](), list[float]()
+    values: list[Any] = []
+    seconds: list[float] = []
     for number, outcome in enumerate(call(task.canonical, calls, limits, sandbox=sandbox), 1):
         if outcome.status != "ok":
             raise ConfigError(

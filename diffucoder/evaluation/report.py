@@ -32,7 +32,7 @@ def report(
     judged = {task.task_id for task in tasks if task.tests is not None}
     return {
         "benchmark": benchmark,
-        **_shares_passed(by_task),
+        **_shares_passed(by_task, with_plus=any(verdict["plus"] is not None for verdict in verdicts)),
         "tokens_per_forward": _ratio(samples, "tokens", "forward_passes"),
         "tasks": len(by_task),
         "samples": len(verdicts),
@@ -45,7 +45,7 @@ def report(
     }
 
 
-def _shares_passed(by_task: Mapping[str, Sequence[Json]]) -> Json:
+def _shares_passed(by_task: Mapping[str, Sequence[Json]], *, with_plus: bool) -> Json:
     figures: Json = {}
     fewest = min(map(len, by_task.values()), default=0)
     for k in _KS:
@@ -53,7 +53,7 @@ def _shares_passed(by_task: Mapping[str, Sequence[Json]]) -> Json:
             shares = _pass_at_k(by_task, "passed", k)
             figures[f"pass@{k}"] = sum(shares) / len(shares)
             figures[f"pass@{k}_interval"] = bootstrap(shares, np.random.default_rng(_SEED))
-    if any(verdict["plus"] is not None for verdicts in by_task.values() for verdict in verdicts):
+    if with_plus:
         shares = _pass_at_k(by_task, "base", 1)
         figures["base_pass@1"] = sum(shares) / len(shares)
     return figures
@@ -81,10 +81,12 @@ def tokens_per_second(samples: Sequence[Json]) -> float | None:
 
 
 def _ratio(samples: Sequence[Json], above: str, below: str) -> float | None:
-    divisor = sum(sample.get(below, 0) for sample in samples)
-    if not divisor:
-        return None
-    return float(sum(sample.get(above, 0) for sample in samples) / divisor)
+    dividend = 0.0
+    divisor = 0.0
+    for sample in samples:
+        dividend += sample.get(above, 0)
+        divisor += sample.get(below, 0)
+    return dividend / divisor if divisor else None
 
 
 def versions() -> dict[str, str]:

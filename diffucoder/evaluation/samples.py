@@ -46,7 +46,8 @@ class Generator:
             write_jsonl(traces, [line for line in read_whole_lines(traces) if line.get("id") in names])
         starts = range(len(done) // self.params.num_samples, len(tasks), self.batch)
         for start in progress(starts, len(starts), "batches generated"):
-            samples, trace_lines = list[Json](), list[Json]()
+            samples: list[Json] = []
+            trace_lines: list[Json] = []
             for sample, trace in self._answer(tasks[start : start + self.batch], self._steps_with_entropies(start)):
                 samples.append(sample)
                 if trace is not None:

@@ -29,7 +29,8 @@ from transformers.utils import logging as transformers_logging
 
 from diffucoder.errors import CheckpointError, ConfigError
 from diffucoder.files import Json, write_json
-from diffucoder.models.denoiser import SUPPORTED_TYPES, Denoiser, set_causal
+from diffucoder.models.denoiser import Denoiser, set_causal
+from diffucoder.models.families import Family, family_of
 from diffucoder.models.hub import find
 from diffucoder.tokenizer import Tokenizer, read_json
 
@@ -54,6 +55,7 @@ class Checkpoint:
     config: Any  # a transformers config, which mypy does not follow
     mask_id: int | None  # None: an autoregressive model
     shifted: bool  # row i - 1 of the model scores token i
+    family: Family
 
     @property
     def dtype(self) -> torch.dtype:
@@ -89,10 +91,15 @@ def load_denoiser(
         )
     device, dtype = default_device_and_dtype(device, dtype)
     folder = find(checkpoint.source, revision=checkpoint.revision, weights=True)
-    _check_weights(folder, checkpoint.config)
+    _check_weights(folder, checkpoint.config, checkpoint.family)
     with transformers_silenced():
         model = AutoModelForCausalLM.from_pretrained(
-            folder, config=checkpoint.config, dtype=dtype, attn_implementation="sdpa", local_files_only=True
+            folder,
+            config=checkpoint.config,
+            dtype=dtype,
+            attn_implementation="sdpa",
+            local_files_only=True,
+            key_mapping=dict(checkpoint.family.weight_names) or None,
         )
     model.to(device).eval()
     return Denoiser.from_causal_lm(model, mask_id=mask_id, shifted=checkpoint.shifted)
@@ -175,59 +182,44 @@ def find_checkpoint(source: Source, *, revision: str | None = None) -> Checkpoin
         raise CheckpointError(f"{folder} has no config.json; is it a model's folder?")
     fields = read_json(folder / "config.json")
     extras = read_json(folder / EXTRAS)
-    architecture = _architecture_of(fields, folder)
-    mask_id = _mask_id_of(fields, extras, folder)
-    config = _transformers_config(architecture, fields, folder)
+    family = family_of(fields, folder)
+    mask_id = _mask_id_of(family, fields, extras, folder)
+    config = _transformers_config(family, fields, folder)
     if mask_id is not None and mask_id not in range(config.vocab_size):  # a string is in no range either
         raise CheckpointError(f"{folder}: mask_token_id={mask_id!r} is not an id below vocab_size={config.vocab_size}")
-    return Checkpoint(source, revision, folder, config, mask_id, shifted=bool(extras.get("shifted", True)))
+    shifted = bool(extras.get("shifted", family.shifted))
+    return Checkpoint(source, revision, folder, config, mask_id, shifted, family)
 
 
-def _architecture_of(fields: Json, folder: Path) -> str:
-    """The model type of transformers whose layers, config keys and weight names a `config.json` describes."""
-    model_type = fields.get("model_type")
-    if model_type == "Dream":
-        return "qwen2"
-    if model_type in SUPPORTED_TYPES:
-        return str(model_type)
-    known = ", ".join(("Dream", *SUPPORTED_TYPES))
-    raise CheckpointError(f"{folder}/config.json: model_type {model_type!r} is not supported; use one of {known}")
-
-
-def _mask_id_of(fields: Json, extras: Json, folder: Path) -> int | None:
-    """The mask's id, from `diffucoder.json` or `config.json`; None for an autoregressive model."""
-    mask_id: int | None = extras.get("mask_token_id", fields.get("mask_token_id"))
-    if mask_id is None and fields["model_type"] == "Dream":
-        raise CheckpointError(f"{folder}/config.json: Dream needs a mask_token_id; add it (DiffuCoder's is 151666)")
+def _mask_id_of(family: Family, fields: Json, extras: Json, folder: Path) -> int | None:
+    """The mask's id, from `diffucoder.json`, `config.json` or the family; None for an autoregressive model."""
+    mask_id: int | None = extras.get("mask_token_id", fields.get("mask_token_id", family.mask_id))
+    if mask_id is None and family.diffusion:
+        kind = family.model_type
+        raise CheckpointError(f"{folder}/config.json: {kind} needs a mask_token_id; add it (DiffuCoder's is 151666)")
     return mask_id
 
 
-def _transformers_config(architecture: str, fields: Json, folder: Path) -> Any:
-    """The config as transformers has it. Remote code is never run; other fields that go describe the file only."""
-    described = {name: value for name, value in fields.items() if name not in _NOT_CONFIG}
+def _transformers_config(family: Family, fields: Json, folder: Path) -> Any:
+    """The config as transformers has it, without fields about other things than layers. Remote code is never run."""
+    described = {name: value for name, value in family.config(fields).items() if name not in _NOT_CONFIG}
     try:
-        return AutoConfig.for_model(architecture, **described)
+        return AutoConfig.for_model(family.architecture, **described)
     except (TypeError, ValueError, KeyError, StrictDataclassError) as error:
         kind = fields["model_type"]
         raise CheckpointError(f"{folder}/config.json is not a {kind} config: {_one_line(error)}") from error
 
 
-def _name_in_model(stored: str) -> str | None:
-    """The model's name for a stored weight; None for a buffer of old checkpoints that follows from the config."""
-    return None if stored.endswith("rotary_emb.inv_freq") else stored
-
-
-def _check_weights(folder: Path, config: Any) -> None:
+def _check_weights(folder: Path, config: Any, family: Family) -> None:
     """CheckpointError unless the files hold exactly the weights that `config` describes. Reads headers only."""
     try:
         expected = _expected_shapes(config)
     except (TypeError, ValueError, KeyError, RuntimeError, AssertionError, ZeroDivisionError) as error:
         raise CheckpointError(f"{folder}/config.json describes an impossible model: {_one_line(error)}") from error
     stored = {}
-    for stored_name, shape in _stored_shapes(folder).items():
-        name = _name_in_model(stored_name)
-        if name is not None:
-            stored[name] = shape
+    for name, shape in _stored_shapes(folder).items():
+        if not name.endswith("rotary_emb.inv_freq"):  # a buffer of old checkpoints, which follows from the config
+            stored[family.weight_name(name)] = shape
     missing = expected.keys() - stored.keys()
     if config.tie_word_embeddings:
         missing.discard("lm_head.weight")  # one matrix, stored once

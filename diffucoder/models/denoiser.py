@@ -199,18 +199,18 @@ class Denoiser(nn.Module):
         wanted: Tensor,
         reduce: Reduce,
         cache_rows: Sequence[int] | None = None,
-        released: bool = False,
+        reference: bool = False,
     ) -> tuple[Tensor, ...]:
         """Reduce the logits of some positions of canvases, computing only what is fed. For decoding.
 
         tokens (R, T) int64, `valid` (R, T) bool False on left padding, and `feed` (R, T) bool are on the host. `wanted`
         (M, 2) int64 are (row, position) pairs, each `scorable` from what is fed. With `cache_rows` (one for each
         canvas, acquired from `cache`) positions that are not fed are seen as they were when they were fed last;
-        without, everything valid must be fed. `released` computes by transformers' layers, as the released code does.
+        without, everything valid must be fed. `reference` computes by transformers' layers, as the released code does.
         Returns the results of `reduce`, one row for each wanted position, (M, ...) each.
         """
         fast = self._fast
-        if fast is None or released or self.config.is_causal:
+        if fast is None or reference or self.config.is_causal:
             assert cache_rows is None, "a cache belongs to fast layers"
             return _as_tuple(self(tokens, valid=valid, rows=wanted, reduce=reduce))
         positions = (valid.long().cumsum(-1) - 1).clamp(min=0)  # (R, T)

@@ -243,7 +243,7 @@ class FastLayers:
         return self._normed(hidden, self.norm)
 
     def _query_key_value(self, layer: Layer, hidden: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries (N, heads, D), keys and values (N, key heads, D), with positions turned into the first two."""
+        """Queries (N, heads, D), keys and values (N, key heads, D); the first two rotated by their positions (RoPE)."""
         heads = layer.qkv(hidden).view(len(hidden), -1, self.head_dim)
         rotated = heads[:, : self.heads + self.key_heads]
         value = heads[:, self.heads + self.key_heads :]
@@ -275,7 +275,7 @@ class FastLayers:
         cos, sin = self._rotary(self.embedding, torch.arange(count, device=self.device)[None])
         first, second = sin[0].chunk(2, -1)
         self._cos = cos[0]
-        self._sin = torch.cat((-first, second), -1)  # the sign by which the other half of a head is added
+        self._sin = torch.cat((-first, second), -1)  # rotate_half's sign, so that `roll` is enough
 
 
 def _projections(module: Any) -> list[nn.Module]:  # Any: an attention or feed-forward module of transformers

@@ -337,7 +337,7 @@ class Engine:
                 if job.started is None:
                     job.started = began
                 if job.watched:
-                    event = Event(row.number, step, job.request.settled(row.sequence))
+                    event = Event(row.number, step, job.request.settled_ids(row.sequence))
                     if not job.send(event):  # the client's event loop is closed
                         self.end(job)
                         continue

@@ -44,7 +44,7 @@ class Scripted:
         wanted: Tensor,
         reduce: Callable[[Tensor, slice], tuple[Tensor, ...]],
         cache_rows: None = None,
-        released: bool = False,
+        reference: bool = False,
     ) -> tuple[Tensor, ...]:
         assert torch.equal(feed, valid), "there is no cache"
         self.fed.append(tuple(tokens.shape))

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from diffucoder.decoding.params import DecodingParams
 from diffucoder.decoding.policies import (
-    Candidates,
     EntropyBoundRule,
     FactorRule,
     Quotas,
@@ -19,6 +18,7 @@ from diffucoder.decoding.policies import (
     ReleasedRule,
     ReleasedShares,
     Rule,
+    RuleInput,
     Schedule,
     ScheduleRule,
     ThresholdRule,
@@ -43,7 +43,7 @@ def released_counts(masked: int, steps: int, eps: float = 1e-3) -> list[int]:
 
 def commit(rule: Rule, priority: Tensor, masked: Tensor, due: Tensor) -> Tensor:
     """What a rule commits by a priority that is the confidence and the probability too."""
-    return rule.commit(Candidates(masked, priority, priority, priority, due))
+    return rule.commit(RuleInput(masked, priority, priority, priority, due, torch.zeros(*masked.shape, 0)))
 
 
 def by_schedule(priority: Tensor, masked: Tensor, due: Tensor) -> Tensor:

@@ -394,7 +394,7 @@ def test_only_the_block_at_work_is_scored() -> None:
 class Everything(NoCache):
     """A cache plan that keeps keys and values, and computes all of them again at each step."""
 
-    keeps = True
+    uses_cache = True
 
 
 @pytest.mark.parametrize("more", [{}, {"threshold": 0.1}, {"revoke": 0.5}], ids=str)

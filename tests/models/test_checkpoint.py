@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from diffucoder.errors import CheckpointError, ConfigError
-from diffucoder.models import checkpoint
+from diffucoder.models import checkpoint, families
 from diffucoder.models import hub as hub_module
 from diffucoder.models.checkpoint import (
     default_device_and_dtype,
@@ -115,6 +115,35 @@ def test_unshifted_is_remembered(causal_lm: MakeLM, tmp_path: Path) -> None:
     save_denoiser(denoiser, tmp_path)
     assert not load(tmp_path).shifted
     assert torch.equal(scores(load(tmp_path)), scores(denoiser))
+
+
+def test_a_family_is_one_row(causal_lm: MakeLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A Llama whose config and weights have other names, which is not shifted and whose config names no mask."""
+    original = Denoiser.from_causal_lm(causal_lm("llama"), mask_id=66, shifted=False)
+    save_denoiser(original, tmp_path)
+    fields = json.loads((tmp_path / "config.json").read_text())
+    fields |= {"model_type": "renamed", "n_layers": fields.pop("num_hidden_layers")}
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    (tmp_path / "diffucoder.json").unlink()
+    weights = load_file(tmp_path / "model.safetensors")
+    renamed = {name.replace("model.layers.", "transformer.blocks."): weight for name, weight in weights.items()}
+    save_file(renamed, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    row = families.Family(
+        "renamed",
+        "llama",
+        shifted=False,
+        diffusion=True,
+        mask_id=66,
+        config_names={"n_layers": "num_hidden_layers"},
+        weight_names={r"^transformer\.blocks\.": "model.layers."},
+    )
+    with pytest.raises(CheckpointError, match="model_type 'renamed' is not supported"):
+        load(tmp_path)
+    monkeypatch.setattr(families, "FAMILIES", (*families.FAMILIES, row))
+    loaded = load(tmp_path)
+    assert not loaded.shifted
+    assert loaded.mask_id == 66
+    assert torch.equal(scores(loaded), scores(original))
 
 
 def test_whoever_may_read_the_config_may_read_the_weights(saved: Path) -> None:

@@ -252,7 +252,7 @@ def test_changed_weights_are_seen_and_cast_ones_too(causal_lm: MakeLM) -> None:
 def test_gradients_and_released_numbers_come_from_transformers_layers(causal_lm: MakeLM) -> None:
     plain, fast = pair(causal_lm)
     ids = tokens(2, 7)
-    assert_scores(scores(fast, ids, released=True), plain(ids), atol=0)
+    assert_scores(scores(fast, ids, reference=True), plain(ids), atol=0)
     with torch.enable_grad():
         fast(ids).sum().backward()
     assert fast.model.base_model.layers[0].self_attn.k_proj.weight.grad is not None

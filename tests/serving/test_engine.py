@@ -564,7 +564,7 @@ def test_a_request_that_cannot_begin_fails_alone(engine: Callable[..., Engine]) 
 
 def test_an_error_while_steps_are_delivered_fails_only_the_requests_of_the_pass(engine: Callable[..., Engine]) -> None:
     class Unsettled(Tokens):
-        def settled(self, sequence: Sequence) -> list[int]:
+        def settled_ids(self, sequence: Sequence) -> list[int]:
             raise ValueError("it cannot be told")
 
     async def work() -> None:
