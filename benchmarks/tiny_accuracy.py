@@ -84,8 +84,10 @@ def main(
     details = f"{count} problems of the {split} split (seed {SEED}); model {key_of(model)}"
     head = ["steps", "solved", "95 % interval", "chains", "branches", "guards", "parse", "passes", "tokens per pass"]
     sections = {"run": provenance(command, details, machine()), "table": table(head, rows)}
-    standard = model is None and not overrides and kind == ["test"]
-    update_page(RESULTS / "tiny_accuracy.md" if standard else run / "tiny_accuracy.md", sections)
+    folder = run
+    if model is None and not overrides and kind == ["test"]:
+        folder = RESULTS
+    update_page(folder / "tiny_accuracy.md", sections)
 
 
 def load_causal(model: str | None) -> DiffuCoder:

@@ -144,7 +144,7 @@ def measure(job: Job) -> Measured:
         parameters=parameters,
         multiplying=multiplying,
         seconds=median([end - begin for begin, end in pairwise(stage.begun[WARM_UP:])]),
-        ceiling=matmul_rate(torch.bfloat16 if job.bf16 else torch.float32, model.device, 2048),
+        ceiling=matmul_rate(getattr(torch, dtype_of(job)), model.device, 2048),
         peak=stage.peak,
     )
 

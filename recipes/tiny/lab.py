@@ -34,6 +34,7 @@ ARMS = {
     "nothing": "from nothing, equal tokens",
     "nothing-twice": "from nothing, twice the tokens",
 }
+HELD_OUT = {"corpus": "held_out_clean", "clean": "held_out_clean", "chat": "held_out_chat"}  # beside each file of data
 COMMON_COMMANDS = ("data", "parent", "start", "fresh", "fresh-start")
 COLUMNS = ("steps", "M tokens", "held-out loss")
 Curve = list[tuple[float, float]]  # (million tokens, held-out loss)
@@ -56,7 +57,7 @@ class Lab:
 
     def train(self, name: str, stage: str, recipe: str, data: str, **settings: Any) -> Path:
         """Train on `data` (corpus, clean or chat) by a recipe, the budget and `settings`; return the model."""
-        held_out = "held_out_chat" if data == "chat" else "held_out_clean"
+        held_out = HELD_OUT[data]
         values = {
             "data": [str(self.data / f"{data}.jsonl")],
             "held_out": [str(self.data / f"{held_out}.jsonl")],
@@ -168,7 +169,9 @@ def report_arms(lab: Lab) -> None:
 
 def write_report(lab: Lab, page: str, figure: str, options: str, content: str, runs: Sequence[str]) -> None:
     """Update a page in docs/, that of `quick` in the run folder, and draw the held-out loss of each run."""
-    folder = lab.runs.folder if lab.name == "quick" else ROOT / "docs"
+    folder = ROOT / "docs"
+    if lab.name == "quick":
+        folder = lab.runs.folder
     suffix = "_tiny" if lab.name == "tiny" else ""
     with drawing(folder / "lab" / f"{figure}{suffix}.svg") as axes:
         for name in runs:
