@@ -36,6 +36,8 @@ def test_an_equality_holds_for_equal_values_and_no_others(expected: object, got:
     [
         ("assert f(2) == 4, 'squares'", "f(2)", 4, 5),
         ("assert 4 == f(2)", "f(2)", 4, 5),
+        ("assert list([2, 1]) == [1, 2]", "list([2, 1])", [1, 2], [2, 1]),  # a program may define such a function
+        ("assert [1, 2] == sorted((2, 1))", "sorted((2, 1))", [1, 2], [2, 1]),
         ("assert f(2) != 4", "f(2)", 5, 4),
         ("assert f(2) is None", "f(2)", None, 0),
         ("assert f(2) is not None", "f(2)", 0, None),
