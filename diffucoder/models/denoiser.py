@@ -214,7 +214,7 @@ class Denoiser(nn.Module):
             assert cache_rows is None, "a cache belongs to fast layers"
             return _as_tuple(self(tokens, valid=valid, rows=wanted, reduce=reduce))
         positions = (valid.long().cumsum(-1) - 1).clamp(min=0)  # (R, T)
-        fed = flat_positions(feed, self._feed_step())  # (N,)
+        fed = flat_positions(feed, self._feed_step(int(feed.sum())))  # (N,)
         layout = plan_layout(
             feed,
             fed,
@@ -236,15 +236,17 @@ class Denoiser(nn.Module):
             source = index_of[row * tokens.shape[1] + position]  # (M,)
             return self._reduced(hidden[source.to(fast.device)], fast.head, reduce)
 
-    def _feed_step(self) -> int:
-        """Passes are fed multiples of so many tokens.
+    def _feed_step(self, count: int) -> int:
+        """A pass of `count` tokens is fed a multiple of so many.
 
         For bfloat16 on CPUs oneDNN compiles a kernel for each size of a matrix product that it meets: a millisecond,
         and half a megabyte that it keeps. Compiled layers are compiled for each size as well.
         """
         if self.compiled:
             return COMPILED_STEP
-        return 8 if self.dtype == torch.bfloat16 and self.device.type == "cpu" else 1
+        if self.dtype != torch.bfloat16 or self.device.type != "cpu":
+            return 1
+        return 8 if count <= 64 else 32
 
     # --- training ---
 
