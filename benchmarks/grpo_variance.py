@@ -25,7 +25,7 @@ from diffucoder.training.rollouts import prompt_ids
 from recipes.report import drawing, provenance, table, update_page
 from recipes.tiny.problems import problems
 
-BLOCKS = 10  # blocks of draws behind an interval
+BLOCKS = 10  # blocks of draws that an interval is computed from
 STUDENT = 2.26  # 97.5 % quantile for so many blocks
 PAIRS = (1, 2, 4)
 TEMPERATURE = 1.2  # of the completions

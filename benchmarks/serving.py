@@ -55,7 +55,7 @@ class Load:
 def main(
     seconds: Annotated[float, typer.Option(help="seconds of load")] = 60.0,
     clients: Annotated[int, typer.Option(help="clients at once")] = 64,
-    requests: Annotated[int, typer.Option(help="requests behind the memory figure")] = 2000,
+    requests: Annotated[int, typer.Option(help="requests before memory is measured")] = 2000,
     preset: Annotated[str, typer.Option(help="preset of decoding")] = "fast",
 ) -> None:
     """Start a server, load it, and write the table."""

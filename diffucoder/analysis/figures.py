@@ -21,7 +21,7 @@ from diffucoder.files import Json, write_text
 _INK = "#1c2430"  # in the page: whatever colour the text has
 _INKED = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")
 _TEMPERED = ("local_ar_ness@1", "global_ar_ness@1", "pass@1", "pass@10", "distinct")
-_POSITION = "position behind the prompt"
+_POSITION = "position after the prompt"
 
 
 def draw(report: Json, folder: Path) -> dict[str, str]:
@@ -88,7 +88,7 @@ def _band(axes: Axes, x: Sequence[float], rows: Sequence[Mapping[str, Any]], lab
 
 
 def _rows(run: Json, name: str, ks: Iterable[int]) -> list[Json]:
-    """Return the figures of a run that `name` stands for, with k in it, for those `ks` that it has."""
+    """Return the figures of a run that `name` means, with k in it, for those `ks` that it has."""
     rows = []
     for k in ks:
         if name.format(k) in run["figures"]:

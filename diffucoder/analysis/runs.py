@@ -56,7 +56,7 @@ class Answer:
 
     @property
     def program(self) -> str:
-        """The syntax tree of the program, which tells it from others, or the text if it is not Python."""
+        """A key for comparing programs: the dump of its syntax tree, or its text if it does not parse."""
         text = program_from("".join(self.pieces[: len(self.classes) - self.classes.count("end")]))
         try:
             return ast.dump(parsed(text))
@@ -83,7 +83,7 @@ class Run:
 
     settings: Json  # name of the model, and its decoding parameters
     answers: list[Answer] = field(default_factory=list)
-    label: str = ""  # what tells it from the runs that it is reported with
+    label: str = ""  # its name among the runs that it is reported with
 
 
 def ar_ness(
@@ -159,7 +159,7 @@ def _tokenizer(model: str) -> Tokenizer:
 
 
 def _prompts(path: Path) -> Json:
-    """Return the name of the prompts of a run folder, by which code and mathematics are told apart."""
+    """Return the name of the prompts of a run folder, which distinguishes code from mathematics."""
     settings = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     if "benchmark" not in settings:  # a training run
         return {}
@@ -167,6 +167,6 @@ def _prompts(path: Path) -> Json:
 
 
 def _task(trace: Trace) -> str:
-    """Return the task that a trace answers; without an id one that stands for its prompt."""
+    """Return the task that a trace answers; without an id, one made from its prompt."""
     prompt = tuple(trace.tokens[: trace.prompt_length])
     return trace.id.rpartition("#")[0] or f"prompt {zlib.crc32(repr(prompt).encode()):08x}"

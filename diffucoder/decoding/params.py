@@ -109,7 +109,7 @@ class DecodingParams(Settings):
         return self
 
     def _fill_in_fast(self) -> None:
-        """Set what the preset `fast` stands for, except where the user has decided otherwise."""
+        """Set what the preset `fast` adds, except where the user has decided otherwise."""
         given = self.model_fields_set
         if not given & {*_RULES, "steps"}:
             rule = "entropy_bound" if self.policy == "entropy" else "threshold"
