@@ -26,7 +26,7 @@ PAD_TOKEN = "<|dlm_pad|>"
 END_OF_TEXT = "<|endoftext|>"
 END_OF_TURN = "<|im_end|>"
 TERMINATORS = (END_OF_TEXT, END_OF_TURN, PAD_TOKEN)  # an answer ends at the first of them
-PLACEHOLDER = "░"  # stands for a masked token, or for half a character
+PLACEHOLDER = "░"  # printed for a masked token, or for half a character
 DEFAULT_SYSTEM = "You are a helpful assistant."  # Qwen2.5's, which DiffuCoder was tuned with
 
 # The tokens that Dream adds to Qwen2's vocabulary, in id order, for checkpoints that list none. `<|dlm_pad|>` would be

@@ -85,8 +85,7 @@ class Request:
     def sequences(self, *, entropies: int = 0) -> list[Sequence]:
         """One for each row; their traces hold the entropies of the first `entropies` steps."""
         rows = range(len(self.canvas.tokens))
-        until = self.until
-        return [Sequence(self.canvas, self.params, row=n, until=until, entropies=entropies) for n in rows]
+        return [Sequence(self.canvas, self.params, row=n, until=self.until, entropies=entropies) for n in rows]
 
     def settled_ids(self, sequence: Sequence) -> list[int]:
         """The ids of an answer that no later step can change, from its beginning; none while tokens may be revoked."""

@@ -62,7 +62,7 @@ class Proposals:
 
 
 class Sequence:
-    """One request in progress. It belongs to whoever calls `advance`, which alone changes it."""
+    """One request in progress. Only `advance` changes it."""
 
     def __init__(
         self,

@@ -10,7 +10,9 @@ import textwrap
 import threading
 import warnings
 
-_TERMINATORS = re.compile(r"<\|(?:im_end|endoftext|dlm_pad)\|>")
+from diffucoder.tokenizer import TERMINATORS
+
+_TERMINATORS = re.compile("|".join(map(re.escape, TERMINATORS)))
 # A ```python opens a block anywhere in a line, because the method's own prompt has it at the end of a text line.
 _PYTHON_FENCE = re.compile(r"```[ \t]*(?:python|py)[0-9.]*(?![\w.+-])[^\n`]*(?:\n|\Z)", re.IGNORECASE)
 _ANY_FENCE = re.compile(r"^[ \t]*```[^\n`]*(?:\n|\Z)", re.MULTILINE)

@@ -65,7 +65,7 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Call:
-    """An expression that the program evaluates, in which `_` stands for `arguments`, and its seconds."""
+    """An expression that the program evaluates, in which `_` is `arguments`, and its seconds."""
 
     expression: str
     arguments: tuple[Any, ...] = ()  # plain data

@@ -8,7 +8,7 @@ Two ideas a newcomer needs:
 * **Bidirectional.** transformers' own classes attend both ways once `config.is_causal` and each attention module's
   `is_causal` are False; so set they are bit-equal to Dream's released model, and no modelling code is kept here.
 * **The shift.** The weights come from next-token models, so the hidden state at i-1 predicts token i. This module moves
-  rows so that row i scores token i. Nothing else in the project knows about it: whoever feeds parts of a canvas asks
+  rows so that row i scores token i. Nothing else in the project knows about it: code that feeds parts of a canvas asks
   `needed_for` and `scorable`.
 
 There are two ways through the model. `forward` runs transformers' layers, with gradients when they are enabled: for

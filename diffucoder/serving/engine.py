@@ -197,7 +197,7 @@ class Engine:
         return job
 
     def end(self, job: Job, error: DiffuCoderError | None = None) -> None:
-        """End a job early, with what its client gets; None if nobody waits. Does nothing to a job that has ended."""
+        """End a job early, with what its client gets; None if no client waits. Does nothing to a job that has ended."""
         with self._changed:
             if job not in self._jobs:
                 return
@@ -228,7 +228,7 @@ class Engine:
             self._changed.notify()
         self._thread.join(self.settings.deadline)  # not longer: a forward pass may hang
 
-    # --- the queue; whoever calls these holds the lock ---
+    # --- the queue; the caller holds the lock ---
 
     def _count_waiting(self) -> int:
         return sum(job.slots == 0 for job in self._jobs)

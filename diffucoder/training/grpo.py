@@ -2,7 +2,7 @@
 
 A round (`GrpoStage.batches`): the model writes `group` completions for each problem, and their programs are tested. A
 completion's advantage says how much better it is than its group. Then `iterations` optimiser steps raise the scores of
-the better ones. The score of a token stands for its log-probability and comes from a few noisy views of the completion
+the better ones. The score of a token estimates its log-probability from a few noisy views of the completion
 (`diffusion.score_views`). The step, the row and the seed fix the masks. They are the same for the policy, for the
 policy that wrote the completion and for the reference.
 

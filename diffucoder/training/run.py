@@ -11,7 +11,7 @@ import torch
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
 from diffucoder.errors import ConfigError
-from diffucoder.models.checkpoint import load_denoiser, load_tokenizer, save_denoiser, save_parent
+from diffucoder.models.checkpoint import load_with_tokenizer, save_denoiser, save_parent
 from diffucoder.models.denoiser import Denoiser
 from diffucoder.tokenizer import Tokenizer
 from diffucoder.training.checkpoints import load_model, read_run_settings
@@ -48,8 +48,7 @@ def open_model(source: str | Path | None, dtype: torch.dtype) -> tuple[Denoiser,
         if settings.get("shifted") is not None:
             denoiser.shifted = settings["shifted"]
         return denoiser, tokenizer
-    tokenizer = load_tokenizer(source)
-    return load_denoiser(source, mask_id=tokenizer.mask_id, dtype=dtype, device="cpu"), tokenizer
+    return load_with_tokenizer(source, dtype=dtype, device="cpu", add_mask=True)
 
 
 def _tie(denoiser: Denoiser) -> None:
