@@ -4,6 +4,7 @@ PYTHON  := $(VENV)/bin/python
 PYTHON3 ?= python3
 PROMPT  ?= Write a function filter_numbers(nums) that keeps only the even numbers, then sums the numbers.
 PROCESSES ?= 1
+TEST_PROCESSES ?= 2
 STAMP   := $(VENV)/.installed
 DEV     := $(VENV)/.installed-dev
 PEER    := .venv-peer
@@ -19,7 +20,7 @@ run: $(STAMP) sandbox  ## generate code from the shipped model; PROMPT="..." ask
 	$(VENV)/bin/diffucoder generate "$(PROMPT)"
 
 test: $(DEV) sandbox browser  ## the whole test suite, offline
-	$(PYTHON) -m pytest
+	$(PYTHON) -m pytest -n $(TEST_PROCESSES) --dist loadfile
 
 check: $(DEV)    ## ruff, mypy --strict on the package, the floors, size and density of the code
 	$(VENV)/bin/ruff check .
