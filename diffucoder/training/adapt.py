@@ -1,8 +1,8 @@
 """Stages 1 and 2: an autoregressive parent becomes a masked-diffusion model, then trains on cleaner code.
 
 DiffuCoder, section 3 and appendix B.1, by the method of DiffuLLaMA (arXiv 2410.17891): packed documents are noised, and
-the attention mask opens from causal to full over the first steps. A few rows are cut to a random length or keep a random
-prefix clean. Attention crosses the borders of packed documents; the paper does not say.
+the attention mask opens from causal to full over the first steps. A few rows are cut to a random length or keep a
+random prefix clean. Attention crosses the borders of packed documents; the paper does not say.
 """
 
 from dataclasses import dataclass

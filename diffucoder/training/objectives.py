@@ -1,7 +1,6 @@
 """The formulas of coupled-GRPO (DiffuCoder §5, appendix B.1), as functions of tensors.
 
-B completions of T positions, with their prompts and left padding. Not for: where completions come from (`rollouts`), or
-the order of the steps (`grpo`).
+B completions of T positions, with their prompts and left padding.
 """
 
 from collections.abc import Sequence
@@ -50,18 +49,9 @@ class Clipped:
     high: Tensor  # bool: no gradient, since a good one is likely enough
 
 
-def clipped_loss(
-    score: Tensor, old: Tensor, advantage: Tensor, scored: Tensor, *, low: float, high: float, level: str = "token"
-) -> Clipped:
-    """-min(ratio A, clip(ratio, 1 - low, 1 + high) A), with ratio = exp(score - old), (B, T) each; `advantage` is (B,).
-
-    With `level="sequence"` it is a completion's ratio: the exponential of the mean over its `scored` (B, T) tokens.
-    """
-    log_ratio = score - old
-    if level == "sequence":
-        mean = (log_ratio * scored).sum(-1, keepdim=True) / scored.sum(-1, keepdim=True).clamp(min=1)
-        log_ratio = mean.expand_as(log_ratio)
-    ratio = log_ratio.clamp(-_STEEPEST, _STEEPEST).exp()
+def clipped_loss(score: Tensor, old: Tensor, advantage: Tensor, *, low: float, high: float) -> Clipped:
+    """-min(ratio A, clip(ratio, 1 - low, 1 + high) A), ratio = exp(score - old), (B, T) each; `advantage` is (B,)."""
+    ratio = (score - old).clamp(-_STEEPEST, _STEEPEST).exp()
     gain = advantage[:, None]
     loss = -torch.minimum(ratio * gain, ratio.clamp(1 - low, 1 + high) * gain)
     return Clipped(loss, ratio, (ratio < 1 - low) & (gain < 0), (ratio > 1 + high) & (gain > 0))
