@@ -32,15 +32,12 @@ LOGS = ("metrics.jsonl", "samples.jsonl")  # files that grow with the steps; eac
 
 @dataclass(frozen=True)
 class State:
-    """What a checkpoint holds beside its step. `average` and the stage's own `stage` tensors may be empty."""
+    """What a checkpoint holds beside its step."""
 
     model: nn.Module
     optimizer: Optimizer
-    average: dict[str, Tensor]
-    stage: dict[str, Tensor]
-
-
-# --- the run folder --------------------------------------------------------------------------------------------------
+    average: dict[str, Tensor]  # may be empty, as the next
+    stage: dict[str, Tensor]  # of the stage's own
 
 
 def open_run_folder(settings: TrainSettings, *, write: bool) -> None:
@@ -96,9 +93,6 @@ def _trim_logs(run: Path, step: int) -> None:
     for path in (run / name for name in LOGS):
         if path.exists():
             write_jsonl(path, [line for line in read_whole_lines(path) if line["step"] <= step])
-
-
-# --- checkpoints -----------------------------------------------------------------------------------------------------
 
 
 def save(run: Path, step: int, state: State, accelerator: Accelerator, *, keep: int) -> None:

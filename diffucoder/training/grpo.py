@@ -128,49 +128,40 @@ class GrpoStage:
     def micro_batch(
         self, step: int, share: range, completions: Mapping[int, Completion], advantage: Tensor
     ) -> GrpoMicroBatch:
-        """The rows `share` of the completions; `advantage` (batch,) has those of all."""
+        """The rows `share` of the completions; `advantage` (batch,) has those of all.
+
+        Without a KL term a completion like the rest of its group teaches nothing: it counts, but is left out.
+        """
         settings = self.settings
+        new_tokens = settings.decoding.new_tokens
+        lengths = [new_tokens if settings.score_padding else completions[row].length for row in share]
+        count = objectives.reduction_count(lengths, new_tokens, reduction=settings.reduction)
+        rows = [row for row in share if settings.kl or advantage[row]]
+        rows = rows or [share.start]  # the other processes wait for this one
         batch = objectives.collate(
-            [completions[row].generation for row in share],
+            [completions[row].generation for row in rows],
             pad_id=self.rollouts.coder.tokenizer.pad_id,
             score_padding=settings.score_padding,
         )
-        views = self.views(step, share, batch)
-        weight, count = objectives.reduction_weights(
-            batch.scored, settings.decoding.new_tokens, reduction=settings.reduction
-        )
-        advantage = advantage[share.start : share.stop]
-        if not settings.kl:  # then a completion like the rest of its group teaches nothing: leave it out
-            kept = advantage.nonzero()[:, 0]
-            if not len(kept):
-                kept = torch.tensor([0])  # one row, since the other processes wait for this one
-            batch = batch.select(kept)
-            views = [View(view.masked[kept], view.weight[kept]) for view in views]
-            advantage = advantage[kept]
-            weight = weight[kept]
-        tokens = batch.tokens.numel() * len(views)
-        return GrpoMicroBatch(count, tokens, batch, views, advantage, weight)
+        views = self.views(step, rows, batch)
+        weight = objectives.reduction_weights(batch.scored, reduction=settings.reduction)
+        return GrpoMicroBatch(count, batch.tokens.numel() * len(views), batch, views, advantage[rows], weight)
 
-    def views(self, step: int, share: range, batch: objectives.CompletionBatch) -> list[View]:
+    def views(self, step: int, rows: Sequence[int], batch: objectives.CompletionBatch) -> list[View]:
         """The masks of an optimiser step, keyed by it and the row, or the row's problem."""
         settings = self.settings
         low, high = settings.mask_ratio
         ratios = []
         masks = []
-        for row in share:
+        for row in rows:
             number = row // settings.group if settings.group_masks else row
             masks.append(keyed_generator(settings.seed, step, number, _MASKS))
             if settings.ratio_per == "step":
                 number = -1
             noise = keyed_generator(settings.seed, step, number, _RATIOS)
             ratios.append(low + (high - low) * torch.rand(settings.pairs, 2, generator=noise))  # (L, 2)
-        return score_views(
-            batch.completion,
-            batch.valid & ~batch.completion,
-            torch.stack(ratios, 1),  # (L, B, 2)
-            masks,
-            estimator=settings.estimator,
-        )
+        prompt = batch.valid & ~batch.completion
+        return score_views(batch.completion, prompt, torch.stack(ratios, 1), masks, estimator=settings.estimator)
 
     def score(self, model: nn.Module, micro: GrpoMicroBatch) -> Tensor:
         """The scores of a micro-batch's tokens, (B, T)."""
@@ -186,15 +177,13 @@ class GrpoStage:
         settings = self.settings
         score = self.score(model, micro)
         scored = micro.batch.scored.to(score.device)
-        clipped = objectives.clipped_loss(
+        loss, logged = objectives.clipped_loss(
             score,
             score.detach() if micro.old is None else micro.old,
             micro.advantage.to(score.device),
             low=settings.epsilon_low,
             high=settings.epsilon_high,
         )
-        loss = clipped.loss
-        logged = {"ratio": clipped.ratio, "clip_low": clipped.low, "clip_high": clipped.high}
         if micro.reference is not None:
             logged["kl"] = objectives.k3(score, micro.reference)
             loss = loss + settings.kl * logged["kl"]

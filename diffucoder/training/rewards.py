@@ -3,10 +3,8 @@
 DiffuCoder, appendix B.2. The share of tests passed counts only if the format is right. Two readings of "right":
 
 * `paper`, as released: text, one block opened by exactly "```python" and closed by "```" and a newline, and nothing
-  else. A missing last newline costs everything, and so does one test that runs out of time.
+  else. One test that runs out of time costs all tests.
 * `robust`, the default: whatever a person would read as one program (`grading.extract`), fenced or bare.
-
-Programs run in the sandbox.
 """
 
 import ast

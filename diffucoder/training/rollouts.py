@@ -81,10 +81,7 @@ class Rollouts:
     def write(
         self, exercises: Sequence[Exercise], params: DecodingParams, numbers: Sequence[int]
     ) -> tuple[list[Completion], dict[str, float]]:
-        """One completion for each exercise, and the seconds that it took; `numbers` fix their random numbers.
-
-        `waiting_seconds` are spent on grading after decoding; `grading_seconds` are those of all programs, added up.
-        """
+        """One completion for each exercise, and the seconds (docs/rl.md); `numbers` fix their random numbers."""
         began = time.perf_counter()
         graded = []
         with ThreadPoolExecutor(self.sandbox.workers) as pool:
@@ -123,8 +120,7 @@ class Rollouts:
 def prompt_ids(tokenizer: Tokenizer, request: str, longest: int, *, chat: bool = True) -> list[int]:
     """The prompt of `request` in at most `longest` tokens: a longer request keeps its end, and the chat's header.
 
-    Special tokens that are spelt in a request are plain characters: they hide no token and end no turn. Without `chat`
-    the request itself is continued. ConfigError if the header alone is longer than `longest`.
+    Special tokens in a request are plain text. ConfigError if the header alone is longer than `longest`.
     """
     plain = tokenizer.encode(request, special=False)
     if not chat:
@@ -149,7 +145,9 @@ def write_samples(
 
     samples.jsonl grows. traces.jsonl and verdicts.jsonl have the latest ones; `diffucoder order --traces` draws these.
     """
-    lines, traces, verdicts = [], [], []
+    lines = []
+    traces = []
+    verdicts = []
     for number, (completion, advantage) in enumerate(zip(completions, advantages, strict=True)):
         exercise = completion.exercise
         trace = completion.generation.trace

@@ -25,28 +25,20 @@ from diffucoder.training.trainer import Stage, Trainer
 def load_start(settings: DiffusionSettings | GrpoSettings) -> tuple[Denoiser, Tokenizer]:
     """The model that a stage begins with, on the CPU, and its tokenizer.
 
-    Weights are in float32, or in bfloat16 if only adapters are trained. An autoregressive parent gets the tokenizer's
-    mask.
+    Weights are in float32, or in bfloat16 if only adapters are trained. A parent gets the tokenizer's mask.
     """
-    dtype = torch.float32
-    if settings.lora_rank and settings.bf16:
-        dtype = torch.bfloat16
+    dtype = torch.bfloat16 if settings.lora_rank and settings.bf16 else torch.float32
     denoiser, tokenizer = load_with_tokenizer(settings.model, dtype=dtype, device="cpu", add_mask=True)
     if isinstance(settings, DiffusionSettings) and settings.shifted is not None:
         denoiser.shifted = settings.shifted
-    if settings.tied:
-        _tie(denoiser)
+    if settings.tied:  # one matrix again, as in the parent: Dream's format stores two
+        embeddings = denoiser.model.get_input_embeddings()
+        head = denoiser.model.get_output_embeddings()
+        if not torch.equal(embeddings.weight, head.weight):
+            raise ConfigError("tied=true but the model's embeddings and head differ; leave it out")
+        head.weight = embeddings.weight
+        denoiser.config.tie_word_embeddings = True
     return denoiser, tokenizer
-
-
-def _tie(denoiser: Denoiser) -> None:
-    """Make embeddings and head one matrix: they were one in the parent, but Dream's format stores them twice."""
-    embeddings = denoiser.model.get_input_embeddings()
-    head = denoiser.model.get_output_embeddings()
-    if not torch.equal(embeddings.weight, head.weight):
-        raise ConfigError("tied=true but the model's embeddings and head differ; leave it out")
-    head.weight = embeddings.weight
-    denoiser.config.tie_word_embeddings = True
 
 
 def check_length(denoiser: Denoiser, name: str, tokens: int) -> None:

@@ -1,8 +1,4 @@
-"""The settings of each training stage: one class a stage, with defaults and help. Imports no torch.
-
-For: `recipes/*.toml`, `diffucoder train STAGE --help`, and the stages themselves. Not for: what the settings do
-(`trainer`, `masked`, `adapt`, `sft`, `grpo`).
-"""
+"""The settings of each training stage, for recipes, `diffucoder train STAGE --help` and the stages. No torch here."""
 
 from pathlib import Path
 from typing import Annotated, Literal, Self, TypeVar

@@ -167,7 +167,7 @@ class Trainer:
                 self.average[name].lerp_(parameter.detach(), 1 - decay)
 
     def evaluate(self) -> dict[str, float]:
-        """The stage's held-out figures: of the averaged weights if there are any, and always with the same noise."""
+        """The stage's held-out figures, of the averaged weights if there are any."""
         shares = [
             range(first + share.start, first + share.stop)
             for first in range(0, self.stage.held_out_rows, self.settings.batch)
@@ -249,9 +249,6 @@ def schedule(step: int, settings: TrainSettings) -> float:
     return settings.final_lr + (1 - settings.final_lr) * 0.5 * (1 + math.cos(math.pi * done))
 
 
-# --- trained weights -------------------------------------------------------------------------------------------------
-
-
 def trained_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     """Names and parameters that are trained: all of them, or the adapters alone."""
     for name, parameter in model.named_parameters():
@@ -283,9 +280,6 @@ def _optimizer(model: Denoiser, settings: TrainSettings) -> torch.optim.AdamW:
     groups = [{"params": matrices, "weight_decay": settings.weight_decay}, {"params": others, "weight_decay": 0.0}]
     groups = [group for group in groups if group["params"]]
     return torch.optim.AdamW(groups, lr=settings.lr, betas=settings.betas, fused=True)
-
-
-# --- around a step ---------------------------------------------------------------------------------------------------
 
 
 @contextmanager

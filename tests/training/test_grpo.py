@@ -35,6 +35,7 @@ from diffucoder.training.objectives import (
     clipped_loss,
     collate,
     k3,
+    reduction_count,
     reduction_weights,
     token_scores,
 )
@@ -80,11 +81,11 @@ def test_k3_by_hand() -> None:
 
 def test_ratios_are_clipped_on_the_side_that_the_advantage_points_to() -> None:
     now = torch.tensor([[1.0, -1.0, 0.1]]).repeat(2, 1)  # ratios 2.7, 0.37, 1.1
-    found = clipped_loss(now, torch.zeros(2, 3), torch.tensor([1.0, -1.0]), low=0.5, high=0.5)
+    loss, logged = clipped_loss(now, torch.zeros(2, 3), torch.tensor([1.0, -1.0]), low=0.5, high=0.5)
     expected = torch.tensor([[-1.5, -(torch.e**-1.0), -(torch.e**0.1)], [torch.e, 0.5, torch.e**0.1]])
-    torch.testing.assert_close(found.loss, expected)
-    assert found.high.tolist() == [[True, False, False], [False, False, False]]
-    assert found.low.tolist() == [[False, False, False], [False, True, False]]
+    torch.testing.assert_close(loss, expected)
+    assert logged["clip_high"].tolist() == [[True, False, False], [False, False, False]]
+    assert logged["clip_low"].tolist() == [[False, False, False], [False, True, False]]
 
 
 @pytest.mark.parametrize(
@@ -92,7 +93,8 @@ def test_ratios_are_clipped_on_the_side_that_the_advantage_points_to() -> None:
 )
 def test_reductions_by_hand(reduction: str, expected: float) -> None:
     loss = torch.tensor([[1.0, 9, 9, 9, 9], [2, 3, 5, 9, 9]])
-    weight, count = reduction_weights(loss < 9, 5, reduction=reduction)
+    weight = reduction_weights(loss < 9, reduction=reduction)
+    count = reduction_count([1, 3], 5, reduction=reduction)
     assert float((loss * weight).sum() / count) == pytest.approx(expected)
 
 
@@ -510,9 +512,9 @@ def test_clipping_settings_reach_the_objective(stage: Any) -> None:
     down = made.loss(made.denoiser, replace(micro, old=now + 1.0)).figures  # ratios of 0.37
     assert up["clip_high"][0] == 0 < down["clip_low"][0]
     uneven = now + torch.linspace(-1, 1, now.shape[1])
-    found = clipped_loss(now, uneven, micro.advantage, low=0.1, high=4.0)
+    _, logged = clipped_loss(now, uneven, micro.advantage, low=0.1, high=4.0)
     told = made.loss(made.denoiser, replace(micro, old=uneven)).figures["ratio"][0]
-    torch.testing.assert_close(told, (found.ratio * micro.batch.scored).sum(), rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(told, (logged["ratio"] * micro.batch.scored).sum(), rtol=1e-3, atol=1e-3)
 
 
 def test_rollout_settings_reach_decoding_and_rewards(stage: Any) -> None:
@@ -568,10 +570,10 @@ def test_decoding_in_training_is_fast_and_sees_the_newest_weights(stage: Any) ->
 def test_steep_ratios_give_numbers() -> None:
     score_ = torch.tensor([[100.0, -100.0, 0.0]], requires_grad=True)
     for advantage in (-1.0, 0.0, 1.0):
-        found = clipped_loss(score_, torch.zeros(1, 3), torch.tensor([advantage]), low=0.5, high=0.5)
-        (gradient,) = torch.autograd.grad((found.loss + k3(score_, torch.zeros(1, 3))).sum(), score_)
+        loss, _ = clipped_loss(score_, torch.zeros(1, 3), torch.tensor([advantage]), low=0.5, high=0.5)
+        (gradient,) = torch.autograd.grad((loss + k3(score_, torch.zeros(1, 3))).sum(), score_)
         assert gradient.isfinite().all()
-        assert found.loss.isfinite().all()
+        assert loss.isfinite().all()
 
 
 def test_special_tokens_spelt_in_a_request_are_plain_text(adapted: Path) -> None:
