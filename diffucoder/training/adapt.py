@@ -1,10 +1,8 @@
 """Stages 1 and 2: an autoregressive parent becomes a masked-diffusion model, then trains on cleaner code.
 
-DiffuCoder, section 3 and appendix B.1, by the method of DiffuLLaMA (arXiv 2410.17891): packed documents, all of them
-noised; the attention mask opens from causal to full over the first steps; one row in a hundred is cut to a random
-length and one in a hundred keeps a random prefix clean, so that the model meets short texts and prompts.
-
-The paper does not say whether attention crosses the borders of packed documents. Here it does.
+DiffuCoder, section 3 and appendix B.1, by the method of DiffuLLaMA (arXiv 2410.17891): packed documents are noised, and
+the attention mask opens from causal to full over the first steps. A few rows are cut to a random length or keep a
+random prefix clean. Attention crosses the borders of packed documents; the paper does not say.
 """
 
 from dataclasses import dataclass
@@ -13,9 +11,10 @@ from pathlib import Path
 import torch
 
 from diffucoder.diffusion import keyed_generator, random_spans
+from diffucoder.models.denoiser import Denoiser
 from diffucoder.tokenizer import Tokenizer
 from diffucoder.training.data import TokenStore, epoch_index, prepare
-from diffucoder.training.masked import HELD_OUT, MaskedStage, Objective, Row
+from diffucoder.training.masked import HELD_OUT, MaskedStage, Row
 from diffucoder.training.run import check_length, load_start, objective_of, train_and_export
 from diffucoder.training.settings import AdaptSettings, PretrainSettings
 
@@ -64,29 +63,24 @@ class PackedRows:
 
 
 def packed_stage(
-    settings: AdaptSettings | PretrainSettings, tokenizer: Tokenizer, objective: Objective, **shares: float
+    settings: AdaptSettings | PretrainSettings, denoiser: Denoiser, tokenizer: Tokenizer, **shares: float
 ) -> MaskedStage:
     """A stage over packed rows of `data`, with the given shares, and plain rows of `held_out`."""
+    check_length(denoiser, "context", settings.context)
 
     def rows_of(sources: tuple[str, ...], **shares: float) -> PackedRows:
         store = prepare(sources, tokenizer, settings.cache, kind="documents")
-        return PackedRows(store, context=settings.context, batch=settings.batch, seed=settings.seed, **shares)
+        return PackedRows(store, settings.context, settings.batch, settings.seed, **shares)
 
     rows = rows_of(settings.data, **shares)
     held_out = rows_of(settings.held_out) if settings.held_out else None
+    objective = objective_of(settings, denoiser, tokenizer)
     return MaskedStage(objective, rows, held_out, settings.held_out_rows)
 
 
 def adapt(settings: AdaptSettings) -> Path:
     """Run the stage, or resume it, and return the folder of the adapted model."""
     denoiser, tokenizer = load_start(settings)
-    check_length(denoiser, "context", settings.context)
-    stage = packed_stage(
-        settings,
-        tokenizer,
-        objective_of(settings, denoiser, tokenizer),
-        random_length=settings.random_length,
-        clean_prefix=settings.clean_prefix,
-        infill=settings.infill,
-    )
+    shares = settings.model_dump(include={"random_length", "clean_prefix", "infill"})
+    stage = packed_stage(settings, denoiser, tokenizer, **shares)
     return train_and_export(denoiser, tokenizer, stage, settings)

@@ -8,20 +8,17 @@ with another number of processes. Its `whole.json` lists the files with sizes an
 import json
 import os
 import shutil
+import sys
 import warnings
 import zlib
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from rich.console import Console
 from torch import Tensor, nn
 from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
-from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 from torch.optim import Optimizer
 
@@ -29,22 +26,18 @@ from diffucoder.errors import ConfigError
 from diffucoder.files import Json, read_whole_lines, write_json, write_jsonl
 from diffucoder.training.settings import MAY_CHANGE, TrainSettings
 
-SETTINGS = "settings.json"
 WHOLE = "whole.json"
 LOGS = ("metrics.jsonl", "samples.jsonl")  # files that grow with the steps; each line names its step
 
 
 @dataclass(frozen=True)
 class State:
-    """What a checkpoint holds beside its step. `average` and the stage's own `stage` tensors may be empty."""
+    """What a checkpoint holds beside its step."""
 
     model: nn.Module
     optimizer: Optimizer
-    average: dict[str, Tensor]
-    stage: dict[str, Tensor]
-
-
-# --- the run folder --------------------------------------------------------------------------------------------------
+    average: dict[str, Tensor]  # may be empty, as the next
+    stage: dict[str, Tensor]  # of the stage's own
 
 
 def open_run_folder(settings: TrainSettings, *, write: bool) -> None:
@@ -53,7 +46,7 @@ def open_run_folder(settings: TrainSettings, *, write: bool) -> None:
     ConfigError if the folder belongs to another run, or to this one and `resume` is off, or cannot be written.
     """
     run = settings.run
-    path = run / SETTINGS
+    path = run / "settings.json"
     fixed = _fixed_settings(settings)
     try:
         if settings.resume and path.exists():
@@ -65,35 +58,14 @@ def open_run_folder(settings: TrainSettings, *, write: bool) -> None:
             write_json(path, fixed)
             if not settings.resume:  # of a run that never reached its first checkpoint
                 _trim_logs(run, 0)
-    except ConfigError:
-        raise
-    except (OSError, ValueError) as error:
+    except (OSError, json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"run={str(run)!r} cannot be used ({error}); name another folder") from error
-
-
-def read_run_settings(folder: Path) -> Json | None:
-    """The settings that a run began with; None if the folder holds no run, or a run that started without a model.
-
-    ConfigError if they cannot be read.
-    """
-    path = folder / SETTINGS
-    if not path.exists():
-        return None
-    try:
-        settings = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{path} cannot be read ({error}); name another run's folder, or a model's") from error
-    return settings if isinstance(settings, dict) and "model" in settings else None
 
 
 def checkpoint_steps(run: Path) -> list[int]:
     """The steps of the run's checkpoints, whole or torn, in order."""
-    steps = []
-    for folder in (run / "checkpoints").glob("step-*"):
-        number = folder.name.removeprefix("step-")
-        if number.isdigit():
-            steps.append(int(number))
-    return sorted(steps)
+    names = [folder.name.removeprefix("step-") for folder in (run / "checkpoints").glob("step-*")]
+    return sorted(int(name) for name in names if name.isdigit())
 
 
 def _fixed_settings(settings: TrainSettings) -> Json:
@@ -123,9 +95,6 @@ def _trim_logs(run: Path, step: int) -> None:
             write_jsonl(path, [line for line in read_whole_lines(path) if line["step"] <= step])
 
 
-# --- checkpoints -----------------------------------------------------------------------------------------------------
-
-
 def save(run: Path, step: int, state: State, accelerator: Accelerator, *, keep: int) -> None:
     """Write the checkpoint of `step`, all processes together, and remove all but the newest `keep`."""
     folder = _folder(run, step)
@@ -134,7 +103,7 @@ def save(run: Path, step: int, state: State, accelerator: Accelerator, *, keep: 
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
     accelerator.wait_for_everyone()
-    with _without_process_group_warning():
+    with warnings.catch_warnings(action="ignore", category=UserWarning):  # that there is only one process
         state_dict_saver.save(_tensors(state), checkpoint_id=partial)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
@@ -163,7 +132,7 @@ def load_newest(run: Path, state: State, accelerator: Accelerator) -> int:
     step = int(accelerator.reduce(torch.tensor(step, device=accelerator.device), "sum"))  # only the first looked
     if step:
         tensors = _tensors(state)
-        with _without_process_group_warning():
+        with warnings.catch_warnings(action="ignore", category=UserWarning):
             state_dict_loader.load(tensors, checkpoint_id=_folder(run, step))
         set_state_dict(
             state.model,
@@ -175,42 +144,19 @@ def load_newest(run: Path, state: State, accelerator: Accelerator) -> int:
     return step
 
 
-def load_model(run: Path, model: nn.Module) -> None:
-    """Fill `model` from the run's newest whole checkpoint.
-
-    ConfigError if there is none, or if it does not hold a whole model of this shape: only adapters, say.
-    """
-    step = _newest_whole(run)
-    if not step:
-        raise ConfigError(f"run {str(run)!r} has no whole checkpoint yet; resume it, or name a model's folder")
-    try:
-        with _without_process_group_warning():  # into these very tensors
-            state_dict_loader.load({"model": model.state_dict()}, checkpoint_id=_folder(run, step), no_dist=True)
-    except (CheckpointException, RuntimeError, ValueError) as error:
-        raise ConfigError(
-            f"{_folder(run, step)} does not hold a whole model of the shape the run began with; "
-            f"finish the run and use {run / 'model'}"
-        ) from error
-
-
 def _newest_whole(run: Path) -> int:
-    """The step of the newest whole checkpoint, 0 if there is none; torn ones are named and passed over."""
+    """The step of the newest checkpoint whose files are as they were written, 0 if there is none; names torn ones."""
     for step in reversed(checkpoint_steps(run)):
-        if _is_whole(_folder(run, step)):
+        folder = _folder(run, step)
+        try:
+            files = json.loads((folder / WHOLE).read_text(encoding="utf-8"))["files"]
+            torn = [name for name, written in files.items() if _size_and_checksum(folder / name) != written]
+        except (OSError, ValueError, KeyError) as error:
+            torn = [str(error)]
+        if not torn:
             return step
+        print(f"checkpoint {folder} is torn ({torn[0]}); using the one before it", file=sys.stderr)
     return 0
-
-
-def _is_whole(folder: Path) -> bool:
-    """Whether every file is as it was written; prints the reason if one is not."""
-    try:
-        files = json.loads((folder / WHOLE).read_text(encoding="utf-8"))["files"]
-        torn = [name for name, written in files.items() if _size_and_checksum(folder / name) != written]
-    except (OSError, ValueError, KeyError) as error:
-        torn = [str(error)]
-    if torn:
-        Console(stderr=True).print(f"checkpoint {folder} is torn ({torn[0]}); using the one before it", soft_wrap=True)
-    return not torn
 
 
 def _folder(run: Path, step: int) -> Path:
@@ -222,14 +168,6 @@ def _tensors(state: State) -> dict[str, Any]:  # Any: nested dictionaries of ten
     options = StateDictOptions(ignore_frozen_params=True)
     model, optimizer = get_state_dict(state.model, state.optimizer, options=options)
     return {"model": model, "optimizer": optimizer, "average": state.average, "kept": state.stage}
-
-
-@contextmanager
-def _without_process_group_warning() -> Iterator[None]:
-    """torch warns if there is only one process, which is how most runs are meant."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled", category=UserWarning)
-        yield
 
 
 def _size_and_checksum(file: Path) -> list[int]:

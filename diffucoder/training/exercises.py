@@ -1,7 +1,6 @@
 """Exercises for reinforcement learning: a request, and the tests that an answer must pass.
 
-For: reading and writing JSONL of exercises. Not for: where they come from (`recipes/rl_data`), what an answer is worth
-(`rewards`). A line is {"id": "mbpp/601", "prompt": "Write a function ...", "tests": ["assert f(2) == 4"]}.
+A line of their JSONL is {"id": "mbpp/601", "prompt": "Write a function ...", "tests": ["assert f(2) == 4"]}.
 """
 
 from collections.abc import Iterable, Sequence
@@ -45,8 +44,7 @@ def write_exercises(path: Path, exercises: Iterable[Exercise]) -> None:
 def parse_exercise(where: str, fields: Json) -> Exercise:
     """An exercise with our field names, AceCode's or MBPP's. Raises ValueError."""
     prompt = text_field(fields, first_name(("prompt", "question"), fields))
-    file_and_line = Path(where).name
-    exercise_id = fields.get("id", fields.get("task_id", file_and_line))
+    exercise_id = fields.get("id", fields.get("task_id", Path(where).name))  # else file and line
     return Exercise(str(exercise_id), prompt, tests_of(fields), str(fields.get("source", "")))
 
 

@@ -4,23 +4,19 @@ A round (`GrpoStage.batches`): the model writes `group` completions for each pro
 completion's advantage says how much better it is than its group. Then `iterations` optimiser steps raise the scores of
 the better ones. The score of a token estimates its log-probability from a few noisy views of the completion
 (`diffusion.score_views`). The step, the row and the seed fix the masks. They are the same for the policy, for the
-policy that wrote the completion and for the reference.
-
-Differences from the released trainer, each a defect there: every optimiser step draws masks of its own; prompts keep
-their padding mask, positions and header; generators are private; metrics are means over tokens; a KL weight works with
-one iteration; held-out problems are evaluated. `ratio_per="step"`, `advantage="leave_one_out"`, `reference_mix=0.6` and
-`decoding.temperature=1.0` are as released; the defaults are as in the paper or, for `ratio_per`, better.
+policy that wrote the completion and for the reference. docs/rl.md lists what differs from the released trainer.
 """
 
 import math
+import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
-from rich.console import Console
+from accelerate.utils import reduce
 from torch import Tensor, nn
 
 from diffucoder.decoding.coder import DiffuCoder
@@ -31,10 +27,9 @@ from diffucoder.grading.sandbox import Sandbox
 from diffucoder.models.denoiser import Denoiser
 from diffucoder.training import objectives
 from diffucoder.training.exercises import Exercise, read_exercises
-from diffucoder.training.processes import first_process, gathered, sum_over_processes
-from diffucoder.training.rollouts import Completion, Rollouts
+from diffucoder.training.processes import first_process, gathered
+from diffucoder.training.rollouts import Completion, Rollouts, write_samples
 from diffucoder.training.run import check_length, load_start, train_and_export
-from diffucoder.training.samples import write_samples
 from diffucoder.training.settings import GrpoSettings
 from diffucoder.training.trainer import (
     Batch,
@@ -62,26 +57,21 @@ class GrpoMicroBatch(MicroBatch):
     reference: Tensor | None = None  # (B, T) scores of the reference, if there is a KL term
 
 
+@dataclass
 class GrpoStage:
     """A `trainer.Stage` that learns from what the model itself has just written."""
 
+    denoiser: Denoiser
+    rollouts: Rollouts
+    exercises: Sequence[Exercise]
+    held_out_exercises: Sequence[Exercise]
+    settings: GrpoSettings
+    reference: dict[str, Tensor] = field(default_factory=dict)
     shown: tuple[str, ...] = ("reward", "solved")
 
-    def __init__(
-        self,
-        denoiser: Denoiser,
-        rollouts: Rollouts,
-        exercises: Sequence[Exercise],
-        held_out: Sequence[Exercise],
-        settings: GrpoSettings,
-    ) -> None:
-        self.denoiser = denoiser
-        self.rollouts = rollouts
-        self.settings = settings
-        self.exercises = exercises
-        self.held_out_exercises = held_out[: settings.held_out_rows]
+    def __post_init__(self) -> None:
+        self.held_out_exercises = self.held_out_exercises[: self.settings.held_out_rows]
         self.held_out_rows = len(self.held_out_exercises)
-        self.reference: dict[str, Tensor] = {}
 
     def begin(self) -> dict[str, Tensor]:
         """Make the reference of the KL term: a copy of what is trained, so of the adapters alone if there are any."""
@@ -92,16 +82,15 @@ class GrpoStage:
     def batches(self, step: int, shares: Sequence[range]) -> Iterator[Batch]:
         """One round of coupled-GRPO, which ends with a batch for each of `iterations` updates."""
         rows = [row for share in shares for row in share]
-        number = step // self.settings.iterations
         with self.ready_to_decode():  # roll out and reward
-            completions, seconds = self.rollouts.of_round(self.exercises, number, rows)
+            completions, seconds = self.rollouts.of_round(self.exercises, step // self.settings.iterations, rows)
         advantage = self.advantages(completions, rows)
         began = time.perf_counter()
         updates = self.scored_micro_batches(step, shares, dict(zip(rows, completions, strict=True)), advantage)
         seconds["scoring_seconds"] = time.perf_counter() - began
         figures = self.figures(completions, advantage, seconds)
         figures["scored_share"] = (sum(len(micro.advantage) for micro in updates[0]), len(rows))
-        self._write_samples(step, completions, advantage[rows])
+        self._write_samples(step, completions, advantage[rows].tolist())
         for iteration, micros in enumerate(updates):
             yield Batch(micros, figures)  # the trainer updates the policy
             self._update_reference(step + iteration + 1)
@@ -111,7 +100,7 @@ class GrpoStage:
         settings = self.settings
         rewards = torch.zeros(settings.batch)
         rewards[rows] = torch.tensor([completion.reward.total for completion in completions])
-        rewards = sum_over_processes(rewards, self.denoiser.device)  # groups may span processes
+        rewards = reduce(rewards.to(self.denoiser.device), "sum").cpu()  # groups may span processes
         gains = objectives.advantages(
             rewards, settings.group, baseline=settings.advantage, scale=settings.scale_rewards
         )
@@ -125,8 +114,7 @@ class GrpoStage:
         for iteration in range(self.settings.iterations):
             micros = []
             for share in shares:
-                written = [completions[row] for row in share]
-                micro = self.micro_batch(step + iteration, share, written, advantage)
+                micro = self.micro_batch(step + iteration, share, completions, advantage)
                 if iteration:  # the first update starts from the very policy that wrote the completions
                     micro = replace(micro, old=self.score_now(micro))
                 micros.append(micro)
@@ -138,51 +126,42 @@ class GrpoStage:
         return updates
 
     def micro_batch(
-        self, step: int, share: range, completions: Sequence[Completion], advantage: Tensor
+        self, step: int, share: range, completions: Mapping[int, Completion], advantage: Tensor
     ) -> GrpoMicroBatch:
-        """The completions of the rows `share`, of which `advantage` (batch,) has all."""
+        """The rows `share` of the completions; `advantage` (batch,) has those of all.
+
+        Without a KL term a completion like the rest of its group teaches nothing: it counts, but is left out.
+        """
         settings = self.settings
+        new_tokens = settings.decoding.new_tokens
+        lengths = [new_tokens if settings.score_padding else completions[row].length for row in share]
+        count = objectives.reduction_count(lengths, new_tokens, reduction=settings.reduction)
+        rows = [row for row in share if settings.kl or advantage[row]]
+        rows = rows or [share.start]  # the other processes wait for this one
         batch = objectives.collate(
-            [completion.generation for completion in completions],
+            [completions[row].generation for row in rows],
             pad_id=self.rollouts.coder.tokenizer.pad_id,
             score_padding=settings.score_padding,
         )
-        views = self.views(step, share, batch)
-        new_tokens = settings.decoding.new_tokens
-        weight, count = objectives.reduction_weights(batch.scored, new_tokens, reduction=settings.reduction)
-        advantage = advantage[share.start : share.stop]
-        if not settings.kl:  # then a completion like the rest of its group teaches nothing: leave it out
-            kept = advantage.nonzero()[:, 0]
-            if not len(kept):
-                kept = torch.tensor([0])  # one row, since the other processes wait for this one
-            batch = batch.select(kept)
-            views = [View(view.masked[kept], view.weight[kept]) for view in views]
-            advantage = advantage[kept]
-            weight = weight[kept]
-        tokens = batch.tokens.numel() * len(views)
-        return GrpoMicroBatch(count, tokens, batch, views, advantage, weight)
+        views = self.views(step, rows, batch)
+        weight = objectives.reduction_weights(batch.scored, reduction=settings.reduction)
+        return GrpoMicroBatch(count, batch.tokens.numel() * len(views), batch, views, advantage[rows], weight)
 
-    def views(self, step: int, share: range, batch: objectives.CompletionBatch) -> list[View]:
+    def views(self, step: int, rows: Sequence[int], batch: objectives.CompletionBatch) -> list[View]:
         """The masks of an optimiser step, keyed by it and the row, or the row's problem."""
         settings = self.settings
         low, high = settings.mask_ratio
         ratios = []
         masks = []
-        for row in share:
+        for row in rows:
             number = row // settings.group if settings.group_masks else row
             masks.append(keyed_generator(settings.seed, step, number, _MASKS))
             if settings.ratio_per == "step":
                 number = -1
             noise = keyed_generator(settings.seed, step, number, _RATIOS)
             ratios.append(low + (high - low) * torch.rand(settings.pairs, 2, generator=noise))  # (L, 2)
-        return score_views(
-            batch.completion,
-            batch.valid & ~batch.completion,
-            torch.stack(ratios, 1),  # (L, B, 2)
-            masks,
-            estimator=settings.estimator,
-            prompt_mask=settings.prompt_mask,
-        )
+        prompt = batch.valid & ~batch.completion
+        return score_views(batch.completion, prompt, torch.stack(ratios, 1), masks, estimator=settings.estimator)
 
     def score(self, model: nn.Module, micro: GrpoMicroBatch) -> Tensor:
         """The scores of a micro-batch's tokens, (B, T)."""
@@ -197,25 +176,20 @@ class GrpoStage:
         """The clipped objective plus the KL term, each token by its weight; the trainer divides by the step's count."""
         settings = self.settings
         score = self.score(model, micro)
-        device = score.device
-        scored = micro.batch.scored.to(device)
-        clipped = objectives.clipped_loss(
+        scored = micro.batch.scored.to(score.device)
+        loss, logged = objectives.clipped_loss(
             score,
             score.detach() if micro.old is None else micro.old,
-            micro.advantage.to(device),
-            scored,
+            micro.advantage.to(score.device),
             low=settings.epsilon_low,
             high=settings.epsilon_high,
-            level=settings.ratio,
         )
-        loss = clipped.loss
-        logged = {"ratio": clipped.ratio, "clip_low": clipped.low, "clip_high": clipped.high}
         if micro.reference is not None:
             logged["kl"] = objectives.k3(score, micro.reference)
             loss = loss + settings.kl * logged["kl"]
         tokens = int(scored.sum())
         figures = {name: ((value.detach() * scored).sum(), tokens) for name, value in logged.items()}
-        return Terms((loss * micro.weight.to(device)).sum(), figures)
+        return Terms((loss * micro.weight.to(score.device)).sum(), figures)
 
     def held_out(self, model: nn.Module, shares: Sequence[range]) -> Iterator[Figures]:
         """Greedy answers to held-out problems: the share solved, and the mean share of tests passed."""
@@ -232,12 +206,11 @@ class GrpoStage:
         self, completions: Sequence[Completion], advantage: Tensor, seconds: dict[str, float]
     ) -> dict[str, tuple[float, float]]:
         """What to log of a round: sums and numbers."""
-        figures: dict[str, tuple[float, float]] = dict.fromkeys(completions[0].figures, (0.0, 0))
-        for completion in completions:
-            for name, value in completion.figures.items():
-                if not math.isnan(value):
-                    total, number = figures[name]
-                    figures[name] = (total + value, number + 1)
+        figures: dict[str, tuple[float, float]] = {}
+        rows = [completion.figures for completion in completions]
+        for name in rows[0]:
+            values = [row[name] for row in rows if not math.isnan(row[name])]
+            figures[name] = (sum(values), len(values))
         for name, value in seconds.items():
             figures[name] = (value, 1)
         flat = (advantage.view(-1, self.settings.group) == 0).all(1)
@@ -263,12 +236,11 @@ class GrpoStage:
             for name, parameter in trained_parameters(self.denoiser):
                 self.reference[name].lerp_(parameter.detach(), self.settings.reference_mix)
 
-    def _write_samples(self, step: int, completions: Sequence[Completion], advantage: Tensor) -> None:
+    def _write_samples(self, step: int, completions: Sequence[Completion], advantages: Sequence[float]) -> None:
         every = self.settings.samples_every
         due = step // every != (step - self.settings.iterations) // every
         if due and first_process():
-            tokenizer = self.rollouts.coder.tokenizer
-            write_samples(self.settings.run, step + 1, completions, advantage.tolist(), tokenizer)
+            write_samples(self.settings.run, step + 1, completions, advantages, self.rollouts.coder.tokenizer)
 
 
 def usable(exercises: Sequence[Exercise], name: str) -> list[Exercise]:
@@ -287,7 +259,7 @@ def usable(exercises: Sequence[Exercise], name: str) -> list[Exercise]:
     if dropped and first_process():
         lost = len(exercises) - len(kept)
         message = f"left out {dropped:,} tests that a program could tamper with, and {lost:,} problems with no other"
-        Console(stderr=True).print(f"{name}: {message}", soft_wrap=True)
+        print(f"{name}: {message}", file=sys.stderr)
     if not kept:
         raise ConfigError(f"{name} has no usable test in {len(exercises)} problems; write them as assert f(2) == 4")
     return kept

@@ -1,7 +1,4 @@
-"""The objective of the first three stages: rows of tokens in, noise on them, cross-entropy on what is hidden.
-
-For: `pretrain`, `adapt` and `sft`, which bring rows (`Rows`) and share everything else. Not for: where rows come from,
-optimisers (`trainer`), the formulas (`diffusion`).
+"""The objective of `pretrain`, `adapt` and `sft`: noise on rows of tokens, cross-entropy on what is hidden.
 
 All noise of a row is keyed by (seed, step, row): how a step is cut into micro-batches and processes changes nothing.
 """
@@ -35,16 +32,14 @@ class Rows(Protocol):
 
     def width(self, step: int) -> int:
         """How many tokens the rows of `step` are padded to."""
-        ...
 
     def row(self, step: int, index: int) -> Row:
         """Row `index` of `step`, at most `width(step)` long."""
-        ...
 
 
 @dataclass(frozen=True)
 class Objective:
-    """How rows are noised. `anneal_steps` as in `AdaptSettings`; `autoregressive` scores every token from its left."""
+    """How rows are noised; the settings are explained in `DiffusionSettings` and `AdaptSettings`."""
 
     mask_id: int
     pad_id: int
@@ -55,7 +50,7 @@ class Objective:
     time: Times = "stratified"
     normaliser: Normaliser = "length"
     anneal_steps: int = 0
-    autoregressive: bool = False
+    autoregressive: bool = False  # score every token from its left
 
 
 @dataclass(frozen=True)
@@ -85,18 +80,23 @@ class MaskedStage:
             self.held_out_rows = math.ceil(held_out_rows / objective.batch) * objective.batch
 
     def begin(self) -> dict[str, Tensor]:
-        """Checkpoints need no tensors of this stage: rows and noise are functions of the step."""
+        """No tensors: rows and noise are functions of the step."""
         return {}
 
     def batches(self, step: int, shares: Sequence[range]) -> Iterator[Batch]:
-        """The batch of the step."""
         yield Batch(self.micro_batches(step, shares))
 
     def micro_batches(self, step: int, shares: Sequence[range]) -> list[MaskedMicro]:
-        """The micro-batches of one process: `shares` are their rows within the step."""
-        times = self._times(step, self.objective.batch)
-        normaliser = self.objective.normaliser
-        return [self._noised(self.rows, step, share, times, normaliser) for share in shares]
+        """The micro-batches of one process: `shares` are their rows within the step.
+
+        Held-out rows always have the same noise, full attention and the `length` normaliser.
+        """
+        objective = self.objective
+        if step == HELD_OUT and self.held_out_source is not None:
+            times = self._times(step, self.held_out_rows)
+            return [self._noised(self.held_out_source, step, share, times, "length") for share in shares]
+        times = self._times(step, objective.batch)
+        return [self._noised(self.rows, step, share, times, objective.normaliser) for share in shares]
 
     def loss(self, model: nn.Module, micro: MaskedMicro) -> Terms:
         """Weighted cross-entropy, summed; the logits exist in chunks only (`Denoiser.forward`)."""
@@ -106,25 +106,16 @@ class MaskedStage:
             logits = logits.float()  # for the argmax too, which is slow in bfloat16
             return F.cross_entropy(logits, targets, reduction="none"), (logits.argmax(-1) == targets).float()  # (m,)
 
-        cost, right = model(
-            micro.noisy, valid=micro.valid, attention=micro.attention, rows=micro.rows, reduce=score
-        )  # (M,) each
+        inputs = {"valid": micro.valid, "attention": micro.attention, "rows": micro.rows}
+        cost, right = model(micro.noisy, **inputs, reduce=score)  # (M,) each
         loss = (cost * micro.weights.to(cost.device)).sum()
         scored = len(micro.targets)
         return Terms(loss, {"unweighted": (cost.detach().sum(), scored), "accuracy": (right.detach().sum(), scored)})
 
     def held_out(self, model: nn.Module, shares: Sequence[range]) -> Iterator[Figures]:
-        """The loss of each micro-batch of held-out rows."""
-        for micro in self.held_out_micro_batches(shares):
+        for micro in self.micro_batches(HELD_OUT, shares):
             terms = self.loss(model, micro)
             yield {"loss": (terms.loss, micro.count), **terms.figures}
-
-    def held_out_micro_batches(self, shares: Sequence[range]) -> list[MaskedMicro]:
-        """Held-out rows, always with the same noise, full attention and the `length` normaliser."""
-        if self.held_out_source is None:
-            return []
-        times = self._times(HELD_OUT, self.held_out_rows)
-        return [self._noised(self.held_out_source, HELD_OUT, share, times, "length") for share in shares]
 
     def _times(self, step: int, rows: int) -> Tensor:
         """Noise levels of all rows of the step, (rows,): strata span processes and micro-batches."""

@@ -1,7 +1,6 @@
 """The formulas of coupled-GRPO (DiffuCoder §5, appendix B.1), as functions of tensors.
 
-B completions of T positions, with their prompts and left padding. Not for: where completions come from (`rollouts`), or
-the order of the steps (`grpo`).
+B completions of T positions, with their prompts and left padding.
 """
 
 from collections.abc import Sequence
@@ -20,8 +19,8 @@ _STEEPEST = 20.0  # bound on log-ratios: beyond it the exponential or its gradie
 def advantages(rewards: Tensor, group: int, *, baseline: str = "mean", scale: bool = False) -> Tensor:
     """How much better each completion is than its group: (B,) from rewards (B,), `group` consecutive ones at a time.
 
-    `mean` subtracts the group's mean; `leave_one_out` that of the others, which gives G/(G-1) times as much. `scale`
-    divides by the group's standard deviation (plus 1e-4). Advantages add up to zero in every group.
+    `mean` subtracts the group's mean; `leave_one_out` that of the others. `scale` divides by the group's standard
+    deviation (plus 1e-4). Advantages add up to zero in every group.
     """
     grouped = rewards.view(-1, group)
     centred = grouped - grouped.mean(1, keepdim=True)
@@ -40,40 +39,38 @@ def k3(score: Tensor, reference: Tensor) -> Tensor:
     return difference.exp() - difference - 1
 
 
-@dataclass(frozen=True)
-class Clipped:
-    """The clipped objective of each token, and where it was clipped: (B, T) each."""
-
-    loss: Tensor
-    ratio: Tensor
-    low: Tensor  # bool: no gradient, since a bad completion is unlikely enough
-    high: Tensor  # bool: no gradient, since a good one is likely enough
-
-
 def clipped_loss(
-    score: Tensor, old: Tensor, advantage: Tensor, scored: Tensor, *, low: float, high: float, level: str = "token"
-) -> Clipped:
-    """-min(ratio A, clip(ratio, 1 - low, 1 + high) A), with ratio = exp(score - old), (B, T) each; `advantage` is (B,).
+    score: Tensor, old: Tensor, advantage: Tensor, *, low: float, high: float
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """-min(ratio A, clip(ratio, 1 - low, 1 + high) A), ratio = exp(score - old), (B, T) each; `advantage` is (B,).
 
-    With `level="sequence"` it is a completion's ratio: the exponential of the mean over its `scored` (B, T) tokens.
+    Also returns the ratio and where it was clipped, which leaves no gradient, to be logged: (B, T) each.
     """
-    log_ratio = score - old
-    if level == "sequence":
-        mean = (log_ratio * scored).sum(-1, keepdim=True) / scored.sum(-1, keepdim=True).clamp(min=1)
-        log_ratio = mean.expand_as(log_ratio)
-    ratio = log_ratio.clamp(-_STEEPEST, _STEEPEST).exp()
+    ratio = (score - old).clamp(-_STEEPEST, _STEEPEST).exp()
     gain = advantage[:, None]
     loss = -torch.minimum(ratio * gain, ratio.clamp(1 - low, 1 + high) * gain)
-    return Clipped(loss, ratio, (ratio < 1 - low) & (gain < 0), (ratio > 1 + high) & (gain > 0))
+    logged = {
+        "ratio": ratio.detach(),
+        "clip_low": (ratio < 1 - low) & (gain < 0),
+        "clip_high": (ratio > 1 + high) & (gain > 0),
+    }
+    return loss, logged
 
 
-def reduction_weights(scored: Tensor, new_tokens: int, *, reduction: str) -> tuple[Tensor, float]:
-    """The weight of each token's loss, (B, T), and this micro-batch's part of the divisor of the step's sum."""
-    if reduction == "token":
-        return scored.float(), float(scored.sum())
+def reduction_weights(scored: Tensor, *, reduction: str) -> Tensor:
+    """The weight of each token's loss, (B, T)."""
     if reduction == "sequence":
-        return scored / scored.sum(-1, keepdim=True).clamp(min=1), float(len(scored))
-    return scored.float(), float(len(scored) * new_tokens)
+        return scored / scored.sum(-1, keepdim=True).clamp(min=1)
+    return scored.float()
+
+
+def reduction_count(lengths: Sequence[int], new_tokens: int, *, reduction: str) -> int:
+    """What completions of so many scored tokens add to the divisor of the step's loss."""
+    if reduction == "token":
+        return sum(lengths)
+    if reduction == "sequence":
+        return len(lengths)
+    return len(lengths) * new_tokens
 
 
 @dataclass(frozen=True)
@@ -85,16 +82,9 @@ class CompletionBatch:
     completion: Tensor  # (B, T) bool
     scored: Tensor  # (B, T) bool: up to and including the first terminator, or the pads after it too
 
-    def select(self, rows: Tensor) -> "CompletionBatch":
-        """Some of the rows."""
-        return CompletionBatch(self.tokens[rows], self.valid[rows], self.completion[rows], self.scored[rows])
-
 
 def collate(generations: Sequence[Generation], *, pad_id: int, score_padding: bool = False) -> CompletionBatch:
-    """Prompts and canvases as tensors, prompts left-padded to the longest.
-
-    What is scored ends with the first terminator, or with `score_padding` at the canvas's end.
-    """
+    """Prompts and canvases as tensors, prompts left-padded to the longest."""
     longest = max(generation.trace.prompt_length for generation in generations)
     rows = []
     starts = []
@@ -115,10 +105,7 @@ def collate(generations: Sequence[Generation], *, pad_id: int, score_padding: bo
 
 
 def token_scores(model: nn.Module, batch: CompletionBatch, views: Sequence[View], *, mask_id: int) -> Tensor:
-    """The score of every token that is scored, (B, T) float32, 0 elsewhere: one forward pass over all views at once.
-
-    A score stands for a token's log-probability: a weighted sum over the views (`diffusion.score_views`).
-    """
+    """The score of every token that is scored, (B, T) float32, 0 elsewhere: one forward pass over all views at once."""
     tokens = torch.cat([batch.tokens.masked_fill(view.masked, mask_id) for view in views])  # (V * B, T)
     weight = torch.cat([view.weight * batch.scored for view in views])  # (V * B, T)
     wanted = weight > 0

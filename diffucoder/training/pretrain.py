@@ -1,7 +1,7 @@
 """An autoregressive parent from nothing: what Qwen2.5-Coder is to DiffuCoder, at the size of a laptop.
 
 With a causal mask the Denoiser is the autoregressive model, and with every token scored the objective is next-token
-prediction. So the parent is trained by the same stage as its children. It is written as a plain Qwen2 checkpoint.
+prediction. The parent is written as a plain Qwen2 checkpoint.
 """
 
 from pathlib import Path
@@ -12,7 +12,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 from diffucoder.models.denoiser import Denoiser
 from diffucoder.tokenizer import Tokenizer
 from diffucoder.training.adapt import packed_stage
-from diffucoder.training.run import check_length, objective_of, train_and_export
+from diffucoder.training.run import train_and_export
 from diffucoder.training.settings import PretrainSettings
 
 
@@ -20,24 +20,21 @@ def pretrain(settings: PretrainSettings) -> Path:
     """Train the parent, or resume it, and return the folder of the finished model."""
     tokenizer = Tokenizer.load(settings.tokenizer)
     denoiser = fresh_model(settings, tokenizer)
-    check_length(denoiser, "context", settings.context)
-    objective = objective_of(settings, denoiser, tokenizer, autoregressive=True)
-    return train_and_export(denoiser, tokenizer, packed_stage(settings, tokenizer, objective), settings, parent=True)
+    stage = packed_stage(settings, denoiser, tokenizer)
+    return train_and_export(denoiser, tokenizer, stage, settings, parent=True)
 
 
 def fresh_model(settings: PretrainSettings, tokenizer: Tokenizer) -> Denoiser:
     """A Qwen2-shaped model of random weights, a function of the seed, with the tokenizer's ids."""
     heads = settings.hidden // 64
-    key_heads = heads
-    if heads % 2 == 0:  # grouped attention
-        key_heads = heads // 2
+    grouped = heads % 2 == 0  # two heads share keys and values
     config = Qwen2Config(
         vocab_size=tokenizer.vocab_size,
         hidden_size=settings.hidden,
         intermediate_size=settings.intermediate,
         num_hidden_layers=settings.layers,
         num_attention_heads=heads,
-        num_key_value_heads=key_heads,
+        num_key_value_heads=heads // 2 if grouped else heads,
         max_position_embeddings=settings.positions,
         rope_theta=10_000.0,
         tie_word_embeddings=False,

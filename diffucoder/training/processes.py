@@ -1,7 +1,4 @@
-"""The processes of a run: what `accelerate launch` started, how they share the model, which rows each one takes.
-
-For: `trainer` and `grpo`. One process is the ordinary case and needs no launcher.
-"""
+"""The processes of a run: what `accelerate launch` started, how they share the model, which rows each one takes."""
 
 import os
 import sys
@@ -9,10 +6,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 
 from diffucoder.errors import ConfigError
@@ -21,11 +17,9 @@ from diffucoder.training.settings import TrainSettings
 
 def start_accelerator(settings: TrainSettings) -> Accelerator:
     """The accelerator that `accelerate launch` describes; the CPU on a machine without a GPU."""
-    known = [str(tracker.value) for tracker in get_available_trackers()]
-    missing = sorted(set(settings.trackers) - set(known))
-    if missing:
-        have = ", ".join(sorted(known)) or "nothing"
-        raise ConfigError(f"trackers={missing} cannot be used, only {have}; pip install what is missing")
+    missing = set(settings.trackers) - {str(tracker.value) for tracker in get_available_trackers()}
+    if missing:  # accelerate would pass over a tracker that is not installed
+        raise ConfigError(f"trackers={sorted(missing)} cannot be used; install what is missing, or correct the name")
     accelerator = Accelerator(
         cpu=not (torch.cuda.is_available() or torch.backends.mps.is_available()),
         mixed_precision="bf16" if settings.bf16 else "no",
@@ -60,23 +54,13 @@ def first_process() -> bool:
 def exit_worker() -> None:
     """End one of several processes when its work is done; return if it is the only one.
 
-    Gloo's threads free the tensors of the last collective late, and need the interpreter for it. An interpreter that
-    shuts down aborts them, and its process with them (seen in 5 % of sharded runs). The launcher then ends the other
-    processes too, which may still be writing the model.
+    Gloo's threads may still need the interpreter, whose shutdown would abort the process. The launcher would then end
+    the other processes too, which may still be writing the model.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(0)
-
-
-def sum_over_processes(values: Tensor, device: torch.device) -> Tensor:
-    """The sum of each process's `values`, on the CPU. The process group communicates between tensors on `device`."""
-    if not dist.is_initialized():
-        return values
-    total = values.to(device)
-    dist.all_reduce(total)
-    return total.cpu()
 
 
 def reshard(model: nn.Module) -> None:

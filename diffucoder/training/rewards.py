@@ -1,13 +1,10 @@
 """Rewards of reinforcement learning: completion + tests → format, share of tests passed, and their weighted sum.
 
-DiffuCoder, appendix B.2: 0.5 for the format and 2.0 for the share of tests passed, which counts only if the format is
-right. Two readings of "right":
+DiffuCoder, appendix B.2. The share of tests passed counts only if the format is right. Two readings of "right":
 
 * `paper`, as released: text, one block opened by exactly "```python" and closed by "```" and a newline, and nothing
-  else. A missing last newline costs everything, and so does one test that runs out of time.
+  else. One test that runs out of time costs all tests.
 * `robust`, the default: whatever a person would read as one program (`grading.extract`), fenced or bare.
-
-Programs run in the sandbox. Not for: which tests a problem has (`exercises`).
 """
 
 import ast
@@ -18,9 +15,11 @@ from typing import Literal
 
 from diffucoder.grading.extract import parsed, program_from
 from diffucoder.grading.grade import grade
-from diffucoder.grading.sandbox import Limits, Sandbox
+from diffucoder.grading.sandbox import DEFAULT_LIMITS, Limits, Sandbox
 
 Style = Literal["robust", "paper"]
+FORMAT_WEIGHT = 0.5
+TESTS_WEIGHT = 2.0
 
 _RELEASED = re.compile(r"(?:(?!```).)*```python\n((?:(?!```).)*)```\n", re.DOTALL)
 _STATEMENTS = (  # that define, assign or decide something
@@ -46,44 +45,33 @@ class Reward:
         return self.pass_rate == 1
 
 
-def format_reward(completion: str, style: Style = "robust") -> float:
-    """1.0 for a program where the style wants it, 0.5 for one with a syntax error, 0.0 for anything else."""
+def read_program(completion: str, style: Style = "robust") -> tuple[float, str]:
+    """The reward of the format, and the program: 1.0 where the style wants it, 0.5 with a syntax error, else 0.0."""
     if style == "paper":
         block = _RELEASED.fullmatch(completion)
         if block is None:
-            return 0.0
-        return 1.0 if _parses(block[1].strip()) else 0.5
+            return 0.0, ""
+        return 1.0 if _parses(block[1].strip()) else 0.5, block[1]
     program = program_from(completion)
     if _parses(program):
-        return float(_does_something(program))
-    if "```" in completion and program.strip():
-        return 0.5
-    return 0.0
+        return float(_does_something(program)), program
+    is_fenced = "```" in completion and program.strip()
+    return 0.5 if is_fenced else 0.0, program
 
 
 def reward(
-    completion: str,
-    tests: Sequence[str],
-    sandbox: Sandbox,
-    *,
-    style: Style = "robust",
-    format_weight: float = 0.5,
-    tests_weight: float = 2.0,
-    limits: Limits | None = None,
+    completion: str, tests: Sequence[str], sandbox: Sandbox, *, style: Style = "robust", limits: Limits = DEFAULT_LIMITS
 ) -> Reward:
     """Judge one completion; its program is run only if its format is right."""
-    form = format_reward(completion, style)
+    form, program = read_program(completion, style)
     if form < 1:
         detail = "syntax error" if form else "no program in the required form"
-        return Reward(format_weight * form, form, 0.0, "format", detail, 0.0)
-    program = program_from(completion)
-    if style == "paper" and (block := _RELEASED.fullmatch(completion)):
-        program = block[1]
-    verdict = grade(program, tests, limits or Limits(), sandbox=sandbox)
+        return Reward(FORMAT_WEIGHT * form, form, 0.0, "format", detail, 0.0)
+    verdict = grade(program, tests, limits, sandbox=sandbox)
     rate = verdict.pass_rate
     if style == "paper" and any(test.status == "timeout" for test in verdict.tests):
         rate = 0.0
-    total = format_weight * form + tests_weight * rate
+    total = FORMAT_WEIGHT * form + TESTS_WEIGHT * rate
     return Reward(total, form, rate, verdict.status, verdict.detail, verdict.seconds)
 
 

@@ -1,22 +1,22 @@
 """Rollouts: exercises in, graded completions out, for reinforcement learning and its held-out pass@1.
 
-For: the exercises of a round, prompts that fit, decoding, and grading in the sandbox while the next completions are
-decoded. Not for: what is learnt from completions (`grpo`).
-
-The run's seed and a completion's number in the run fix its random numbers. So neither the number of processes nor the
-other completions of its batch change what it is drawn from.
+Completions are graded in the sandbox while the next ones are decoded. The run's seed and a completion's number in the
+run fix its random numbers, whatever the number of processes.
 """
 
+import math
 import time
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 from diffucoder.decoding.coder import DiffuCoder
 from diffucoder.decoding.params import DecodingParams
 from diffucoder.decoding.requests import Generation
-from diffucoder.decoding.trace import commit_order, global_ar_ness, local_ar_ness
+from diffucoder.decoding.trace import commit_order, global_ar_ness, local_ar_ness, write_traces
 from diffucoder.errors import ConfigError
+from diffucoder.files import append_jsonl, write_jsonl
 from diffucoder.grading.sandbox import Limits, Sandbox
 from diffucoder.tokenizer import Tokenizer
 from diffucoder.training.data import epoch_index
@@ -81,25 +81,17 @@ class Rollouts:
     def write(
         self, exercises: Sequence[Exercise], params: DecodingParams, numbers: Sequence[int]
     ) -> tuple[list[Completion], dict[str, float]]:
-        """One completion for each exercise, and the seconds that it took; `numbers` fix their random numbers.
-
-        `waiting_seconds` are spent on grading after decoding; `grading_seconds` are those of all programs, added up.
-        """
+        """One completion for each exercise, and the seconds (docs/rl.md); `numbers` fix their random numbers."""
         began = time.perf_counter()
-        generations: list[Generation] = []
-        rewards: list[Future[Reward]] = []
+        graded = []
         with ThreadPoolExecutor(self.sandbox.workers) as pool:
             for start in range(0, len(exercises), self.settings.decode_batch):
                 chunk = slice(start, start + self.settings.decode_batch)
                 decoded = self.decode(exercises[chunk], params, numbers[chunk])
-                generations += decoded
                 for exercise, generation in zip(exercises[chunk], decoded, strict=True):
-                    rewards.append(pool.submit(self.reward, exercise, generation))
+                    graded.append((exercise, generation, pool.submit(self.reward, exercise, generation)))
             decoded_at = time.perf_counter()
-            completions = [
-                Completion(exercise, generation, future.result())
-                for exercise, generation, future in zip(exercises, generations, rewards, strict=True)
-            ]
+            completions = [Completion(exercise, generation, future.result()) for exercise, generation, future in graded]
         seconds = {"decoding_seconds": decoded_at - began, "waiting_seconds": time.perf_counter() - decoded_at}
         seconds["grading_seconds"] = sum(completion.reward.seconds for completion in completions)
         return completions, seconds
@@ -112,7 +104,6 @@ class Rollouts:
         return [results[0] for results in self.coder.run(requests)]
 
     def prompt_ids(self, exercise: Exercise) -> list[int]:
-        """The tokens of an exercise's prompt."""
         settings = self.settings
         return prompt_ids(self.coder.tokenizer, exercise.prompt, settings.prompt_tokens, chat=settings.chat)
 
@@ -122,22 +113,14 @@ class Rollouts:
         seconds = settings.test_seconds
         if settings.rewards == "paper":
             seconds *= len(exercise.tests)
-        return reward(
-            generation.text,
-            exercise.tests,
-            self.sandbox,
-            style=settings.rewards,
-            format_weight=settings.format_weight,
-            tests_weight=settings.tests_weight,
-            limits=Limits(seconds=seconds),
-        )
+        limits = Limits(seconds=seconds)
+        return reward(generation.text, exercise.tests, self.sandbox, style=settings.rewards, limits=limits)
 
 
 def prompt_ids(tokenizer: Tokenizer, request: str, longest: int, *, chat: bool = True) -> list[int]:
     """The prompt of `request` in at most `longest` tokens: a longer request keeps its end, and the chat's header.
 
-    Special tokens that are spelt in a request are plain characters: they hide no token and end no turn. Without `chat`
-    the request itself is continued. ConfigError if the header alone is longer than `longest`.
+    Special tokens in a request are plain text. ConfigError if the header alone is longer than `longest`.
     """
     plain = tokenizer.encode(request, special=False)
     if not chat:
@@ -153,3 +136,39 @@ def prompt_ids(tokenizer: Tokenizer, request: str, longest: int, *, chat: bool =
     if len(whole) <= longest and not has_special:
         return whole
     return [*header, *plain[-room:], *footer]
+
+
+def write_samples(
+    run: Path, step: int, completions: Sequence[Completion], advantages: Sequence[float], tokenizer: Tokenizer
+) -> None:
+    """Write the completions that `step` is the first to learn from.
+
+    samples.jsonl grows. traces.jsonl and verdicts.jsonl have the latest ones; `diffucoder order --traces` draws these.
+    """
+    lines = []
+    traces = []
+    verdicts = []
+    for number, (completion, advantage) in enumerate(zip(completions, advantages, strict=True)):
+        exercise = completion.exercise
+        trace = completion.generation.trace
+        tokens = trace.tokens[trace.prompt_length :][: completion.length]
+        line = {
+            "step": step,
+            "id": exercise.id,
+            "prompt": exercise.prompt,
+            "completion": completion.generation.text,
+            "status": completion.reward.status,
+            "detail": completion.reward.detail,
+            "advantage": round(advantage, 6),
+            "forward_passes": completion.generation.forward_passes,
+            "tokens": [tokenizer.decode([token], skip_special=False) for token in tokens],
+            "steps": trace.steps[: completion.length],
+        }
+        for name, value in completion.figures.items():
+            line[name] = None if math.isnan(value) else round(value, 6)  # JSON has no nan
+        lines.append(line)
+        traces.append(replace(trace, id=f"{exercise.id}#{number}"))
+        verdicts.append({"task_id": exercise.id, "sample": number, "passed": completion.reward.solved})
+    append_jsonl(run / "samples.jsonl", lines)
+    write_traces(run / "traces.jsonl", traces)
+    write_jsonl(run / "verdicts.jsonl", verdicts)

@@ -1,7 +1,4 @@
-"""One stage from loaded model to finished folder: adapters on, train, adapters merged, weights gathered and written.
-
-For: what all stages have in common. Not for: the loop (`trainer`), the objective (`masked`, `objectives`).
-"""
+"""What all stages have in common: load the model, add adapters, train, merge them, gather and write the weights."""
 
 from dataclasses import fields
 from pathlib import Path
@@ -14,51 +11,34 @@ from diffucoder.errors import ConfigError
 from diffucoder.models.checkpoint import load_with_tokenizer, save_denoiser, save_parent
 from diffucoder.models.denoiser import Denoiser
 from diffucoder.tokenizer import Tokenizer
-from diffucoder.training.checkpoints import load_model, read_run_settings
 from diffucoder.training.masked import Objective
-from diffucoder.training.settings import DiffusionSettings, GrpoSettings, TextSettings, TrainSettings
+from diffucoder.training.settings import (
+    DiffusionSettings,
+    GrpoSettings,
+    PretrainSettings,
+    TextSettings,
+    TrainSettings,
+)
 from diffucoder.training.trainer import Stage, Trainer
 
 
 def load_start(settings: DiffusionSettings | GrpoSettings) -> tuple[Denoiser, Tokenizer]:
     """The model that a stage begins with, on the CPU, and its tokenizer.
 
-    Weights are in float32, or in bfloat16 if only adapters are trained. An autoregressive parent gets the tokenizer's
-    mask. The folder of an unfinished run stands for its newest checkpoint.
+    Weights are in float32, or in bfloat16 if only adapters are trained. A parent gets the tokenizer's mask.
     """
-    dtype = torch.float32
-    if settings.lora_rank and settings.bf16:
-        dtype = torch.bfloat16
-    denoiser, tokenizer = open_model(settings.model, dtype)
+    dtype = torch.bfloat16 if settings.lora_rank and settings.bf16 else torch.float32
+    denoiser, tokenizer = load_with_tokenizer(settings.model, dtype=dtype, device="cpu", add_mask=True)
     if isinstance(settings, DiffusionSettings) and settings.shifted is not None:
         denoiser.shifted = settings.shifted
-    if settings.tied:
-        _tie(denoiser)
+    if settings.tied:  # one matrix again, as in the parent: Dream's format stores two
+        embeddings = denoiser.model.get_input_embeddings()
+        head = denoiser.model.get_output_embeddings()
+        if not torch.equal(embeddings.weight, head.weight):
+            raise ConfigError("tied=true but the model's embeddings and head differ; leave it out")
+        head.weight = embeddings.weight
+        denoiser.config.tie_word_embeddings = True
     return denoiser, tokenizer
-
-
-def open_model(source: str | Path | None, dtype: torch.dtype) -> tuple[Denoiser, Tokenizer]:
-    """A model on the CPU and its tokenizer, by what `load_denoiser` takes or by a run's folder: its newest checkpoint.
-
-    ConfigError for a run without a whole checkpoint, CheckpointError as `load_denoiser`.
-    """
-    if source is not None and (settings := read_run_settings(Path(source))):
-        denoiser, tokenizer = open_model(settings["model"], dtype)  # which may be a run's folder itself
-        load_model(Path(source), denoiser)
-        if settings.get("shifted") is not None:
-            denoiser.shifted = settings["shifted"]
-        return denoiser, tokenizer
-    return load_with_tokenizer(source, dtype=dtype, device="cpu", add_mask=True)
-
-
-def _tie(denoiser: Denoiser) -> None:
-    """Make embeddings and head one matrix: they were one in the parent, but Dream's format stores them twice."""
-    embeddings = denoiser.model.get_input_embeddings()
-    head = denoiser.model.get_output_embeddings()
-    if not torch.equal(embeddings.weight, head.weight):
-        raise ConfigError("tied=true but the model's embeddings and head differ; leave it out")
-    head.weight = embeddings.weight
-    denoiser.config.tie_word_embeddings = True
 
 
 def check_length(denoiser: Denoiser, name: str, tokens: int) -> None:
@@ -68,16 +48,14 @@ def check_length(denoiser: Denoiser, name: str, tokens: int) -> None:
         raise ConfigError(f"{name}={tokens} exceeds the model's context of {longest}; lower it to {longest} or less")
 
 
-def objective_of(
-    settings: TextSettings, denoiser: Denoiser, tokenizer: Tokenizer, *, autoregressive: bool = False
-) -> Objective:
+def objective_of(settings: TextSettings, denoiser: Denoiser, tokenizer: Tokenizer) -> Objective:
     """The masked objective of a stage: of its settings those that an `Objective` has too."""
     shared = settings.model_dump(include={field.name for field in fields(Objective)})
     return Objective(
         mask_id=tokenizer.mask_id,
         pad_id=tokenizer.pad_id,
         first_scorable=denoiser.first_scorable,
-        autoregressive=autoregressive,
+        autoregressive=isinstance(settings, PretrainSettings),
         **shared,
     )
 
@@ -101,8 +79,10 @@ def train_and_export(
     if trainer.accelerator.is_main_process:
         dtype = getattr(torch, settings.export_dtype)
         weights = {name.removeprefix("model."): tensor.to(dtype) for name, tensor in state.items()}
-        save = save_parent if parent else save_denoiser
-        save(trained, folder, state=weights)
+        if parent:
+            save_parent(trained, folder, state=weights)
+        else:
+            save_denoiser(trained, folder, state=weights)
         tokenizer.save(folder)
     trainer.close()
     return folder

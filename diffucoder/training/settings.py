@@ -1,8 +1,4 @@
-"""The settings of each training stage: one class a stage, with defaults and help. Imports no torch.
-
-For: `recipes/*.toml`, `diffucoder train STAGE --help`, and the stages themselves. Not for: what the settings do
-(`trainer`, `masked`, `adapt`, `sft`, `grpo`).
-"""
+"""The settings of each training stage, for recipes, `diffucoder train STAGE --help` and the stages. No torch here."""
 
 from pathlib import Path
 from typing import Annotated, Literal, Self, TypeVar
@@ -158,8 +154,6 @@ class GrpoSettings(DataSettings):
     decode_batch: int = Field(default=64, ge=1, description="completions decoded together; then they are graded")
 
     rewards: Literal["robust", "paper"] = Field(default="robust", description="how strictly the format is read")
-    format_weight: float = Field(default=0.5, ge=0, description="reward of the right format")
-    tests_weight: float = Field(default=2.0, ge=0, description="reward of passing all tests, or of their share")
     test_seconds: float = Field(default=5.0, gt=0, description="for all tests of a completion; rewards=paper: for each")
     workers: MayChange[int] = Field(default=0, ge=0, description="programs run at a time; 0: one a core")
 
@@ -172,13 +166,11 @@ class GrpoSettings(DataSettings):
     mask_ratio: tuple[Share, Share] = Field(default=(0.2, 0.8), description="range of the mask ratios")
     ratio_per: Literal["row", "step"] = Field(default="row", description="one mask ratio a completion, or for all")
     group_masks: bool = Field(default=False, description="same masks for all completions of a problem")
-    prompt_mask: Share = Field(default=0.15, description="d1: share of prompt tokens hidden")
     score_padding: bool = Field(default=False, description="score pads too, which say where answers end; paper: false")
 
     iterations: int = Field(default=2, ge=1, description="optimiser steps on one batch of completions (mu)")
     epsilon_low: float = Field(default=0.5, gt=0, lt=1, description="ratios are clipped below 1 minus this")
     epsilon_high: float = Field(default=0.5, gt=0, description="ratios are clipped above 1 plus this")
-    ratio: Literal["token", "sequence"] = Field(default="token", description="of each token, or a completion's mean")
     reduction: Reduction = Field(default="token", description="loss per token, completion or decoding.new_tokens")
     kl: float = Field(default=0.01, ge=0, description="weight of the KL divergence from the reference (beta)")
     reference_every: int = Field(default=64, ge=0, description="steps between updates of the reference; 0: never")

@@ -1,17 +1,17 @@
 """Stage 3: instruction tuning on requests and answers in the chat template (DiffuCoder, appendix B.1).
 
-The answer is noised. The request is noised too at first: over the first steps the share of rows with a clean request
-grows from none to all, which leads over from unconditional training. Rows end in pads, which are noised and scored like
-any token, so the model learns how long an answer is; attention sees them.
+The answer is noised. At first the request is noised too: over the first steps the share of rows with a clean request
+grows from none to all. Rows end in pads, which are seen, noised and scored like any token, so the model learns how long
+an answer is.
 """
 
+import sys
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from rich.console import Console
 
 from diffucoder.diffusion import keyed_generator, random_spans
 from diffucoder.errors import ConfigError
@@ -31,8 +31,7 @@ Array = np.ndarray[Any, Any]  # Any: as numpy's own stubs have it
 class ChatRows:
     """Requests and answers, padded (`masked.Rows`).
 
-    With flexible padding the rows of 16 steps are sorted by length and divided into steps, which are then shuffled. So
-    rows of one step have similar lengths, and there is little padding.
+    With flexible padding the rows of 16 steps are sorted by length and divided into steps, which are then shuffled.
     """
 
     def __init__(self, store: TokenStore, settings: SftSettings, *, pad_id: int) -> None:
@@ -45,9 +44,7 @@ class ChatRows:
             raise ConfigError(f"length={settings.length} is shorter than every example; raise it")
         # an epoch has only the examples that fit
         self.steps = settings.steps or max(1, int(settings.epochs * len(self.fitting)) // settings.batch)
-        self.group = 1  # steps whose rows are drawn together
-        if settings.padding == "flexible":
-            self.group = _GROUPED
+        self.group = _GROUPED if settings.padding == "flexible" else 1  # steps whose rows are drawn together
         self._drawn = lru_cache(maxsize=2)(self._draw)  # rows of a group of steps are requested one by one
 
     def width(self, step: int) -> int:
@@ -55,11 +52,9 @@ class ChatRows:
         settings = self.settings
         if settings.padding == "fixed":
             return settings.length
-        if step == HELD_OUT:
-            return int(self.store.lengths[self.fitting].max())
         width = int(self.store.lengths[self._examples(step)].max())
         u, spare = torch.rand(2, generator=keyed_generator(settings.seed, step, _SPARE)).tolist()
-        if u < settings.spare_share:
+        if u < settings.spare_share and step != HELD_OUT:
             width += int(spare * (settings.spare + 1))
         return min(width, settings.length)
 
@@ -67,9 +62,7 @@ class ChatRows:
         """The padded example. What may be hidden is the answer, or everything, or spans of the answer."""
         settings = self.settings
         held_out = step == HELD_OUT
-        examples = self.fitting
-        if not held_out:
-            examples = self._examples(step)
+        examples = self._examples(step)
         ids, answer = self.store.example(int(examples[index % len(examples)]))
         tokens = torch.full((self.width(step),), self.pad_id)
         tokens[: len(ids)] = torch.from_numpy(ids)
@@ -86,12 +79,12 @@ class ChatRows:
     def _clean_share(self, step: int) -> float:
         """Share of rows whose request stays clean: from 0 to 1 over the first `ramp` of the steps."""
         ramp = self.settings.ramp * self.steps
-        if step >= ramp:
-            return 1.0
-        return step / ramp
+        return step / ramp if step < ramp else 1.0
 
     def _examples(self, step: int) -> Array:
-        """The examples of the step's rows, (batch,)."""
+        """The examples of the step's rows, (batch,); all that fit of held-out rows."""
+        if step == HELD_OUT:
+            return self.fitting
         group, number = divmod(step, self.group)
         examples: Array = self._drawn(group)[number]
         return examples
@@ -138,8 +131,8 @@ def _report_left_out(rows: ChatRows, setting: str) -> None:
     limit = rows.settings.length
     too_long = np.flatnonzero(lengths > limit)
     if len(too_long) and first_process():
-        first = too_long[0]
-        left_out = f"left out {len(too_long):,} of {len(lengths):,} examples of {setting}"
-        message = f"{left_out}, which are longer than length={limit}; the first is number {first + 1}"
-        message += f", with {lengths[first]:,} tokens"
-        Console(stderr=True).print(message, markup=False, highlight=False, soft_wrap=True)
+        print(
+            f"left out {len(too_long):,} of {len(lengths):,} examples of {setting}, which are longer than "
+            f"length={limit}; the first is number {too_long[0] + 1}, with {lengths[too_long[0]]:,} tokens",
+            file=sys.stderr,
+        )

@@ -1,7 +1,4 @@
-"""The Trainer: optimiser, schedule, accumulation, averages, metrics and exact resume, for any stage.
-
-For: running a `Stage` (its data and its loss) under accelerate: one process, DDP or FSDP2. Not for: noise and losses
-(`masked`, `objectives`), data (`data`), files of a checkpoint (`checkpoints`).
+"""The Trainer runs a `Stage` (its data and its loss) under accelerate: one process, DDP or FSDP2.
 
 Schedule, data order and noise are functions of the settings and the step. So a checkpoint holds weights, optimiser,
 averages and the step, and a killed run resumes bit for bit (on a CPU, with the same number of threads).
@@ -9,7 +6,7 @@ averages and the step, and a killed run resumes bit for bit (on a CPU, with the 
 
 import math
 import signal
-import threading
+import sys
 import time
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -21,7 +18,7 @@ from typing import Any, Protocol
 import torch
 from accelerate.state import AcceleratorState
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import Progress
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -34,7 +31,6 @@ from diffucoder.training.settings import TrainSettings
 
 Figures = Mapping[str, tuple[Tensor | float, float]]
 """What to log: for each name the sum over some items, and their number. The log has the mean."""
-_Sums = dict[str, tuple[Tensor, float]]
 
 
 @dataclass(frozen=True)
@@ -62,7 +58,7 @@ class Terms:
 
 
 class Stage(Protocol):
-    """What a Trainer trains on. `shares` are the rows of a step of this process, a range for each micro-batch."""
+    """What a Trainer trains on. `shares` are this process's rows of a step, a range for each micro-batch."""
 
     held_out_rows: int
     shown: tuple[str, ...]  # figures in the progress bar, beside the loss
@@ -71,13 +67,13 @@ class Stage(Protocol):
         """Called once, before a checkpoint is read. Returns the tensors of its own that a checkpoint must hold."""
 
     def batches(self, step: int, shares: Sequence[range]) -> Iterator[Batch]:
-        """The batches of the next steps, beginning with `step`; checkpoints are written only after the last of them."""
+        """The batches of the next steps, from `step` on; checkpoints are written only after the last of them."""
 
     def loss(self, model: nn.Module, micro: Any) -> Terms:
         """The loss of a micro-batch, and what to log of it."""
 
     def held_out(self, model: nn.Module, shares: Sequence[range]) -> Iterable[Figures]:
-        """Figures of the held-out rows, of which `shares` are this process's."""
+        """Figures of the held-out rows `shares`."""
 
 
 class Trainer:
@@ -101,7 +97,7 @@ class Trainer:
         if settings.ema:
             self.average = copy_of_trained(self._whole_model())
         self._state = checkpoints.State(self.model, self.optimizer.optimizer, self.average, stage.begin())
-        self._signal: int = 0  # the signal that this process received
+        self._signal = 0  # the signal that this process received
         self._stopping = False  # whether any process received one
         self._window: dict[str, list[float]] = defaultdict(list)  # figures since the last line of the log
         self._logged_at = time.monotonic()
@@ -115,20 +111,22 @@ class Trainer:
         """
         settings = self.settings
         self.accelerator.init_trackers("diffucoder", config={name: str(value) for name, value in settings})
-        with _stop_on_signals(self), self._progress_bar() as bar:
+        console = Console(stderr=True)
+        hidden = not (self.accelerator.is_main_process and console.is_terminal)
+        with _stop_on_signals(self), Progress(console=console, disable=hidden) as bar:
             task = bar.add_task(settings.run.name, total=settings.steps, completed=self.step)
             while self.step < settings.steps:
                 for batch in self.stage.batches(self.step, self._shares):
                     figures = self._train_step(batch)
                     self.step += 1
                     shown = " ".join(f"{name} {figures[name]:.3f}" for name in ("loss", *self.stage.shown))
-                    bar.update(task, completed=self.step, description=f"{settings.run.name} {shown}")
+                    bar.update(task, completed=self.step, description=f"{settings.run.name} {self.step} {shown}")
                     self._log(figures)
                 if self._stopping or self.step % settings.save_every == 0 or self.step == settings.steps:
                     checkpoints.save(settings.run, self.step, self._state, self.accelerator, keep=settings.keep)
                 if self._stopping:
                     message = f"stopped at step {self.step} of {settings.steps}; continue with --resume"
-                    Console(stderr=True).print(message, soft_wrap=True)
+                    print(message, file=sys.stderr)
                     raise SystemExit(128 + (self._signal or signal.SIGTERM))
         model = self._whole_model()
         swap_trained(model, self.average)
@@ -146,22 +144,21 @@ class Trainer:
             [sum(micro.count for micro in micros), sum(micro.tokens for micro in micros), self._signal]
         )
         self._stopping |= signals > 0
-        sums: _Sums = {}
-        self._add(sums, batch.figures)
+        figures = [batch.figures]
         for number, micro in enumerate(micros, start=1):
             wait = accelerator.no_sync(self.model) if number < len(micros) else nullcontext()
             with wait, training_kernels(accelerator.device, bf16=settings.bf16):
                 terms = self.stage.loss(self.model, micro)
                 # gradients are averaged over processes, the loss is a sum over them
                 accelerator.backward(terms.loss * (accelerator.num_processes / max(count, 1)))
-            self._add(sums, {"loss": (terms.loss, micro.count), **terms.figures})
+            figures.append({"loss": (terms.loss.detach(), micro.count), **terms.figures})
         norm = float(accelerator.clip_grad_norm_(self.model.parameters(), settings.clip))
         if not math.isfinite(norm):  # before it spoils the weights, which the next checkpoint would keep
             raise ConfigError(f"grad_norm={norm} in step {self.step + 1}; start again with less than lr={settings.lr}")
         self.optimizer.step()
         self.optimizer.zero_grad()
         self._update_average()
-        return self._means(sums) | {"grad_norm": norm, "tokens": tokens}
+        return self._means(figures) | {"grad_norm": norm, "tokens": tokens}
 
     def _update_average(self) -> None:
         decay = min(self.settings.ema, (self.step + 1) / (self.step + 11))  # less at first, when weights change much
@@ -170,7 +167,7 @@ class Trainer:
                 self.average[name].lerp_(parameter.detach(), 1 - decay)
 
     def evaluate(self) -> dict[str, float]:
-        """The stage's held-out figures: of the averaged weights if there are any, and always with the same noise."""
+        """The stage's held-out figures, of the averaged weights if there are any."""
         shares = [
             range(first + share.start, first + share.stop)
             for first in range(0, self.stage.held_out_rows, self.settings.batch)
@@ -178,16 +175,14 @@ class Trainer:
         ]
         if not shares:
             return {}
-        sums: _Sums = {}
         self.model.eval()
         swap_trained(self._whole_model(), self.average)
         with torch.no_grad():
-            for figures in self.stage.held_out(self.model, shares):
-                self._add(sums, figures)
+            means = self._means(self.stage.held_out(self.model, shares))
         reshard(self.model)
         swap_trained(self._whole_model(), self.average)
         self.model.train()
-        return {f"held_out_{name}": value for name, value in self._means(sums).items()}
+        return {f"held_out_{name}": value for name, value in means.items()}
 
     def close(self) -> None:
         """End trackers and process group; another Trainer may then start in this process, with other settings."""
@@ -206,21 +201,16 @@ class Trainer:
         total = self.accelerator.reduce(torch.tensor(values, dtype=dtype, device=device), "sum")
         return [float(value) for value in total.tolist()]
 
-    def _add(self, sums: _Sums, figures: Figures) -> None:
-        """Add figures to the sums of a step, which stay on the device until it is over."""
-        for name, (value, number) in figures.items():
-            value = torch.as_tensor(value, dtype=torch.float32, device=self.accelerator.device).detach()
-            if name in sums:
-                value = sums[name][0] + value
-                number = sums[name][1] + number
-            sums[name] = (value, number)
-
-    def _means(self, sums: _Sums) -> dict[str, float]:
-        """The mean of each figure over all processes."""
-        if not sums:
-            return {}
-        values, numbers = zip(*sums.values(), strict=True)
-        totals = self._sum([*torch.stack(values).tolist(), *numbers])  # one device synchronisation
+    def _means(self, collected: Iterable[Figures]) -> dict[str, float]:
+        """The mean of each figure over all micro-batches and processes, with one device synchronisation."""
+        sums: dict[str, Tensor] = {}
+        numbers: dict[str, float] = defaultdict(float)
+        for figures in collected:
+            for name, (value, number) in figures.items():
+                value = torch.as_tensor(value, dtype=torch.float32, device=self.accelerator.device)
+                sums[name] = value + sums.get(name, 0)
+                numbers[name] += number
+        totals = self._sum([*torch.stack(list(sums.values())).tolist(), *numbers.values()])
         return {name: totals[at] / max(totals[len(sums) + at], 1) for at, name in enumerate(sums)}
 
     def _log(self, figures: Mapping[str, float]) -> None:
@@ -247,14 +237,6 @@ class Trainer:
             rounded = {name: round(value, 6) for name, value in line.items()}
             append_jsonl(settings.run / "metrics.jsonl", [{"step": self.step, **rounded}], sync=False)
 
-    def _progress_bar(self) -> Progress:
-        """Drawn on the terminal of the first process; elsewhere there is only metrics.jsonl."""
-        console = Console(stderr=True)
-        count = TextColumn("{task.completed}/{task.total}")
-        columns = (TextColumn("{task.description}"), BarColumn(), count, TimeRemainingColumn())
-        hidden = not (self.accelerator.is_main_process and console.is_terminal)
-        return Progress(*columns, console=console, disable=hidden)
-
 
 def schedule(step: int, settings: TrainSettings) -> float:
     """Share of the peak learning rate at `step`: linear warm-up, then a cosine down to `final_lr` at the end."""
@@ -265,9 +247,6 @@ def schedule(step: int, settings: TrainSettings) -> float:
         return min(1.0, (step + 1) / warmup)
     done = (step - warmup) / max(1.0, settings.steps - warmup)
     return settings.final_lr + (1 - settings.final_lr) * 0.5 * (1 + math.cos(math.pi * done))
-
-
-# --- trained weights -------------------------------------------------------------------------------------------------
 
 
 def trained_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
@@ -303,15 +282,11 @@ def _optimizer(model: Denoiser, settings: TrainSettings) -> torch.optim.AdamW:
     return torch.optim.AdamW(groups, lr=settings.lr, betas=settings.betas, fused=True)
 
 
-# --- around a step ---------------------------------------------------------------------------------------------------
-
-
 @contextmanager
 def training_kernels(device: torch.device, *, bf16: bool) -> Iterator[None]:
-    """Attend by plain products of bfloat16 on a CPU; elsewhere torch's choice, flash attention, is the fastest.
+    """Attend by plain products of bfloat16 on a CPU, which beat flash attention there (benchmarks/results/training.md).
 
-    Up to 512 positions they take half the time of the flash kernel (benchmarks/results/training.md), if torch is told
-    not to widen them to float32.
+    Torch must be kept from widening them to float32. On other devices and in float32 nothing changes.
     """
     if device.type != "cpu" or not bf16:
         yield
@@ -335,9 +310,8 @@ def _stop_on_signals(trainer: Trainer) -> Iterator[None]:
         trainer._signal = number
         signal.signal(number, handlers[number])
 
-    if threading.current_thread() is threading.main_thread():
-        for stop in (signal.SIGINT, signal.SIGTERM):
-            handlers[stop] = signal.signal(stop, request_stop)
+    for stop in (signal.SIGINT, signal.SIGTERM):
+        handlers[stop] = signal.signal(stop, request_stop)
     try:
         yield
     finally:

@@ -91,7 +91,7 @@ class CausalRollouts(Rollouts):
 class CausalStage(GrpoStage):
     """One view without masks scores every token: its log-probability is exact."""
 
-    def views(self, step: int, share: range, batch: CompletionBatch) -> list[View]:
+    def views(self, step: int, rows: Sequence[int], batch: CompletionBatch) -> list[View]:
         return [View(torch.zeros_like(batch.completion), batch.completion.float())]
 
 

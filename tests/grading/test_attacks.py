@@ -21,8 +21,7 @@ from diffucoder.grading.sandbox import DEFAULT_LIMITS, Limits, Sandbox
 from diffucoder.models.checkpoint import load_tokenizer
 from diffucoder.training.exercises import Exercise
 from diffucoder.training.rewards import reward
-from diffucoder.training.rollouts import Completion
-from diffucoder.training.samples import write_samples
+from diffucoder.training.rollouts import Completion, write_samples
 
 
 @pytest.fixture(scope="module")

@@ -20,7 +20,6 @@ from diffucoder.models.convert import convert
 from diffucoder.training.adapt import PackedRows, adapt
 from diffucoder.training.data import TokenStore
 from diffucoder.training.masked import HELD_OUT, Row
-from diffucoder.training.run import open_model
 from diffucoder.training.settings import AdaptSettings
 
 CONTEXT, BATCH = 40, 5
@@ -286,41 +285,3 @@ def test_a_tied_run_that_was_cut_goes_on_to_the_same_bytes(lab: Lab, start: Path
     shutil.rmtree(tmp_path / "cut" / "model")
     again = adapt(chosen("cut", resume=True))
     assert (again / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
-
-
-# --- from a run that is not over -------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("changes", [{"tied": True}, {"shifted": False}])
-def test_the_folder_of_a_run_stands_for_its_newest_checkpoint(
-    lab: Lab, start: Path, tmp_path: Path, changes: dict[str, Any]
-) -> None:
-    run = tmp_path / "run"
-    whole = adapt(settings(lab, start, run, export_dtype="float32", save_every=3, **changes))
-    shutil.move(whole, tmp_path / "whole")  # as if it had been killed before it wrote its model
-    opened, tokenizer = open_model(run, torch.float32)
-    expected = load_denoiser(tmp_path / "whole", dtype=torch.float32, device="cpu")
-    assert opened.shifted == expected.shifted
-    assert tokenizer.mask_id == opened.mask_id == expected.mask_id
-    for name, tensor in expected.state_dict().items():
-        assert torch.equal(tensor, opened.state_dict()[name]), name
-    # the next stage begins there, and with the tied matrix of the one before
-    further = adapt(settings(lab, run, tmp_path / "further", lr=1e-9, export_dtype="float32", **changes))
-    assert torch.allclose(ends(further)[0], ends(tmp_path / "whole")[0], atol=1e-6)
-    # and a run that began in a run stands for its checkpoint too
-    assert torch.equal(
-        open_model(tmp_path / "further", torch.float32)[0].state_dict()["model.lm_head.weight"], ends(further)[1]
-    )
-
-
-def test_a_run_that_holds_no_whole_model_yet_is_one_line(lab: Lab, parent: Path, tmp_path: Path) -> None:
-    adapters = tmp_path / "adapters"
-    adapt(settings(lab, parent, adapters, lora_rank=2))
-    with pytest.raises(ConfigError, match="does not hold a whole model of the shape the run began with"):
-        adapt(settings(lab, adapters, tmp_path / "run"))
-    shutil.rmtree(adapters / "checkpoints")
-    with pytest.raises(ConfigError, match="has no whole checkpoint yet; resume it, or name a model's folder"):
-        adapt(settings(lab, adapters, tmp_path / "run"))
-    (adapters / "settings.json").write_text("{half")
-    with pytest.raises(ConfigError, match=r"settings\.json cannot be read .*; name another run's folder, or a model's"):
-        adapt(settings(lab, adapters, tmp_path / "run"))

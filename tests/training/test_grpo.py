@@ -35,6 +35,7 @@ from diffucoder.training.objectives import (
     clipped_loss,
     collate,
     k3,
+    reduction_count,
     reduction_weights,
     token_scores,
 )
@@ -80,19 +81,11 @@ def test_k3_by_hand() -> None:
 
 def test_ratios_are_clipped_on_the_side_that_the_advantage_points_to() -> None:
     now = torch.tensor([[1.0, -1.0, 0.1]]).repeat(2, 1)  # ratios 2.7, 0.37, 1.1
-    found = clipped_loss(
-        now, torch.zeros(2, 3), torch.tensor([1.0, -1.0]), torch.ones(2, 3, dtype=torch.bool), low=0.5, high=0.5
-    )
+    loss, logged = clipped_loss(now, torch.zeros(2, 3), torch.tensor([1.0, -1.0]), low=0.5, high=0.5)
     expected = torch.tensor([[-1.5, -(torch.e**-1.0), -(torch.e**0.1)], [torch.e, 0.5, torch.e**0.1]])
-    torch.testing.assert_close(found.loss, expected)
-    assert found.high.tolist() == [[True, False, False], [False, False, False]]
-    assert found.low.tolist() == [[False, False, False], [False, True, False]]
-
-
-def test_a_sequence_ratio_is_the_mean_over_what_counts() -> None:
-    now, scored = torch.tensor([[0.2, 0.4, 9.0]]), torch.tensor([[True, True, False]])
-    found = clipped_loss(now, torch.zeros(1, 3), torch.ones(1), scored, low=0.9, high=9.0, level="sequence")
-    torch.testing.assert_close(found.ratio, torch.full((1, 3), 0.3).exp())
+    torch.testing.assert_close(loss, expected)
+    assert logged["clip_high"].tolist() == [[True, False, False], [False, False, False]]
+    assert logged["clip_low"].tolist() == [[False, False, False], [False, True, False]]
 
 
 @pytest.mark.parametrize(
@@ -100,7 +93,8 @@ def test_a_sequence_ratio_is_the_mean_over_what_counts() -> None:
 )
 def test_reductions_by_hand(reduction: str, expected: float) -> None:
     loss = torch.tensor([[1.0, 9, 9, 9, 9], [2, 3, 5, 9, 9]])
-    weight, count = reduction_weights(loss < 9, 5, reduction=reduction)
+    weight = reduction_weights(loss < 9, reduction=reduction)
+    count = reduction_count([1, 3], 5, reduction=reduction)
     assert float((loss * weight).sum() / count) == pytest.approx(expected)
 
 
@@ -443,7 +437,7 @@ def test_the_pads_behind_an_answer_are_scored_where_that_is_asked_for(stage: Any
         ended.append(replace(completion, generation=replace(completion.generation, tokens=tokens)))
     pad_id = made.rollouts.coder.tokenizer.pad_id
     assert collate([completion.generation for completion in ended], pad_id=pad_id).scored.sum() == 8 * 3
-    micro = made.micro_batch(0, range(8), ended, torch.tensor([1.0, -1] * 4))
+    micro = made.micro_batch(0, range(8), dict(enumerate(ended)), torch.tensor([1.0, -1] * 4))
     assert micro.count == 8 * 6
     assert made.score_now(micro)[micro.batch.completion].ne(0).all()
 
@@ -509,7 +503,7 @@ def test_objective_settings_reach_the_objective(stage: Any) -> None:
 
 
 @pytest.mark.usefixtures("_scripted")
-def test_clipping_and_ratio_settings_reach_the_objective(stage: Any) -> None:
+def test_clipping_settings_reach_the_objective(stage: Any) -> None:
     made = stage(epsilon_low=0.1, epsilon_high=4.0, kl=0.0)
     micro = first_micro_batch(made)
     with torch.no_grad():
@@ -518,14 +512,9 @@ def test_clipping_and_ratio_settings_reach_the_objective(stage: Any) -> None:
     down = made.loss(made.denoiser, replace(micro, old=now + 1.0)).figures  # ratios of 0.37
     assert up["clip_high"][0] == 0 < down["clip_low"][0]
     uneven = now + torch.linspace(-1, 1, now.shape[1])
-    for ratio, spread in (("token", True), ("sequence", False)):
-        other = stage(ratio=ratio, kl=0.0, epsilon_high=9.0)
-        found = clipped_loss(
-            now, uneven, micro.advantage, micro.batch.scored, low=0.1, high=9.0, level=other.settings.ratio
-        )
-        told = other.loss(other.denoiser, replace(micro, old=uneven)).figures["ratio"][0]
-        torch.testing.assert_close(told, (found.ratio * micro.batch.scored).sum(), rtol=1e-3, atol=1e-3)
-        assert bool(found.ratio[0][micro.batch.scored[0]].std() > 1e-3) is spread
+    _, logged = clipped_loss(now, uneven, micro.advantage, low=0.1, high=4.0)
+    told = made.loss(made.denoiser, replace(micro, old=uneven)).figures["ratio"][0]
+    torch.testing.assert_close(told, (logged["ratio"] * micro.batch.scored).sum(), rtol=1e-3, atol=1e-3)
 
 
 def test_rollout_settings_reach_decoding_and_rewards(stage: Any) -> None:
@@ -580,12 +569,11 @@ def test_decoding_in_training_is_fast_and_sees_the_newest_weights(stage: Any) ->
 
 def test_steep_ratios_give_numbers() -> None:
     score_ = torch.tensor([[100.0, -100.0, 0.0]], requires_grad=True)
-    scored = torch.ones(1, 3, dtype=torch.bool)
     for advantage in (-1.0, 0.0, 1.0):
-        found = clipped_loss(score_, torch.zeros(1, 3), torch.tensor([advantage]), scored, low=0.5, high=0.5)
-        (gradient,) = torch.autograd.grad((found.loss + k3(score_, torch.zeros(1, 3))).sum(), score_)
+        loss, _ = clipped_loss(score_, torch.zeros(1, 3), torch.tensor([advantage]), low=0.5, high=0.5)
+        (gradient,) = torch.autograd.grad((loss + k3(score_, torch.zeros(1, 3))).sum(), score_)
         assert gradient.isfinite().all()
-        assert found.loss.isfinite().all()
+        assert loss.isfinite().all()
 
 
 def test_special_tokens_spelt_in_a_request_are_plain_text(adapted: Path) -> None:

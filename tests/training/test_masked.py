@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from diffucoder.diffusion import keyed_generator
 from diffucoder.models.denoiser import Denoiser
-from diffucoder.training.masked import MaskedMicro, MaskedStage, Objective, Row
+from diffucoder.training.masked import HELD_OUT, MaskedMicro, MaskedStage, Objective, Row
 
 MASK, PAD, BATCH = 66, 1, 8
 MakeLM = Callable[..., Any]
@@ -206,15 +206,15 @@ def test_rows_with_nothing_to_hide_cost_nothing_and_have_gradients(tiny: Denoise
 
 def test_held_out_rows_are_noised_alike_every_time_whatever_the_step_was() -> None:
     stage = stage_of(ScriptedRows(20), held_out_rows=16, anneal_steps=1000)
-    first = stage.held_out_micro_batches([range(0, 8), range(8, 16)])
+    first = stage.micro_batches(HELD_OUT, [range(0, 8), range(8, 16)])
     whole_step(stage, 7)
-    assert all(map(same, stage.held_out_micro_batches([range(0, 8), range(8, 16)]), first))
-    assert torch.equal(joined(stage.held_out_micro_batches([range(at, at + 1) for at in range(16)])), joined(first))
+    assert all(map(same, stage.micro_batches(HELD_OUT, [range(0, 8), range(8, 16)]), first))
+    assert torch.equal(joined(stage.micro_batches(HELD_OUT, [range(at, at + 1) for at in range(16)])), joined(first))
 
 
 def test_held_out_rows_see_everything_and_are_measured_per_token() -> None:
     objective = {"normaliser": "masked_micro", "anneal_steps": 1000, "time": "uniform"}
-    (micro,) = stage_of(ScriptedRows(20, clean=4), held_out_rows=8, **objective).held_out_micro_batches([range(8)])
+    (micro,) = stage_of(ScriptedRows(20, clean=4), held_out_rows=8, **objective).micro_batches(HELD_OUT, [range(8)])
     assert micro.attention is None
     assert micro.count == 8 * 16
     assert all(0 < time <= 1 for time in by_row(micro).values())
@@ -225,5 +225,4 @@ def test_held_out_rows_come_in_whole_steps() -> None:
 
 
 def test_without_held_out_rows_there_is_nothing_to_measure() -> None:
-    stage = stage_of(ScriptedRows(9))
-    assert (stage.held_out_rows, stage.held_out_micro_batches([range(8)])) == (0, [])
+    assert stage_of(ScriptedRows(9)).held_out_rows == 0

@@ -6,7 +6,7 @@ import pytest
 
 from diffucoder.errors import SandboxError
 from diffucoder.grading.sandbox import Limits, Sandbox
-from diffucoder.training.rewards import Style, format_reward, reward
+from diffucoder.training.rewards import Style, read_program, reward
 
 PROGRAM = "def add(a, b):\n    return a + b"
 BLOCK = f"Here it is:\n```python\n{PROGRAM}\n```\n"
@@ -54,7 +54,7 @@ def sandbox() -> Iterator[Sandbox]:
     ],
 )
 def test_the_format_as_released_and_as_a_person_would_read_it(completion: str, released: float, robust: float) -> None:
-    assert (format_reward(completion, "paper"), format_reward(completion)) == (released, robust)
+    assert (read_program(completion, "paper")[0], read_program(completion)[0]) == (released, robust)
 
 
 def test_three_of_four_tests_in_the_right_format_are_worth_two(sandbox: Sandbox) -> None:
