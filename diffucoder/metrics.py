@@ -11,8 +11,7 @@ def pass_at_k(samples: int, passed: int, k: int) -> float:
     """Return the chance that at least one of k samples passes, when `passed` of `samples` do.
 
     Unbiased (Chen et al. 2021, arXiv 2107.03374, section 2.1): 1 - C(samples - passed, k) / C(samples, k), as a
-    product, whose factors stay between 0 and 1 where the binomials overflow.
-    Raises ConfigError unless 1 <= k <= samples and 0 <= passed <= samples.
+    product, because the binomials overflow. Raises ConfigError unless 1 <= k <= samples and 0 <= passed <= samples.
     """
     if not 1 <= k <= samples:
         raise ConfigError(f"k={k} must be 1 to {samples}, the samples of a task; draw more samples, or ask for less")
@@ -25,11 +24,7 @@ def pass_at_k(samples: int, passed: int, k: int) -> float:
 def bootstrap(
     values: Sequence[float], generator: np.random.Generator, *, share: float = 0.95, rounds: int = 10_000
 ) -> tuple[float, float]:
-    """Return the percentile interval of the mean of `values`, one a task: tasks are drawn again, `rounds` times.
-
-    It says how much the figure depends on the tasks that the benchmark happens to have. The generator fixes the result.
-    Raises ConfigError if there are no values, or if `share` is not between 0 and 1.
-    """
+    """Return the percentile interval of the mean of `values`, one a task: tasks are drawn again, `rounds` times."""
     columns = np.asarray(values, dtype=np.float64)[:, None]
     low, high = bootstrap_columns(columns, generator, share=share, rounds=rounds)
     return float(low[0]), float(high[0])
@@ -40,7 +35,8 @@ def bootstrap_columns(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return `bootstrap` of each of K columns, (K,) and (K,), by the same draws. `values` (N, K) has a row a task.
 
-    A task without that figure is nan, and left out. A column of nan alone has no interval: nan.
+    A task without that figure is nan, and left out; a column of nan alone gives nan.
+    Raises ConfigError if there are no values, or if `share` is not between 0 and 1.
     """
     if len(values) == 0 or not 0 < share < 1:
         raise ConfigError(f"{len(values)} values, share={share}: needs one value or more and a share between 0 and 1")
