@@ -1,7 +1,7 @@
 """The command line. A command parses its options, calls one function of the package and prints.
 
 Heavy imports happen inside the commands, so that `--help` answers at once. Options are made from the fields of settings
-classes where there is one (`diffucoder.options`).
+classes where there is one (`with_options`).
 """
 
 import sys

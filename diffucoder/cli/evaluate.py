@@ -9,9 +9,8 @@ from typing import Annotated, Any
 import typer
 
 from diffucoder.analysis.settings import Conventions
-from diffucoder.cli.common import AsJson, naming_extra
+from diffucoder.cli.common import AsJson, naming_extra, with_options
 from diffucoder.evaluation.settings import EvaluateSettings, OrderSettings
-from diffucoder.options import with_options
 
 
 @partial(with_options, of=EvaluateSettings, into="settings", argument="benchmark")

@@ -2,20 +2,19 @@
 
 import json
 import sys
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from diffucoder.cli.common import AsJson, Device, DType, Model, load_model
+from diffucoder.cli.common import AsJson, Device, DType, Model, load_model, with_options
 from diffucoder.decoding.params import DecodingParams
 from diffucoder.errors import ConfigError, PromptError
-from diffucoder.options import with_options
 
 if TYPE_CHECKING:
-    from diffucoder.decoding.coder import DiffuCoder
+    from diffucoder.decoding.coder import DiffuCoder, OnStep
     from diffucoder.decoding.requests import Generation, Request
 
 Watch = Annotated[bool, typer.Option("--watch", help="show the canvas filling in, coloured by step")]
@@ -134,7 +133,7 @@ def _decode(coder: "DiffuCoder", request: "Request", *, watched: bool) -> "list[
     from diffucoder.watch import progress, watch
 
     console = Console(stderr=True)
-    view = nullcontext()
+    view: AbstractContextManager[OnStep | None] = nullcontext()
     if watched:
         view = watch(request, coder.tokenizer, console)
     elif console.is_terminal:

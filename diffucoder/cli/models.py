@@ -87,7 +87,7 @@ def bench(
     denoiser = load_model(model, dtype, device).model
     result = measure(denoiser, prompt_tokens=prompt_tokens, new_tokens=new_tokens, batch=batch)
     if as_json:
-        print(json.dumps(asdict(result) | {"share": result.share}))
+        print(json.dumps(asdict(result)))
         return
     machine = f"{result.dtype}, {result.device}, {result.threads} threads"
     achieved = result.flops_per_second / 1e9

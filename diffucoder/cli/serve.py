@@ -6,11 +6,10 @@ from typing import Annotated
 
 import typer
 
-from diffucoder.cli.common import load_model, naming_extra
+from diffucoder.cli.common import load_model, naming_extra, with_options
 from diffucoder.config import load_settings
 from diffucoder.decoding.params import DecodingParams
 from diffucoder.errors import ConfigError
-from diffucoder.options import with_options
 from diffucoder.serving.settings import EngineSettings, ScaleSettings
 
 
