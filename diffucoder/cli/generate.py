@@ -27,9 +27,8 @@ _REPORTED = (  # by --json, besides the name of the model
 
 @with_options
 def generate(
-    prompt: Annotated[str | None, typer.Argument(help="the request; - reads it from standard input")] = None,
+    prompt: Annotated[str, typer.Argument(help="the request; - reads it from standard input")],
     *,
-    file: Annotated[Path | None, typer.Option(help="read the prompt from a file")] = None,
     model: Model = None,
     raw: Annotated[
         bool, typer.Option("--raw", help="continue the prompt as it is, without a chat template (base models)")
@@ -42,9 +41,10 @@ def generate(
     params: DecodingParams,
 ) -> None:
     """Answer a request with code."""
-    text = _read_text(prompt, file)
+    if prompt == "-":
+        prompt = _read_text("-")
     coder = load_model(model, dtype, device)
-    results = _decode(coder, coder.request(text, params, chat=not raw), watched=watch)
+    results = _decode(coder, coder.request(prompt, params, chat=not raw), watched=watch)
     for result in results:
         _print_answer(result, coder, as_json=as_json)
     if trace is not None:
@@ -65,12 +65,9 @@ def infill(
     params: DecodingParams,
 ) -> None:
     """Fill every hole of a file, all of them jointly."""
-    if path != "-":
-        text = _read_text(None, Path(path))
-    elif in_place:
+    if path == "-" and in_place:
         raise ConfigError("--in-place needs a file to write to, and '-' is standard input; give a path")
-    else:
-        text = _read_text(path, None)
+    text = _read_text(path)
     coder = load_model(model, dtype, device)
     result = coder.fill(text, params)
     if in_place:
@@ -110,20 +107,17 @@ def chat(
         messages.append({"role": "assistant", "content": result.text})
 
 
-def _read_text(text: str | None, file: Path | None) -> str:
-    """Return the prompt, which is an argument, standard input ("-") or a file. Raises PromptError."""
-    if (text is None) == (file is None):
-        raise PromptError("give the prompt once: as an argument, as - for standard input, or by --file")
-    if text is not None and text != "-":
-        return text
+def _read_text(path: str) -> str:
+    """Return the text of a file, or of standard input for "-". Raises PromptError."""
     try:
-        if file is None:
+        if path == "-":
             return sys.stdin.read()
-        return file.read_text(encoding="utf-8")
+        return Path(path).read_text(encoding="utf-8")
     except UnicodeDecodeError:
-        raise PromptError(f"{file or 'standard input'} is not UTF-8 text; convert it") from None
+        name = "standard input" if path == "-" else path
+        raise PromptError(f"{name} is not UTF-8 text; convert it") from None
     except OSError as error:
-        raise PromptError(f"file {str(file)!r} cannot be read ({error.strerror}); check the path") from None
+        raise PromptError(f"file {path!r} cannot be read ({error.strerror}); check the path") from None
 
 
 def _decode(coder: "DiffuCoder", request: "Request", *, watched: bool) -> "list[Generation]":

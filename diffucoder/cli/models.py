@@ -37,31 +37,24 @@ def models() -> None:
 
 def convert(
     source: Annotated[str, typer.Argument(help="folder, hub id or .gguf file of the model")],
-    out: Annotated[Path, typer.Argument(help="folder to write; with --gguf a .gguf file")],
+    out: Annotated[Path, typer.Argument(help="folder to write, or a .gguf file for llama.cpp")],
     *,
     pad: Annotated[
         bool, typer.Option("--pad", help="add <|dlm_pad|> where the parent pads with its end of text")
     ] = False,
-    gguf: Annotated[
-        bool, typer.Option("--gguf", help="write a diffusion model as a dream GGUF, for llama.cpp")
-    ] = False,
     dtype: Annotated[
-        str | None, typer.Option(help="float32, bfloat16, float16, with --gguf also q8_0; the model's own if left out")
+        str | None,
+        typer.Option(help="float32, bfloat16, float16, for .gguf also q8_0; the model's own if left out"),
     ] = None,
     revision: Annotated[str | None, typer.Option(help="branch, tag or commit of a hub id")] = None,
 ) -> None:
     """Make a denoiser of an autoregressive model, or a GGUF file of a denoiser."""
-    usage = "write diffucoder convert SOURCE FOLDER, or SOURCE OUT.gguf --gguf"
-    if gguf and out.suffix != ".gguf":
-        raise ConfigError(f"OUT={str(out)!r} is not a .gguf file; {usage}")
-    if not gguf and out.suffix == ".gguf":
-        raise ConfigError(f"OUT={str(out)!r} is a .gguf file, which only --gguf writes; {usage}")
-    if gguf and pad:
-        raise ConfigError("--pad adds a token to a parent and --gguf writes a model as it is; convert first")
     from diffucoder.models.convert import convert as convert_parent
     from diffucoder.models.convert import export
 
-    if gguf:
+    if out.suffix == ".gguf":
+        if pad:
+            raise ConfigError("--pad adds a token to a parent, and a .gguf file gets a model as it is; convert first")
         kind = "dream GGUF"
         denoiser = export(source, out, dtype=dtype, revision=revision)
     else:
