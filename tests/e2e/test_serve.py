@@ -154,8 +154,7 @@ def test_watchers_are_told_of_every_commitment(server: str) -> None:
 
 def test_samples_differ_and_a_seed_fixes_them(client: openai.OpenAI) -> None:
     def texts(seed: int) -> list[str | None]:
-        settings: Any = {"n": 4, "temperature": 1.5, "max_tokens": 16}
-        answer = client.chat.completions.create(model="tiny", messages=CHAT, seed=seed, **settings)
+        answer = client.chat.completions.create(model="tiny", messages=CHAT, n=4, temperature=1.5, seed=seed)
         return [choice.message.content for choice in answer.choices]
 
     first = texts(1)
