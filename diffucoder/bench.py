@@ -1,8 +1,4 @@
-"""The speed of a model on this machine, and the share of the machine that it uses.
-
-A forward pass over T positions costs about 2 * parameters * T operations, plus attention. The ceiling beside it is what
-a matmul of the same dtype reaches in the same run. All times are medians of repeats.
-"""
+"""The speed of a model on this machine, and the share of the machine that it uses. All times are medians of repeats."""
 
 import time
 from collections.abc import Callable
@@ -10,7 +6,8 @@ from dataclasses import dataclass
 from statistics import median
 
 import torch
-from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 from diffucoder.decoding.canvas import Canvas
 from diffucoder.decoding.params import DecodingParams
@@ -21,7 +18,7 @@ from diffucoder.models.denoiser import Denoiser
 
 @dataclass(frozen=True)
 class BenchResult:
-    """Figures of one model, canvas and machine; every time is a median."""
+    """Figures of one model, canvas and machine."""
 
     parameters: int
     dtype: str
@@ -30,16 +27,12 @@ class BenchResult:
     batch: int
     positions: int  # of a row: prompt and canvas
     forward_ms: float  # to score every masked position once
-    forward_flops: float  # operations in one such pass
+    forward_flops: float  # operations in one such pass, two for a multiply-add
     flops_per_second: float  # reached by the pass
     matmul_flops_per_second: float  # reached by a square matmul of the same dtype, in the same run
     tokens_per_second: float  # of the whole batch, one token a step, sampler included
     tokens_per_forward: float
-
-    @property
-    def share(self) -> float:
-        """Share of the rate of the matmul."""
-        return self.flops_per_second / self.matmul_flops_per_second
+    share: float  # of the rate of the matmul
 
 
 @torch.no_grad()
@@ -55,9 +48,9 @@ def bench(
     if positions > model.max_length:
         raise ConfigError(f"{positions} positions exceed the model's context of {model.max_length}; give fewer")
     generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(model.vocab_size, (batch, prompt_tokens), generator=generator)
-    ids = torch.where(ids == model.mask_id, (model.mask_id + 1) % model.vocab_size, ids).to(model.device)
-    canvas = Canvas.from_prompts(ids, new_tokens=new_tokens, mask_id=model.mask_id)
+    prompts = torch.randint(model.vocab_size - 1, (batch, prompt_tokens), generator=generator)
+    prompts += (prompts >= model.mask_id).long()  # any token except the mask
+    canvas = Canvas.from_prompts(prompts.to(model.device), new_tokens=new_tokens, mask_id=model.mask_id)
     tokens = canvas.tokens.cpu()
     valid = torch.ones_like(tokens, dtype=torch.bool)
     wanted = canvas.masked.cpu().nonzero()  # (M, 2)
@@ -65,11 +58,14 @@ def bench(
     def forward() -> None:
         model.score(tokens, valid=valid, feed=valid, wanted=wanted, reduce=lambda logits, _: logits.argmax(-1))
 
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:  # it does not count fused attention
+        forward()
+    flops = float(counter.get_total_flops())
     forward_seconds = median_seconds(forward, model.device, repeats)
     start = time.perf_counter()
     passes = len(list(denoise(model, canvas, DecodingParams())))
     decoding_seconds = time.perf_counter() - start
-    flops = operations(model, tokens, wanted)
+    ceiling = matmul_rate(model.dtype, model.device)
     return BenchResult(
         parameters=sum(parameter.numel() for parameter in model.parameters()),
         dtype=str(model.dtype).removeprefix("torch."),
@@ -80,24 +76,11 @@ def bench(
         forward_ms=1e3 * forward_seconds,
         forward_flops=flops,
         flops_per_second=flops / forward_seconds,
-        matmul_flops_per_second=matmul_rate(model.dtype, model.device),
+        matmul_flops_per_second=ceiling,
         tokens_per_second=batch * new_tokens / decoding_seconds,
         tokens_per_forward=new_tokens / passes,
+        share=flops / forward_seconds / ceiling,
     )
-
-
-def operations(model: Denoiser, tokens: Tensor, rows: Tensor) -> float:
-    """Return the operations of one pass, two for a multiply-add: the body at all positions, the head at `rows`."""
-    matrices = 0
-    for name, parameter in model.named_parameters():
-        if parameter.ndim == 2 and "embed_tokens" not in name:
-            matrices += parameter.numel()
-    head = model.model.get_output_embeddings().weight.numel()
-    config = model.config
-    body = matrices if config.tie_word_embeddings else matrices - head
-    head_width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    attention = 4.0 * config.num_hidden_layers * config.num_attention_heads * head_width * tokens.shape[1]
-    return float(2.0 * body * tokens.numel() + 2.0 * head * len(rows) + attention * tokens.numel())
 
 
 def matmul_rate(dtype: torch.dtype, device: torch.device, size: int = 1024) -> float:

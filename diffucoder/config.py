@@ -42,47 +42,41 @@ def load_settings(kind: type[S], path: Path | None = None, overrides: Iterable[s
     """Build `kind` from a TOML file and then `key=value` overrides. Raises ConfigError naming value, rule, way out."""
     values: dict[str, Any] = {}
     if path is not None:
-        values |= _read_toml(path)
+        values = _read_toml(path)
     for override in overrides:
         key, separator, text = override.partition("=")
         if not separator:
             raise ConfigError(f"setting {override!r} is not of the form key=value; write for example lr=1e-5")
-        _put(values, key.strip(), _parse(text.strip()))
+        put(values, key.strip(), _parse(text.strip()))
     return kind(**values)
 
 
-def all_settings(kind: type[Settings], prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
-    """Every setting with its full name: those of a nested class as `decoding.steps`."""
-    for name, field in kind.model_fields.items():
-        if nested := nested_settings(field):
-            yield from all_settings(nested, f"{prefix}{name}.")
-        else:
-            yield prefix + name, field
-
-
-def nested_settings(field: FieldInfo | None) -> type[Settings] | None:
-    """The settings class that a field holds, if it holds one."""
-    kind = None if field is None else field.annotation
-    return kind if isinstance(kind, type) and issubclass(kind, Settings) else None
-
-
-def _read_toml(path: Path) -> dict[str, Any]:
-    try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"settings file {str(path)!r} cannot be read ({error.strerror}); check the path") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"settings file {str(path)!r} is not TOML: {error}") from None
-
-
-def _put(values: dict[str, Any], key: str, value: Any) -> None:  # Any: TOML values
-    """Store a value under its full name: `a.b` is the key `b` of the table `a`."""
+def put(values: dict[str, Any], key: str, value: Any) -> None:  # Any: TOML values
+    """Store a value under its full name: `a.b` is the key `b` of the table `a`. Raises ConfigError."""
     *tables, name = key.split(".")
     for table in tables:
         values = values.setdefault(table, {})
         if not isinstance(values, dict):
             raise ConfigError(f"setting {key!r}: {table!r} has no settings of its own, its value is {values!r}")
     values[name] = value
+
+
+def all_settings(kind: type[Settings], prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
+    """Every setting with its full name: those of a nested class as `decoding.steps`."""
+    for name, field in kind.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, Settings):
+            yield from all_settings(field.annotation, f"{prefix}{name}.")
+        else:
+            yield prefix + name, field
+
+
+def _read_toml(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8-sig"))
+    except OSError as error:
+        raise ConfigError(f"settings file {str(path)!r} cannot be read ({error.strerror}); check the path") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"settings file {str(path)!r} is not TOML: {error}") from None
 
 
 def _parse(text: str) -> Any:  # Any: a TOML value
@@ -105,16 +99,14 @@ def _explain(kind: type[Settings], error: ValidationError) -> str:
     message = first["msg"].removeprefix("Value error, ")
     if not first["loc"]:  # a rule over several settings names them itself
         return message
-    if first["type"] == "value_error" and nested_settings(kind.model_fields.get(key)):
+    if first["type"] == "value_error" and key in kind.model_fields and key not in settings:
         return f"in [{key}]: {message}"
     field = settings.get(key)
-    description = f" ({field.description})" if field is not None and field.description else ""
+    description = f" ({field.description})" if field and field.description else ""
     return f"{key}={first['input']!r}: {message[:1].lower()}{message[1:]}{description}"
 
 
 def _hint(key: str, known: list[str]) -> str:
     """What an unknown name may have meant: the same name in a table, or one that is spelt alike."""
     likely = [name for name in known if name.endswith(f".{key}")] or get_close_matches(key, known, n=1)
-    if likely:
-        return f"did you mean {likely[0]!r}?"
-    return f"known: {', '.join(known)}"
+    return f"did you mean {likely[0]!r}?" if likely else f"known: {', '.join(known)}"

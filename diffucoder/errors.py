@@ -1,13 +1,6 @@
-"""Everything the package raises on purpose; a room may subclass these (serving.engine: busy, closing, late, failed).
+"""Everything the package raises on purpose. `serving.engine` has subclasses of its own.
 
-    DiffuCoderError
-    ├── ConfigError        a setting, flag or recipe value breaks its rule
-    ├── PromptError        a prompt, canvas or hole cannot be decoded
-    ├── CheckpointError    a model cannot be found, read or understood
-    └── SandboxError       isolation for generated programs cannot be had
-
-A message names the value, the rule it broke and a way out, on one line: the command line prints it as it is and
-exits with 2. A generated program that crashes is a result (`ExecutionResult`), never one of these.
+A message is one line: the value, the rule it broke and a way out. The command line prints it and exits with 2.
 """
 
 

@@ -1,7 +1,6 @@
 """Files: atomic writes, JSON lines in and out, the cache folder.
 
-The only place that does these. A file written here is whole or not there at all: the content goes to a neighbour
-(`name.PID.partial`), which then takes the name. Files that grow (`append_jsonl`) may lose their last line when the
+A file written here is whole or not there at all. One that grows (`append_jsonl`) may lose its last line when the
 process is killed; `read_whole_lines` reads what is complete.
 """
 
@@ -49,16 +48,13 @@ def append_jsonl(path: str | Path, rows: Iterable[Json], *, sync: bool = True) -
 
 def read_whole_lines(path: str | Path) -> list[Json]:
     """The JSON objects of a file that may have been cut short: all up to the first line that is not whole."""
-    path = Path(path)
     rows: list[Json] = []
-    if not path.exists():
-        return rows
-    content = path.read_text(encoding="utf-8", errors="replace")
-    for line in content.split("\n")[:-1]:
-        try:
-            rows.append(parse_json_line(line.encode()))
-        except ValueError:
-            break
+    if Path(path).exists():
+        for line in Path(path).read_bytes().split(b"\n")[:-1]:
+            try:
+                rows.append(parse_json_line(line))
+            except ValueError:
+                break
     return rows
 
 

@@ -1,13 +1,11 @@
-"""What a terminal shows of decoding: the live view of `--watch`, tokens coloured by step, or just a progress bar.
-
-For: rendering Steps with rich, on a terminal or into a recording. Not for: generating (`decoding`), options (`cli`).
-"""
+"""What a terminal shows of decoding: the live view of `--watch`, tokens coloured by step, or just a progress bar."""
 
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from rich.color import Color
+from rich.color import Color, blend_rgb
+from rich.color_triplet import ColorTriplet
 from rich.console import Console, Group
 from rich.live import Live
 from rich.panel import Panel
@@ -23,8 +21,8 @@ from diffucoder.decoding.requests import Request
 from diffucoder.decoding.step import Sequence, Step
 from diffucoder.tokenizer import PLACEHOLDER, Tokenizer
 
-_EARLY = (86, 156, 255)  # blue for the first step
-_LATE = (255, 166, 77)  # orange for the last
+_BLUE = ColorTriplet(86, 156, 255)  # for the first step
+_ORANGE = ColorTriplet(255, 166, 77)  # for the last
 
 
 class CanvasView:
@@ -35,7 +33,7 @@ class CanvasView:
         self.tokenizer = tokenizer
         self.first = int(masked.int().argmax())
         self.wanted = int(masked.sum())
-        self.committed_by = [-1] * (len(masked) - self.first)  # step of each position from the first hole on
+        self.step_of: dict[int, int] = {}  # position, from the first hole on, to the step that committed it
         self.tokens: list[int] = []
         self.passes = 0
         self.start = time.perf_counter()
@@ -44,54 +42,49 @@ class CanvasView:
         """Add what one step did; the row is the first of its canvas."""
         self.tokens = step.canvas[0, self.first :].tolist()
         for position in step.committed[0, self.first :].nonzero()[:, 0].tolist():
-            self.committed_by[position] = step.index
+            self.step_of[position] = step.index
         self.passes = step.forward_passes
-
-    @property
-    def committed(self) -> int:
-        """How many positions are decided."""
-        return len(self.committed_by) - self.committed_by.count(-1)
 
     def text(self) -> Text:
         """The canvas, masks as placeholders, nothing after the first terminator once it is known."""
         text = Text()
-        last = max(self.passes - 1, 1)
-        for token, step in self._shown():
+        for position, token in enumerate(self._answer()):
             if token == self.tokenizer.mask_id:
                 text.append(PLACEHOLDER, style="dim")
             elif token in self.tokenizer.terminator_ids:
                 text.append("·", style="dim")  # an end, unless a mask before it becomes another
-            else:
-                style = Style(color=_shade(step / last)) if step >= 0 else Style()
+            elif position in self.step_of:
+                style = _style(self.step_of[position] / max(self.passes - 1, 1))
                 text.append(self.tokenizer.decode([token]), style=style)
+            else:
+                text.append(self.tokenizer.decode([token]))
         return text
 
-    def _shown(self) -> list[tuple[int, int]]:
-        """Tokens and the steps that committed them, up to the terminator once nothing before it is masked."""
-        shown = list(zip(self.tokens, self.committed_by, strict=False))
-        for index, (token, _) in enumerate(shown):
+    def _answer(self) -> list[int]:
+        """The tokens up to the terminator, once nothing before it is masked."""
+        for position, token in enumerate(self.tokens):
             if token == self.tokenizer.mask_id:
                 break
             if token in self.tokenizer.terminator_ids:
-                return shown[:index]
-        return shown
+                return self.tokens[:position]
+        return self.tokens
 
     def render(self, *, finished: bool = False) -> Group:
         """Canvas, progress bar and figures."""
         seconds = time.perf_counter() - self.start
         written = 0
-        for token, step in self._shown():
-            written += step >= 0 and token not in self.tokenizer.terminator_ids
+        for position, token in enumerate(self._answer()):
+            written += position in self.step_of and token not in self.tokenizer.terminator_ids
         figures = (
             f"{self.passes} forward passes · {written / max(1, self.passes):.2f} tokens per pass · "
             f"{written / max(seconds, 1e-9):.0f} tokens/s"
         )
         grid = Table.grid(padding=(0, 1), expand=True)
         grid.add_column(width=24)
-        grid.add_column(justify="left")
-        done = self.wanted if finished else self.committed
+        grid.add_column()
+        done = self.wanted if finished else len(self.step_of)
         grid.add_row(ProgressBar(total=max(1, self.wanted), completed=done, width=24), figures)
-        legend = Text.assemble(("█ first", Style(color=_shade(0))), "  →  ", ("█ last", Style(color=_shade(1))))
+        legend = Text.assemble(("█ first", _style(0)), "  →  ", ("█ last", _style(1)))
         return Group(Panel(self.text(), title="canvas", subtitle=legend, border_style="dim"), grid)
 
 
@@ -118,8 +111,6 @@ def progress(request: Request, console: Console) -> Iterator[OnStep]:
         yield lambda _, step: bar.advance(task, int(step.committed.sum()))
 
 
-def _shade(share: float) -> Color:
+def _style(share: float) -> Style:
     """The colour of a step, which is at this share of all steps."""
-    share = min(1.0, max(0.0, share))
-    red, green, blue = (early + (late - early) * share for early, late in zip(_EARLY, _LATE, strict=True))
-    return Color.from_rgb(red, green, blue)
+    return Style(color=Color.from_triplet(blend_rgb(_BLUE, _ORANGE, min(1.0, share))))

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from diffucoder.errors import ConfigError
-from diffucoder.metrics import bootstrap, bootstrap_columns, pass_at_k
+from diffucoder.metrics import bootstrap, pass_at_k
 
 
 @pytest.mark.parametrize("samples", range(1, 8))
@@ -56,15 +56,15 @@ def test_an_interval_of_nothing_is_refused(values: list[float], share: float) ->
 
 def test_columns_have_the_interval_that_each_would_have_alone() -> None:
     values = np.random.default_rng(1).random((30, 3))
-    low, high = bootstrap_columns(values, np.random.default_rng(2), rounds=200)
+    low, high = bootstrap(values, np.random.default_rng(2), rounds=200)
     for column, found in zip(values.T, zip(low, high, strict=True), strict=True):
         assert bootstrap(column, np.random.default_rng(2), rounds=200) == pytest.approx(found)
 
 
 def test_a_task_without_a_figure_is_left_out_of_that_column_alone() -> None:
     values = np.array([[0.0, 1.0], [np.nan, 3.0], [2.0, np.nan], [2.0, np.nan]])
-    low, high = bootstrap_columns(values, np.random.default_rng(0), rounds=2000)
+    low, high = bootstrap(values, np.random.default_rng(0), rounds=2000)
     assert low[0] >= 0
     assert high[0] == 2
     assert (low[1], high[1]) == (1, 3)
-    assert np.isnan(bootstrap_columns(values * np.nan, np.random.default_rng(0), rounds=5)[0]).all()
+    assert np.isnan(bootstrap(values * np.nan, np.random.default_rng(0), rounds=5)[0]).all()

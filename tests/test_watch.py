@@ -80,7 +80,7 @@ def test_masks_are_placeholders_until_they_are_tokens(view: CanvasView, steps: l
         view.update(step)
         masks = int((step.canvas == view.tokenizer.mask_id).sum())
         assert view.text().plain.count(PLACEHOLDER) == masks
-        assert view.committed == 8 - masks
+        assert len(view.step_of) == 8 - masks
 
 
 def test_the_finished_text_is_what_was_generated(view: CanvasView, steps: list[Step], canvas: Canvas) -> None:

@@ -17,7 +17,7 @@ from diffucoder.analysis.runs import GLOBAL, LOCAL, Answer, Run
 from diffucoder.analysis.settings import Conventions
 from diffucoder.analysis.tokens import CLASSES
 from diffucoder.files import Json
-from diffucoder.metrics import bootstrap_columns, pass_at_k
+from diffucoder.metrics import bootstrap, pass_at_k
 
 ROUNDS = 2000  # of the bootstrap
 _SEED = 2506
@@ -159,7 +159,7 @@ def _columns(values: np.ndarray) -> list[Json]:
     """Return mean, interval and number of prompts of each column of `values` (N, K)."""
     if not values.size:
         return []
-    low, high = bootstrap_columns(values, np.random.default_rng(_SEED), rounds=ROUNDS)
+    low, high = bootstrap(values, np.random.default_rng(_SEED), rounds=ROUNDS)
     mean = _mean(values)
     counts = (~np.isnan(values)).sum(0)
     columns = []

@@ -1,15 +1,30 @@
-"""The command line: one file a command. A command parses its options, calls one function of the package and prints.
+"""The command line. A command parses its options, calls one function of the package and prints.
 
 Heavy imports happen inside the commands, so that `--help` answers at once. Options are made from the fields of settings
-classes where there is one (`diffucoder.options`).
+classes where there is one (`with_options`).
 """
 
 import sys
 
 import typer
 
-from diffucoder.cli.app import app
+from diffucoder.cli.evaluate import evaluate, order
+from diffucoder.cli.generate import chat, generate, infill
+from diffucoder.cli.models import bench, convert, models
+from diffucoder.cli.serve import serve
+from diffucoder.cli.train import stages
 from diffucoder.errors import DiffuCoderError
+
+app = typer.Typer(
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    help="Write code in any order with masked-diffusion language models.",
+    epilog='Start here: diffucoder generate "Write a function that reverses the string." --watch',
+)
+for command in (generate, infill, chat, serve, models, convert, evaluate, order, bench):  # as --help lists them
+    app.command()(command)
+app.add_typer(stages, name="train")
 
 
 def main() -> None:

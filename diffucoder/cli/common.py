@@ -1,21 +1,22 @@
-"""What several commands share: types of options, reading a prompt, loading a model, decoding, printing an answer."""
+"""What several commands share: their options, loading a model, naming the extra that is not installed."""
 
-import json
-import sys
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin
 
 import typer
+from pydantic.fields import FieldInfo
 
-from diffucoder.errors import ConfigError, PromptError
+from diffucoder.config import Settings, all_settings, put
+from diffucoder.decoding.params import DecodingParams
+from diffucoder.errors import ConfigError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
-
     import torch
 
     from diffucoder.decoding.coder import DiffuCoder
-    from diffucoder.decoding.requests import Generation, Request
 
 Model = Annotated[
     str | None, typer.Option(help="folder, hub id, or name from `diffucoder models`; the shipped model if left out")
@@ -25,30 +26,69 @@ DType = Annotated[
 ]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda or mps; the best on this machine if left out")]
 AsJson = Annotated[bool, typer.Option("--json", help="print one JSON object per result instead of text")]
-Watch = Annotated[bool, typer.Option("--watch", help="show the canvas filling in, coloured by step")]
-Raw = Annotated[bool, typer.Option("--raw", help="continue the prompt as it is, without a chat template (base models)")]
 
 _DTYPES = ("float32", "bfloat16", "float16")
-_REPORTED = (  # by --json, besides the name of the model
-    *("text", "tokens", "forward_passes", "tokens_per_forward", "seconds", "tokens_per_second"),
-    *("finish_reason", "seed"),
-)
 
 
-def read_text(text: str | None, file: Path | None) -> str:
-    """Return the prompt, which is an argument, standard input ("-") or a file. Raises PromptError."""
-    if (text is None) == (file is None):
-        raise PromptError("give the prompt once: as an argument, as - for standard input, or by --file")
-    if text is not None and text != "-":
-        return text
-    try:
-        if file is None:
-            return sys.stdin.read()
-        return file.read_text(encoding="utf-8")
-    except UnicodeDecodeError:
-        raise PromptError(f"{file or 'standard input'} is not UTF-8 text; convert it") from None
-    except OSError as error:
-        raise PromptError(f"file {str(file)!r} cannot be read ({error.strerror}); check the path") from None
+def with_options(
+    command: Callable[..., None],
+    *,
+    of: type[Settings] = DecodingParams,
+    into: str = "params",
+    without: tuple[str, ...] = (),
+    argument: str = "",
+) -> Callable[..., None]:
+    """Give `command` an option for each field of `of`; the command gets the settings as its parameter `into`.
+
+    Settings inside the settings become options too; of two with one name the outer one. `without` names fields that
+    mean nothing to the command, which then rejects them. `argument` names the field that is given by position.
+    """
+    parameters = dict(inspect.signature(command).parameters)
+    del parameters[into]
+    full_names: dict[str, str] = {}
+    for full_name, field in sorted(all_settings(of), key=lambda setting: "." in setting[0]):
+        tables_and_name = full_name.split(".")
+        name = tables_and_name[-1]
+        if name not in full_names and not set(tables_and_name).intersection(without):
+            full_names[name] = full_name
+            parameters[name] = _parameter(name, field, positional=name == argument)
+    ordered = sorted(parameters.values(), key=lambda parameter: parameter.kind)
+
+    def wrapped(**options: Any) -> None:  # Any: whatever typer parsed
+        values: dict[str, Any] = {}
+        for name, full_name in full_names.items():
+            value = options.pop(name)
+            if value not in (None, []):
+                put(values, full_name, value)
+        command(**{into: of(**values)}, **options)
+
+    wrapped.__name__ = command.__name__
+    wrapped.__doc__ = command.__doc__
+    wrapped.__signature__ = inspect.Signature(ordered)  # type: ignore[attr-defined]  # PEP 362: typer reads it
+    wrapped.__annotations__ = {parameter.name: parameter.annotation for parameter in ordered}
+    return wrapped
+
+
+def _parameter(name: str, field: FieldInfo, *, positional: bool) -> inspect.Parameter:
+    """Return the parameter of a command for one field, as typer reads it; None or an empty list if it is not given."""
+    kind: Any = field.annotation  # Any: annotations are not all plain types
+    parts = get_args(kind)
+    text = str(field.description)
+    if get_origin(kind) is tuple:
+        kind = list[Path] if parts[0] is Path else list[str]
+        text += "; repeatable"
+    elif any(get_origin(part) is Literal for part in (kind, *parts)):
+        kind = str  # the settings class names the choices when a value is wrong
+    if positional:
+        default = inspect.Parameter.empty if field.is_required() else None
+        argument = Annotated[kind, typer.Argument(help=text)]
+        place = inspect.Parameter.POSITIONAL_OR_KEYWORD
+        return inspect.Parameter(name, place, default=default, annotation=argument)
+    if not any(field.default is value for value in (None, False, ())):
+        text += f" [default: {field.default}]"
+    names = [f"--{name}"] if kind is bool else []  # else typer adds --no-...
+    option = Annotated[kind | None, typer.Option(*names, help=text, show_default=False)]
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=option)
 
 
 def load_model(model: str | None, dtype: str | None, device: str | None) -> "DiffuCoder":
@@ -70,37 +110,10 @@ def torch_dtype(name: str | None) -> "torch.dtype | None":
     return dtype
 
 
-def decode(coder: "DiffuCoder", request: "Request", *, watched: bool) -> "list[Generation]":
-    """Return the answers to a request. Show the live view, or a progress bar on a terminal, on standard error."""
-    from rich.console import Console
-
-    from diffucoder.watch import progress, watch
-
-    console = Console(stderr=True)
-    if watched:
-        shown = watch(request, coder.tokenizer, console)
-    elif console.is_terminal:
-        shown = progress(request, console)
-    else:
-        return coder.run([request])[0]
-    with shown as on_step:
-        return coder.run([request], on_step=on_step)[0]
-
-
-def print_answer(result: "Generation", coder: "DiffuCoder", *, as_json: bool) -> None:
-    """Print an answer as text, or with its figures as one JSON object."""
-    if as_json:
-        print(json.dumps({name: getattr(result, name) for name in _REPORTED} | {"model": coder.name}))
-    else:
-        print(result.text.removesuffix("\n"))
-
-
-def show_progress(items: "Iterable[Any]", count: int, what: str) -> "Iterable[Any]":
-    """Show a bar on standard error for one stage of an evaluation, if that is a terminal."""
-    from rich.console import Console
-    from rich.progress import track
-
-    console = Console(stderr=True)
-    if not console.is_terminal or not count:
-        return items
-    return track(items, what, count, console=console)
+@contextmanager
+def naming_extra(extra: str, subject: str) -> Iterator[None]:
+    """Around imports: raise ConfigError with the extra to install where a module is missing."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        raise ConfigError(f'{subject} {error.name}; install it: pip install "diffucoder[{extra}]"') from None

@@ -1,13 +1,16 @@
-"""`diffucoder evaluate`: measure a model, or a file of completions, on a benchmark."""
+"""The commands that measure models: `diffucoder evaluate` and `diffucoder order`."""
 
 import json
+from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from diffucoder.cli.common import AsJson, show_progress
-from diffucoder.evaluation.settings import EvaluateSettings
-from diffucoder.options import with_options
+import typer
+
+from diffucoder.analysis.settings import Conventions
+from diffucoder.cli.common import AsJson, naming_extra, with_options
+from diffucoder.evaluation.settings import EvaluateSettings, OrderSettings
 
 
 @partial(with_options, of=EvaluateSettings, into="settings", argument="benchmark")
@@ -18,14 +21,39 @@ def evaluate(*, settings: EvaluateSettings, as_json: AsJson = False) -> None:
     """
     from diffucoder.evaluation.run import evaluate as run_evaluation
 
-    for report, folder in run_evaluation(settings, show_progress):
+    for report, folder in run_evaluation(settings, _show_progress):
         if as_json:
             print(json.dumps(report))
         else:
-            print_report(report, folder)
+            _print_report(report, folder)
 
 
-def print_report(report: dict[str, Any], folder: Path | None) -> None:
+@partial(with_options, of=Conventions, into="conventions")
+@partial(with_options, of=OrderSettings, into="settings", argument="prompts")
+def order(
+    *,
+    settings: OrderSettings,
+    conventions: Conventions,
+    show: Annotated[int, typer.Option(min=1, help="samples of each run that the page holds")] = 100,
+    as_json: AsJson = False,
+) -> None:
+    """Analyse the order in which models write: AR-ness, entropies, what comes first; a page to look at it.
+
+    A run that was stopped is continued. Answers are graded, in the sandbox, where there are tests.
+    """
+    with naming_extra("report", "the report needs"):
+        from diffucoder.analysis.report import summary, write
+    from diffucoder.evaluation.run import record_orders
+
+    folders = record_orders(settings, _show_progress)
+    report = write(settings.folder, folders, conventions, show=show)
+    if as_json:
+        print(json.dumps(report))
+    else:
+        print(summary(report, settings.folder))
+
+
+def _print_report(report: dict[str, Any], folder: Path | None) -> None:
     """Print the figures of a report as a table."""
     counts = [f"{report['tasks']} tasks", f"{report['samples']} samples"]
     for what in ("missing", "skipped"):
@@ -46,3 +74,14 @@ def print_report(report: dict[str, Any], folder: Path | None) -> None:
         print(f"  untrusted            {report['untrusted']:6}   verdicts whose tests ran beside the program")
     if folder:
         print(f"  samples, verdicts and report are in {folder}")
+
+
+def _show_progress(items: Iterable[Any], count: int, what: str) -> Iterable[Any]:
+    """Show a bar on standard error for one stage of an evaluation, if that is a terminal."""
+    from rich.console import Console
+    from rich.progress import track
+
+    console = Console(stderr=True)
+    if not console.is_terminal or not count:
+        return items
+    return track(items, what, count, console=console)

@@ -1,22 +1,38 @@
-"""`diffucoder generate`: answer a request."""
+"""The commands that write: `diffucoder generate`, `infill` and `chat`."""
 
+import json
+import sys
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from diffucoder.cli.common import AsJson, Device, DType, Model, Raw, Watch, decode, load_model, print_answer, read_text
+from diffucoder.cli.common import AsJson, Device, DType, Model, load_model, with_options
 from diffucoder.decoding.params import DecodingParams
-from diffucoder.options import with_options
+from diffucoder.errors import ConfigError, PromptError
+
+if TYPE_CHECKING:
+    from diffucoder.decoding.coder import DiffuCoder, OnStep
+    from diffucoder.decoding.requests import Generation, Request
+
+Watch = Annotated[bool, typer.Option("--watch", help="show the canvas filling in, coloured by step")]
+
+_REPORTED = (  # by --json, besides the name of the model
+    *("text", "tokens", "forward_passes", "tokens_per_forward", "seconds", "tokens_per_second"),
+    *("finish_reason", "seed"),
+)
 
 
 @with_options
 def generate(
-    prompt: Annotated[str | None, typer.Argument(help="the request; - reads it from standard input")] = None,
+    prompt: Annotated[str, typer.Argument(help="the request; - reads it from standard input")],
     *,
-    file: Annotated[Path | None, typer.Option("--file", help="read the prompt from a file")] = None,
     model: Model = None,
-    raw: Raw = False,
+    raw: Annotated[
+        bool, typer.Option("--raw", help="continue the prompt as it is, without a chat template (base models)")
+    ] = False,
     watch: Watch = False,
     as_json: AsJson = False,
     trace: Annotated[Path | None, typer.Option(help="write the order of commitment to this JSONL file")] = None,
@@ -25,12 +41,104 @@ def generate(
     params: DecodingParams,
 ) -> None:
     """Answer a request with code."""
-    text = read_text(prompt, file)
+    if prompt == "-":
+        prompt = _read_text("-")
     coder = load_model(model, dtype, device)
-    results = decode(coder, coder.request(text, params, chat=not raw), watched=watch)
+    results = _decode(coder, coder.request(prompt, params, chat=not raw), watched=watch)
     for result in results:
-        print_answer(result, coder, as_json=as_json)
+        _print_answer(result, coder, as_json=as_json)
     if trace is not None:
         from diffucoder.decoding.trace import write_traces
 
         write_traces(trace, [result.trace for result in results])
+
+
+@partial(with_options, without=("new_tokens", "stop"))  # holes have a length and an end of their own
+def infill(
+    path: Annotated[str, typer.Argument(help="a file with holes, <|hole|> or <|hole:12|>; - for standard input")],
+    *,
+    model: Model = None,
+    as_json: AsJson = False,
+    in_place: Annotated[bool, typer.Option("--in-place", help="write the filled text back to the file")] = False,
+    dtype: DType = None,
+    device: Device = None,
+    params: DecodingParams,
+) -> None:
+    """Fill every hole of a file, all of them jointly."""
+    if path == "-" and in_place:
+        raise ConfigError("--in-place needs a file to write to, and '-' is standard input; give a path")
+    text = _read_text(path)
+    coder = load_model(model, dtype, device)
+    result = coder.fill(text, params)
+    if in_place:
+        try:
+            Path(path).write_text(result.text, encoding="utf-8")
+        except OSError as error:
+            raise ConfigError(f"file {path!r} cannot be written ({error.strerror}); leave out --in-place") from None
+    if as_json or not in_place:
+        _print_answer(result, coder, as_json=as_json)
+
+
+@partial(with_options, without=("num_samples",))  # a conversation has one next answer
+def chat(
+    *, model: Model = None, watch: Watch = False, dtype: DType = None, device: Device = None, params: DecodingParams
+) -> None:
+    """Talk to a model; an empty line or end of file ends the conversation."""
+    coder = load_model(model, dtype, device)
+    messages: list[dict[str, str]] = []
+    while True:
+        try:
+            line = input("> " if sys.stdin.isatty() else "")
+        except EOFError:
+            return
+        if not line.strip():
+            return
+        messages.append({"role": "user", "content": line})
+        try:
+            request = coder.request(messages, params)
+        except PromptError:
+            if len(messages) == 1:
+                raise
+            messages = messages[-1:]
+            print("(the conversation outgrew the model's context; starting again)", file=sys.stderr)
+            request = coder.request(messages, params)
+        [result] = _decode(coder, request, watched=watch)
+        _print_answer(result, coder, as_json=False)
+        messages.append({"role": "assistant", "content": result.text})
+
+
+def _read_text(path: str) -> str:
+    """Return the text of a file, or of standard input for "-". Raises PromptError."""
+    try:
+        if path == "-":
+            return sys.stdin.read()
+        return Path(path).read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        name = "standard input" if path == "-" else path
+        raise PromptError(f"{name} is not UTF-8 text; convert it") from None
+    except OSError as error:
+        raise PromptError(f"file {path!r} cannot be read ({error.strerror}); check the path") from None
+
+
+def _decode(coder: "DiffuCoder", request: "Request", *, watched: bool) -> "list[Generation]":
+    """Return the answers to a request. Show the live view, or a progress bar on a terminal, on standard error."""
+    from rich.console import Console
+
+    from diffucoder.watch import progress, watch
+
+    console = Console(stderr=True)
+    view: AbstractContextManager[OnStep | None] = nullcontext()
+    if watched:
+        view = watch(request, coder.tokenizer, console)
+    elif console.is_terminal:
+        view = progress(request, console)
+    with view as on_step:
+        return coder.run([request], on_step=on_step)[0]
+
+
+def _print_answer(result: "Generation", coder: "DiffuCoder", *, as_json: bool) -> None:
+    """Print an answer as text, or with its figures as one JSON object."""
+    if as_json:
+        print(json.dumps({name: getattr(result, name) for name in _REPORTED} | {"model": coder.name}))
+    else:
+        print(result.text.removesuffix("\n"))

@@ -6,11 +6,10 @@ from typing import Annotated
 
 import typer
 
-from diffucoder.cli.common import load_model
+from diffucoder.cli.common import load_model, naming_extra, with_options
 from diffucoder.config import load_settings
 from diffucoder.decoding.params import DecodingParams
 from diffucoder.errors import ConfigError
-from diffucoder.options import with_options
 from diffucoder.serving.settings import EngineSettings, ScaleSettings
 
 
@@ -32,12 +31,10 @@ def serve(
     ray: Annotated[bool, typer.Option("--ray", help="serve by replicas of Ray, here or at $RAY_ADDRESS")] = False,
 ) -> None:
     """Serve a model: OpenAI's completions and chat, infilling, holes and edits."""
-    try:
+    with naming_extra("serve", "serving needs"):
         from diffucoder.serving.app import create_app
         from diffucoder.serving.engine import load_in_own_thread
         from diffucoder.serving.run import read_api_key, run
-    except ModuleNotFoundError as error:
-        raise ConfigError(f'serving needs {error.name}; install it: pip install "diffucoder[serve]"') from None
     if not ray and settings.model_fields_set & {"replicas", "cpus", "gpus"}:
         raise ConfigError("--replicas, --cpus and --gpus are for Ray's replicas; add --ray")
     more = {
@@ -50,8 +47,6 @@ def serve(
         coder = load_in_own_thread(lambda: load_model(settings.model, settings.dtype, settings.device))
         run(create_app(coder, settings), host=host, port=port)
         return
-    try:
+    with naming_extra("scale", "replicas need"):
         from diffucoder.serving.scale import run_replicas
-    except ModuleNotFoundError as error:
-        raise ConfigError(f'replicas need {error.name}; install it: pip install "diffucoder[scale]"') from None
     run_replicas(settings, host=host, port=port)

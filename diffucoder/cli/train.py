@@ -6,8 +6,8 @@ from typing import Annotated
 
 import typer
 
+from diffucoder.cli.common import naming_extra
 from diffucoder.config import all_settings, load_settings
-from diffucoder.errors import ConfigError
 from diffucoder.training.settings import STAGES, TrainSettings
 
 stages = typer.Typer(help="Train a model, stage by stage; recipes/ holds settings to begin with.")
@@ -28,10 +28,8 @@ def train(
     if resume:
         overrides.append("resume=true")
     settings = load_settings(STAGES[stage], recipe, overrides)
-    try:
+    with naming_extra("train", "training needs"):
         function = getattr(import_module(f"diffucoder.training.{stage}"), stage)
-    except ModuleNotFoundError as error:
-        raise ConfigError(f'training needs {error.name}; install it: pip install "diffucoder[train]"') from None
     folder = function(settings)
     from diffucoder.training.processes import exit_worker, first_process
 

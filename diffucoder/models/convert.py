@@ -79,7 +79,7 @@ def _load_parent(source: str | Path, dtype: torch.dtype | None, revision: str | 
     if checkpoint.mask_id is not None:
         raise CheckpointError(
             f"{checkpoint.folder} is a diffusion model already (its mask is token {checkpoint.mask_id}); use it as it "
-            "is, or export it: diffucoder convert SOURCE OUT.gguf --gguf"
+            "is, or export it: diffucoder convert SOURCE OUT.gguf"
         )
     tokenizer = load_tokenizer(checkpoint)
     dtype = dtype or checkpoint.dtype

@@ -1,4 +1,4 @@
-"""The command line and a real browser as fixtures."""
+"""The command line, a server and a real browser as fixtures."""
 
 import io
 import shutil
@@ -8,10 +8,18 @@ from typing import Any
 
 import pytest
 from commands import Outcome, Run
+from serving import serving
 
 from diffucoder.cli import main
 
 QUIET = "--no-sandbox --disable-gpu --no-first-run --disable-background-networking --disable-component-update"
+
+
+@pytest.fixture(scope="session")
+def server() -> Iterator[str]:
+    """The address of a server of the shipped model, one for all tests that leave it as it was."""
+    with serving("--dtype", "float32") as (url, _):
+        yield url
 
 
 @pytest.fixture(scope="module")

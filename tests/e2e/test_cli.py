@@ -62,12 +62,10 @@ def test_json_has_one_line_a_sample(cli: Run) -> None:
     assert len([json.loads(line) for line in out.splitlines()]) == 3
 
 
-def test_the_prompt_comes_from_an_argument_a_pipe_or_a_file(cli: Run, tmp_path: Path) -> None:
-    (tmp_path / "request.txt").write_text(REQUEST)
+def test_the_prompt_comes_from_an_argument_or_a_pipe(cli: Run) -> None:
     given = cli("generate", REQUEST, *QUICK)
     assert given.code == 0
     assert cli("generate", "-", *QUICK, stdin=REQUEST) == given
-    assert cli("generate", "--file", tmp_path / "request.txt", *QUICK) == given
 
 
 def test_raw_continues_the_prompt_without_a_template(cli: Run, tmp_path: Path) -> None:
@@ -223,16 +221,14 @@ def test_a_trace_that_cannot_be_written_does_not_cost_the_answer(cli: Run, tmp_p
 @pytest.mark.parametrize(
     ("arguments", "stdin", "parts"),
     [
-        (["generate"], "", ["give the prompt once"]),
-        (["generate", REQUEST, "--file", "request.txt"], "", ["give the prompt once"]),
+        (["generate"], "", ["Missing argument 'prompt'", "generate --help"]),
         (["generate", ""], "", ["the prompt is empty; say what to write"]),
         (["generate", "-"], " \n", ["the prompt is empty"]),
         (["generate", "-"], b"caf\xe9", ["standard input", "not UTF-8"]),
         (["generate", "half \udcff"], "", ["is not Unicode; give it as UTF-8"]),
-        (["generate", "--file", "/no/such/file"], "", ["file '/no/such/file' cannot be read", "check the path"]),
         (["generate", "word " * 600], "", ["exceed the model's context of 512; shorten the prompt"]),
         (["generate", "What is <|mask|>?"], "", ["the text holds the mask <|mask|> itself"]),
-        (["infill", "/no/such/file.py"], "", ["file '/no/such/file.py' cannot be read"]),
+        (["infill", "/no/such/file.py"], "", ["file '/no/such/file.py' cannot be read", "check the path"]),
         (["infill", "-"], "x = 1\n", ["has no hole to fill; mark one with <|hole|>"]),
         (["infill", "-"], "<|hole|> = 1\n", ["begins with a hole", "put text before"]),
         (["infill", "-"], "x = <|hole:none|>\n", ["hole '<|hole:none|>' is malformed"]),

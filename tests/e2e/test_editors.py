@@ -10,24 +10,17 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 import yaml
-from serving import PATIENCE, post, serving, stream
+from serving import PATIENCE, post, stream
 
 ADDRESS = "http://127.0.0.1:8000"
 PAGE = (Path(__file__).parents[2] / "docs" / "editors.md").read_text(encoding="utf-8")
 Json = dict[str, Any]
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[str]:
-    with serving("--dtype", "float32") as (url, _):
-        yield url
 
 
 def block(section: str, language: str) -> str:

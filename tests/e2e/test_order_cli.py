@@ -53,7 +53,8 @@ def test_a_sweep_has_a_run_for_every_setting_and_one_report(cli: Run, tmp_path: 
 
 
 def test_a_kill_in_the_middle_gives_the_identical_report_and_traces(cli: Run, tmp_path: Path) -> None:
-    arguments = ("order", "tiny", "--limit", "8", "--batch", "1", "--temperature", "0,1", *QUICK, "--run")
+    quick = ("--limit", "4", "--batch", "1", "--new-tokens", "8", "--dtype", "float32")
+    arguments = ("order", "tiny", "--temperature", "0,1", *quick, "--run")
     command = [sys.executable, "-m", "diffucoder.cli", *arguments, "killed"]
     with subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"}) as running:
         end = time.monotonic() + 120
@@ -100,14 +101,15 @@ MATHEMATICS = [  # as GSM8K is published: a calculator's marks, and the result b
 
 def test_code_is_compared_with_mathematics_as_published(cli: Run, tmp_path: Path) -> None:
     (tmp_path / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in MATHEMATICS))
-    code, out, _ = cli("order", "gsm8k", "--data", tmp_path, *QUICK, "--num-samples", 2, "--temperature", 0.5, "--json")
+    quick = ("--new-tokens", 8, "--dtype", "float32", "--num-samples", 2, "--temperature", 0.5)
+    code, out, _ = cli("order", "gsm8k", "--data", tmp_path, *quick, "--json")
     (run,) = json.loads(out)["runs"]
     assert (code, list(run["by_prompt"]), run["samples"], run["graded"]) == (0, ["gsm8k/0", "gsm8k/1"], 4, 0)
     [folder] = (path for path in (tmp_path / "runs/order/gsm8k").iterdir() if path.is_dir())
     asked = [trace.tokens[: trace.prompt_length] for trace in read_traces(folder / "traces.jsonl")]
     said = [load_tokenizer().decode(tokens, skip_special=False) for tokens in asked]
     assert [row["question"] in text for row, text in zip(MATHEMATICS, said[::2], strict=True)] == [True, True]
-    assert cli("order", "tiny", "--limit", 2, *QUICK, "--num-samples", 2, "--temperature", 0.5).code == 0
+    assert cli("order", "tiny", "--limit", 2, *quick).code == 0
     [other] = (path for path in (tmp_path / "runs/order/tiny").iterdir() if path.is_dir())
     told = json.loads(cli("order", "--traces", other, "--traces", folder, "--json").out)
     assert [each["label"] for each in told["runs"]] == ["prompts tiny", "prompts gsm8k"]

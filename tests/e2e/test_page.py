@@ -10,17 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from serving import PATIENCE, figure, serving, stream, wait
-
-
-@pytest.fixture(scope="module")
-def url() -> Iterator[str]:
-    with serving() as (address, _):
-        yield address
+from serving import PATIENCE, figure, stream, wait
 
 
 @pytest.fixture
-def page(browser: Any, url: str) -> Iterator[Any]:
+def page(browser: Any, server: str) -> Iterator[Any]:
     """The page, freshly loaded; at the end nothing was wrong and nothing came from elsewhere."""
     context = browser.new_context(viewport={"width": 1200, "height": 900}, reduced_motion="reduce")
     made = context.new_page()
@@ -29,11 +23,11 @@ def page(browser: Any, url: str) -> Iterator[Any]:
     made.on("pageerror", lambda error: wrong.append(str(error)))
     made.on("request", lambda request: asked.append(request.url))
     made.set_default_timeout(1000 * PATIENCE)
-    made.goto(url)
+    made.goto(server)
     yield made
     context.close()
     assert not wrong
-    assert not [each for each in asked if not each.startswith((url, "data:", "blob:"))]
+    assert not [each for each in asked if not each.startswith((server, "data:", "blob:"))]
 
 
 def write(page: Any) -> None:
@@ -94,7 +88,7 @@ def busy(url: str) -> Iterator[None]:
         yield
 
 
-def test_the_keyboard_does_it_all(page: Any, url: str) -> None:
+def test_the_keyboard_does_it_all(page: Any, server: str) -> None:
     page.focus("#text")
     page.keyboard.press("ControlOrMeta+a")
     page.keyboard.type("Given a number, double the number.")
@@ -104,7 +98,7 @@ def test_the_keyboard_does_it_all(page: Any, url: str) -> None:
     page.select_option("#colour", "sure")
     page.fill("#text", "Write a function that takes a string and removes the vowels.")
     page.locator("[name=tokens]").fill("256")
-    with busy(url):
+    with busy(server):
         page.keyboard.press("Control+Enter")
         page.wait_for_selector(".canvas .token, .canvas .end")
         page.keyboard.press("Escape")
@@ -123,10 +117,10 @@ def test_a_trace_can_be_kept(page: Any, tmp_path: Path) -> None:
     assert len(trace.steps) == 64
 
 
-def test_what_is_wrong_is_said(browser: Any, url: str) -> None:
+def test_what_is_wrong_is_said(browser: Any, server: str) -> None:
     page = browser.new_page()
     page.set_default_timeout(1000 * PATIENCE)
-    page.goto(url)
+    page.goto(server)
     page.fill("#text", "<|hole|> first")
     page.click("#go")
     page.wait_for_selector("#status.error:has-text('begins with a hole')")
@@ -134,10 +128,10 @@ def test_what_is_wrong_is_said(browser: Any, url: str) -> None:
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_a_narrow_screen_holds_all(browser: Any, url: str, scheme: str) -> None:
+def test_a_narrow_screen_holds_all(browser: Any, server: str, scheme: str) -> None:
     page = browser.new_page(viewport={"width": 390, "height": 844}, color_scheme=scheme)
     page.set_default_timeout(1000 * PATIENCE)
-    page.goto(url)
+    page.goto(server)
     page.check("#compare")
     write(page)
     assert page.evaluate("document.documentElement.scrollWidth") <= 390

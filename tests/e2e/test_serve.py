@@ -22,12 +22,6 @@ CHAT: Any = [{"role": "user", "content": REVERSE}]
 
 
 @pytest.fixture(scope="module")
-def server() -> Iterator[str]:
-    with serving("--dtype", "float32") as (url, _):
-        yield url
-
-
-@pytest.fixture(scope="module")
 def client(server: str) -> Iterator[openai.OpenAI]:
     with openai.OpenAI(base_url=f"{server}/v1", api_key="none", max_retries=0, timeout=PATIENCE) as made:
         yield made

@@ -180,7 +180,7 @@ def test_the_command_converts_and_exports(
     assert run(monkeypatch, parent, out, "--pad", "--dtype", "bfloat16") == 0
     assert capsys.readouterr().out == f"{out}: denoiser, untrained, 0.0 M parameters, mask at 300 of 302 tokens\n"
     assert load_denoiser(out).mask_id == 300
-    assert run(monkeypatch, out, file, "--gguf", "--dtype", "q8_0") == 0
+    assert run(monkeypatch, out, file, "--dtype", "q8_0") == 0
     assert capsys.readouterr().out == f"{file}: dream GGUF, 0.0 M parameters, mask at 300 of 302 tokens\n"
     assert file.stat().st_size > 0
 
@@ -188,9 +188,7 @@ def test_the_command_converts_and_exports(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["SOURCE", "x.gguf"], "OUT='x.gguf' is a .gguf file, which only --gguf writes; write diffucoder convert"),
-        (["SOURCE", "x", "--gguf"], "OUT='x' is not a .gguf file; write diffucoder convert SOURCE FOLDER, or"),
-        (["SOURCE", "x.gguf", "--gguf", "--pad"], "--pad adds a token to a parent and --gguf writes a model as it is"),
+        (["SOURCE", "x.gguf", "--pad"], "--pad adds a token to a parent, and a .gguf file gets a model as it is"),
         (["SOURCE", "x", "--dtype", "int3"], "dtype='int3' is not known; use one of float32, bfloat16, float16"),
         (["nobody", "x"], "model 'nobody' is not a folder"),
         (["absent.gguf", "x"], "GGUF file 'absent.gguf' does not exist; check the path"),
