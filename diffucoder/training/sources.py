@@ -1,6 +1,5 @@
 """Rows of training data from JSONL files, folders of files and hub datasets.
 
-For: finding the files of a source, reading rows, deciding which rows are documents or chats. Not for: tokens (`data`).
 No row is dropped in silence: one that cannot be used becomes a `Skipped`, which names its file and line.
 """
 
@@ -161,9 +160,6 @@ def _hub_parts(source: str) -> dict[str, str | None]:
     return {**match.groupdict(), "split": match["split"] or "train"}
 
 
-# --- which rows are records ------------------------------------------------------------------------------------------
-
-
 def parse_document(where: str, fields: Json) -> Record:
     """A document from `text` or `content`."""
     return Record(where, text_field(fields, first_name(("text", "content"), fields)))
@@ -174,17 +170,13 @@ def parse_chat(where: str, fields: Json) -> Record:
     if "messages" in fields:
         *prompt, last = check_messages(fields["messages"])
         return Record(where, last["content"], tuple(prompt))
-    if "prompt" in fields and "answer" in fields:
-        request = text_field(fields, "prompt")
-        answer = text_field(fields, "answer")
-    elif "instruction" in fields and "output" in fields:
-        request = text_field(fields, "instruction")
-        answer = text_field(fields, "output")
-        if fields.get("input"):
-            request += "\n\n" + text_field(fields, "input")
-    else:
-        raise ValueError("has neither 'messages', nor 'prompt' and 'answer', nor 'instruction' and 'output'")
-    return Record(where, answer, ({"role": "user", "content": request},))
+    for request_name, answer_name in (("prompt", "answer"), ("instruction", "output")):
+        if request_name in fields and answer_name in fields:
+            request = text_field(fields, request_name)
+            if request_name == "instruction" and fields.get("input"):
+                request += "\n\n" + text_field(fields, "input")
+            return Record(where, text_field(fields, answer_name), ({"role": "user", "content": request},))
+    raise ValueError("has neither 'messages', nor 'prompt' and 'answer', nor 'instruction' and 'output'")
 
 
 def check_messages(messages: Any) -> list[dict[str, str]]:  # Any: from a file
@@ -196,7 +188,8 @@ def check_messages(messages: Any) -> list[dict[str, str]]:  # Any: from a file
     if any(role not in ("user", "assistant") for role in turns) or turns[-2:] != ["user", "assistant"]:
         raise ValueError(f"roles {', '.join(map(str, roles)) or 'none'} are not (system,) user, assistant, ...")
     checked = []
-    for role, message in zip(roles, messages, strict=True):
+    for message in messages:
+        role = message["role"]
         content = message.get("content")
         if role != "system" or content != "":  # an empty system message replaces the default one
             text_of(content, f"{role} message")
