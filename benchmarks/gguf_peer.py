@@ -90,9 +90,8 @@ def main(
     with tempfile.TemporaryDirectory() as name:
         peer = Peer(peer_python, Path(name), texts)
         rows = [*compare_small(peer, Path(model)), *compare_shipped(peer)]
-    details = [f"{len(texts)} files of the standard library, {CANVASES} canvases", f"llama-cpp-python {version}"]
-    head = ["GGUF", "logits", "token ids of Python files"]
-    write_page(RESULTS / "gguf_peer.md", "make gguf-peer", details, head, rows)
+    details = [f"{CANVASES} canvases", f"llama-cpp-python {version}"]
+    write_page(RESULTS / "gguf_peer.md", "make gguf-peer", details, ["GGUF", "logits", "ids of Python files"], rows)
 
 
 def run_peer(python: Path, program: str, job: str = "") -> str:

@@ -3,7 +3,7 @@
     python benchmarks/sandbox.py    # seconds
 
 Warm: a pool of running workers, as in grading. Cold: a new bubblewrap and interpreter for every program. The ceiling is
-the start of a bare interpreter of the same kind. The table goes to benchmarks/results/sandbox.md.
+the start of a bare interpreter. The table goes to benchmarks/results/sandbox.md.
 """
 
 import subprocess

@@ -105,10 +105,7 @@ class Problem:
 
 
 def problems(split: Split, count: int, *, seed: int, hard: bool = False) -> Iterator[Problem]:
-    """Yield `count` distinct problems of one split, a function of the seed; hard ones are chains of three blocks.
-
-    Raises ConfigError for an unknown split or count.
-    """
+    """Yield `count` distinct problems of one split, a function of the seed; hard ones are chains of three blocks."""
     if split not in get_args(Split):
         raise ConfigError(f"split={split!r} is not one of {', '.join(get_args(Split))}")
     if count < 1:
