@@ -36,7 +36,6 @@ FRONTIER = (
     *("entropy_bound=0.01 block=64 cache=prefix", "entropy_bound=0.1 block=32 cache=dual"),
     *("threshold=0.9 revoke=0.25", "entropy_bound=0.1 revoke=0.125"),
 )
-WARM_UP = 3  # requests before the timed ones
 
 
 @dataclass
@@ -97,7 +96,7 @@ def main(
 def time_in_turns(coder: DiffuCoder, drawn: Sequence[Problem], ways: Sequence[Way]) -> None:
     """Add up tokens, passes and seconds of each way over single requests."""
     for way in ways:
-        for problem in drawn[:WARM_UP]:
+        for problem in drawn[:3]:  # warm-up
             coder.generate(problem.prompt, way.params)
     for problem in drawn:
         for way in ways:

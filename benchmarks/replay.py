@@ -1,7 +1,6 @@
 """Grade published completions, and compare every verdict with the published one.
 
-    python benchmarks/replay.py FOLDER --data FOLDER                   # all three benchmarks, minutes
-    python benchmarks/replay.py FOLDER --data FOLDER --only humaneval+
+    python benchmarks/replay.py FOLDER --data FOLDER    # all three benchmarks, minutes
 
 FOLDER holds NAME-samples.jsonl.gz and NAME-results.json.gz, as EvalPlus and BigCodeBench write them. The published
 solutions are graded too, and must all pass. Of BigCodeBench those tasks are graded whose imports programs can find in

@@ -1,7 +1,6 @@
 """A real server on 127.0.0.1 under load: throughput, latency and memory.
 
-    python benchmarks/serving.py                  # two minutes, on a quiet machine
-    python benchmarks/serving.py --seconds 5      # a trial
+    python benchmarks/serving.py    # two minutes, on a quiet machine
 
 It measures one client at a time, `--clients` at once for `--seconds`, the server's memory meanwhile, and the speed of
 batches without a server. The table goes to benchmarks/results/serving.md.

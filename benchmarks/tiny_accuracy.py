@@ -1,7 +1,6 @@
 """How many held-out tiny problems a model solves, with intervals, by number of steps.
 
-    python benchmarks/tiny_accuracy.py                       # the shipped model, 2,000 problems: `make tiny-eval`
-    python benchmarks/tiny_accuracy.py --hard --split dev --count 400 --model runs/tiny-grpo/coupled-0/model
+    python benchmarks/tiny_accuracy.py    # the shipped model, 2,000 problems: `make tiny-eval`
 
 `diffucoder eval --benchmark tiny` measures 500 of the same problems. The laboratories use this script. The table of the
 shipped model goes to benchmarks/results/tiny_accuracy.md.

@@ -30,9 +30,9 @@ from diffucoder.training.sources import SUFFIXES, Kind, Record, Skipped, find_fi
 MANIFEST = "manifest.json"
 _VERSION = 2  # of the table's columns
 _LISTED = 1000  # skipped rows that the manifest names; the others are only counted
-_CHUNK_RECORDS = 1024  # tokenised together
-_CHUNK_CHARACTERS = 2**21  # tokenised together; both bounds and the next one limit the memory of `prepare`
-_WRITTEN_ROWS = 256  # written together
+_CHUNK_RECORDS = 1024  # tokenised together, as characters: both limit the memory of `prepare`
+_CHUNK_CHARACTERS = 2**21
+_WRITTEN_ROWS = 256  # written together, for the same reason
 
 
 class TokenStore:
@@ -82,11 +82,9 @@ def _int64(values: Any) -> NDArray[np.int64]:  # Any: pyarrow has no types
 def prepare(sources: Sequence[str], tokenizer: Tokenizer, cache: str | Path, *, kind: Kind) -> TokenStore:
     """The tokens of all `sources`, in `cache/<kind>-<fingerprint>`: opened, or tokenised first.
 
-    A source is a folder, a file or `hub:owner/name[/config][@split]`. Rows that cannot be used are reported on stderr
-    and listed in the manifest. If several processes call this at once, one tokenises and the others wait.
-
-    Raises ConfigError for a source that does not exist, has no usable row or changes meanwhile, CheckpointError for a
-    damaged folder or a hub dataset that cannot be reached.
+    Rows that cannot be used are reported on stderr and listed in the manifest. If several processes call this at once,
+    one tokenises and the others wait. Raises ConfigError for a source that does not exist, has no usable row or changes
+    meanwhile, CheckpointError for a damaged folder or a hub dataset that cannot be reached.
     """
     if not sources:
         raise ConfigError("data=() names no source; give a folder, a .jsonl file or hub:owner/name")
@@ -106,9 +104,8 @@ def prepare(sources: Sequence[str], tokenizer: Tokenizer, cache: str | Path, *, 
             raise ConfigError("sources changed while they were read; run again when nothing writes to them")
         listing = {"count": len(skipped), "first": list(map(vars, skipped[:_LISTED]))}
         write_json(folder / MANIFEST, {"fingerprint": fingerprint, "sources": sources, "skipped": listing})
-        seconds = time.perf_counter() - began
         size = f"{count:,} records, {tokens / 1e6:,.1f} M tokens"
-        print(f"tokenised {size} in {seconds:.1f} s -> {folder}", file=sys.stderr)
+        print(f"tokenised {size} in {time.perf_counter() - began:.1f} s -> {folder}", file=sys.stderr)
         if skipped:
             listed = "all" if len(skipped) <= _LISTED else f"the first {_LISTED:,}"
             print(f"{folder / MANIFEST} lists {listed} of the skipped records", file=sys.stderr)
@@ -131,10 +128,7 @@ def _epoch_order(n: int, key: tuple[int, ...]) -> torch.Tensor:
 
 
 def _fingerprint(sources: Sequence[str], tokenizer: Tokenizer, kind: Kind) -> str:
-    """A hash of everything that the tokens depend on.
-
-    A changed hub dataset is not noticed, because that would need the network each time.
-    """
+    """A hash of everything that the tokens depend on, except the rows of hub datasets, which need the network."""
     files = []
     for source in sources:
         for path in find_files(source, SUFFIXES[kind]):

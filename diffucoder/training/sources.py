@@ -46,7 +46,8 @@ class Skipped:
 
 def read_records(sources: Sequence[str], kind: Kind) -> Iterator[Record | Skipped]:
     """The documents or chats of `sources`, one source after the other. Errors of `read_rows`."""
-    return read_rows(sources, parse_chat if kind == "chat" else parse_document, SUFFIXES[kind])
+    parse = parse_chat if kind == "chat" else parse_document
+    return read_rows(sources, parse, SUFFIXES[kind])
 
 
 def read_rows(sources: Sequence[str], parse: Parse[T], suffixes: Sequence[str] = JSONL) -> Iterator[T | Skipped]:
@@ -58,8 +59,7 @@ def read_rows(sources: Sequence[str], parse: Parse[T], suffixes: Sequence[str] =
     for source in sources:
         if source.startswith("hub:"):
             yield from _hub_rows(source, parse)
-            continue
-        for path in find_files(source, suffixes):
+        for path in find_files(source, suffixes):  # none of a hub dataset
             yield from _file_rows(path, parse)
 
 
@@ -75,13 +75,13 @@ def usable(rows: Iterable[T | Skipped], name: str, skipped: list[Skipped]) -> It
         else:
             count += 1
             yield row
-    if not count and not skipped:
+    if not skipped and not count:
         raise ConfigError(f"{name} holds no record; name another source")
     if not count:
         raise ConfigError(f"none of {len(skipped):,} records of {name} can be used; the first: {skipped[0]}")
     if skipped:
-        total = len(skipped) + count
-        print(f"skipped {len(skipped):,} of {total:,} records; the first: {skipped[0]}", file=sys.stderr)
+        records = f"{len(skipped):,} of {len(skipped) + count:,} records"
+        print(f"skipped {records}; the first: {skipped[0]}", file=sys.stderr)
 
 
 def read_usable(sources: Sequence[str], parse: Parse[T]) -> list[T]:
@@ -90,10 +90,7 @@ def read_usable(sources: Sequence[str], parse: Parse[T]) -> list[T]:
 
 
 def find_files(source: str, suffixes: Sequence[str]) -> list[Path]:
-    """The file `source`, or the files with these suffixes below the folder `source`, sorted; none of a hub dataset.
-
-    Raises ConfigError if there is no such file, folder or name.
-    """
+    """The file `source`, or the sorted files of a folder with these suffixes; [] for a hub name. Raises ConfigError."""
     if source.startswith("hub:"):
         _hub_parts(source)
         return []

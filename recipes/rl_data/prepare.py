@@ -2,7 +2,6 @@
 
     python recipes/rl_data/prepare.py acecode acecode.jsonl --against humaneval,mbpp
     python recipes/rl_data/prepare.py mbpp mbpp.jsonl --data DATA --benchmarks DATA --against humaneval,mbpp
-    python recipes/rl_data/prepare.py MINE.jsonl exercises.jsonl --against tiny
 
 docs/rl_data.md explains the sources. OUT.report.json lists what was left out and why.
 """

@@ -25,7 +25,6 @@ sys.path.append(str(Path(__file__).parents[2]))  # last, so that PYTHONPATH may 
 
 from recipes.tiny.problems import Problem, problems
 
-HELD_OUT = 500  # problems of the benchmark `tiny`
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|mask|>", "<|dlm_pad|>")
 TOKENIZER_CONFIG = {
     "tokenizer_class": "PreTrainedTokenizerFast",
@@ -63,7 +62,7 @@ def training(
 def held_out(path: Annotated[Path, typer.Argument(help="gzipped JSON lines to write")]) -> None:
     """Write the held-out problems of the benchmark `tiny`, the same bytes every time."""
     with path.open("wb") as raw, gzip.GzipFile("", "wb", mtime=0, fileobj=raw) as file:
-        for number, problem in enumerate(problems("test", HELD_OUT, seed=1)):
+        for number, problem in enumerate(problems("test", 500, seed=1)):
             row = {"id": f"tiny/{number}", "prompt": problem.prompt, "tests": problem.tests}
             row |= {"entry_point": problem.name, "solution": problem.solution}
             file.write((json.dumps(row) + "\n").encode())

@@ -54,7 +54,6 @@ ASKED = (
 STUDENT = {1: 12.71, 2: 4.30, 3: 3.18, 4: 2.78}  # 97.5 % quantiles, by degrees of freedom
 
 Results = dict[str, dict[str, dict[str, Any]]]  # arm -> seed -> verdicts and curve
-Pair = tuple[NDArray[np.int_], NDArray[np.int_]]  # verdicts of the same problems: before, after
 
 
 def main(
@@ -111,15 +110,14 @@ def run_arm(runs: RunFolder, arm: str, seed: int, parent: str | None) -> None:
     name = f"{arm}-{seed}"
     if (RESULTS / f"{name}.json").exists():
         return
-    asked = "_base" if arm == "causal" else ""
-    data = {"data": runs.folder / f"train{asked}.jsonl", "held_out": runs.folder / f"dev{asked}.jsonl"}
-    settings: dict[str, Any] = {"seed": seed, "steps": steps_of(arm), **data}
-    program: list[object] = [*TRAIN, "grpo"]
+    settings: dict[str, Any] = {"seed": seed, "steps": steps_of(arm)}
     if arm == "causal":
-        program = [HERE / "causal.py"]
+        program = (HERE / "causal.py",)
+        settings |= {"data": runs.folder / "train_base.jsonl", "held_out": runs.folder / "dev_base.jsonl"}
         settings |= {"chat": False, "model": parent, "score_padding": False}  # the parent writes no pads
     else:
-        settings["estimator"] = arm
+        program = (*TRAIN, "grpo")
+        settings |= {"data": runs.folder / "train.jsonl", "held_out": runs.folder / "dev.jsonl", "estimator": arm}
     model = runs.train(name, program, HERE / "grpo.toml", settings)
     measure(runs, name, model, runs.metrics(name))
 
@@ -161,7 +159,9 @@ def learning_table(results: Results) -> str:
                 continue
             after = {seed: result["verdicts"] for seed, result in results[arm].items()}
             gains = [(before, verdicts) for verdicts in after.values()]
-            coupled = {} if arm in ("coupled", "causal") else results["coupled"]
+            coupled = {}
+            if arm not in ("coupled", "causal"):
+                coupled = results["coupled"]
             differences = [(coupled[seed]["verdicts"], after[seed]) for seed in after if seed in coupled]
             learnt = []
             for result in results[arm].values():
@@ -175,8 +175,8 @@ def learning_table(results: Results) -> str:
     return table(head, rows)
 
 
-def difference(pairs: Sequence[Pair]) -> tuple[float, float]:
-    """Mean gain in the share solved, and half of its 95 % interval, over pairs (before, after) of one seed each.
+def difference(pairs: Sequence[tuple[NDArray[np.int_], NDArray[np.int_]]]) -> tuple[float, float]:
+    """Mean gain in the share solved, and half of its 95 % interval, over pairs (before, after) of verdicts, one a seed.
 
     Two things vary: seeds, whose mean has Student's distribution, and problems, which all seeds share. With one seed
     the interval is over problems only.

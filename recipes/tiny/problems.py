@@ -22,7 +22,6 @@ from typing import Any, Literal, get_args
 from diffucoder.errors import ConfigError
 
 Split = Literal["train", "dev", "test"]
-Kind = Literal["chain", "branch", "guard"]
 Value = Any  # an input or output of a block: int, str, list, dict or bool
 Example = tuple[Value, Value]  # an input and its output
 
@@ -32,7 +31,7 @@ WORDS = WORDING["words"].split()
 VERBS = WORDING["verbs"].split()
 OBJECTS = WORDING["objects"].split()
 INPUT_TYPES = {"nums": 27, "words": 21, "text": 25, "num": 17, "table": 10}  # how often each is drawn
-KINDS: dict[Kind, int] = {"chain": 75, "branch": 14, "guard": 11}  # how often each is drawn
+KINDS = {"chain": 75, "branch": 14, "guard": 11}  # how often each is drawn
 LENGTHS = {"chain": (18, 52, 30), "guard": (60, 40)}  # weights of one, two and three blocks
 EXAMPLES = 5  # asserts of a problem
 FALLBACKS = {"0": "0", "-1": "-1", "None": "None", "an empty list": "[]", "an empty string": '""'}  # phrase -> code
@@ -73,7 +72,7 @@ class BlockUse:
 class Plan:
     """What a problem computes: `steps`, or where `condition` holds `exception` (branch) or a constant (guard)."""
 
-    kind: Kind
+    kind: str
     takes: str
     steps: tuple[BlockUse, ...]
     condition: BlockUse | None = None
@@ -126,7 +125,9 @@ def split_of(composition: Sequence[str]) -> Split:
     bucket = int(hashlib.blake2b("|".join(composition).encode(), digest_size=4).hexdigest(), 16) % 100
     if bucket < 10:
         return "test"
-    return "dev" if bucket < 15 else "train"
+    if bucket < 15:
+        return "dev"
+    return "train"
 
 
 def draw_problem(rng: random.Random, *, hard: bool) -> Problem | None:
@@ -137,7 +138,9 @@ def draw_problem(rng: random.Random, *, hard: bool) -> Problem | None:
         return None
     problem = write_problem(rng, plan, examples)
     outputs = {test.rpartition(" == ")[2] for test in problem.tests}
-    return problem if len(outputs) > 1 else None  # a guard's constant may equal all other outputs
+    if len(outputs) == 1:  # a guard's constant may equal all other outputs
+        return None
+    return problem
 
 
 @cache
@@ -170,8 +173,9 @@ def draw_plan(rng: random.Random, *, hard: bool) -> Plan | None:
         condition = draw_use(rng, blocks_of(takes, "flag"))
         exception = draw_use(rng, blocks_of(takes, flags=False))
         otherwise = draw_use(rng, blocks_of(takes, exception.block.gives))
-        differ = exception.block != otherwise.block
-        return Plan(kind, takes, (otherwise,), condition, exception) if differ else None
+        if exception.block == otherwise.block:
+            return None
+        return Plan(kind, takes, (otherwise,), condition, exception)
     steps = draw_chain(rng, takes, (0, 0, 1) if hard else LENGTHS[kind])
     if not steps:
         return None
@@ -189,7 +193,9 @@ def draw_chain(rng: random.Random, takes: str, lengths: Sequence[int]) -> tuple[
             return ()
         uses.append(draw_use(rng, blocks))
         takes = uses[-1].block.gives
-    return tuple(uses) if len({use.block for use in uses}) == length else ()
+    if len({use.block for use in uses}) < length:
+        return ()
+    return tuple(uses)
 
 
 def draw_use(rng: random.Random, blocks: Sequence[Block]) -> BlockUse:
@@ -225,8 +231,7 @@ def run_chain(uses: Sequence[BlockUse], value: Value) -> Value:
     for use in uses:
         value = use.apply(value)
         if isinstance(value, int):
-            largest = 10**9 - 1 if use is uses[-1] else 400
-            too_large = abs(value) > largest
+            too_large = abs(value) > 400 and (use is not uses[-1] or abs(value) >= 10**9)
         else:
             too_large = len(value) > 40 or len(repr(value)) > 120
         if too_large:
@@ -237,7 +242,9 @@ def run_chain(uses: Sequence[BlockUse], value: Value) -> Value:
 def draw_examples(rng: random.Random, plan: Plan) -> list[Example] | None:
     """Examples that differ in their outputs and meet both sides of a condition; None for a degenerate problem."""
     examples: list[Example] = []
-    slots = dict([slot for use in plan.uses for slot in use.slots])
+    slots: dict[str, str] = {}
+    for use in plan.uses:
+        slots.update(use.slots)
     for _ in range(4 * EXAMPLES):
         value = draw_input(rng, plan.takes, slots)
         try:
