@@ -49,8 +49,8 @@ bench: $(STAMP)  ## ms per forward pass, tokens per second, share of the machine
 bench-training: $(DEV)  ## tokens per second, share of the matmul and memory of training steps (minutes, on a quiet machine)
 	$(PYTHON) benchmarks/training.py
 
-bench-sandbox: $(STAMP) sandbox  ## programs a second in the sandbox, warm and cold (seconds; SHARED=... also HumanEval+)
-	$(PYTHON) benchmarks/sandbox.py $(if $(wildcard $(REPLAY)),--data $(SHARED)/data --samples $(REPLAY)/humaneval-samples.jsonl.gz)
+bench-sandbox: $(STAMP) sandbox  ## programs a second in the sandbox, warm and cold (seconds)
+	$(PYTHON) benchmarks/sandbox.py
 
 replay: $(STAMP) sandbox  ## grade published completions, compare with their published verdicts (minutes; needs SHARED=...)
 	$(PYTHON) benchmarks/replay.py $(REPLAY) --data $(SHARED)/data

@@ -1,7 +1,6 @@
-"""What benchmarks share: where results go, what they were measured on, verdicts and intervals.
+"""What benchmarks share: the page of results, decoding and grading, intervals.
 
-Every benchmark is a script: `python benchmarks/NAME.py`. It measures the package that PYTHONPATH finds first, so one
-script can compare two versions: import little of the package here.
+A benchmark measures the package that PYTHONPATH finds first, also an older one: import little of the package here.
 """
 
 import hashlib
@@ -9,12 +8,14 @@ import math
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
+from rich.progress import track
 
+from diffucoder import DecodingParams, DiffuCoder, Generation
 from diffucoder.grading.extract import program_from
 from diffucoder.grading.grade import grade_many
 from diffucoder.models.hub import SHIPPED
@@ -23,42 +24,40 @@ ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 sys.path.append(str(ROOT))  # last: only `recipes` is looked for there
 
+from recipes.report import provenance, table, update_page
 from recipes.tiny.problems import Problem
 
-
-def key_of(model: str | None) -> str:
-    """A name that changes with the weights, so that answers of another model are never taken for this one's."""
-    folder = Path(model) if model else SHIPPED
-    return hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()[:10]
+BATCH = 32  # requests decoded together
 
 
-def commit() -> str:
-    """The commit of the benchmark, marked if files have changed since."""
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=7"]
-    ended = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
-    return f"commit {ended.stdout.strip() or 'unknown'}"
+def write_page(path: Path, command: str, details: Sequence[str], head: Sequence[str], rows: Sequence[Sequence]) -> None:
+    """Write a table, with the commit and the machine it was measured on."""
+    describe = ["git", "describe", "--always", "--dirty", "--abbrev=7"]
+    commit = subprocess.run(describe, capture_output=True, text=True, cwd=ROOT).stdout.strip() or "unknown"
+    run = provenance(command, f"commit {commit}", machine(), *details)
+    update_page(path, {"run": run, "table": table(head, rows)})
 
 
 def machine() -> str:
     """What torch computes on."""
     if torch.cuda.is_available():
-        return str(torch.cuda.get_device_name())
+        return torch.cuda.get_device_name()
     kind = torch.backends.cpu.get_cpu_capability()
     return f"{os.cpu_count()} CPUs with {kind}, {torch.get_num_threads()} threads"
 
 
-def run_peer(python: Path, program: str, *arguments: str, fed: str = "") -> str:
-    """Run a program in the environment of llama.cpp: what it prints. Raises SystemExit with its errors."""
-    ended = subprocess.run([python, "-c", program, *arguments], input=fed, capture_output=True, text=True)
-    if ended.returncode:
-        raise SystemExit(f"{python} ended with {ended.returncode}:\n{ended.stderr[-2000:]}")
-    return ended.stdout
+def model_id(model: str | None) -> str:
+    """The start of the SHA-256 of the weights, which names a model in reports."""
+    folder = Path(model) if model else SHIPPED
+    return hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()[:10]
 
 
-def synchronize() -> None:
-    """Wait until the device has nothing left to do."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
+def decode(
+    coder: DiffuCoder, prompts: Sequence[str], params: DecodingParams, *, chat: bool = True
+) -> Iterator[Generation]:
+    """Yield the answer to each prompt, decoded in batches."""
+    for start in track(range(0, len(prompts), BATCH), description="decoding"):
+        yield from coder.generate_batch(prompts[start : start + BATCH], params, chat=chat)
 
 
 def solved(texts: Sequence[str], problems: Sequence[Problem]) -> list[bool]:

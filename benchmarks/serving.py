@@ -1,11 +1,9 @@
 """A real server on 127.0.0.1 under load: throughput, latency and memory.
 
-    python benchmarks/serving.py                                  # four minutes, on a quiet machine
-    python benchmarks/serving.py --seconds 5 --requests 200       # a trial
+    python benchmarks/serving.py    # two minutes, on a quiet machine
 
-One run, with the shipped model and requests of the dev split, measures one client at a time, `--clients` at once for
-`--seconds`, the speed of batches without a server, and the memory after `--requests` requests. Disconnects and the end
-of a server are tested in tests/serving. The table goes to benchmarks/results/serving.md.
+It measures one client at a time, `--clients` at once for `--seconds`, the server's memory meanwhile, and the speed of
+batches without a server. The table goes to benchmarks/results/serving.md.
 """
 
 import asyncio
@@ -22,13 +20,13 @@ from typing import Annotated
 
 import httpx
 import typer
-from common import RESULTS, key_of, machine
+from common import RESULTS, model_id, write_page
 
 from diffucoder import DecodingParams, DiffuCoder
-from recipes.report import provenance, table, update_page
 from recipes.tiny.problems import problems
 
 BATCH = 16
+PRESET = "fast"
 
 
 @dataclass
@@ -40,12 +38,10 @@ class Load:
     tokens: int = 0
     seconds: float = 0.0
 
-    @property
     def rate(self) -> float:
         """Tokens a second."""
         return self.tokens / self.seconds
 
-    @property
     def summary(self) -> str:
         late = quantiles(self.latencies, n=100)[98]
         statuses = ", ".join([f"{count:,} × {status}" for status, count in sorted(self.statuses.items())])
@@ -55,38 +51,37 @@ class Load:
 def main(
     seconds: Annotated[float, typer.Option(help="seconds of load")] = 60.0,
     clients: Annotated[int, typer.Option(help="clients at once")] = 64,
-    requests: Annotated[int, typer.Option(help="requests before memory is measured")] = 2000,
-    preset: Annotated[str, typer.Option(help="preset of decoding")] = "fast",
 ) -> None:
     """Start a server, load it, and write the table."""
     prompts = [problem.prompt for problem in problems("dev", 500, seed=7)]
-    batches = rate_without_server(prompts, preset)
-    url, server = start_server(preset)
+    batches = rate_without_server(prompts)
+    url, server = start_server()
     try:
-        asyncio.run(apply_load(url, prompts, 1, 3.0))  # warm-up
-        one = asyncio.run(apply_load(url, prompts, 1, seconds / 4))
-        many = asyncio.run(apply_load(url, prompts, clients, seconds))
+        asyncio.run(apply_load(Load(), url, prompts, 1, 3.0))  # warm-up
+        one = Load()
+        asyncio.run(apply_load(one, url, prompts, 1, seconds / 4))
+        many = Load()
         memory = []
         for _ in range(4):
-            asyncio.run(apply_load(url, prompts, 16, 1e9, requests // 4))
-            memory.append(f"{resident_mib(server.pid)}")
+            asyncio.run(apply_load(many, url, prompts, clients, seconds / 4))
+            memory.append(str(resident_mib(server.pid)))
     finally:
         server.kill()
-    shares = f"{many.rate / one.rate:.1f} × one client, {many.rate / batches:.0%} of the batches"
+    shares = f"{many.rate() / one.rate():.1f} × one client, {many.rate() / batches:.0%} of the batches"
     rows = [
         [f"batches of {BATCH} without a server", f"{batches:.0f} tokens/s", ""],
-        ["one client at a time", f"{one.rate:.0f} tokens/s", one.summary],
-        [f"{clients} clients for {seconds:.0f} s", f"{many.rate:.0f} tokens/s ({shares})", many.summary],
-        [f"{requests:,} requests", f"{', '.join(memory)} MiB", "resident after each quarter"],
+        ["one client at a time", f"{one.rate():.0f} tokens/s", one.summary()],
+        [f"{clients} clients for {seconds:.0f} s", f"{many.rate():.0f} tokens/s ({shares})", many.summary()],
+        ["resident memory", f"{', '.join(memory)} MiB", "after each quarter of these"],
     ]
-    run = provenance("python benchmarks/serving.py", f"preset {preset}, model {key_of(None)}", machine())
-    update_page(RESULTS / "serving.md", {"run": run, "table": table(["", "", ""], rows)})
+    details = (f"preset {PRESET}, model {model_id(None)}",)
+    write_page(RESULTS / "serving.md", "python benchmarks/serving.py", details, ["", "", ""], rows)
 
 
-def rate_without_server(prompts: list[str], preset: str) -> float:
+def rate_without_server(prompts: list[str]) -> float:
     """Tokens a second of full batches, in this process."""
     coder = DiffuCoder.load()
-    params = DecodingParams(preset=preset)  # type: ignore[arg-type]  # it checks
+    params = DecodingParams(preset=PRESET)
     coder.generate_batch(prompts[:BATCH], params)
     began = time.perf_counter()
     tokens = 0
@@ -96,11 +91,11 @@ def rate_without_server(prompts: list[str], preset: str) -> float:
     return tokens / (time.perf_counter() - began)
 
 
-def start_server(preset: str) -> tuple[str, "subprocess.Popen[str]"]:
+def start_server() -> tuple[str, subprocess.Popen]:
     """A server's address and process."""
-    command = [sys.executable, "-m", "diffucoder.cli", "serve", "--port", "0", "--set", f"preset={preset}"]
-    process = subprocess.Popen([*command, "--limit", f"max_batch={BATCH}"], stderr=subprocess.PIPE, text=True)
-    assert process.stderr is not None
+    options = ["--port", "0", "--set", f"preset={PRESET}", "--limit", f"max_batch={BATCH}"]
+    command = [sys.executable, "-m", "diffucoder.cli", "serve", *options]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     for line in process.stderr:
         address = re.search(r"listening on (http://\S+),", line)
         if address:
@@ -108,17 +103,16 @@ def start_server(preset: str) -> tuple[str, "subprocess.Popen[str]"]:
     raise SystemExit("the server did not start")
 
 
-async def apply_load(url: str, prompts: list[str], clients: int, seconds: float, most: int = 10**9) -> Load:
-    """So many clients that send one request after the other, for so long, or `most` requests in all."""
-    load = Load()
-    left = iter(range(most))
+async def apply_load(load: Load, url: str, prompts: list[str], clients: int, seconds: float) -> None:
+    """So many clients send one request after the other, for so long; `load` counts what they see."""
     began = time.monotonic()
 
     async def client(number: int, http: httpx.AsyncClient) -> None:
         draw = random.Random(number)
-        while time.monotonic() - began < seconds and next(left, None) is not None:
+        while time.monotonic() - began < seconds:
             sent = time.monotonic()
-            answer = await http.post(f"{url}/v1/chat/completions", json=chat(draw.choice(prompts)), timeout=120)
+            body = {"messages": [{"role": "user", "content": draw.choice(prompts)}], "max_tokens": 64}
+            answer = await http.post(f"{url}/v1/chat/completions", json=body, timeout=120)
             load.statuses[answer.status_code] += 1
             if answer.status_code == 200:
                 load.latencies.append(time.monotonic() - sent)
@@ -128,12 +122,7 @@ async def apply_load(url: str, prompts: list[str], clients: int, seconds: float,
 
     async with httpx.AsyncClient(limits=httpx.Limits(max_connections=clients)) as http:
         await asyncio.gather(*[client(number, http) for number in range(clients)])
-    load.seconds = time.monotonic() - began
-    return load
-
-
-def chat(prompt: str) -> dict[str, object]:
-    return {"messages": [{"role": "user", "content": prompt}], "max_tokens": 64}
+    load.seconds += time.monotonic() - began
 
 
 def resident_mib(process: int) -> int:

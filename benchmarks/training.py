@@ -1,13 +1,11 @@
 """How fast a training step is, what share of this machine's matmul that is, and how much memory it takes.
 
-    python benchmarks/training.py                        # under five minutes on two cores
-    python benchmarks/training.py --threads 1 --steps 3  # one thread, fewer steps to take the median of
+    python benchmarks/training.py    # under five minutes on two cores
 
 Each row is a process of its own, in which the project's Trainer takes real steps of the masked objective on random
-tokens. The time covers a whole step: noise, forward, backward, clipping, AdamW. The work is counted as 6 N operations a
-token, where N is the parameters that multiply (all but the input embedding). The ceiling beside it is a matmul of 2048
-cubed of the same dtype in the same process. The last rows, a layer under a vocabulary of 152,064, show what keeping
-logits in chunks saves. The table goes to benchmarks/results/training.md.
+tokens. The work is counted as 6 N operations a token, where N is the parameters that multiply (all but the input
+embedding). The ceiling is a matmul of 2048 cubed of the same dtype. The last rows, a layer under a vocabulary of
+152,064, show what keeping logits in chunks saves. The table goes to benchmarks/results/training.md.
 """
 
 import multiprocessing
@@ -15,158 +13,115 @@ import resource
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
-from typing import Annotated
+from types import SimpleNamespace
+from typing import Annotated, Any
 
 import torch
 import typer
-from common import RESULTS, commit, machine, synchronize
-from transformers import Qwen2Config, Qwen2ForCausalLM
+from common import RESULTS, write_page
 
 from diffucoder.bench import matmul_rate
 from diffucoder.diffusion import keyed_generator
-from diffucoder.models.denoiser import CHUNK_ELEMENTS, Denoiser
+from diffucoder.models.denoiser import CHUNK_ELEMENTS
 from diffucoder.training.masked import MaskedStage, Objective, Row
-from diffucoder.training.settings import TrainSettings
+from diffucoder.training.pretrain import fresh_model
+from diffucoder.training.settings import PretrainSettings
 from diffucoder.training.trainer import Batch, Trainer
-from recipes.report import provenance, table, update_page
 
+HEAD = ("model", "dtype", "parameters", "step", "tokens/s", "6·N·tokens", "share", "ceiling", "peak memory")
 WARM_UP = 2  # steps before the timed ones
-WHOLE = 2**62  # elements of a chunk that no logits fill
-
-
-@dataclass(frozen=True)
-class Job:
-    """What one process measures."""
-
-    name: str
-    vocabulary: int
-    hidden: int
-    layers: int
-    intermediate: int
-    batch: int
-    context: int
-    threads: int
-    steps: int
-    bf16: bool = False
-    chunk: int = CHUNK_ELEMENTS
-
-
-@dataclass(frozen=True)
-class Measured:
-    """What it returns."""
-
-    parameters: int
-    multiplying: int  # N: without the input embedding
-    seconds: float  # of a step, the median
-    ceiling: float  # operations a second of a matmul
-    peak: int  # bytes, peak after the last step
+TINY = {"vocabulary": 1536, "hidden": 256, "layers": 5, "intermediate": 640, "batch": 16, "context": 256}
+LARGER = {"vocabulary": 8192, "hidden": 512, "layers": 8, "intermediate": 1280, "batch": 16, "context": 256}
+WIDE = {"vocabulary": 152_064, "hidden": 64, "layers": 1, "intermediate": 64, "batch": 8, "context": 512}
+JOBS = (  # name, sizes, dtype, logits of a chunk
+    ("tiny", TINY, "float32", CHUNK_ELEMENTS),
+    ("tiny", TINY, "bfloat16", CHUNK_ELEMENTS),
+    ("30 M", LARGER, "float32", CHUNK_ELEMENTS),
+    ("30 M", LARGER, "bfloat16", CHUNK_ELEMENTS),
+    ("logits in chunks", WIDE, "float32", CHUNK_ELEMENTS),
+    ("logits whole", WIDE, "float32", 2**62),
+)
 
 
 def main(
-    threads: Annotated[int, typer.Option(help="threads of torch; 0: torch's own choice")] = 0,
     steps: Annotated[int, typer.Option(help=f"timed steps, after {WARM_UP} to warm up", min=1)] = 5,
-    output: Annotated[Path, typer.Option(help="file of the table")] = RESULTS / "training.md",
 ) -> None:
     """Measure, and write the table."""
-    torch.set_num_threads(threads or torch.get_num_threads())
-    threads = torch.get_num_threads()
-    tiny = Job("tiny", 1536, 256, 5, 640, 16, 256, threads, steps)
-    larger = Job("30 M", 8192, 512, 8, 1280, 16, 256, threads, steps)
-    chunked = Job("logits in chunks", 152_064, 64, 1, 64, 8, 512, threads, min(steps, 2))
-    whole = replace(chunked, name="logits whole", chunk=WHOLE)
     rows = []
-    for job in (tiny, replace(tiny, bf16=True), larger, replace(larger, bf16=True), chunked, whole):
-        rows.append(row_of(job, measure_in_own_process(job)))
-    head = ["model", "dtype", "parameters", "N", "step", "tokens/s", "6·N·tokens", "share", "ceiling", "peak memory"]
-    run = provenance("make bench-training", commit(), machine(), f"median of {steps} steps")
-    update_page(output, {"run": run, "table": table(head, rows)})
-
-
-def measure_in_own_process(job: Job) -> Measured:
-    """A memory peak belongs to a process, so each job gets its own."""
-    print(f"{job.name}, {dtype_of(job)} ...", file=sys.stderr)
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(measure, job).result()
+    for name, sizes, dtype, chunk in JOBS:
+        print(f"{name}, {dtype} ...", file=sys.stderr)
+        with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:  # its own memory peak
+            rows.append([name, dtype, *pool.submit(measure, sizes, dtype, chunk, steps).result()])
+    write_page(RESULTS / "training.md", "make bench-training", (f"median of {steps} steps",), HEAD, rows)
 
 
 class RandomRows:
     """Rows of random tokens, all of which may be hidden. The last id is the mask."""
 
-    def __init__(self, job: Job) -> None:
-        self.job = job
+    def __init__(self, context: int, mask_id: int) -> None:
+        self.context = context
+        self.mask_id = mask_id
 
     def width(self, step: int) -> int:
-        return self.job.context
+        return self.context
 
     def row(self, step: int, index: int) -> Row:
-        tokens = torch.randint(self.job.vocabulary - 1, (self.job.context,), generator=keyed_generator(step, index))
-        return Row(tokens, torch.ones(self.job.context, dtype=torch.bool))
+        tokens = torch.randint(self.mask_id, (self.context,), generator=keyed_generator(step, index))
+        return Row(tokens, torch.ones(self.context, dtype=torch.bool))
 
 
 class TimedStage(MaskedStage):
     """The masked objective; notes the time and the peak of memory whenever a step begins."""
 
-    def __init__(self, job: Job) -> None:
-        objective = Objective(mask_id=job.vocabulary - 1, pad_id=0, seed=0, batch=job.batch, normaliser="masked")
-        super().__init__(objective, RandomRows(job), None, 0)
-        self.begun: list[float] = []
-        self.peak = 0
+    begun: list[float]
+    peak = 0
 
     def batches(self, step: int, shares: Sequence[range]) -> Iterator[Batch]:
-        synchronize()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
         self.begun.append(time.perf_counter())
         self.peak = peak_memory()
         yield from super().batches(step, shares)
 
 
-def measure(job: Job) -> Measured:
-    """Train, time, then find the ceiling."""
-    torch.set_num_threads(job.threads)
-    model = build(job)
-    stage = TimedStage(job)
-    parameters = 0
+def measure(sizes: Mapping[str, Any], dtype: str, chunk: int, steps: int) -> list[str]:
+    """Train, time, then find the ceiling; return the cells of a job."""
+    vocabulary = sizes["vocabulary"]
+    tokenizer = SimpleNamespace(vocab_size=vocabulary, mask_id=vocabulary - 1, pad_id=0, eos_id=0)
+    total = WARM_UP + steps + 1  # the begin of the last one is the end of the last that is timed
+    with tempfile.TemporaryDirectory() as folder:
+        fixed = {"run": Path(folder) / "run", "tokenizer": folder, "data": folder, "lr": 1e-4, "steps": total}
+        shape = {name: size for name, size in sizes.items() if name != "vocabulary"}
+        settings = PretrainSettings(**fixed, **shape, bf16=dtype == "bfloat16")
+        model = fresh_model(settings, tokenizer)
+        model.chunk_elements = chunk
+        objective = Objective(model.mask_id, pad_id=0, seed=0, batch=settings.batch, normaliser="masked")
+        stage = TimedStage(objective, RandomRows(settings.context, model.mask_id), None, 0)
+        stage.begun = []
+        Trainer(model, stage, settings).train()
+    parameters = sum([parameter.numel() for parameter in model.parameters()])
     multiplying = 0
     for name, parameter in model.named_parameters():
-        parameters += parameter.numel()
         if parameter.ndim == 2 and "embed_tokens" not in name:
             multiplying += parameter.numel()
-    steps = WARM_UP + job.steps + 1  # the begin of the last one is the end of the last that is timed
-    with tempfile.TemporaryDirectory() as folder:
-        run = Path(folder) / "run"
-        Trainer(model, stage, TrainSettings(run=run, steps=steps, batch=job.batch, lr=1e-4, bf16=job.bf16)).train()
-    return Measured(
-        parameters=parameters,
-        multiplying=multiplying,
-        seconds=median([end - begin for begin, end in pairwise(stage.begun[WARM_UP:])]),
-        ceiling=matmul_rate(getattr(torch, dtype_of(job)), model.device, 2048),
-        peak=stage.peak,
-    )
-
-
-def build(job: Job) -> Denoiser:
-    config = Qwen2Config(
-        vocab_size=job.vocabulary,
-        hidden_size=job.hidden,
-        intermediate_size=job.intermediate,
-        num_hidden_layers=job.layers,
-        num_attention_heads=job.hidden // 64,
-        num_key_value_heads=max(1, job.hidden // 128),
-        max_position_embeddings=job.context,
-        tie_word_embeddings=False,
-        bos_token_id=None,
-        eos_token_id=None,
-        pad_token_id=None,
-    )
-    torch.manual_seed(0)  # of the weights
-    denoiser = Denoiser.from_causal_lm(Qwen2ForCausalLM(config), mask_id=job.vocabulary - 1)
-    denoiser.chunk_elements = job.chunk
-    return denoiser
+    seconds = median([end - begin for begin, end in pairwise(stage.begun[WARM_UP:])])
+    ceiling = matmul_rate(getattr(torch, dtype), model.device, 2048)
+    tokens = settings.batch * settings.context
+    rate = 6.0 * multiplying * tokens / seconds
+    return [
+        f"{parameters / 1e6:.1f} M",
+        f"{1e3 * seconds:.0f} ms",
+        f"{tokens / seconds:,.0f}",
+        f"{rate / 1e9:,.0f} GFLOP/s",
+        f"**{rate / ceiling:.0%}**",
+        f"{ceiling / 1e9:,.0f} GFLOP/s",
+        f"{stage.peak / 2**30:.1f} GiB",
+    ]
 
 
 def peak_memory() -> int:
@@ -175,27 +130,6 @@ def peak_memory() -> int:
         return torch.cuda.max_memory_allocated()
     unit = 1 if sys.platform == "darwin" else 1024
     return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-
-
-def dtype_of(job: Job) -> str:
-    return "bfloat16" if job.bf16 else "float32"
-
-
-def row_of(job: Job, result: Measured) -> list[str]:
-    tokens = job.batch * job.context
-    rate = 6.0 * result.multiplying * tokens / result.seconds
-    return [
-        job.name,
-        dtype_of(job),
-        f"{result.parameters / 1e6:.1f} M",
-        f"{result.multiplying / 1e6:.1f} M",
-        f"{1e3 * result.seconds:.0f} ms",
-        f"{tokens / result.seconds:,.0f}",
-        f"{rate / 1e9:,.0f} GFLOP/s",
-        f"**{rate / result.ceiling:.0%}**",
-        f"{result.ceiling / 1e9:,.0f} GFLOP/s",
-        f"{result.peak / 2**30:.1f} GiB",
-    ]
 
 
 if __name__ == "__main__":

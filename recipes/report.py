@@ -1,7 +1,6 @@
 """What reports of laboratories and benchmarks share: sections of a page, tables, figures, intervals.
 
-The text of a page is written by hand; a report only fills the sections between its markers. Imports nothing of the
-package, so that a benchmark can measure another version of it.
+Imports nothing of the package, so that a benchmark can measure another version of it.
 """
 
 import math

@@ -24,7 +24,7 @@ ROOT = Path(__file__).parents[1]
 
 # The budgets (docs/design.md). Sizes are above theirs so far: they stay under limits, which only ever go down
 BUDGET = {"lines": 11_000, "code": 8_000, "scripts": 2_300}
-LIMIT = {"lines": 14_030, "code": 9_760, "scripts": 3_230}  # scripts: lines of recipes and benchmarks together
+LIMIT = {"lines": 14_030, "code": 9_760, "scripts": 2_300}  # scripts: lines of recipes and benchmarks together
 MAX_FILE = 450
 MAX_FUNCTION = 60
 MAX_DENSITY = {"comprehensions": 35, "conditionals": 20, "packed": 6}

@@ -1,7 +1,7 @@
 """Training data: sources are tokenised once into a table that later runs map into memory, and read in shuffled epochs.
 
-Not for: reading sources and checking their rows (`sources`). The table, its lock and its atomic rename are those of
-`datasets`. Its folder is named after a fingerprint, so changed data or another tokenizer make another table.
+The table, its lock and its atomic rename are those of `datasets`. Its folder is named after a fingerprint, so changed
+data or another tokenizer make another table.
 """
 
 import hashlib
@@ -11,8 +11,11 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property, lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pyarrow
+import pyarrow.compute
 import torch
 from datasets import Dataset, Features, List, Value, disable_progress_bars
 from datasets.exceptions import DatasetGenerationError
@@ -27,9 +30,9 @@ from diffucoder.training.sources import SUFFIXES, Kind, Record, Skipped, find_fi
 MANIFEST = "manifest.json"
 _VERSION = 2  # of the table's columns
 _LISTED = 1000  # skipped rows that the manifest names; the others are only counted
-_CHUNK_RECORDS = 1024  # tokenised together
-_CHUNK_CHARACTERS = 2**21  # tokenised together; both bounds and the next one limit the memory of `prepare`
-_WRITTEN_ROWS = 256  # written together
+_CHUNK_RECORDS = 1024  # tokenised together, as characters: both limit the memory of `prepare`
+_CHUNK_CHARACTERS = 2**21
+_WRITTEN_ROWS = 256  # written together, for the same reason
 
 
 class TokenStore:
@@ -39,10 +42,9 @@ class TokenStore:
         """`dataset` has the columns `ids`, the tokens of an example, and `answer`, where in them its answer begins."""
         self.folder = folder
         self._answers = dataset.data.column("answer")
-        self._ids = dataset.data.column("ids").chunks
-        self._batches = [ids.flatten().to_numpy() for ids in self._ids]  # views of the files
-        self._ends = np.cumsum(list(map(len, self._batches)))
-        self.tokens = int(self._ends[-1])
+        self._ids = dataset.data.column("ids")
+        self._stream = pyarrow.chunked_array([ids.flatten() for ids in self._ids.chunks])  # views of the files
+        self.tokens = len(self._stream)
 
     def __len__(self) -> int:
         """Number of examples."""
@@ -51,18 +53,13 @@ class TokenStore:
     @cached_property
     def lengths(self) -> NDArray[np.int64]:
         """Tokens of each example, (E,) int64."""
-        return np.concatenate([np.diff(ids.offsets.to_numpy()) for ids in self._ids]).astype(np.int64)
-
-    @cached_property
-    def _starts(self) -> NDArray[np.int64]:
-        """Where each example begins in the stream of all tokens, and where the last one ends, (E + 1,)."""
-        return np.concatenate([[0], np.cumsum(self.lengths)])
+        return _int64(pyarrow.compute.list_value_length(self._ids))
 
     def example(self, index: int) -> tuple[NDArray[np.int64], int]:
         """Example `index`: its tokens, (T,) int64, and where in them the answer begins (0 for a document)."""
         if not 0 <= index < len(self):
             raise IndexError(f"example {index} of {len(self)}")
-        return self._read(self._starts[index], self._starts[index + 1]), self._answers[index].as_py()
+        return _int64(self._ids[index].values), self._answers[index].as_py()
 
     def windows(self, length: int) -> int:
         """How many whole windows of `length` tokens the stream of all examples has. Raises ConfigError for none."""
@@ -75,56 +72,45 @@ class TokenStore:
         """Window `index` of the stream of all examples, across their borders: (length,) int64."""
         if not 0 <= index < self.windows(length):
             raise IndexError(f"window {index} of {self.windows(length)}")
-        return self._read(index * length, (index + 1) * length)
+        return _int64(self._stream.slice(index * length, length))
 
-    def _read(self, start: int, stop: int) -> NDArray[np.int64]:
-        """The tokens from `start` to `stop` of the stream, which may cross borders of batches."""
-        pieces = []
-        batch = int(np.searchsorted(self._ends, start, side="right"))
-        while start < stop:
-            end = self._ends[batch]
-            first = start - end + len(self._batches[batch])
-            pieces.append(self._batches[batch][first : first + stop - start])
-            start = end
-            batch += 1
-        return np.concatenate(pieces).astype(np.int64)
+
+def _int64(values: Any) -> NDArray[np.int64]:  # Any: pyarrow has no types
+    return values.to_numpy().astype(np.int64)  # type: ignore[no-any-return]
 
 
 def prepare(sources: Sequence[str], tokenizer: Tokenizer, cache: str | Path, *, kind: Kind) -> TokenStore:
     """The tokens of all `sources`, in `cache/<kind>-<fingerprint>`: opened, or tokenised first.
 
-    A source is a folder, a file or `hub:owner/name[/config][@split]`. Rows that cannot be used are reported on stderr
-    and listed in the manifest. If several processes call this at once, one tokenises and the others wait.
-
-    Raises ConfigError for a source that does not exist, has no usable row or changes meanwhile, CheckpointError for a
-    damaged folder or a hub dataset that cannot be reached.
+    Rows that cannot be used are reported on stderr and listed in the manifest. If several processes call this at once,
+    one tokenises and the others wait. Raises ConfigError for a source that does not exist, has no usable row or changes
+    meanwhile, CheckpointError for a damaged folder or a hub dataset that cannot be reached.
     """
     if not sources:
         raise ConfigError("data=() names no source; give a folder, a .jsonl file or hub:owner/name")
     fingerprint = _fingerprint(sources, tokenizer, kind)
     folder = Path(cache) / f"{kind}-{fingerprint[:12]}"
-    skipped: list[Skipped] = []
-    tokenised_here = False
 
     def examples() -> Iterator[Json]:
-        nonlocal tokenised_here
+        skipped: list[Skipped] = []
+        began = time.perf_counter()
+        count = tokens = 0
         rows = _tokenise(read_records(sources, kind), tokenizer, kind)
-        yield from usable(rows, ", ".join(sources), skipped)
+        for example in usable(rows, ", ".join(sources), skipped):
+            count += 1
+            tokens += len(example["ids"])
+            yield example
         if _fingerprint(sources, tokenizer, kind) != fingerprint:
             raise ConfigError("sources changed while they were read; run again when nothing writes to them")
         listing = {"count": len(skipped), "first": list(map(vars, skipped[:_LISTED]))}
         write_json(folder / MANIFEST, {"fingerprint": fingerprint, "sources": sources, "skipped": listing})
-        tokenised_here = True
-
-    began = time.perf_counter()
-    store = TokenStore(_open_or_generate(folder, examples, tokenizer.vocab_size), folder)
-    if tokenised_here:
-        size = f"{len(store):,} records, {store.tokens / 1e6:,.1f} M tokens"
+        size = f"{count:,} records, {tokens / 1e6:,.1f} M tokens"
         print(f"tokenised {size} in {time.perf_counter() - began:.1f} s -> {folder}", file=sys.stderr)
-    if skipped:
-        listed = "all" if len(skipped) <= _LISTED else f"the first {_LISTED:,}"
-        print(f"{folder / MANIFEST} lists {listed} of the skipped records", file=sys.stderr)
-    return store
+        if skipped:
+            listed = "all" if len(skipped) <= _LISTED else f"the first {_LISTED:,}"
+            print(f"{folder / MANIFEST} lists {listed} of the skipped records", file=sys.stderr)
+
+    return TokenStore(_open_or_generate(folder, examples, tokenizer.vocab_size), folder)
 
 
 def epoch_index(position: int, n: int, seed: tuple[int, ...]) -> int:
@@ -142,10 +128,7 @@ def _epoch_order(n: int, key: tuple[int, ...]) -> torch.Tensor:
 
 
 def _fingerprint(sources: Sequence[str], tokenizer: Tokenizer, kind: Kind) -> str:
-    """A hash of everything that the tokens depend on.
-
-    A changed hub dataset is not noticed, because that would need the network each time.
-    """
+    """A hash of everything that the tokens depend on, except the rows of hub datasets, which need the network."""
     files = []
     for source in sources:
         for path in find_files(source, SUFFIXES[kind]):
@@ -213,12 +196,11 @@ def _tokenise_chunk(chunk: Sequence[Record | Skipped], tokenizer: Tokenizer, kin
 
 def _encode(records: Sequence[Record], tokenizer: Tokenizer, kind: Kind) -> list[Json]:
     """Prompt (of chats), text and end of each record; special tokens that the text spells are plain characters."""
+    prompts: list[list[int]] = [[]] * len(records)
+    end = tokenizer.backend.token_to_id("<|endoftext|>")
     if kind == "chat":
         prompts = tokenizer.encode_batch([tokenizer.chat(record.prompt) for record in records])
         end = tokenizer.turn_end_id
-    else:
-        prompts = [[]] * len(records)
-        end = tokenizer.backend.token_to_id("<|endoftext|>")
     if end is None:
         end = tokenizer.eos_id
     if end is None:

@@ -1,6 +1,5 @@
 """Rows of training data from JSONL files, folders of files and hub datasets.
 
-For: finding the files of a source, reading rows, deciding which rows are documents or chats. Not for: tokens (`data`).
 No row is dropped in silence: one that cannot be used becomes a `Skipped`, which names its file and line.
 """
 
@@ -47,7 +46,8 @@ class Skipped:
 
 def read_records(sources: Sequence[str], kind: Kind) -> Iterator[Record | Skipped]:
     """The documents or chats of `sources`, one source after the other. Errors of `read_rows`."""
-    return read_rows(sources, parse_chat if kind == "chat" else parse_document, SUFFIXES[kind])
+    parse = parse_chat if kind == "chat" else parse_document
+    return read_rows(sources, parse, SUFFIXES[kind])
 
 
 def read_rows(sources: Sequence[str], parse: Parse[T], suffixes: Sequence[str] = JSONL) -> Iterator[T | Skipped]:
@@ -59,8 +59,7 @@ def read_rows(sources: Sequence[str], parse: Parse[T], suffixes: Sequence[str] =
     for source in sources:
         if source.startswith("hub:"):
             yield from _hub_rows(source, parse)
-            continue
-        for path in find_files(source, suffixes):
+        for path in find_files(source, suffixes):  # none of a hub dataset
             yield from _file_rows(path, parse)
 
 
@@ -76,13 +75,13 @@ def usable(rows: Iterable[T | Skipped], name: str, skipped: list[Skipped]) -> It
         else:
             count += 1
             yield row
-    if not count and not skipped:
+    if not skipped and not count:
         raise ConfigError(f"{name} holds no record; name another source")
     if not count:
         raise ConfigError(f"none of {len(skipped):,} records of {name} can be used; the first: {skipped[0]}")
     if skipped:
-        total = len(skipped) + count
-        print(f"skipped {len(skipped):,} of {total:,} records; the first: {skipped[0]}", file=sys.stderr)
+        records = f"{len(skipped):,} of {len(skipped) + count:,} records"
+        print(f"skipped {records}; the first: {skipped[0]}", file=sys.stderr)
 
 
 def read_usable(sources: Sequence[str], parse: Parse[T]) -> list[T]:
@@ -91,10 +90,7 @@ def read_usable(sources: Sequence[str], parse: Parse[T]) -> list[T]:
 
 
 def find_files(source: str, suffixes: Sequence[str]) -> list[Path]:
-    """The file `source`, or the files with these suffixes below the folder `source`, sorted; none of a hub dataset.
-
-    Raises ConfigError if there is no such file, folder or name.
-    """
+    """The file `source`, or the sorted files of a folder with these suffixes; [] for a hub name. Raises ConfigError."""
     if source.startswith("hub:"):
         _hub_parts(source)
         return []
@@ -161,9 +157,6 @@ def _hub_parts(source: str) -> dict[str, str | None]:
     return {**match.groupdict(), "split": match["split"] or "train"}
 
 
-# --- which rows are records ------------------------------------------------------------------------------------------
-
-
 def parse_document(where: str, fields: Json) -> Record:
     """A document from `text` or `content`."""
     return Record(where, text_field(fields, first_name(("text", "content"), fields)))
@@ -174,17 +167,13 @@ def parse_chat(where: str, fields: Json) -> Record:
     if "messages" in fields:
         *prompt, last = check_messages(fields["messages"])
         return Record(where, last["content"], tuple(prompt))
-    if "prompt" in fields and "answer" in fields:
-        request = text_field(fields, "prompt")
-        answer = text_field(fields, "answer")
-    elif "instruction" in fields and "output" in fields:
-        request = text_field(fields, "instruction")
-        answer = text_field(fields, "output")
-        if fields.get("input"):
-            request += "\n\n" + text_field(fields, "input")
-    else:
-        raise ValueError("has neither 'messages', nor 'prompt' and 'answer', nor 'instruction' and 'output'")
-    return Record(where, answer, ({"role": "user", "content": request},))
+    for request_name, answer_name in (("prompt", "answer"), ("instruction", "output")):
+        if request_name in fields and answer_name in fields:
+            request = text_field(fields, request_name)
+            if request_name == "instruction" and fields.get("input"):
+                request += "\n\n" + text_field(fields, "input")
+            return Record(where, text_field(fields, answer_name), ({"role": "user", "content": request},))
+    raise ValueError("has neither 'messages', nor 'prompt' and 'answer', nor 'instruction' and 'output'")
 
 
 def check_messages(messages: Any) -> list[dict[str, str]]:  # Any: from a file
@@ -196,7 +185,8 @@ def check_messages(messages: Any) -> list[dict[str, str]]:  # Any: from a file
     if any(role not in ("user", "assistant") for role in turns) or turns[-2:] != ["user", "assistant"]:
         raise ValueError(f"roles {', '.join(map(str, roles)) or 'none'} are not (system,) user, assistant, ...")
     checked = []
-    for role, message in zip(roles, messages, strict=True):
+    for message in messages:
+        role = message["role"]
         content = message.get("content")
         if role != "system" or content != "":  # an empty system message replaces the default one
             text_of(content, f"{role} message")

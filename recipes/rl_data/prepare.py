@@ -2,7 +2,6 @@
 
     python recipes/rl_data/prepare.py acecode acecode.jsonl --against humaneval,mbpp
     python recipes/rl_data/prepare.py mbpp mbpp.jsonl --data DATA --benchmarks DATA --against humaneval,mbpp
-    python recipes/rl_data/prepare.py MINE.jsonl exercises.jsonl --against tiny
 
 docs/rl_data.md explains the sources. OUT.report.json lists what was left out and why.
 """
@@ -15,14 +14,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-from overlap import NOT_CODE, HeldOut, Overlaps
+from overlap import Overlaps, parse_or_none
 
 from diffucoder.errors import ConfigError, DiffuCoderError
-from diffucoder.evaluation.benchmarks import Asserts, Calls, load
-from diffucoder.evaluation.evalplus import Arguments
+from diffucoder.evaluation.benchmarks import Task, load
 from diffucoder.files import Json, write_json
-from diffucoder.grading.extract import parsed
-from diffucoder.training.exercises import Exercise, read_exercises, tests_of, write_exercises
+from diffucoder.training.exercises import Exercise, parse_exercise, read_exercises, tests_of, write_exercises
 from diffucoder.training.sources import Skipped, read_usable, text_of
 
 ACECODE = "hub:TIGER-Lab/AceCode-87K"
@@ -32,6 +29,7 @@ STUB = 'Please complete the following problem:\n```\n{}:\n    """\n    {}\n    "
 MBPP = ["hub:google-research-datasets/mbpp/full@validation", "hub:google-research-datasets/mbpp/full@train"]
 MBPP_PLUS = "hub:evalplus/mbppplus@test"
 
+Benchmarks = Mapping[str, Iterable[Task]]  # by name
 Solved = tuple[Exercise, str]  # with a program that solves it, or "" if none is known
 
 
@@ -45,8 +43,7 @@ def main() -> None:
     parser.add_argument("--spread", choices=SPREADS, default="released", help="acecode (default: released)")
     options = parser.parse_args()
     try:
-        names = [name for name in options.against.split(",") if name]
-        benchmarks = {name: held_out(name, options.benchmarks) for name in names}
+        benchmarks = {name: load(name, options.benchmarks) for name in options.against.split(",") if name}
         report = prepare(options.source, options.out, benchmarks, data=options.data, spread=options.spread)
     except DiffuCoderError as error:
         sys.exit(f"error: {error}")
@@ -54,29 +51,23 @@ def main() -> None:
     print(f"{options.out}: try: diffucoder train grpo --set 'data=[\"{options.out}\"]'")
 
 
-def prepare(
-    source: str,
-    out: Path,
-    benchmarks: Mapping[str, Iterable[HeldOut]],
-    data: str | None = None,
-    spread: str = "released",
-) -> Json:
-    """Write the exercises of the source that overlap no task, and beside them the report, which is returned."""
+def prepare(source: str, out: Path, benchmarks: Benchmarks, data: str | None = None, spread: str = "released") -> Json:
+    """Write the exercises of the source that overlap no task, and the report, which is returned."""
     if out.suffix != ".jsonl":
         raise ConfigError(f"OUT='{out}' is not a .jsonl file; name one, as in exercises.jsonl")
-    if any(path and out.exists() and Path(path).exists() and out.samefile(path) for path in (source, data)):
+    if out.resolve() in (Path(source).resolve(), Path(data or source).resolve()):
         raise ConfigError(f"OUT='{out}' is what is read; name another file")
     overlaps = Overlaps(benchmarks)
-    kept: list[Exercise] = []
+    kept = []
     left_out: Counter[str] = Counter()
-    dropped: list[Json] = []
+    dropped = []
     for row in rows_of(source, data, spread):
         if isinstance(row, Skipped):
             left_out[row.reason] += 1
             continue
         exercise, solution = row
         shared = overlaps.find(exercise, solution)
-        if not all(map(is_python, exercise.tests)):
+        if not all(map(parse_or_none, exercise.tests)):
             left_out["has a test that is not Python"] += 1
         elif shared:
             dropped.append({"id": exercise.id, "overlaps": shared})
@@ -101,34 +92,11 @@ def rows_of(source: str, data: str | None, spread: str) -> Iterable[Solved | Ski
     """The exercises of the source, and as `Skipped` those that its own rules leave out."""
     if source == "acecode":
         return acecode(data or ACECODE, spread)
+    if source == "mbpp" and data:
+        return mbpp([f"{data}/Mbpp-TrainVal.jsonl.gz"], f"{data}/MbppPlus.jsonl.gz")
     if source == "mbpp":
-        files = [f"{data}/Mbpp-TrainVal.jsonl.gz"] if data else MBPP
-        plus_file = f"{data}/MbppPlus.jsonl.gz" if data else MBPP_PLUS
-        return mbpp(files, plus_file)
-    return ((exercise, "") for exercise in read_exercises([source]))
-
-
-def is_python(test: str) -> bool:
-    try:
-        return bool(parsed(test))
-    except NOT_CODE:
-        return False
-
-
-def held_out(name: str, folder: Path | None) -> list[HeldOut]:
-    """The tasks of a benchmark as plain text and data."""
-    tasks = []
-    for task in load(name, folder):
-        tests = ""
-        inputs: tuple[Arguments, ...] = ()
-        if isinstance(task.tests, Calls):
-            inputs = task.tests.base
-        elif isinstance(task.tests, Asserts):
-            tests = "\n".join(task.tests.lines)
-        elif task.tests is not None:
-            tests = task.tests.code
-        tasks.append(HeldOut(task.task_id, task.entry_point, task.prompt, task.canonical, tests, inputs))
-    return tasks
+        return mbpp(MBPP, MBPP_PLUS)
+    return [(exercise, "") for exercise in read_exercises([source])]
 
 
 def acecode(file: str, spread: str) -> Iterator[Solved | Skipped]:
@@ -148,16 +116,13 @@ def acecode(file: str, spread: str) -> Iterator[Solved | Skipped]:
 def parse_acecode(where: str, fields: Json) -> tuple[Exercise, str, list[float]]:
     """The exercise, the best answer of any model, and the pass rates of ACECODE_MODELS."""
     try:
-        answers = [(float(each["pass_rate"]), each["model_name"], each["completion"]) for each in fields["inferences"]]
+        best = max(fields["inferences"], key=lambda answer: answer["pass_rate"])["completion"]
+        rates = [each["pass_rate"] for each in fields["inferences"] if each["model_name"] in ACECODE_MODELS]
     except (KeyError, TypeError) as error:
         raise ValueError(f"field 'inferences' has no usable {error}") from None
-    rates = [rate for rate, model, _ in answers if model in ACECODE_MODELS]
     if not rates:
         raise ValueError(f"has no answer of {' or '.join(ACECODE_MODELS)}")
-    best = max(answers, key=lambda answer: answer[0])
-    question = text_of(fields.get("question"), "field 'question'")
-    exercise = Exercise(str(fields.get("id", Path(where).name)), question, tests_of(fields), "acecode")
-    return exercise, str(best[2]), rates
+    return replace(parse_exercise(where, fields), source="acecode"), best, rates
 
 
 def are_hard(pass_rates: Sequence[Sequence[float]], spread: float) -> list[bool]:
@@ -165,7 +130,7 @@ def are_hard(pass_rates: Sequence[Sequence[float]], spread: float) -> list[bool]
     means = np.array([np.mean(rates) for rates in pass_rates])
     deviations = np.array([np.std(rates) for rates in pass_rates])
     hard = (means <= np.percentile(means, 20)) & (deviations >= np.percentile(deviations, spread))
-    return [bool(each) for each in hard]
+    return hard.tolist()
 
 
 def stub_of(question: str, completion: str) -> str | None:

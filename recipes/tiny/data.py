@@ -3,9 +3,8 @@
     python recipes/tiny/data.py training runs/tiny/data --problems 160000
     python recipes/tiny/data.py held-out diffucoder/data/tiny_problems.jsonl.gz
 
-The training files are JSON lines: `corpus` (the parent and stage 1 read it: documents of several kinds, some of them
-wrong), `clean` (stage 2: a request as a comment above its solution), `chat` (stage 3: prompt and answer), and
-`held_out_*` of the same kinds, from the dev split, for losses. No problem of the test split is among them.
+The training files are JSON lines: `corpus` (parent and stage 1), `clean` (stage 2), `chat` (stage 3), and `held_out_*`
+of the same kinds, from the dev split, for losses. No problem of the test split is among them.
 """
 
 import gzip
@@ -26,20 +25,15 @@ sys.path.append(str(Path(__file__).parents[2]))  # last, so that PYTHONPATH may 
 
 from recipes.tiny.problems import Problem, problems
 
-HELD_OUT = 500  # problems of the benchmark `tiny`
-VOCABULARY = 1536  # tokens of the byte-level BPE, special tokens included
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|mask|>", "<|dlm_pad|>")
-CHAT_TEMPLATE = (
-    "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
 TOKENIZER_CONFIG = {
     "tokenizer_class": "PreTrainedTokenizerFast",
     "bos_token": "<|endoftext|>",
     "eos_token": "<|im_end|>",
     "pad_token": "<|dlm_pad|>",
     "mask_token": "<|mask|>",
-    "chat_template": CHAT_TEMPLATE,
+    "chat_template": "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}",
     "clean_up_tokenization_spaces": False,
 }
 
@@ -61,21 +55,16 @@ def training(
     for prefix, drawn in (("", train), ("held_out_", dev)):
         write_jsonl(folder / f"{prefix}clean.jsonl", ({"text": clean(problem)} for problem in drawn))
         write_jsonl(folder / f"{prefix}chat.jsonl", ({"prompt": p.prompt, "answer": p.solution} for p in drawn))
-    train_tokenizer(train[:20_000], VOCABULARY, folder / "tokenizer")
+    train_tokenizer(train[:20_000], 1536, folder / "tokenizer")
 
 
 @app.command()
 def held_out(path: Annotated[Path, typer.Argument(help="gzipped JSON lines to write")]) -> None:
     """Write the held-out problems of the benchmark `tiny`, the same bytes every time."""
     with path.open("wb") as raw, gzip.GzipFile("", "wb", mtime=0, fileobj=raw) as file:
-        for number, problem in enumerate(problems("test", HELD_OUT, seed=1)):
-            row = {
-                "id": f"tiny/{number}",
-                "prompt": problem.prompt,
-                "tests": list(problem.tests),
-                "entry_point": problem.name,
-                "solution": problem.solution,
-            }
+        for number, problem in enumerate(problems("test", 500, seed=1)):
+            row = {"id": f"tiny/{number}", "prompt": problem.prompt, "tests": problem.tests}
+            row |= {"entry_point": problem.name, "solution": problem.solution}
             file.write((json.dumps(row) + "\n").encode())
 
 
@@ -102,7 +91,7 @@ def corpus(train: Sequence[Problem], rng: random.Random) -> Iterator[str]:
 
 
 def train_tokenizer(examples: Sequence[Problem], vocabulary: int, folder: Path) -> None:
-    """Learn merges from requests and solutions; Qwen2's words, Dream's special tokens."""
+    """Learn merges from requests and solutions; Qwen2's words, Dream's special tokens, which count as well."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = qwen2_words()  # each digit is a word, and copied as such
     tokenizer.decoder = decoders.ByteLevel()

@@ -1,27 +1,22 @@
 """Stage 4 of the laboratory: coupled-GRPO against its alternatives, on hard held-out problems, three seeds each.
 
     python recipes/tiny/grpo.py                                       # every arm and seed, hours
-    python recipes/tiny/grpo.py --arms coupled --seeds 0 --jobs 1     # one run
+    python recipes/tiny/grpo.py --arms coupled --seeds 0              # one run
     python recipes/tiny/grpo.py --arms causal --parent runs/tiny/parent/model   # the parent that `make tiny` leaves
-    python recipes/tiny/grpo.py --report                              # the report of finished runs
 
-Every run is a command that is printed: `diffucoder train grpo`, or causal.py. `--jobs 2` does two runs at a time, with
-one thread each. You can stop the laboratory at any moment and call it again to go on. The result of a finished run goes
-to benchmarks/results/grpo/; delete its file to repeat the run. The report goes to docs/grpo.md.
+Every run is a command that is printed. You can stop the laboratory at any moment and call it again to go on, or call it
+twice with other seeds to do two runs at a time. The result of a finished run goes to benchmarks/results/grpo/; delete
+its file to repeat the run. The report of all finished runs goes to docs/grpo.md.
 
-Problems are chains of three blocks in lower case. Everything that the model was tuned on begins with a capital; in
-lower case it solves a third fewer of the same problems. Training uses the train split, curves the dev split, and the
-reported figures 2,000 problems of the test split, which nothing else reads.
+Problems are chains of three blocks in lower case, which tuning never had. Training uses the train split, curves the dev
+split, and the reported figures 2,000 problems of the test split, which nothing else reads.
 """
 
 import json
 import math
 import sys
 import tomllib
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import mean
 from typing import Annotated, Any
@@ -49,10 +44,8 @@ ARMS = {
     "d1": "everything hidden, and 15 % of the prompt",
     "causal": "ordinary GRPO of the autoregressive parent",
 }
-# Steps of an arm in the time of one coupled step. A score takes three forward passes, one in `full_mask` and `d1`.
-# Measured: decoding and grading a completion cost 6.8 passes of learning, and a third of the completions is learnt from
-# (the causal arm gets as many completions).
-STEPS_IN_TIME = {"coupled": 1.0, "decoupled": 1.0, "full_mask": 1.27, "d1": 1.27, "causal": 1.0}
+# Steps of an arm in about the time of the coupled one: a score takes one forward pass instead of three (docs/log.md)
+STEPS_IN_TIME = {"full_mask": 1.27, "d1": 1.27}
 # How the test problems are asked and decoded: as in training
 ASKED = (
     *("--hard", "--lower", "--steps", str(DECODING["steps"])),
@@ -60,32 +53,7 @@ ASKED = (
 )
 STUDENT = {1: 12.71, 2: 4.30, 3: 3.18, 4: 2.78}  # 97.5 % quantiles, by degrees of freedom
 
-Pair = tuple[NDArray[np.int_], NDArray[np.int_]]  # verdicts of the same problems: before, after
-
-
-@dataclass(frozen=True)
-class Result:
-    """What a run gave."""
-
-    seed: str
-    verdicts: NDArray[np.int_]  # of the test problems
-    curve: list[dict[str, float]]  # its metrics
-
-    @classmethod
-    def read(cls, name: str) -> "Result":
-        content = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
-        verdicts = np.array(list(content["solved"]["drawn"]["solved"]), dtype=int)
-        return cls(name.rpartition("-")[2], verdicts, content.get("curve", []))
-
-    def share(self) -> str:
-        return f"{self.verdicts.mean():.1%}"
-
-    def seconds(self) -> float:
-        """What the steps took, without steps that a stop made the run repeat."""
-        return sum([line["tokens"] / line["tokens_per_second"] for line in self.curve])
-
-
-Runs = dict[str, list[Result]]  # by arm
+Results = dict[str, dict[str, dict[str, Any]]]  # arm -> seed -> verdicts and curve
 
 
 def main(
@@ -93,30 +61,22 @@ def main(
     seeds: Annotated[str, typer.Option(help="seeds of every arm")] = "0,1,2",
     folder: Annotated[Path, typer.Option(help="run folder")] = ROOT / "runs" / "tiny-grpo",
     parent: Annotated[str | None, typer.Option(help="where the arm causal starts: an autoregressive model")] = None,
-    jobs: Annotated[int, typer.Option(min=1, help="runs at a time, one thread each; 1: all threads")] = 2,
-    count: Annotated[int, typer.Option(help="test problems behind each figure")] = 2000,
-    report: Annotated[bool, typer.Option("--report", help="only write the report")] = False,
 ) -> None:
     """Run the arms, or go on with them, and write the report."""
     names = arms.split(",")
     for name in names:
         if name not in ARMS:
             raise typer.BadParameter(f"arm {name!r} is not one of {', '.join(ARMS)}")
-        if name == "causal" and parent is None and not report:
+        if name == "causal" and parent is None:
             raise typer.BadParameter("the arm causal needs --parent; make tiny leaves one in runs/tiny/parent/model")
-    if not report:
-        lab = Lab(RunFolder(folder, threads=1 if jobs > 1 else None), parent, count)
-        make_data(folder)
-        RESULTS.mkdir(parents=True, exist_ok=True)
-        tasks: list[Callable[[], None]] = [partial(lab.measure, "start", None)]
-        if parent is not None:
-            tasks.append(partial(lab.measure, "parent", parent))
-        for seed in seeds.split(","):
-            for name in names:
-                tasks.append(partial(lab.run, name, int(seed)))
-        run_side_by_side(tasks, jobs)
-    elif not (RESULTS / "start.json").exists():
-        raise typer.BadParameter(f"nothing has been run: {RESULTS / 'start.json'} does not exist")
+    runs = RunFolder(folder)
+    make_data(folder)
+    measure(runs, "start", None)
+    if parent is not None:
+        measure(runs, "parent", parent)
+    for seed in seeds.split(","):
+        for name in names:
+            run_arm(runs, name, int(seed), parent)
     report_runs()
 
 
@@ -124,121 +84,99 @@ def make_data(folder: Path) -> None:
     """Write exercises of the train split, and of the dev split for the curves; `_base` as the parent is asked."""
     for split, count in (("train", 20_000), ("dev", 1000)):
         path = folder / f"{split}.jsonl"
-        if not path.exists():
-            chat = []
-            base = []
-            for number, problem in enumerate(problems(split, count, seed=5, hard=True)):
-                row = {"id": f"{split}/{number}", "prompt": problem.prompt.lower(), "tests": problem.tests}
-                chat.append(row)
-                base.append({**row, "prompt": f"# {row['prompt']}\n"})
-            write_jsonl(folder / f"{split}_base.jsonl", base)
-            write_jsonl(path, chat)
+        if path.exists():
+            continue
+        chat = []
+        base = []
+        for number, problem in enumerate(problems(split, count, seed=5, hard=True)):
+            row = {"id": f"{split}/{number}", "prompt": problem.prompt.lower(), "tests": problem.tests}
+            chat.append(row)
+            base.append({**row, "prompt": f"# {row['prompt']}\n"})
+        write_jsonl(folder / f"{split}_base.jsonl", base)
+        write_jsonl(path, chat)
 
 
-def run_side_by_side(tasks: Sequence[Callable[[], None]], jobs: int) -> None:
-    """Run the tasks, `jobs` at a time. After a failure or a stop, no further task begins."""
-    pool = ThreadPoolExecutor(jobs)
-    try:
-        for ended in as_completed([pool.submit(task) for task in tasks]):
-            ended.result()
-    finally:
-        pool.shutdown(cancel_futures=True)
+def measure(runs: RunFolder, name: str, model: str | Path | None, curve: Sequence[Mapping[str, Any]] = ()) -> None:
+    """Keep what a model solves, and the metrics of the run that made it."""
+    path = RESULTS / f"{name}.json"
+    if not path.exists():
+        options = ["--causal", "--base"] if name.startswith(("causal", "parent")) else []
+        figures = runs.solve(name, model, [*ASKED, *options])[str(DECODING["steps"])]
+        write_json(path, {"curve": curve, "solved": {"drawn": figures}})
 
 
-@dataclass(frozen=True)
-class Lab:
-    """Runs the arms in one folder, from the shipped model, and keeps what the report needs."""
-
-    runs: RunFolder
-    parent: str | None  # where the arm causal starts
-    count: int
-
-    def measure(self, name: str, model: str | Path | None, curve: list[dict[str, Any]] | None = None) -> None:
-        """Keep what a model solves, and the metrics of the run that made it."""
-        path = RESULTS / f"{name}.json"
-        if not path.exists():
-            options = [*ASKED, "--count", str(self.count)]
-            if name.startswith(("causal", "parent")):
-                options += ["--causal", "--base"]
-            figures = self.runs.solve(name, model, options)[str(DECODING["steps"])]
-            write_json(path, {"curve": curve or [], "solved": {"drawn": figures}})
-
-    def run(self, arm: str, seed: int) -> None:
-        """Train one arm with one seed, and measure its model."""
-        name = f"{arm}-{seed}"
-        if (RESULTS / f"{name}.json").exists():
-            return
-        folder = self.runs.folder
-        settings: dict[str, Any] = {"seed": seed, "steps": steps_of(arm), "workers": self.runs.threads or 0}
-        program: list[object] = [*TRAIN, "grpo"]
-        if arm == "causal":
-            program = [HERE / "causal.py"]
-            settings |= {"data": folder / "train_base.jsonl", "held_out": folder / "dev_base.jsonl", "chat": False}
-            settings |= {"model": self.parent, "score_padding": False}  # the parent writes no pads
-        else:
-            settings |= {"data": folder / "train.jsonl", "held_out": folder / "dev.jsonl", "estimator": arm}
-        model = self.runs.train(name, program, HERE / "grpo.toml", settings)
-        self.measure(name, model, self.runs.metrics(name))
+def run_arm(runs: RunFolder, arm: str, seed: int, parent: str | None) -> None:
+    """Train one arm with one seed, and measure its model."""
+    name = f"{arm}-{seed}"
+    if (RESULTS / f"{name}.json").exists():
+        return
+    settings: dict[str, Any] = {"seed": seed, "steps": steps_of(arm)}
+    if arm == "causal":
+        program = (HERE / "causal.py",)
+        settings |= {"data": runs.folder / "train_base.jsonl", "held_out": runs.folder / "dev_base.jsonl"}
+        settings |= {"chat": False, "model": parent, "score_padding": False}  # the parent writes no pads
+    else:
+        program = (*TRAIN, "grpo")
+        settings |= {"data": runs.folder / "train.jsonl", "held_out": runs.folder / "dev.jsonl", "estimator": arm}
+    model = runs.train(name, program, HERE / "grpo.toml", settings)
+    measure(runs, name, model, runs.metrics(name))
 
 
 def steps_of(arm: str) -> int:
     """Optimiser steps that take about as long as those of the coupled arm."""
-    inner: int = RECIPE["iterations"]
-    return round(RECIPE["steps"] * STEPS_IN_TIME[arm] / inner) * inner
-
-
-# --- report ----------------------------------------------------------------------------------------------------------
+    return round(RECIPE["steps"] * STEPS_IN_TIME.get(arm, 1.0))
 
 
 def report_runs() -> None:
-    """Write tables and curves of all finished runs."""
-    start = Result.read("start")
-    runs: Runs = {}  # in the order of ARMS
+    """Write the table and the curves of all finished runs."""
+    results: Results = {}  # in the order of ARMS
     for arm in ARMS:
-        for path in sorted(RESULTS.glob(f"{arm}-*.json")):
-            runs.setdefault(arm, []).append(Result.read(path.stem))
-    figures = ROOT / "docs" / "grpo"
-    draw(figures / "learning.svg", runs, "held_out_pass@1", f"pass@1 of {RECIPE['held_out_rows']} dev problems")
-    draw(figures / "reward.svg", runs, "reward", "reward")
-    run = provenance("python recipes/tiny/grpo.py", f"pass@1 of {len(start.verdicts)} test problems")
-    update_page(ROOT / "docs" / "grpo.md", {"run": run, "learning": learning_table(start, runs)})
+        paths = sorted(RESULTS.glob(f"{arm}-*.json"))
+        results[arm] = {path.stem.rpartition("-")[2]: read_result(path.stem) for path in paths}
+    draw("learning", results, "held_out_pass@1", f"pass@1 of {RECIPE['held_out_rows']} dev problems")
+    draw("reward", results, "reward", "reward")
+    run = provenance("python recipes/tiny/grpo.py", "pass@1 of test problems")
+    update_page(ROOT / "docs" / "grpo.md", {"run": run, "learning": learning_table(results)})
 
 
-def learning_table(start: Result, runs: Runs) -> str:
-    """What each arm gains over the start, and over the coupled arm with the same seeds."""
-    rows: list[list[object]] = [["start", "", "", "", start.share(), "", ""]]
-    coupled = {result.seed: result for result in runs.get("coupled", [])}
-    for arm, results in runs.items():
-        if arm == "causal":  # the last arm
-            start = Result.read("parent")
-            rows.append(["parent", "", "", "", start.share(), "", ""])
-        gains: list[Pair] = []  # over its start
-        differences: list[Pair] = []  # from the coupled arm
-        seconds = []
-        learnt = []
-        shares = []
-        for result in results:
-            gains.append((start.verdicts, result.verdicts))
-            if result.seed in coupled and arm not in ("coupled", "causal"):
-                differences.append((coupled[result.seed].verdicts, result.verdicts))
-            seconds.append(result.seconds())
-            learnt += [line["scored_share"] for line in result.curve]
-            shares.append(result.share())
-        cells = [f"{arm}: {ARMS[arm]}", steps_of(arm), f"{mean(seconds) / 60:.0f}", f"{mean(learnt):.0%}"]
-        rows.append([*cells, ", ".join(shares), interval(gains), interval(differences)])
-    head = ["arm", "steps", "minutes a run", "learnt from", "pass@1 of each seed", "against its start"]
-    return table([*head, "against coupled"], rows)
+def read_result(name: str) -> dict[str, Any]:
+    """The verdicts of the test problems and the curve of a run."""
+    content = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+    verdicts = np.array(list(content["solved"]["drawn"]["solved"]), dtype=int)
+    return {"verdicts": verdicts, "curve": content.get("curve", [])}
 
 
-def interval(pairs: Sequence[Pair]) -> str:
-    if not pairs:
-        return ""
-    gain, half = difference(pairs)
-    return f"{gain:+.1%} ± {half:.1%}"
+def learning_table(results: Results) -> str:
+    """What each arm gains over its start, and over the coupled arm with the same seeds."""
+    rows = []
+    for name, arms in (("start", ["coupled", "decoupled", "full_mask", "d1"]), ("parent", ["causal"])):
+        if not (RESULTS / f"{name}.json").exists():
+            continue
+        before = read_result(name)["verdicts"]
+        rows.append([name, "", "", f"{before.mean():.1%}", "", ""])
+        for arm in arms:
+            if not results[arm]:
+                continue
+            after = {seed: result["verdicts"] for seed, result in results[arm].items()}
+            gains = [(before, verdicts) for verdicts in after.values()]
+            coupled = {}
+            if arm not in ("coupled", "causal"):
+                coupled = results["coupled"]
+            differences = [(coupled[seed]["verdicts"], after[seed]) for seed in after if seed in coupled]
+            learnt = []
+            for result in results[arm].values():
+                learnt += [line["scored_share"] for line in result["curve"]]
+            shares = ", ".join([f"{verdicts.mean():.1%}" for verdicts in after.values()])
+            cells = [f"{arm}: {ARMS[arm]}", steps_of(arm), f"{mean(learnt):.0%}", shares]
+            for pairs in (gains, differences):
+                cells.append("{:+.1%} ± {:.1%}".format(*difference(pairs)) if pairs else "")
+            rows.append(cells)
+    head = ["arm", "steps", "learnt from", "pass@1 of each seed", "against its start", "against coupled"]
+    return table(head, rows)
 
 
-def difference(pairs: Sequence[Pair]) -> tuple[float, float]:
-    """Mean gain in the share solved, and half of its 95 % interval, over pairs (before, after) of one seed each.
+def difference(pairs: Sequence[tuple[NDArray[np.int_], NDArray[np.int_]]]) -> tuple[float, float]:
+    """Mean gain in the share solved, and half of its 95 % interval, over pairs (before, after) of verdicts, one a seed.
 
     Two things vary: seeds, whose mean has Student's distribution, and problems, which all seeds share. With one seed
     the interval is over problems only.
@@ -252,19 +190,15 @@ def difference(pairs: Sequence[Pair]) -> tuple[float, float]:
     return float(seeds.mean()), half
 
 
-def draw(path: Path, runs: Runs, metric: str, title: str) -> None:
+def draw(name: str, results: Results, metric: str, title: str) -> None:
     """Draw a metric over the course of each run, one colour for each arm."""
-    with drawing(path) as axes:
-        for number, (arm, results) in enumerate(runs.items()):
-            for result in results:
-                shares = []
-                values = []
-                for line in result.curve:
-                    if metric in line:
-                        shares.append(line["step"] / steps_of(arm))
-                        values.append(line[metric])
-                label = arm if result is results[0] else None
-                axes.plot(shares, values, color=f"C{number}", alpha=0.8, label=label)
+    with drawing(ROOT / "docs" / "grpo" / f"{name}.svg") as axes:
+        for number, (arm, runs) in enumerate(results.items()):
+            label = arm
+            for result in runs.values():
+                points = [(line["step"] / steps_of(arm), line[metric]) for line in result["curve"] if metric in line]
+                axes.plot(*zip(*points, strict=True), color=f"C{number}", alpha=0.8, label=label)
+                label = None
         axes.set(xlabel="share of the run", ylabel=title)
         axes.legend()
 

@@ -2,13 +2,10 @@
 
 A block (blocks.txt) does one thing to a value of one type and has several phrasings. Blocks compose into three kinds of
 problem: a chain ("keep the even numbers, then sum them"), a branch ("if the string is a palindrome, ..., otherwise
-...") and a guard ("return 0 if the list is empty, otherwise ...").
+...") and a guard ("return 0 if the list is empty, otherwise ..."). Splits are made **by composition**: a held-out
+problem combines blocks as no training problem does, whatever its wording, names and constants.
 
-Splits are made **by composition**: a held-out problem combines blocks as no training problem does, whatever its
-wording, names and constants. Every single block is training material.
-
-The expected values in the asserts come from running the blocks in this process. The blocks are our own code; programs
-that a model wrote run in `diffucoder.grading` only.
+The expected values in the asserts come from running the blocks, which are our own code, in this process.
 """
 
 import hashlib
@@ -16,7 +13,7 @@ import random
 import re
 import tomllib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache, lru_cache
 from pathlib import Path
 from string import Template, ascii_lowercase
@@ -25,7 +22,6 @@ from typing import Any, Literal, get_args
 from diffucoder.errors import ConfigError
 
 Split = Literal["train", "dev", "test"]
-Kind = Literal["chain", "branch", "guard"]
 Value = Any  # an input or output of a block: int, str, list, dict or bool
 Example = tuple[Value, Value]  # an input and its output
 
@@ -35,9 +31,8 @@ WORDS = WORDING["words"].split()
 VERBS = WORDING["verbs"].split()
 OBJECTS = WORDING["objects"].split()
 INPUT_TYPES = {"nums": 27, "words": 21, "text": 25, "num": 17, "table": 10}  # how often each is drawn
-KINDS: dict[Kind, int] = {"chain": 75, "branch": 14, "guard": 11}  # how often each is drawn
+KINDS = {"chain": 75, "branch": 14, "guard": 11}  # how often each is drawn
 LENGTHS = {"chain": (18, 52, 30), "guard": (60, 40)}  # weights of one, two and three blocks
-HARD_LENGTHS = (0, 0, 1)
 EXAMPLES = 5  # asserts of a problem
 FALLBACKS = {"0": "0", "-1": "-1", "None": "None", "an empty list": "[]", "an empty string": '""'}  # phrase -> code
 FALLBACK = object()  # the output of a guarded problem until its wording chooses the constant
@@ -64,20 +59,20 @@ class BlockUse:
 
     block: Block
     slots: tuple[tuple[str, str], ...]
-    phrase: str
+    phrase: str = field(compare=False)
 
     def code(self, template: str, variable: str) -> str:
         return Template(template).substitute(dict(self.slots), x=variable)
 
     def apply(self, value: Value) -> Value:
-        return compile_block(self.block, self.slots)(value)
+        return compile_block(self)(value)
 
 
 @dataclass(frozen=True)
 class Plan:
     """What a problem computes: `steps`, or where `condition` holds `exception` (branch) or a constant (guard)."""
 
-    kind: Kind
+    kind: str
     takes: str
     steps: tuple[BlockUse, ...]
     condition: BlockUse | None = None
@@ -86,8 +81,7 @@ class Plan:
     @property
     def uses(self) -> list[BlockUse]:
         """All blocks, in the order of the composition."""
-        uses = [use for use in (self.condition, self.exception) if use is not None]
-        return [*uses, *self.steps]
+        return [*filter(None, (self.condition, self.exception)), *self.steps]
 
     def run(self, value: Value) -> Value:
         """The output for an input. Raises whatever a block raises, OverflowError for values that grow too large."""
@@ -110,22 +104,16 @@ class Problem:
 
 
 def problems(split: Split, count: int, *, seed: int, hard: bool = False) -> Iterator[Problem]:
-    """Yield `count` distinct problems of one split; the same seed gives the same problems.
-
-    Hard problems are chains of three blocks, the longest there are. Raises ConfigError for an unknown split or count.
-    """
+    """Yield `count` distinct problems of one split, a function of the seed; hard ones are chains of three blocks."""
     if split not in get_args(Split):
         raise ConfigError(f"split={split!r} is not one of {', '.join(get_args(Split))}")
     if count < 1:
         raise ConfigError(f"count={count} gives no problems; use at least 1")
-    name = f"{split}-{seed}-hard" if hard else f"{split}-{seed}"
-    rng = random.Random(name)
+    rng = random.Random(f"{split}-{seed}-hard" if hard else f"{split}-{seed}")
     prompts: set[str] = set()
     while len(prompts) < count:
         problem = draw_problem(rng, hard=hard)
-        if problem is None:
-            continue
-        if split_of(problem.composition) == split and problem.prompt not in prompts:
+        if problem and split_of(problem.composition) == split and problem.prompt not in prompts:
             prompts.add(problem.prompt)
             yield problem
 
@@ -134,8 +122,7 @@ def split_of(composition: Sequence[str]) -> Split:
     """A tenth of the compositions is held out for reported figures, a twentieth for decisions during development."""
     if len(composition) <= 2:  # the kind and one block
         return "train"
-    digest = hashlib.blake2b("|".join(composition).encode(), digest_size=4).digest()
-    bucket = int.from_bytes(digest, "big") % 100
+    bucket = int(hashlib.blake2b("|".join(composition).encode(), digest_size=4).hexdigest(), 16) % 100
     if bucket < 10:
         return "test"
     if bucket < 15:
@@ -146,19 +133,14 @@ def split_of(composition: Sequence[str]) -> Split:
 def draw_problem(rng: random.Random, *, hard: bool) -> Problem | None:
     """Draw kind, blocks, constants, names and wording; None where they make no problem. Its split may be any."""
     plan = draw_plan(rng, hard=hard)
-    if plan is None:
-        return None
-    examples = draw_examples(rng, plan)
-    if examples is None:
+    examples = draw_examples(rng, plan) if plan else None
+    if plan is None or examples is None:
         return None
     problem = write_problem(rng, plan, examples)
     outputs = {test.rpartition(" == ")[2] for test in problem.tests}
     if len(outputs) == 1:  # a guard's constant may equal all other outputs
         return None
     return problem
-
-
-# --- choosing blocks -------------------------------------------------------------------------------------------------
 
 
 @cache
@@ -171,9 +153,8 @@ def load_blocks() -> tuple[Block, ...]:
         if heading.startswith("@"):
             takes, _, gives = heading[2:].split()
             continue
-        phrasings = tuple(part.strip() for part in heading.split(" | "))
         *statements, result = [line[4:] for line in body.splitlines()]
-        blocks.append(Block(takes, gives, phrasings, tuple(statements), result.removeprefix("=> ")))
+        blocks.append(Block(takes, gives, tuple(heading.split(" | ")), tuple(statements), result.removeprefix("=> ")))
     return tuple(blocks)
 
 
@@ -181,9 +162,7 @@ def load_blocks() -> tuple[Block, ...]:
 def blocks_of(takes: str, gives: str | None = None, *, flags: bool = True) -> tuple[Block, ...]:
     """The blocks that take a type; only those that give `gives`, and without `flags` none that give a flag."""
     blocks = [block for block in load_blocks() if block.takes == takes and gives in (None, block.gives)]
-    if not flags:
-        blocks = [block for block in blocks if block.gives != "flag"]
-    return tuple(blocks)
+    return tuple([block for block in blocks if flags or block.gives != "flag"])
 
 
 def draw_plan(rng: random.Random, *, hard: bool) -> Plan | None:
@@ -197,7 +176,7 @@ def draw_plan(rng: random.Random, *, hard: bool) -> Plan | None:
         if exception.block == otherwise.block:
             return None
         return Plan(kind, takes, (otherwise,), condition, exception)
-    steps = draw_chain(rng, takes, HARD_LENGTHS if hard else LENGTHS[kind])
+    steps = draw_chain(rng, takes, (0, 0, 1) if hard else LENGTHS[kind])
     if not steps:
         return None
     guard = draw_use(rng, blocks_of(takes, "flag")) if kind == "guard" else None
@@ -207,17 +186,14 @@ def draw_plan(rng: random.Random, *, hard: bool) -> Plan | None:
 def draw_chain(rng: random.Random, takes: str, lengths: Sequence[int]) -> tuple[BlockUse, ...]:
     """Different blocks that fit together; `lengths` weighs 1, 2, 3, ... of them. Empty where the draw does not fit."""
     uses: list[BlockUse] = []
-    ids = set()
     length = rng.choices(range(1, len(lengths) + 1), lengths)[0]
     for position in range(length):
         blocks = blocks_of(takes, flags=position == length - 1)
         if not blocks:
             return ()
-        use = draw_use(rng, blocks)
-        uses.append(use)
-        ids.add(use.block.id)
-        takes = use.block.gives
-    if len(ids) < length:
+        uses.append(draw_use(rng, blocks))
+        takes = uses[-1].block.gives
+    if len({use.block for use in uses}) < length:
         return ()
     return tuple(uses)
 
@@ -230,10 +206,8 @@ def draw_use(rng: random.Random, blocks: Sequence[Block]) -> BlockUse:
     slots["w"] = rng.choice(WORDS) if rng.random() < 0.7 else invent_word(rng)
     phrase = rng.choice(block.phrasings)
     mentioned = " ".join((phrase, *block.statements, block.result))
-    for name in list(slots):
-        if f"${name}" not in mentioned:
-            del slots[name]
-    return BlockUse(block, tuple(slots.items()), Template(phrase).safe_substitute(slots))
+    used = tuple([(name, value) for name, value in slots.items() if f"${name}" in mentioned])
+    return BlockUse(block, used, Template(phrase).safe_substitute(dict(used)))
 
 
 def invent_word(rng: random.Random) -> str:
@@ -244,36 +218,25 @@ def invent_word(rng: random.Random) -> str:
     return word
 
 
-# --- running blocks, for the expected values -------------------------------------------------------------------------
-
-
 @lru_cache(maxsize=20_000)
-def compile_block(block: Block, slots: tuple[tuple[str, str], ...]) -> Callable[[Value], Value]:
-    source = "def block(x):\n"
-    for line in (*block.statements, "return " + block.result):
-        source += f"    {Template(line).substitute(dict(slots), x='x')}\n"
+def compile_block(use: BlockUse) -> Callable[[Value], Value]:
+    lines = ["def block(x):", *write_chain([use], use.block.takes, "x", indent=4)]
     namespace: dict[str, Any] = {}
-    exec(source, namespace)  # our own table, never a model's program (see the module docstring)
-    function: Callable[[Value], Value] = namespace["block"]
-    return function
+    exec("\n".join(lines), namespace)  # our own table, never a model's program (see the module docstring)
+    return namespace["block"]
 
 
 def run_chain(uses: Sequence[BlockUse], value: Value) -> Value:
-    for use in uses[:-1]:
+    """Raises OverflowError for a value that would make a later block slow or an assert unreadable."""
+    for use in uses:
         value = use.apply(value)
-        check_size(value)
-    value = uses[-1].apply(value)
-    check_size(value, largest=10**9 - 1)
-    return value
-
-
-def check_size(value: Value, largest: int = 400) -> None:
-    """Raise OverflowError for a value that would make a later block slow or an assert unreadable."""
-    if isinstance(value, int):
-        if abs(value) > largest:
+        if isinstance(value, int):
+            too_large = abs(value) > 400 and (use is not uses[-1] or abs(value) >= 10**9)
+        else:
+            too_large = len(value) > 40 or len(repr(value)) > 120
+        if too_large:
             raise OverflowError
-    elif len(value) > 40 or len(repr(value)) > 120:
-        raise OverflowError
+    return value
 
 
 def draw_examples(rng: random.Random, plan: Plan) -> list[Example] | None:
@@ -289,15 +252,15 @@ def draw_examples(rng: random.Random, plan: Plan) -> list[Example] | None:
         except (ArithmeticError, ValueError, IndexError, KeyError, TypeError, AttributeError):
             continue  # the blocks do not fit this input
     distinct: dict[str, Example] = {}
-    for value, output in examples:
-        distinct.setdefault(repr(output), (value, output))
+    for example in examples:
+        distinct.setdefault(repr(example[1]), example)
     chosen = [*distinct.values(), *[each for each in examples if each not in distinct.values()]]  # new outputs first
     if len(distinct) < 2 or len(chosen) < EXAMPLES:
         return None
     if plan.condition is not None:
         sides: dict[bool, Example] = {}
-        for value, output in reversed(chosen):  # so that the first example of each side stays
-            sides[bool(plan.condition.apply(value))] = (value, output)
+        for example in reversed(chosen):  # so that the first example of each side stays
+            sides[bool(plan.condition.apply(example[0]))] = example
         if len(sides) < 2:
             return None
         chosen = [*sides.values(), *[each for each in chosen if each not in sides.values()]]
@@ -318,8 +281,8 @@ def draw_input(rng: random.Random, takes: str, slots: dict[str, str]) -> Value:
         return [rng.choice((*pool, rng.randint(low, 20))) for _ in range(rng.randint(1, 7))]
     words = []
     for _ in range(6):
-        candidates = (rng.choice(WORDS), rng.choice(WORDS), slots.get("w", "apple"))
-        words.append(rng.choice((*candidates, slots.get("c", "") + rng.choice(WORDS))))
+        known = (rng.choice(WORDS), rng.choice(WORDS), slots.get("w", "apple"))
+        words.append(rng.choice((*known, slots.get("c", "") + rng.choice(WORDS))))
     if takes == "words":
         return words[: rng.randint(1, 5)] + rng.choice(([], words[:1]))
     if takes == "table":
@@ -342,9 +305,6 @@ def draw_text(rng: random.Random, words: list[str]) -> str:
     elif style < 0.58:
         text = text[:3] + text[:3][::-1]
     return text[:24]
-
-
-# --- wording and code ------------------------------------------------------------------------------------------------
 
 
 def write_problem(rng: random.Random, plan: Plan, examples: Sequence[Example]) -> Problem:
@@ -387,8 +347,7 @@ def write_request(rng: random.Random, plan: Plan, fallback: str, third: bool) ->
     condition = plan.condition.phrase
     if plan.exception is None:
         verb = "returns" if third else "return"
-        guard = f"{verb} {fallback} if {condition}"
-        return f"{guard}, otherwise {join_clauses(rng, plan.steps, third)}"
+        return f"{verb} {fallback} if {condition}, otherwise {join_clauses(rng, plan.steps, third)}"
     yes = join_clauses(rng, [plan.exception], third)
     no = join_clauses(rng, plan.steps, third)
     return rng.choice((f"{yes} if {condition}, otherwise {no}", f"{yes} if {condition} and {no} otherwise"))

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from overlap import HeldOut, Overlaps
+from overlap import Overlaps
 from prepare import SPREADS, are_hard, main, prepare, stub_of, with_test
 
 from diffucoder.errors import ConfigError
-from diffucoder.evaluation.benchmarks import Asserts, load
+from diffucoder.evaluation.benchmarks import Asserts, Calls, Script, Task, load
 from diffucoder.training.exercises import Exercise, read_exercises
 
 
@@ -145,15 +145,16 @@ def test_mbpp_without_mbpp_plus_is_refused(tmp_path: Path) -> None:
 
 # ---- benchmarks are kept out ----
 
-TASK = HeldOut(
-    "Bench/7",
-    "spread",
+PROMPT = (
     'def spread(xs):\n    """ Return the difference between the largest and the smallest of all the given numbers.\n'
-    '    >>> spread([1, 5])\n    4\n    """\n',
-    'def spread(xs):\n    """Text."""\n    low = min(xs)  # first\n    return max(xs) - low\n',
-    "def check(candidate):\n    assert candidate([1, 9]) == 8\n    assert candidate(make()) == 8\n",
-    (([3, 3], 2), (float("nan"),)),
+    '    >>> spread([1, 5])\n    4\n    """\n'
 )
+SOLUTION = 'def spread(xs):\n    """Text."""\n    low = min(xs)  # first\n    return max(xs) - low\n'
+CHECK = "def check(candidate):\n    assert candidate([1, 9]) == 8\n    assert candidate(make()) == 8\n"
+TASKS = [
+    Task("Bench/7", "spread", PROMPT, "", SOLUTION, tests)
+    for tests in (Script(CHECK), Calls((([3, 3], 2), (float("nan"),))))
+]
 
 
 @pytest.mark.parametrize(
@@ -179,7 +180,7 @@ TASK = HeldOut(
 def test_a_planted_leak_is_found_and_the_clean_are_left(
     prompt: str, test: str, solution: str, shared_by: str | None
 ) -> None:
-    found = Overlaps({"bench": [TASK], "empty": []}).find(Exercise("x", prompt, ("assert f(0)", test)), solution)
+    found = Overlaps({"bench": TASKS, "empty": []}).find(Exercise("x", prompt, ("assert f(0)", test)), solution)
     if shared_by is None:
         assert found == {}
     else:
@@ -194,7 +195,7 @@ def test_leaks_are_dropped_counted_and_named(tmp_path: Path) -> None:
         {"id": "other", "prompt": "Add two.", "tests": ["assert add(1) == 3"]},
     ]
     source, out = write(tmp_path / "mine.jsonl", rows), tmp_path / "out.jsonl"
-    report = prepare(source, out, {"bench": [TASK], "second": [TASK], "third": []})
+    report = prepare(source, out, {"bench": TASKS, "second": TASKS, "third": []})
     assert [each.id for each in read_exercises([str(out)])] == ["clean", "other"]
     assert report["overlaps"] == {"bench": 1, "second": 1, "third": 0}
     shared = "Bench/7: call: spread([1, 9])"
@@ -251,7 +252,7 @@ def test_what_leaves_nothing_is_refused(tmp_path: Path) -> None:
     row = {"id": "leak", "prompt": "Compute a range.", "tests": ["assert spread([1, 9]) == 8"]}
     source, out = write(tmp_path / "mine.jsonl", [row]), tmp_path / "out.jsonl"
     with pytest.raises(ConfigError, match=r"no exercise of .* is left; give other data.*'overlaps': {'bench': 1}"):
-        prepare(source, out, {"bench": [TASK]})
+        prepare(source, out, {"bench": TASKS})
     with pytest.raises(ConfigError, match=r"is not a \.jsonl file"):
         prepare(source, tmp_path / "out.json", {})
     assert not out.exists()

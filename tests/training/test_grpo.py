@@ -663,10 +663,8 @@ def test_the_causal_score_is_that_of_the_plain_model(fields: Fields, parent: Pat
     denoiser = load_denoiser(str(parent), mask_id=tokenizer.mask_id, dtype=torch.float32)
     set_causal(denoiser.model, True)
     model = causal["CausalModel"](denoiser.model, mask_id=denoiser.mask_id)
-    settings = GrpoSettings(
-        **{**fields, "chat": False, "decoding": {"new_tokens": 12, "top_p": None, "temperature": 1.0}}
-    )
-    rollouts = causal["CausalRollouts"](DiffuCoder(model, tokenizer), settings, Sandbox(1))
+    settings = GrpoSettings(**{**fields, "chat": False, "decoding": {"new_tokens": 12, "block": 1, "temperature": 1.0}})
+    rollouts = Rollouts(DiffuCoder(model, tokenizer), settings, Sandbox(1))
     asked = [Exercise("a", "def f0(xs):", ()), Exercise("b", "def f1(xs):\n    return", ())]
     written = rollouts.decode(asked, rollouts.params, [0, 1])
     batch = collate(written, pad_id=tokenizer.pad_id)
