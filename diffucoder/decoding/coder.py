@@ -65,8 +65,6 @@ class DiffuCoder:
         model.use_fast_layers(compiled=compiled)
         return cls(model, tokenizer, name="tiny" if source is None else str(source))
 
-    # --- text to result ---
-
     def generate(self, prompt: Prompt, params: DecodingParams | None = None, *, chat: bool = True) -> Generation:
         """Answer one request; `chat=False` continues `prompt` as raw text, which is what base models are for."""
         params = params or DecodingParams()
@@ -122,8 +120,6 @@ class DiffuCoder:
                     on_step(sequence, step)
         seconds = time.perf_counter() - began
         return [request.results(group, seconds) for request, group in zip(requests, groups, strict=True)]
-
-    # --- text to request ---
 
     def request(self, prompt: Prompt, params: DecodingParams, *, chat: bool = True) -> Request:
         """What answers one prompt, a row a sample. Raises PromptError."""

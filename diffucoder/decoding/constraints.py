@@ -46,10 +46,7 @@ class Verifier(Protocol):
 
 
 class LostProbability:
-    """Take back the commitments that lost most probability since they were scored last (after Saber).
-
-    It takes back at most `share` times the number of tokens that the step commits.
-    """
+    """Take back what lost most probability since it was scored last: at most `share` times what is committed."""
 
     def __init__(self, share: float) -> None:
         self.share = share

@@ -21,7 +21,7 @@ class Quotas:
 
     def __init__(self, masked: int, steps: int | None) -> None:
         self.masked = masked
-        self.steps = min(masked if steps is None else steps, masked)
+        self.steps = min(steps or masked, masked)
 
     def due(self, step: int, left: int) -> float:
         """How many of the `left` masks `step` is to commit: what is missing to the count of the schedule."""
@@ -31,14 +31,11 @@ class Quotas:
 
 
 class ReleasedShares:
-    """Shares of the remaining masks, as released: 1 - s/t on a time grid from 1 to `eps`; in the last step, all.
-
-    Rounded down to counts they commit nothing in the first step and several in the last when steps = tokens.
-    """
+    """Shares of the remaining masks, as released: 1 - s/t on a time grid from 1 to `eps`; in the last step, all."""
 
     def __init__(self, masked: int, steps: int | None, eps: float, *, independent: bool) -> None:
         """`independent`: each mask is committed with that probability, in place of that share of them."""
-        self.steps = max(masked, 1) if steps is None else steps
+        self.steps = steps or max(masked, 1)
         self.independent = independent
         time = torch.linspace(1, eps, self.steps + 1)
         self.shares = 1 - time[1:] / time[:-1]  # (steps,)
@@ -108,8 +105,7 @@ ORDERS = {"random": RandomOrder, "max_prob": Order, "margin": MarginOrder, "entr
 def gumbel(uniform: Tensor) -> Tensor:
     """Standard Gumbel noise from uniform numbers in [0, 1).
 
-    The n largest of `score + gumbel` are n draws without replacement from softmax(score): torch.multinomial's
-    distribution (Vieira 2014), with n of its own for each row.
+    The n largest of `score + gumbel` are n draws without replacement from softmax(score) (Vieira 2014).
     """
     return -(-uniform.clamp(min=torch.finfo(uniform.dtype).tiny).log()).log()
 
@@ -157,8 +153,7 @@ class ThresholdRule(Rule):
 class FactorRule(Rule):
     """Also each row's n most probable tokens, for the largest n with (n + 1)(1 - p of the nth) < `factor`.
 
-    Fast-dLLM (arXiv 2505.22618, §3.3): with every p above 1 - 1/(n + 1) committing together picks what one after the
-    other would.
+    Fast-dLLM (arXiv 2505.22618, §3.3).
     """
 
     factor: float

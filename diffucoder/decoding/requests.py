@@ -1,7 +1,4 @@
-"""Requests: what is to be decoded for a text, and the `Generation`s that are made from the decoded rows.
-
-Coder and server share these two ends of the pipeline. `coder` makes requests from text.
-"""
+"""Requests: what is to be decoded for a text, and the `Generation`s that are made from the decoded rows."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass

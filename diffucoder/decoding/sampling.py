@@ -101,10 +101,7 @@ class Sampler:
 
 
 def entropy(logits: Tensor, barred: Tensor, proposable: int | None = None) -> Tensor:
-    """(M,) nats: how unsure the model itself is, before temperature and filters, without the ids never proposed.
-
-    `logits` (M, V), `barred` (K,) ids.
-    """
+    """(M,) nats of `logits` (M, V) before temperature and filters, without the ids that are never proposed."""
     allowed = logits.float().index_fill(1, barred, -torch.inf)[:, :proposable]
     return torch.special.entr(allowed.softmax(-1)).sum(-1)  # type: ignore[no-any-return]  # torch leaves it untyped
 

@@ -190,10 +190,7 @@ def _score(model: Denoiser, sequences: list[Sequence], batch: Plan, candidates: 
 
 
 def _by_sampler(sequences: list[Sequence], scored: Tensor) -> tuple[Tensor, list[tuple[Sampler, range]]]:
-    """The positions `scored` (r, T) as (row, position) pairs (M, 2), and which of the M each sampler has.
-
-    Positions of sequences with equal samplers are next to each other, so that they are sampled in one go.
-    """
+    """The positions `scored` (R, T) as (row, position) pairs (M, 2) ordered by sampler, and which of the M each has."""
     pairs: list[Tensor] = []
     spans: list[tuple[Sampler, range]] = []
     count = 0

@@ -46,7 +46,9 @@ class Trace:
     @property
     def entropy_map(self) -> np.ndarray:
         """(S, L) float32 nats, nan where nothing was scored; S = 0 if not recorded."""
-        packed = zlib.decompress(base64.b64decode(self.entropies)) if self.entropies else b""
+        packed = b""
+        if self.entropies:
+            packed = zlib.decompress(base64.b64decode(self.entropies))
         return np.frombuffer(packed, "<f2").reshape(-1, max(len(self.steps), 1)).astype(np.float32)
 
     @property
