@@ -9,7 +9,7 @@ Three presets share all settings:
 """
 
 from difflib import get_close_matches
-from typing import Annotated, Any, Literal, Self, get_args
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -17,7 +17,6 @@ from diffucoder.config import Settings
 from diffucoder.errors import ConfigError
 
 Policy = Literal["random", "max_prob", "margin", "entropy"]
-POLICIES: tuple[Policy, ...] = get_args(Policy)
 
 
 class DecodingParams(Settings):
