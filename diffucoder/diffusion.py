@@ -1,10 +1,8 @@
 """The forward process and its loss (reference: LLaDA, DiffuLLaMA, DiffuCoder §3): pure functions on tensors.
 
 Absorbing noise: at time t each maskable token is independently the mask with probability t. Sizes: B rows, T positions.
-Row i of any score here belongs to token i: the shift of adapted models is already hidden by `Denoiser`.
-
-Every draw takes a generator. `keyed_generator` makes one from numbers such as (seed, step, example), so that noise
-depends on nothing else: not on how a step is cut into micro-batches, nor on how many processes share it.
+Every draw takes a generator. `keyed_generator` makes one from numbers such as (seed, step, example), so that noise does
+not depend on micro-batches or processes.
 """
 
 import struct
@@ -40,7 +38,7 @@ def sample_time(
     """Draw t = eps + (1 - eps) u for each row: (B,) float32 in [eps, 1], each uniform by itself.
 
     `stratified` draws one u from each of B equal slices of [0, 1) and shuffles them; `antithetic` draws pairs u, 1 - u.
-    Both make the batch's mean loss vary less than `uniform`. ConfigError for `eps` outside (0, 1).
+    Both reduce the variance of the batch's mean loss. ConfigError for `eps` outside (0, 1).
     """
     if not 0 < eps < 1:
         raise ConfigError(f"eps={eps} is not inside (0, 1); the paper uses 1e-3")
@@ -54,10 +52,9 @@ def sample_time(
 
 
 def corrupt(tokens: Tensor, maskable: Tensor, t: Tensor, mask_id: int, noise: Noise) -> tuple[Tensor, Tensor]:
-    """Mask each maskable token with probability t of its row.
+    """Mask each maskable token (B, T) with probability t (B,) of its row.
 
-    `tokens` (B, T) int64, `maskable` (B, T) bool, `t` (B,). Returns the noisy tokens and which of them are masked,
-    both (B, T).
+    Returns the noisy tokens, (B, T) int64, and which of them are masked, (B, T) bool.
     """
     masked = maskable & (_uniform(torch.ones_like(maskable), noise) < t.to(tokens.device)[:, None])
     return tokens.masked_fill(masked, mask_id), masked
@@ -66,15 +63,14 @@ def corrupt(tokens: Tensor, maskable: Tensor, t: Tensor, mask_id: int, noise: No
 def complementary_masks(maskable: Tensor, t: Tensor, noise: Noise) -> tuple[Tensor, Tensor]:
     """Two disjoint masks that together are `maskable` (B, T): a token is in the first with probability t, (B,).
 
-    DiffuCoder §5 (coupled sampling): the second mask belongs to time 1 - t. With a generator a row, a row's masks are
-    the same wherever its padding ends.
+    DiffuCoder §5 (coupled sampling): the second mask belongs to time 1 - t.
     """
     first = maskable & (_uniform(maskable, noise) < t.to(maskable.device)[:, None])
     return first, maskable & ~first
 
 
 class View(NamedTuple):
-    """One noisy look at B completions: what is hidden, and what each log-probability found there counts."""
+    """One noisy view of B completions: what is masked, and the weight of each log-probability there."""
 
     masked: Tensor  # (B, T) bool
     weight: Tensor  # (B, T) float32; 0 where nothing is scored
@@ -92,15 +88,13 @@ def score_views(
     """The forward passes whose weighted log-probabilities add up to the score of each token, a stand-in for log pi.
 
     `completion` and `prompt` (B, T) bool are disjoint; what is in neither is padding. `ratios` (L, B, 2) are the two
-    mask ratios of each of L pairs; `noise` has a generator for each row, and gives a row the same masks wherever its
-    padding begins. Estimators:
+    mask ratios of each of L pairs; `noise` has a generator for each row. Estimators:
 
-    * `coupled` (DiffuCoder §5): everything hidden, and L pairs of complementary masks, the second at 1 minus the first
-      ratio. Weights are 1/ratio, and all over L + 1: every token is scored in 1 + L of the 1 + 2 L passes. In
-      expectation its weights add up to (2 L + 1) / (L + 1): a proxy, not an average.
+    * `coupled` (DiffuCoder §5): everything masked, and L pairs of complementary masks, the second at 1 minus the first
+      ratio. Weights are 1/ratio, and all over L + 1. In expectation they add up to (2 L + 1) / (L + 1) for each token.
     * `decoupled`: as many passes, but the two masks of a pair are drawn by themselves, each at its own ratio.
-    * `full_mask`: one pass with everything hidden. No variance, but each token is scored as if it came first.
-    * `d1` (arXiv 2504.12216): as `full_mask`, with each prompt token hidden too, with probability `prompt_mask`.
+    * `full_mask`: one pass with everything masked. No variance, but each token is scored as if it came first.
+    * `d1` (arXiv 2504.12216): as `full_mask`, with each prompt token masked too, with probability `prompt_mask`.
     """
     everything = completion.float()
     if estimator == "full_mask":
@@ -112,17 +106,19 @@ def score_views(
     for pair in ratios.to(completion.device):
         first, second = pair.unbind(-1)  # (B,) each
         if estimator == "coupled":
-            masks, second = complementary_masks(completion, first, noise), 1 - first
+            second = 1 - first
+            masks = complementary_masks(completion, first, noise)
         else:
             masks = (_uniform(completion, noise) < first[:, None], _uniform(completion, noise) < second[:, None])
-        views += [View(m, m / (t[:, None] * shares)) for m, t in zip(masks, (first, second), strict=True)]
+        for masked, ratio in zip(masks, (first, second), strict=True):
+            views.append(View(masked, masked / (ratio[:, None] * shares)))
     return views
 
 
 def random_spans(length: int, generator: Generator, *, holes: int = 3) -> Tensor:
-    """Up to `holes` random spans of a text of `length` tokens: (length,) bool, True inside. What infilling trains on.
+    """Up to `holes` random spans of a text of `length` tokens: (length,) bool, True inside. Infilling trains on them.
 
-    As in the random-span benchmark of Bavarian et al. (arXiv 2207.14255), both ends of a span are uniform.
+    Both ends of a span are uniform (Bavarian et al., arXiv 2207.14255).
     """
     inside = torch.zeros(length, dtype=torch.bool)
     for _ in range(int(torch.randint(1, holes + 1, (), generator=generator))):
@@ -141,16 +137,16 @@ def annealed_attention(length: int, share: float, generator: Generator) -> Tenso
 
 
 def loss_weights(masked: Tensor, t: Tensor, maskable: Tensor, *, normaliser: str) -> tuple[Tensor, float]:
-    """What each masked token's cross-entropy counts, (M,) float32, and this micro-batch's share of the divisor.
+    """The weight of each masked token's cross-entropy, (M,) float32, and this micro-batch's share of the divisor.
 
     The loss of a step is the sum of weight times cross-entropy over all its micro-batches and processes, divided by
-    the sum of their shares. `masked` and `maskable` are (B, T), `t` is (B,); the M masked positions stand in row-major
+    the sum of their shares. `masked` and `maskable` are (B, T), `t` is (B,); the M masked positions are in row-major
     order. Every token weighs 1/t of its row; the divisor is
 
     * `length` (LLaDA): the maskable tokens. The loss is an unbiased bound on the negative log-likelihood per token.
-    * `masked`: the masked tokens of the whole step. Larger: 1/E[t] = 2 times where many rows share the sum.
+    * `masked`: the masked tokens of the whole step. The loss is up to 2 times larger.
     * `masked_micro` (DiffuLLaMA and DiffuCoder as released): each micro-batch by its own masked tokens, then their
-      mean. For micro-batches of one row that is E[1/t] = 6.9 times larger with eps = 1e-3.
+      mean. For micro-batches of one row the loss is 6.9 times larger with eps = 1e-3.
     """
     if normaliser not in NORMALISERS:
         raise ConfigError(f"normaliser={normaliser!r} is not known; use one of {', '.join(NORMALISERS)}")

@@ -17,7 +17,7 @@ MOMENTS = (0.15, 0.4, 0.7, 1.0)  # shares of the passes
 def main() -> None:
     coder = DiffuCoder.load()
     params = DecodingParams()
-    canvas = coder.canvas([PROMPT], params)
+    canvas = coder.request(PROMPT, params).canvas
     passes = len(list(coder.stream(PROMPT, params)))
     wanted = {max(1, round(share * passes)) for share in MOMENTS}
     console = Console(record=True, width=96, force_terminal=True)

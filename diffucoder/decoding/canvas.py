@@ -1,17 +1,14 @@
 """The canvas: rows of tokens, some of them masked, that decoding fills in.
 
-For: laying out prompts, holes, frozen text and padding as tensors, and refusing what cannot be decoded.
-Not for: text (`coder`, `tokenizer`), or how it is filled (`DecodingParams`).
-
 Shapes: B rows of T positions. A position is padding (`valid` False, only on the left), masked (holds `mask_id`) or
-known. Masks may be anywhere that the model can score (`Denoiser.first_scorable`): the whole row counts, so a mask
-within a prompt is a hole and is filled too.
+known. A mask within a prompt is a hole, and is filled too.
 """
 
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from diffucoder.errors import PromptError
 
@@ -30,13 +27,14 @@ class Canvas:
     proposable: int | None = None  # ids from this one on are never proposed (not `reference`); None = all may be
 
     def __post_init__(self) -> None:
-        shape = _matrix("tokens", self.tokens)
+        shape = tuple(self.tokens.shape)
         if self.valid.shape != shape or self.sample.shape != shape[:1]:
             shapes = f"valid {tuple(self.valid.shape)} and sample {tuple(self.sample.shape)}"
-            raise PromptError(f"{shapes} do not fit tokens {tuple(shape)}; give valid (B, T) and sample (B,)")
+            raise PromptError(f"{shapes} do not fit tokens {shape}; give valid (B, T) and sample (B,)")
         padded_inside = (self.valid[:, :-1] & ~self.valid[:, 1:]).any(-1)  # (B,)
         if padded_inside.any():
-            raise PromptError(f"row {_first(padded_inside)} has padding right of a token; pad on the left only")
+            row = padded_inside.int().argmax()
+            raise PromptError(f"row {row} has padding right of a token; pad on the left only")
         if not self.masked.any():
             raise PromptError(f"no position holds the mask id {self.mask_id}: nothing to decode; add new_tokens")
 
@@ -54,20 +52,22 @@ class Canvas:
         proposable: int | None = None,
     ) -> "Canvas":
         """Left-padded prompts (B, P), `valid` False on padding, with `new_tokens` masks after each; 0 = holes only."""
-        shape = _matrix("input_ids", input_ids)
+        shape = tuple(input_ids.shape)
+        if input_ids.ndim != 2 or input_ids.is_floating_point() or input_ids.numel() == 0:
+            raise PromptError(f"input_ids is {input_ids.dtype} of shape {shape}; give ids of shape (rows, length)")
         if new_tokens < 0:
             raise PromptError(f"new_tokens={new_tokens} is negative; give 0 to fill only the masks within the prompts")
-        valid = torch.ones_like(input_ids, dtype=torch.bool) if valid is None else valid.bool()
+        valid = torch.ones_like(input_ids) if valid is None else valid
         if valid.shape != shape:
-            raise PromptError(f"valid {tuple(valid.shape)} does not fit input_ids {tuple(shape)}; give (B, P) of both")
+            raise PromptError(f"valid {tuple(valid.shape)} does not fit input_ids {shape}; give (B, P) of both")
         return cls(
-            tokens=torch.nn.functional.pad(input_ids.long(), (0, new_tokens), value=mask_id),
-            valid=torch.nn.functional.pad(valid, (0, new_tokens), value=True),
+            tokens=pad(input_ids.long(), (0, new_tokens), value=mask_id),
+            valid=pad(valid.bool(), (0, new_tokens), value=True),
             sample=torch.zeros(shape[0], dtype=torch.long, device=input_ids.device),
             mask_id=mask_id,
             pad_id=pad_id,
-            terminators=tuple(terminators),
-            forbidden=tuple(forbidden),
+            terminators=terminators,
+            forbidden=forbidden,
             proposable=proposable,
         )
 
@@ -86,38 +86,14 @@ class Canvas:
             sample=(self.sample[:, None] * num_samples + offset).flatten(),
         )
 
-    def end(self, tokens: Tensor) -> Tensor:
-        """(B,) where the answers in `tokens` (B, T) of this canvas end, see `answer_end`."""
-        return answer_end(tokens, self.masked.to(tokens.device), self.terminators)
-
     def check_scorable(self, first: int) -> None:
         """PromptError where a row has a mask before its position `first`, the first one that the model can score."""
         early = (self.masked & (self.valid.cumsum(-1) <= first)).any(-1)  # (B,)
         if early.any():
-            row = _first(early)
+            row = early.int().argmax()
             raise PromptError(f"row {row} begins with a mask, which has nothing to its left; put a token before it")
 
 
-def answer_end(tokens: Tensor, holes: Tensor, terminators: tuple[int, ...]) -> Tensor:
-    """(B,) position of the first terminator that decoding put into the `holes` (B, T) of `tokens`; T where none.
-
-    The only place that decides where an answer ends, apart from stop strings, which are looked for in text (`coder`).
-    """
-    ends = torch.tensor(terminators, dtype=torch.long, device=tokens.device)
-    return leftmost(holes & torch.isin(tokens, ends))
-
-
-def leftmost(matches: Tensor) -> Tensor:
-    """(B,) position of the first True of each row of `matches` (B, T); T where there is none."""
-    return torch.nn.functional.pad(matches, (0, 1), value=True).int().argmax(-1)  # the first of equals
-
-
-def _matrix(name: str, tokens: Tensor) -> torch.Size:
-    """The (rows, length) shape of a tensor of ids; PromptError for any other tensor."""
-    if tokens.ndim != 2 or tokens.is_floating_point() or tokens.numel() == 0:
-        raise PromptError(f"{name} is {tokens.dtype} of shape {tuple(tokens.shape)}; give ids of shape (rows, length)")
-    return tokens.shape
-
-
-def _first(rows: Tensor) -> int:
-    return int(rows.int().argmax())
+def leftmost(matches: Tensor) -> int:
+    """The first True of `matches` (T,); T where there is none."""
+    return int(pad(matches, (0, 1), value=True).int().argmax())  # the first of equals

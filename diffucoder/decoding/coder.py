@@ -1,11 +1,10 @@
 """DiffuCoder: text in, text out. Loads a model with its tokenizer, and turns texts into requests and results.
 
-For: the one pipeline from request to result. A `Request` is made from text; its sequences are decoded, here
-by `run` and in the server by its engine; `Request.results` makes `Generation`s of them. Not for: decoding itself
-(`step`), or reading files (`models.checkpoint`).
+The one pipeline: a `Request` is made from text; its sequences are decoded, here by `run` and in the server by its
+engine; `Request.results` makes `Generation`s of them.
 
 A hole without a given length is tried at a few lengths, as rows of one batch; the row whose tokens were likeliest on
-average is kept. Several such holes in one text grow together: a row gives all of them the same length.
+average is kept. Several such holes in one text have the same length.
 """
 
 import time
@@ -15,10 +14,10 @@ from pathlib import Path
 
 import torch
 
-from diffucoder.decoding import step as decoding
 from diffucoder.decoding.canvas import Canvas
 from diffucoder.decoding.params import DecodingParams
-from diffucoder.decoding.requests import Generation, HoleRequest, Part, Request
+from diffucoder.decoding.requests import Generation, HoleRequest, Request
+from diffucoder.decoding.sequence import Sequence as DecodingSequence
 from diffucoder.decoding.step import Step, decode, denoise
 from diffucoder.errors import ConfigError, PromptError
 from diffucoder.models.checkpoint import load_with_tokenizer
@@ -27,7 +26,7 @@ from diffucoder.tokenizer import Hole, Tokenizer, split_holes
 
 HOLE_LENGTHS = (2, 4, 6, 8, 12, 16, 24)  # tokens, tried for a hole without a given length
 Prompt = str | Sequence[Mapping[str, str]]  # a request, or the messages of a conversation
-OnStep = Callable[[decoding.Sequence, Step], None]  # is called after each step of each sequence
+OnStep = Callable[[DecodingSequence, Step], None]  # is called after each step of each sequence
 
 
 @dataclass(frozen=True)
@@ -60,14 +59,11 @@ class DiffuCoder:
     ) -> "DiffuCoder":
         """Load a folder, a Hub id, a known name, or (None) the shipped model. Raises CheckpointError.
 
-        `dtype` is that of the weights. `compiled` pays on a GPU, where many passes follow: the first of each shape
-        takes half a minute.
+        `dtype` is that of the weights. `compiled` is for GPUs: the first pass of each shape takes half a minute.
         """
         model, tokenizer = load_with_tokenizer(source, dtype=dtype, device=device)
         model.use_fast_layers(compiled=compiled)
         return cls(model, tokenizer, name="tiny" if source is None else str(source))
-
-    # --- text to result ---
 
     def generate(self, prompt: Prompt, params: DecodingParams | None = None, *, chat: bool = True) -> Generation:
         """Answer one request; `chat=False` continues `prompt` as raw text, which is what base models are for."""
@@ -113,29 +109,29 @@ class DiffuCoder:
     ) -> list[list[Generation]]:
         """Decode several requests in one batch: the results of each, in order of their index.
 
-        `on_step` is called after each step of each sequence. Traces hold the entropies of the first `entropies` steps.
+        `on_step` is called after each step of each sequence. Traces have the entropies of the first `entropies` steps.
         """
         began = time.perf_counter()
         groups = [request.sequences(entropies=entropies) for request in requests]
         sequences = [sequence for group in groups for sequence in group]
         for steps in decode(self.model, sequences):
-            for index, step in steps:
+            for sequence, step in steps:
                 if on_step is not None:
-                    on_step(sequences[index], step)
+                    on_step(sequence, step)
         seconds = time.perf_counter() - began
         return [request.results(group, seconds) for request, group in zip(requests, groups, strict=True)]
 
-    # --- text to request ---
-
     def request(self, prompt: Prompt, params: DecodingParams, *, chat: bool = True) -> Request:
         """What answers one prompt, a row a sample. Raises PromptError."""
-        return self._request(self.canvas([prompt], params, chat=chat), params)
+        return self.request_of_ids(self._encode(self._text(prompt, chat)), params)
 
     def request_of_ids(self, ids: list[int], params: DecodingParams, *, sample: int = 0) -> Request:
         """What continues a prompt that is tokens already; with the seed, `sample` fixes the random numbers."""
-        canvas = self.canvas_of_ids([ids], params.new_tokens)
+        canvas = self._canvas([ids], params.new_tokens)
         canvas.sample[:] = sample
-        return self._request(canvas, params)
+        return Request(
+            canvas=canvas.repeat(params.num_samples), params=params, tokenizer=self.tokenizer, model_name=self.name
+        )
 
     def infill_request(
         self, prefix: str, suffix: str, params: DecodingParams, *, length: int | None = None, most: int | None = None
@@ -173,23 +169,20 @@ class DiffuCoder:
             position = span.end
         return self.fill_request(marked + text[position:], params)
 
-    def canvas(self, prompts: Sequence[Prompt], params: DecodingParams, *, chat: bool = True) -> Canvas:
-        """The canvas of `prompts`: left-padded, with `params.new_tokens` masks after each. Raises PromptError."""
-        if not prompts:
-            raise PromptError("no prompt is given; pass at least one")
-        rows = [self._encode(self._text(prompt, chat)) for prompt in prompts]
-        return self.canvas_of_ids(rows, params.new_tokens)
+    def show(self, step: Step, row: int = 0) -> str:
+        """The text of a canvas row as it is, masks as placeholders, special tokens left out."""
+        return self.tokenizer.decode_partial(step.canvas[row].tolist())
 
-    def canvas_of_ids(self, rows: Sequence[list[int]], new_tokens: int, *, forbidden: tuple[int, ...] = ()) -> Canvas:
-        """As `canvas`, of prompts that are tokens already."""
+    def _canvas(self, rows: Sequence[list[int]], new_tokens: int, *, forbidden: tuple[int, ...] = ()) -> Canvas:
+        """The canvas of prompts (ids): left-padded, with `new_tokens` masks after each."""
         longest = max(len(row) for row in rows)
         self._check_length(longest + new_tokens, f"prompt of {longest} tokens and {new_tokens} new ones")
         pad = self.tokenizer.pad_id
         device = self.model.device
-        padding = [longest - len(row) for row in rows]
+        lengths = torch.tensor([len(row) for row in rows], device=device)
         canvas = Canvas.from_prompts(
-            torch.tensor([[pad] * count + row for count, row in zip(padding, rows, strict=True)], device=device),
-            valid=torch.arange(longest, device=device) >= torch.tensor(padding, device=device)[:, None],  # (B, P)
+            torch.tensor([[pad] * (longest - len(row)) + row for row in rows], device=device),
+            valid=torch.arange(longest, device=device) >= longest - lengths[:, None],  # (B, P)
             new_tokens=new_tokens,
             mask_id=self.model.mask_id,
             pad_id=pad,
@@ -200,55 +193,46 @@ class DiffuCoder:
         canvas.check_scorable(self.model.first_scorable)
         return canvas
 
-    def show(self, step: Step, row: int = 0) -> str:
-        """The text of a canvas row as it is, masks as placeholders, special tokens left out."""
-        return self.tokenizer.decode_partial(step.canvas[row].tolist())
-
     def _likeliest(self, request: Request) -> Generation:
         results = self.run([request])[0]
         return max(results, key=lambda result: result.trace.mean_log_prob)  # the first of equals
 
-    def _request(self, canvas: Canvas, params: DecodingParams) -> Request:
-        return Request(
-            canvas=canvas.repeat(params.num_samples), params=params, tokenizer=self.tokenizer, model_name=self.name
-        )
-
     def _holes(
-        self, pieces: Sequence[str | Hole], params: DecodingParams, *, whole: bool, most: int | None = None
+        self, pieces: list[str | Hole], params: DecodingParams, *, whole: bool, most: int | None = None
     ) -> Request:
         if params.stop and whole:
             raise ConfigError(
                 f"stop={params.stop!r} ends an answer, but holes end where the text goes on; leave it out"
             )
-        parts = [self._part(piece) for piece in pieces]
+        encoded = [self._encode(piece) if isinstance(piece, str) else [] for piece in pieces]
+        sizes = [len(ids) for ids in encoded]
         lengths: tuple[int, ...] = (0,)
-        if any(part.is_open for part in parts):
-            lengths = _lengths_to_try(most)
-        needed = 0
-        for part in parts:  # before lists of that length are made
-            needed += len(part.ids) + (part.length or 0) + max(lengths) * part.is_open
+        if Hole() in pieces:
+            lengths = tuple(length for length in HOLE_LENGTHS if most is None or length <= most) or (1,)
+        needed = sum(sizes)
+        for piece in pieces:  # before lists of that length are made
+            if isinstance(piece, Hole):
+                needed += piece.length or lengths[-1]
         self._check_length(needed, "text and holes")
         rows = []
         for length in lengths:
             row: list[int] = []
-            for part in parts:
-                row += part.row(self.model.mask_id, length)
+            for piece, ids in zip(pieces, encoded, strict=True):
+                row += ids
+                if isinstance(piece, Hole):
+                    row += [self.model.mask_id] * (piece.length or length)
             rows.append(row)
         forbidden = tuple(sorted(self.tokenizer.special_ids - {self.model.mask_id}))
         return HoleRequest(
-            canvas=self.canvas_of_ids(rows, 0, forbidden=forbidden).repeat(params.num_samples),
+            canvas=self._canvas(rows, 0, forbidden=forbidden).repeat(params.num_samples),
             params=params,
             tokenizer=self.tokenizer,
             model_name=self.name,
-            parts=parts,
+            pieces=pieces,
+            sizes=sizes,
             lengths=lengths,
             whole=whole,
         )
-
-    def _part(self, piece: str | Hole) -> Part:
-        if isinstance(piece, Hole):
-            return Part(length=piece.length)
-        return Part(piece, tuple(self._encode(piece)))
 
     def _text(self, prompt: Prompt, chat: bool) -> str:
         if not prompt or (isinstance(prompt, str) and not prompt.strip()):
@@ -271,9 +255,3 @@ class DiffuCoder:
                 f"{what} exceed the model's context of {self.model.max_length}; shorten the prompt or ask for fewer "
                 "new tokens"
             )
-
-
-def _lengths_to_try(most: int | None) -> tuple[int, ...]:
-    """The lengths that a hole is tried at, none over `most`; 1 if all are."""
-    lengths = tuple(length for length in HOLE_LENGTHS if most is None or length <= most)
-    return lengths or (1,)

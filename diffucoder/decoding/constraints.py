@@ -1,8 +1,7 @@
-"""Constraints and verifiers: what may be committed, and what is taken back.
+"""Constraints and verifiers: the two hooks of a decoding step after order and rule have chosen.
 
-For: the two hooks of a decoding step after order and rule have chosen. A constraint may veto or replace commitments; a
-verifier may mask earlier ones again. Both see one sequence at a time. A constraint is given to its `Sequence`; a
-verifier follows from the settings (`verifier_of`). Not for: order and rules (`policies`).
+A constraint may veto or replace commitments; it is given to its `Sequence`. A verifier may mask earlier ones again; it
+follows from the settings (`verifier_of`). Both see one sequence at a time.
 """
 
 from dataclasses import dataclass
@@ -43,30 +42,24 @@ class Verifier(Protocol):
         """(T,) bool: positions whose committed tokens are scored again, where the pass can score them."""
 
     def revoke(self, sequence: "Sequence", proposals: "Proposals", decision: Decision) -> Tensor:
-        """(T,) bool: commitments to take back; fewer than the step commits, so that decoding ends."""
+        """(T,) bool: verified commitments to take back; fewer than the step commits, so that decoding ends."""
 
 
 class LostProbability:
-    """Take back the commitments that lost most probability since they were scored last (after Saber).
-
-    It takes back at most `share` times the number of tokens that the step commits.
-    """
+    """Take back what lost most probability since it was scored last: at most `share` times what is committed."""
 
     def __init__(self, share: float) -> None:
         self.share = share
-        self._scored: Tensor | None = None  # (T,) log-probability of each commitment when it was scored last
+        self._scored = torch.zeros(())  # then (T,): log-probability of each commitment when it was scored last
 
     def verify(self, sequence: "Sequence") -> Tensor:
-        """(T,) bool: everything that decoding fills."""
         return sequence.holes
 
     def revoke(self, sequence: "Sequence", proposals: "Proposals", decision: Decision) -> Tensor:
-        """(T,) bool."""
-        before = torch.zeros_like(proposals.log_prob) if self._scored is None else self._scored
-        lost = (before - proposals.log_prob).masked_fill(~proposals.verified, 0)
+        lost = (self._scored - proposals.log_prob).masked_fill(~proposals.verified, 0)
         most = torch.tensor([int(self.share * int(decision.committed.sum()))])
         revoked = highest(lost[None], lost[None] > 0, most)[0]
-        scored = proposals.log_prob.where(proposals.verified, before)
+        scored = proposals.log_prob.where(proposals.verified, self._scored)
         self._scored = decision.log_prob.where(decision.committed, scored)
         return revoked
 

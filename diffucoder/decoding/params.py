@@ -1,19 +1,15 @@
 """How to decode: `DecodingParams`, the one place where a sampling setting, its default and its help are written.
 
-Not for what is decoded (`Canvas`). Dream's names for the same settings are translated by `from_dream`, nowhere else.
-
 Three presets share all settings:
 
 * `exact`, the default: exact quotas for each row, early stop, masks and unused ids never proposed, fp32 arithmetic.
 * `reference`: what `diffusion_generate` of the released Dream and DiffuCoder code does, token for token at temperature
-  0 and in distribution above it: its time grid with the empty first step, and arithmetic in the model's own dtype.
-  Rows do not depend on each other here either, where the release counts masks by the mean of the batch.
-* `fast`: `exact` with a constant set of settings that are faster and cost little quality (docs/decoding.md has the
-  table): `FAST`. What the user sets stays as set.
+  0 and in distribution above it. Masks are counted for each row, where the release takes the mean of the batch.
+* `fast`: `exact` with a constant set of settings that are faster and cost little quality (`_fill_in_fast`).
 """
 
 from difflib import get_close_matches
-from typing import Annotated, Any, Literal, Self, get_args
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -21,7 +17,6 @@ from diffucoder.config import Settings
 from diffucoder.errors import ConfigError
 
 Policy = Literal["random", "max_prob", "margin", "entropy"]
-POLICIES: tuple[Policy, ...] = get_args(Policy)
 
 
 class DecodingParams(Settings):
@@ -111,11 +106,14 @@ class DecodingParams(Settings):
     def _fill_in_fast(self) -> None:
         """Set what the preset `fast` adds, except where the user has decided otherwise."""
         given = self.model_fields_set
+        added = self.__dict__  # not fields that the user has set: `replace` decides again
         if not given & {*_RULES, "steps"}:
-            rule = "entropy_bound" if self.policy == "entropy" else "threshold"
-            self.__dict__[rule] = FAST[rule]  # not a field that the user has set: `replace` decides again
+            if self.policy == "entropy":
+                added["entropy_bound"] = 0.01
+            else:
+                added["threshold"] = 0.99
         if not given & {"cache", "block"}:
-            self.__dict__["cache"] = FAST["cache"]
+            added["cache"] = "delayed"
 
     @property
     def stochastic(self) -> bool:
@@ -130,55 +128,23 @@ class DecodingParams(Settings):
     def from_dream(cls, **dream: Any) -> "DecodingParams":  # Any: as they are passed to `diffusion_generate`
         """The `reference` preset from sampling arguments of Dream's `diffusion_generate`, and its defaults."""
         for name in dream:
-            if name in _NOT_SAMPLING:
-                instead = _NOT_SAMPLING[name]
-                raise ConfigError(f"{name!r} of diffusion_generate is not a sampling argument; use {instead}")
-            if name not in _DREAM_DEFAULTS:
-                close = get_close_matches(name, _DREAM_DEFAULTS, n=1)
-                hint = f"did you mean {close[0]!r}?" if close else f"known: {', '.join(sorted(_DREAM_DEFAULTS))}"
-                raise ConfigError(f"unknown argument {name!r} of diffusion_generate; {hint}")
-        arguments = {**_DREAM_DEFAULTS, **dream}
-        alg = arguments.pop("alg")
-        policy_temperature = arguments.pop("alg_temp")
+            if name not in _DREAM_NAMES:
+                close = get_close_matches(name, _DREAM_NAMES, n=1)
+                hint = f"did you mean {close[0]!r}?" if close else _NOT_SAMPLING
+                raise ConfigError(f"{name!r} is not a sampling argument of diffusion_generate; {hint}")
+        alg = dream.get("alg", "origin")
         if alg not in _DREAM_POLICIES:
             raise ConfigError(f"alg={alg!r} is not one of Dream's: {', '.join(_DREAM_POLICIES)}")
-        return cls(
-            preset="reference",
-            policy=_DREAM_POLICIES[alg],
-            policy_temperature=0.0 if policy_temperature is None else policy_temperature,
-            num_samples=arguments.pop("num_return_sequences"),
-            **arguments,  # these have one name in both
-        )
+        settings = {"steps": 512, **dream, "alg": _DREAM_POLICIES[alg], "alg_temp": dream.get("alg_temp") or 0.0}
+        return cls(preset="reference", **{_DREAM_NAMES[name]: value for name, value in settings.items()})
 
-
-FAST: dict[str, Any] = {"entropy_bound": 0.01, "threshold": 0.99, "cache": "delayed"}  # Any: types of the fields
-"""What the preset `fast` adds: one rule (threshold where the policy is not entropy) and a cache."""
 
 _RULES = ("threshold", "factor", "entropy_bound")
 _NOT_REFERENCE = (*_RULES, "revoke", "block", "cache")
-_DREAM_POLICIES: dict[str, Policy] = {
-    "origin": "random",
-    "maskgit_plus": "max_prob",
-    "topk_margin": "margin",
-    "entropy": "entropy",
-}
-_DREAM_DEFAULTS: dict[str, Any] = {  # Any: values of DreamGenerationConfig, of several types
-    "alg": "origin",
-    "alg_temp": None,
-    "eps": 1e-3,
-    "num_return_sequences": 1,
-    "steps": 512,
-    "temperature": 0.0,
-    "top_k": None,
-    "top_p": None,
-}
-_CANVAS = "Canvas.from_prompts(input_ids, valid=..., new_tokens=..., mask_id=..., pad_id=..., terminators=...)"
-_STEPS = "the Steps that denoise(model, canvas, params) yields"
-_NOT_SAMPLING = {
-    **dict.fromkeys(("inputs", "input_ids", "attention_mask", "max_length", "max_new_tokens"), _CANVAS),
-    **dict.fromkeys(("mask_token_id", "pad_token_id", "bos_token_id", "eos_token_id"), _CANVAS),
-    **dict.fromkeys(("return_dict", "return_dict_in_generate", "output_history"), _STEPS),
-    "generation_tokens_hook_func": _STEPS,
-    "generation_logits_hook_func": "a Denoiser whose forward does what the hook did",
-    "generation_config": "its fields, one by one: from_dream(steps=..., alg=...)",
-}
+_DREAM_POLICIES = {"origin": "random", "maskgit_plus": "max_prob", "topk_margin": "margin", "entropy": "entropy"}
+_DREAM_NAMES = {"alg": "policy", "alg_temp": "policy_temperature", "num_return_sequences": "num_samples"}
+_DREAM_NAMES |= {name: name for name in ("eps", "steps", "temperature", "top_k", "top_p")}
+_NOT_SAMPLING = (
+    "Canvas.from_prompts takes prompts, valid (the attention mask), new_tokens, mask_id, pad_id and terminators; "
+    "denoise(model, canvas, params) yields the history; a Denoiser takes the place of hooks"
+)

@@ -1,16 +1,12 @@
 """Policies: in which order masked positions are committed, and how many by each step.
 
-For: small objects with pure functions of (R, T) tensors, R rows of T positions. Not for: logits (`sampling`).
-
-Three ideas a newcomer needs. A *schedule* says how many tokens are due at each step: a count, or for `reference` with
-the policy `random` a probability for each mask. An *order* gives each position a priority: how confident the model is,
-perturbed by Gumbel noise if the order is random, or noise alone. A *rule* commits what is due in that order, and may
-commit more: everything the model is confident enough of. To add an order: a class, an entry in `_ORDERS`, a name in
-`params`. To add a rule: a frozen dataclass, a line in `rule_of`, a setting in `params` and in its `_RULES`.
+Pure functions of (R, T) tensors, R rows of T positions. A *schedule* says how many tokens are due at each step. An
+*order* gives each position a priority. A *rule* commits what is due in that order, and may commit more: everything the
+model is confident enough of. To add an order: a class, an entry in `ORDERS`, a name in `params`. To add a rule: a
+frozen dataclass, a line in `rule_of`, a setting in `params` and in its `_RULES`.
 """
 
 from dataclasses import dataclass
-from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -20,47 +16,38 @@ from diffucoder.decoding.params import DecodingParams
 # --- schedules -------------------------------------------------------------------------------------------------------
 
 
-class Schedule(Protocol):
-    """How many of a row's masks are to be committed, step by step."""
-
-    steps: int
-
-    def due(self, step: int, left: int) -> float:
-        """What `step` is to commit of the `left` masks that are there before it: a count, or a probability."""
-
-
 class Quotas:
     """Equal counts that add up to `masked`, the remainder in the first steps; at least one a step."""
 
     def __init__(self, masked: int, steps: int | None) -> None:
         self.masked = masked
-        self.steps = min(masked if steps is None else steps, masked)
+        self.steps = min(steps or masked, masked)
 
     def due(self, step: int, left: int) -> float:
-        """What is missing to the count that the schedule has after `step`."""
+        """How many of the `left` masks `step` is to commit: what is missing to the count of the schedule."""
         done = step + 1
         scheduled = self.masked // self.steps * done + min(done, self.masked % self.steps)
         return max(1, min(scheduled, self.masked) - (self.masked - left))
 
 
 class ReleasedShares:
-    """Shares of the remaining masks, as released: 1 - s/t on a time grid from 1 to `eps`; in the last step, all.
-
-    Rounded down to counts they commit nothing in the first step and several in the last when steps = tokens.
-    """
+    """Shares of the remaining masks, as released: 1 - s/t on a time grid from 1 to `eps`; in the last step, all."""
 
     def __init__(self, masked: int, steps: int | None, eps: float, *, independent: bool) -> None:
         """`independent`: each mask is committed with that probability, in place of that share of them."""
-        self.steps = max(masked, 1) if steps is None else steps
+        self.steps = steps or max(masked, 1)
         self.independent = independent
         time = torch.linspace(1, eps, self.steps + 1)
         self.shares = 1 - time[1:] / time[:-1]  # (steps,)
         self.shares[-1] = 1
 
     def due(self, step: int, left: int) -> float:
-        """The share of `step`, or the count that it rounds down to."""
+        """The probability for each of the `left` masks at `step`, or how many of them it is to commit."""
         share = self.shares[step]
         return float(share) if self.independent else float((share * left).floor())
+
+
+Schedule = Quotas | ReleasedShares
 
 
 def schedule_of(params: DecodingParams, masked: int) -> Schedule:
@@ -94,16 +81,14 @@ class MarginOrder(Order):
     """Widest gap between the two most probable tokens first."""
 
     def confidence(self, probabilities: Tensor, chosen: Tensor) -> Tensor:
-        """(M,) the gap."""
         best = probabilities.topk(2, -1).values
         return best[:, 0] - best[:, 1]
 
 
 class EntropyOrder(Order):
-    """Lowest entropy first."""
+    """Lowest entropy first; the confidence is the negative entropy in nats, computed as in the released code."""
 
     def confidence(self, probabilities: Tensor, chosen: Tensor) -> Tensor:
-        """(M,) the negative entropy in nats, computed as in the released code."""
         return (probabilities + 1e-10).log_().mul_(probabilities).sum(-1)
 
 
@@ -111,28 +96,16 @@ class RandomOrder(Order):
     """Any position first."""
 
     def priority(self, confidence: Tensor, uniform: Tensor) -> Tensor:
-        """(R, T) the random numbers themselves."""
         return uniform
 
 
-_ORDERS: dict[str, type[Order]] = {
-    "random": RandomOrder,
-    "max_prob": Order,
-    "margin": MarginOrder,
-    "entropy": EntropyOrder,
-}
-
-
-def order_of(params: DecodingParams) -> Order:
-    """The order that `params` ask for."""
-    return _ORDERS[params.policy](params.policy_temperature)
+ORDERS = {"random": RandomOrder, "max_prob": Order, "margin": MarginOrder, "entropy": EntropyOrder}
 
 
 def gumbel(uniform: Tensor) -> Tensor:
     """Standard Gumbel noise from uniform numbers in [0, 1).
 
-    The n largest of `score + gumbel` are n draws without replacement from softmax(score): torch.multinomial's
-    distribution (Vieira 2014), from one number a position and with n of its own for each row.
+    The n largest of `score + gumbel` are n draws without replacement from softmax(score) (Vieira 2014).
     """
     return -(-uniform.clamp(min=torch.finfo(uniform.dtype).tiny).log()).log()
 
@@ -149,66 +122,52 @@ class RuleInput:
     confidence: Tensor  # (R, T) by the order, without its noise
     probability: Tensor  # (R, T) of the proposed tokens
     due: Tensor  # (R,) by the schedule: a count, or a probability for each mask
-    top_probabilities: Tensor  # (R, T, k) of the most probable tokens, best first, as many as the rule looks at or more
 
 
-class Rule(Protocol):
-    """What a step commits. Sequences with equal rules are decided together, so rules can be hashed and compared."""
-
-    top_tokens: ClassVar[int]  # how many of the most probable tokens of each position it looks at
+@dataclass(frozen=True)
+class Rule:
+    """Commit what is due, in order of priority; the base of all rules. Sequences with equal rules share a call."""
 
     def commit(self, given: RuleInput) -> Tensor:
         """(R, T) bool, a part of what is open."""
+        return highest(given.priority, given.open, given.due) | (given.open & self.also(given))
+
+    def also(self, given: RuleInput) -> Tensor:
+        """(R, T) bool: what is committed beyond the schedule, if it is open."""
+        return torch.zeros_like(given.open)
 
 
 @dataclass(frozen=True)
-class ScheduleRule:
-    """What is due, in order of priority, and nothing else."""
-
-    top_tokens: ClassVar[int] = 0
-
-    def commit(self, given: RuleInput) -> Tensor:
-        """(R, T) bool."""
-        return highest(given.priority, given.open, given.due)
-
-
-@dataclass(frozen=True)
-class ThresholdRule(ScheduleRule):
+class ThresholdRule(Rule):
     """Also every token of at least this probability, or this confidence (Fast-dLLM's threshold)."""
 
     least: float
     by_confidence: bool
 
-    def commit(self, given: RuleInput) -> Tensor:
-        """(R, T) bool."""
+    def also(self, given: RuleInput) -> Tensor:
         value = given.confidence if self.by_confidence else given.probability
-        due = highest(given.priority, given.open, given.due)
-        return due | (given.open & (value >= self.least))
+        return value >= self.least
 
 
 @dataclass(frozen=True)
-class FactorRule(ScheduleRule):
+class FactorRule(Rule):
     """Also each row's n most probable tokens, for the largest n with (n + 1)(1 - p of the nth) < `factor`.
 
-    Fast-dLLM (arXiv 2505.22618, §3.3): with every p above 1 - 1/(n + 1) committing together picks what one after the
-    other would.
+    Fast-dLLM (arXiv 2505.22618, §3.3).
     """
 
     factor: float
 
-    def commit(self, given: RuleInput) -> Tensor:
-        """(R, T) bool."""
-        open_ = given.open
-        ordered = given.probability.masked_fill(~open_, -1).sort(dim=-1, descending=True, stable=True)
-        rank = torch.arange(1, open_.shape[1] + 1)  # (T,)
+    def also(self, given: RuleInput) -> Tensor:
+        ordered = given.probability.masked_fill(~given.open, -1).sort(dim=-1, descending=True, stable=True)
+        rank = torch.arange(1, given.open.shape[1] + 1)  # (T,)
         fits = (rank + 1) * (1 - ordered.values) < self.factor  # (R, T) by rank; what is not open has 1 - p = 2
         most = (fits * rank).amax(-1, keepdim=True)  # (R, 1)
-        within = torch.zeros_like(open_).scatter(1, ordered.indices, rank <= most)
-        return highest(given.priority, open_, given.due) | (open_ & within)
+        return torch.zeros_like(given.open).scatter(1, ordered.indices, rank <= most)
 
 
 @dataclass(frozen=True)
-class EntropyBoundRule(ScheduleRule):
+class EntropyBoundRule(Rule):
     """Also each row's tokens of least entropy, whose entropies without the largest add up to at most `bound`.
 
     The entropy-bounded sampler (arXiv 2505.24857): the sum bounds what is lost by taking tokens as independent.
@@ -216,22 +175,18 @@ class EntropyBoundRule(ScheduleRule):
 
     bound: float
 
-    def commit(self, given: RuleInput) -> Tensor:
-        """(R, T) bool."""
-        open_ = given.open
-        ordered = (-given.confidence).masked_fill(~open_, torch.inf).sort(dim=-1, stable=True)  # (R, T) by rank
+    def also(self, given: RuleInput) -> Tensor:
+        ordered = (-given.confidence).masked_fill(~given.open, torch.inf).sort(dim=-1, stable=True)  # (R, T) by rank
         before = ordered.values.cumsum(-1).roll(1, -1)  # (R, T) sum of those before; the first has none
         before[:, 0] = 0
-        within = torch.zeros_like(open_).scatter(1, ordered.indices, before <= self.bound)
-        return highest(given.priority, open_, given.due) | (open_ & within)
+        return torch.zeros_like(given.open).scatter(1, ordered.indices, before <= self.bound)
 
 
 @dataclass(frozen=True)
-class ReleasedRule(ScheduleRule):
+class ReleasedRule(Rule):
     """What is due, with ties broken by `torch.topk`, as released: they are common in bf16."""
 
     def commit(self, given: RuleInput) -> Tensor:
-        """(R, T) bool."""
         priority = given.priority.masked_fill(~given.open, -torch.inf)
         committed = torch.zeros_like(given.open)
         for row, due in enumerate(given.due.long().tolist()):
@@ -240,11 +195,10 @@ class ReleasedRule(ScheduleRule):
 
 
 @dataclass(frozen=True)
-class ReleasedRandomRule(ScheduleRule):
+class ReleasedRandomRule(Rule):
     """The released `origin`: every open position is committed by itself, with the probability that is due."""
 
     def commit(self, given: RuleInput) -> Tensor:
-        """(R, T) bool."""
         return given.open & (given.priority < given.due[:, None])
 
 
@@ -258,7 +212,7 @@ def rule_of(params: DecodingParams) -> Rule:
         return FactorRule(params.factor)
     if params.entropy_bound is not None:
         return EntropyBoundRule(params.entropy_bound)
-    return ScheduleRule()
+    return Rule()
 
 
 def highest(priority: Tensor, open_: Tensor, count: Tensor) -> Tensor:

@@ -1,8 +1,4 @@
-"""Requests: what is to be decoded for a text, and the `Generation`s that the decoded rows come to.
-
-For: the two ends of the pipeline, which coder and server share. Not for: making requests from text (`coder`), or
-decoding them (`step`).
-"""
+"""Requests: what is to be decoded for a text, and the `Generation`s that are made from the decoded rows."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -12,15 +8,15 @@ from torch import Tensor
 from diffucoder.decoding.canvas import Canvas
 from diffucoder.decoding.params import DecodingParams
 from diffucoder.decoding.sequence import Sequence, Until
-from diffucoder.decoding.trace import Trace
-from diffucoder.tokenizer import Tokenizer
+from diffucoder.decoding.trace import Trace, commit_order
+from diffucoder.tokenizer import Hole, Tokenizer
 
 
 @dataclass(frozen=True)
 class Generation:
     """One finished sample."""
 
-    index: int  # which answer of its request it is, from 0
+    index: int  # which result of its request it is, from 0
     text: str  # what was wanted: the answer, the middle of an infill, or the whole text of a fill
     pieces: tuple[str, ...]  # the text of each hole; for a generation the answer alone
     tokens: tuple[int, ...]  # what was generated, up to the terminator
@@ -32,7 +28,7 @@ class Generation:
     @property
     def order(self) -> list[int]:
         """Positions, counted from the first hole, in the order of their commitment."""
-        return [position - self.trace.prompt_length for position in self.trace.order]
+        return commit_order(self.trace.steps)
 
     @property
     def seed(self) -> int:
@@ -52,7 +48,7 @@ class Generation:
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Request:
-    """Answers to one prompt: a canvas with a row for each sample, and what the decoded rows come to."""
+    """One prompt to answer: a canvas with a row for each sample. It has `params.num_samples` results."""
 
     canvas: Canvas  # (B, T)
     params: DecodingParams
@@ -60,27 +56,13 @@ class Request:
     model_name: str
 
     @property
-    def result_count(self) -> int:
-        """How many results there will be."""
-        return len(self.canvas.tokens)
-
-    @property
-    def rows_are_results(self) -> bool:
-        """Whether row i becomes result i, so that its text can be sent while it is decoded."""
-        return self.result_count == len(self.canvas.tokens)
-
-    @property
     def until(self) -> Until | None:
         """What ends a row early: a stop string in its text."""
-        stops = self.params.stop
-        if not stops:
-            return None
+        return self._has_stop if self.params.stop else None
 
-        def stopped(settled: Tensor) -> bool:
-            text = self.tokenizer.decode(settled.tolist())
-            return any(stop in text for stop in stops)
-
-        return stopped
+    def _has_stop(self, settled: Tensor) -> bool:
+        text = self.tokenizer.decode(settled.tolist())
+        return before_stops(text, self.params.stop) != text
 
     def sequences(self, *, entropies: int = 0) -> list[Sequence]:
         """One for each row; their traces hold the entropies of the first `entropies` steps."""
@@ -97,10 +79,10 @@ class Request:
         return ids
 
     def results(self, sequences: list[Sequence], seconds: float) -> list[Generation]:
-        """What the finished `sequences` come to, in order of their index. `seconds` is what decoding took."""
-        return [self._answer(index, sequence, seconds) for index, sequence in enumerate(sequences)]
+        """The results of the finished `sequences`, in order of their index. `seconds` is what decoding took."""
+        return [self._result(index, sequence, seconds) for index, sequence in enumerate(sequences)]
 
-    def _answer(self, index: int, sequence: Sequence, seconds: float) -> Generation:
+    def _result(self, index: int, sequence: Sequence, seconds: float) -> Generation:
         tokens = sequence.tokens[sequence.first_hole : sequence.answer_end].tolist()
         whole = self.tokenizer.decode(tokens)
         text = before_stops(whole, self.params.stop)
@@ -118,52 +100,29 @@ class Request:
         )
 
 
-@dataclass(frozen=True)
-class Part:
-    """A part of a text with holes: text with its ids, or (without text) a hole."""
-
-    text: str | None = None
-    ids: tuple[int, ...] = ()
-    length: int | None = None  # of a hole; None = lengths are tried
-
-    @property
-    def is_open(self) -> bool:
-        """Whether it is a hole of no given length."""
-        return self.text is None and self.length is None
-
-    def row(self, mask_id: int, tried: int) -> list[int]:
-        """What it is on the canvas, an open hole being `tried` positions long."""
-        if self.text is not None:
-            return list(self.ids)
-        return [mask_id] * (self.length or tried)
-
-
 @dataclass(frozen=True, eq=False, kw_only=True)
 class HoleRequest(Request):
     """Text with holes: the canvas has `num_samples` consecutive rows for each length that open holes are tried at."""
 
-    parts: list[Part]
+    pieces: list[str | Hole]
+    sizes: list[int]  # tokens of each piece of text; 0 for a hole
     lengths: tuple[int, ...]  # that open holes are tried at
     whole: bool  # whether the result's text is the whole, filled, or the first hole alone
 
     @property
-    def result_count(self) -> int:
-        """How many results there will be."""
-        return self.params.num_samples
-
-    @property
     def until(self) -> Until | None:
-        """Nothing: rows that ended early could not be compared. Stop strings cut the text afterwards."""
+        """None: rows that ended early could not be compared. Stop strings cut the text afterwards."""
         return None
 
     def results(self, sequences: list[Sequence], seconds: float) -> list[Generation]:
         """Of each sample the row of the likeliest length, in order of the samples."""
         traces = [sequence.trace(self.model_name) for sequence in sequences]
+        samples = self.params.num_samples
         results = []
-        for sample in range(self.params.num_samples):
-            rows = range(sample, len(traces), self.params.num_samples)
+        for sample in range(samples):
+            rows = range(sample, len(traces), samples)
             best = max(rows, key=lambda row: traces[row].mean_log_prob)  # the first of equals
-            results.append(self._filled(sample, self.lengths[best // self.params.num_samples], traces[best], seconds))
+            results.append(self._filled(sample, self.lengths[best // samples], traces[best], seconds))
         return results
 
     def _filled(self, index: int, length: int, trace: Trace, seconds: float) -> Generation:
@@ -171,15 +130,15 @@ class HoleRequest(Request):
         holes: list[str] = []
         tokens: list[int] = []
         position = 0
-        for part in self.parts:
-            size = len(part.row(self.canvas.mask_id, length))
-            if part.text is not None:
-                text += part.text
-            else:
+        for piece, size in zip(self.pieces, self.sizes, strict=True):
+            if isinstance(piece, Hole):
+                size = piece.length or length
                 ids = trace.tokens[position : position + size]
                 tokens += ids
                 holes.append(self.tokenizer.decode(ids))
                 text += holes[-1]
+            else:
+                text += piece
             position += size
         middle = before_stops(holes[0], self.params.stop)
         return Generation(

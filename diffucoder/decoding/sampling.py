@@ -1,14 +1,10 @@
 """Sampling: logits of masked positions → a proposed token for each, its confidence and its log-probability.
 
-For: everything that needs the vocabulary axis; it runs in chunks within the forward pass (`Denoiser`'s `reduce`), so
-that logits of a whole canvas never exist. Not for: which proposals are committed (`policies`).
+Everything that needs the vocabulary axis runs here, in chunks within the forward pass (`Denoiser`'s `reduce`), so that
+logits of a whole canvas never exist.
 
 The order of operations is the release's: bar ids, temperature, top-p, top-k, softmax, proposal, confidence. Confidence
-is thus judged after tempering and filtering, which is how temperature changes the order of generation. No position
-depends on another.
-
-Randomness is an argument: one uniform number a position, turned into a token by the inverse of the cumulative
-distribution.
+is thus judged after tempering and filtering, which is how temperature changes the order of generation.
 """
 
 from dataclasses import dataclass
@@ -18,7 +14,7 @@ import torch
 from torch import Tensor
 
 from diffucoder.decoding.params import DecodingParams
-from diffucoder.decoding.policies import Order, order_of
+from diffucoder.decoding.policies import ORDERS, Order
 
 COLDEST = 1e-6  # a lower temperature is the same argmax in fp32, but would overflow
 
@@ -53,7 +49,7 @@ class Sampler:
         """The sampler that `params` ask for; that of the preset `reference` bars the mask alone."""
         reference = params.preset == "reference"
         return cls(
-            order=order_of(params),
+            order=ORDERS[params.policy](params.policy_temperature),
             temperature=params.temperature,
             top_p=params.top_p,
             top_k=params.top_k,
@@ -63,18 +59,11 @@ class Sampler:
         )
 
     def sample(
-        self,
-        logits: Tensor,
-        uniform: Tensor,
-        given: Tensor,
-        *,
-        with_entropy: bool = False,
-        candidates: int = 0,
+        self, logits: Tensor, uniform: Tensor, given: Tensor, *, with_entropy: bool = False, candidates: int = 0
     ) -> Samples:
-        """Propose a token for each row of `logits` (M, V).
+        """Propose a token for each row of `logits` (M, V), by `uniform` (M,) in [0, 1) if there is a temperature.
 
-        `uniform` (M,) in [0, 1) decides if there is a temperature. If `given` (M,) is not -1, that token takes the
-        place of the proposal: how confident the model is of it.
+        A token of `given` (M,) that is not -1 takes the place of the proposal: how confident the model is of it.
         """
         barred = torch.tensor(self.barred, device=logits.device)
         entropies = torch.full((len(logits),), torch.nan, device=logits.device)
@@ -112,11 +101,7 @@ class Sampler:
 
 
 def entropy(logits: Tensor, barred: Tensor, proposable: int | None = None) -> Tensor:
-    """(M,) nats: how unsure the model itself is, whatever the temperature; ids that are never proposed left out.
-
-    `logits` (M, V), `barred` (K,) ids. So measured, temperatures can be compared; the confidence of an order is of the
-    tempered and filtered distribution.
-    """
+    """(M,) nats of `logits` (M, V) before temperature and filters, without the ids that are never proposed."""
     allowed = logits.float().index_fill(1, barred, -torch.inf)[:, :proposable]
     return torch.special.entr(allowed.softmax(-1)).sum(-1)  # type: ignore[no-any-return]  # torch leaves it untyped
 

@@ -1,9 +1,7 @@
-"""Sequence: one request in progress, a row of a canvas and everything that decides what becomes of it.
+"""Sequence: one request in progress, a row of a canvas with everything that it keeps between decoding steps.
 
-For: what a request keeps between decoding steps, and what a step does to it. Not for: forward passes (`step`).
-
-A sequence owns its tokens without padding, its settings as small objects (order, rule, cache plan, constraint,
-verifier), its random numbers, its cache row and its history. So it comes out the same alone and in company.
+A sequence owns its tokens without padding, its settings as small objects (sampler, rule, cache plan, constraint,
+verifier), its random numbers, its cache row and its history. So its result does not depend on its batch.
 """
 
 from collections.abc import Callable
@@ -15,10 +13,10 @@ import torch
 from torch import Tensor
 
 from diffucoder.decoding.caching import cache_plan_of
-from diffucoder.decoding.canvas import Canvas, answer_end, leftmost
+from diffucoder.decoding.canvas import Canvas, leftmost
 from diffucoder.decoding.constraints import Constraint, Decision, verifier_of
 from diffucoder.decoding.params import DecodingParams
-from diffucoder.decoding.policies import order_of, rule_of, schedule_of
+from diffucoder.decoding.policies import rule_of, schedule_of
 from diffucoder.decoding.sampling import Sampler
 from diffucoder.decoding.trace import Trace, pack_entropies
 from diffucoder.models.cache import KVCache
@@ -37,9 +35,13 @@ class Step:
     committed: Tensor  # (B, T) bool, unmasked by this step
     revoked: Tensor | None  # (B, T) bool, masked again by this step; None where no row revokes
     confidence: Tensor  # (B, T) score of each commitment, by the row's policy; 0 elsewhere
-    forward_passes: int  # spent so far
     log_prob: Tensor  # (B, T) log-probability of each commitment when it was made; 0 elsewhere
-    entropy: Tensor | None = None  # (B, T) nats, of each position before this step; nan where none was scored
+    entropy: Tensor | None  # (B, T) nats, of each position before this step; nan where none was scored
+
+    @property
+    def forward_passes(self) -> int:
+        """How many were spent so far."""
+        return self.index + 1
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,10 +76,7 @@ class Sequence:
         entropies: int = 0,
         constraint: Constraint | None = None,
     ) -> None:
-        """Take up one `row` of a canvas. Its random numbers depend on `params.seed` and its sample index alone.
-
-        `until` may end it early. Its first `entropies` steps record the entropy of every open position.
-        """
+        """One `row` of a canvas, which `until` may end early. Its first `entropies` steps record entropies."""
         self.canvas = canvas
         self.params = params
         self.row = row
@@ -85,10 +84,9 @@ class Sequence:
         self.entropies = entropies
         self.tokens = canvas.tokens[row][canvas.valid[row]].cpu()  # (T,)
         self.holes = self.tokens == canvas.mask_id  # (T,) bool: what is to be filled
-        self.first_hole = int(leftmost(self.holes[None]))
+        self.first_hole = leftmost(self.holes)
         masked = int(self.holes.sum())
         self.schedule = schedule_of(params, masked)
-        self.order = order_of(params)
         self.rule = rule_of(params)
         self.sampler = Sampler.of(
             params, mask_id=canvas.mask_id, forbidden=canvas.forbidden, proposable=canvas.proposable
@@ -99,7 +97,7 @@ class Sequence:
         self.finish_reason: Literal["stop", "length"] | None = None if masked else "length"
         self.forward_passes = 0
         self._until_saw = self.first_hole  # the first masked position when `until` was called last
-        # SeedSequence mixes (seed, sample), so that neighbouring seeds and samples share nothing
+        # Depends on nothing else; SeedSequence mixes them, so that neighbouring seeds and samples share nothing
         mixed = np.random.SeedSequence((params.seed, int(canvas.sample[row]))).generate_state(1, np.uint64)
         self._generator = torch.Generator().manual_seed(int(mixed[0]))
         self._uniform: Tensor | None = None
@@ -109,9 +107,6 @@ class Sequence:
         self._log_prob = torch.zeros(len(self.tokens))  # (T,)
         self._revoked: list[list[int]] = []
         self._entropies: list[Tensor] = []  # (T,) each
-        self._last_commitment = 0  # passes until then
-
-    # --- where it is ---
 
     @property
     def masked(self) -> Tensor:
@@ -121,12 +116,16 @@ class Sequence:
     @property
     def first_masked(self) -> int:
         """The first position that is still masked; T if none is. Without a verifier nothing before it changes."""
-        return int(leftmost(self.masked[None]))
+        return leftmost(self.masked)
 
     @property
     def answer_end(self) -> int:
-        """Where the answer ends: at the first terminator that decoding wrote; T without one."""
-        return int(answer_end(self.tokens[None], self.holes[None], self.canvas.terminators))
+        """Where the answer ends: at the first terminator that decoding wrote; T without one.
+
+        The only place that decides this, apart from stop strings, which `requests` looks for in text.
+        """
+        terminators = torch.tensor(self.canvas.terminators, dtype=torch.long)
+        return leftmost(self.holes & torch.isin(self.tokens, terminators))
 
     @property
     def block(self) -> int:
@@ -140,13 +139,6 @@ class Sequence:
         size = self.params.block or len(self.tokens)
         start = self.first_hole + self.block * size
         return start, min(start + size, len(self.tokens))
-
-    # --- what a pass needs ---
-
-    @property
-    def as_reference(self) -> bool:
-        """Whether it is decoded by the released code's arithmetic and schedule."""
-        return self.sampler.reference
 
     @property
     def wants_entropy(self) -> bool:
@@ -181,39 +173,50 @@ class Sequence:
             self._cache = None
             self.cache_plan = cache_plan_of(self.params)
 
-    # --- what a step does ---
-
     def apply(self, proposals: Proposals, chosen: Tensor) -> Step:
         """Commit the `chosen` (T,) of the `proposals` ((T,) each), as constraint and verifier allow."""
         decision = Decision(chosen, proposals.tokens, proposals.log_prob)
         if self.constraint is not None:
             decision = self.constraint.allow(self, proposals, decision)
         committed = decision.committed
+        # Not by products: a token that has become impossible has minus infinity
+        confidence = proposals.confidence.masked_fill(~committed, 0)
+        log_prob = decision.log_prob.masked_fill(~committed, 0)
         revoked = None
         if self.verifier is not None:
-            revoked = self.verifier.revoke(self, proposals, decision)
+            revoked = self.verifier.revoke(self, proposals, decision)[None]
+        entropy = None
+        if self.wants_entropy:
+            entropy = proposals.entropy[None]
+            self._entropies.append(proposals.entropy)
         self.cache_plan.passed(self)
-        before = self.tokens
-        self.tokens = decision.tokens.where(committed, before)
+        self.tokens = decision.tokens.where(committed, self.tokens)
+        self._committed_by[committed] = self.forward_passes
+        self._confidence = confidence.where(committed, self._confidence)
+        self._log_prob = log_prob.where(committed, self._log_prob)
         if revoked is not None:
-            self.tokens = self.tokens.masked_fill(revoked, self.canvas.mask_id)
-        entropy = proposals.entropy if self.wants_entropy else None
+            self._take_back(revoked[0])
         self.forward_passes += 1
         self._uniform = None
         self._finish_if_over()
-        step = Step(
+        return Step(
             index=self.forward_passes - 1,
             canvas=self.tokens[None],
             committed=committed[None],
-            revoked=None if revoked is None else revoked[None],
-            # Not by products: a token that has become impossible has minus infinity
-            confidence=proposals.confidence.masked_fill(~committed, 0)[None],
-            forward_passes=self.forward_passes,
-            log_prob=decision.log_prob.masked_fill(~committed, 0)[None],
-            entropy=None if entropy is None else entropy[None],
+            revoked=revoked,
+            confidence=confidence[None],
+            log_prob=log_prob[None],
+            entropy=entropy,
         )
-        self._remember(step, before)
-        return step
+
+    def _take_back(self, revoked: Tensor) -> None:
+        """Mask the positions `revoked` (T,) again."""
+        for position in revoked.nonzero()[:, 0].tolist():
+            token = int(self.tokens[position])
+            made = int(self._committed_by[position])
+            self._revoked.append([position - self.first_hole, token, made, self.forward_passes])
+        self._committed_by[revoked] = -1
+        self.tokens = self.tokens.masked_fill(revoked, self.canvas.mask_id)
 
     def _finish_if_over(self) -> None:
         """Set `finish_reason` once nothing before the answer's end is masked, or `until` says so.
@@ -223,7 +226,7 @@ class Sequence:
         first_masked = self.first_masked
         stopped = self.answer_end < first_masked
         over = stopped or first_masked == len(self.tokens)
-        if self.as_reference:
+        if self.sampler.reference:
             over = self.forward_passes == self.schedule.steps
         if self.until is not None and first_masked > self._until_saw:
             self._until_saw = first_masked
@@ -235,35 +238,17 @@ class Sequence:
                 self.tokens = self.tokens.masked_fill(self.masked, self.canvas.pad_id)
             self.release()
 
-    # --- what has been done ---
-
-    def _remember(self, step: Step, before: Tensor) -> None:
-        """Note a step in the history; `before` (T,) are the tokens that it found."""
-        committed = step.committed[0]
-        self._committed_by[committed] = step.index
-        self._confidence = step.confidence[0].where(committed, self._confidence)
-        self._log_prob = step.log_prob[0].where(committed, self._log_prob)
-        if committed.any():
-            self._last_commitment = step.forward_passes
-        if step.revoked is not None:
-            for position in step.revoked[0].nonzero()[:, 0].tolist():
-                token = int(before[position])
-                made = int(self._committed_by[position])
-                self._revoked.append([position - self.first_hole, token, made, step.index])
-            self._committed_by[step.revoked[0]] = -1
-        if step.entropy is not None:
-            self._entropies.append(step.entropy[0])
-
     def trace(self, model: str = "") -> Trace:
         """What was done until now, as a trace; `model` is the name that it gives the model."""
         start = self.first_hole
+        steps: list[int] = self._committed_by[start:].tolist()
         return Trace(
             tokens=self.tokens.tolist(),
             prompt_length=start,
-            steps=self._committed_by[start:].tolist(),
+            steps=steps,
             confidence=[float(f"{value:.4g}") for value in self._confidence[start:].tolist()],
             log_probs=[round(value, 4) for value in self._log_prob[start:].tolist()],
-            forward_passes=self._last_commitment,
+            forward_passes=max(steps, default=-1) + 1,
             params=self.params.model_dump(mode="json"),
             model=model,
             revoked=self._revoked,

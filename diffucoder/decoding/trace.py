@@ -1,25 +1,7 @@
 """Traces: what was generated, in which order, on one line a sample; and AR-ness, which measures that order.
 
-For: writing down generations so that their order can be studied later, elsewhere. Not for: sweeps and reports.
-
-The format, version 3: JSON lines, each a sample by itself (files may be cut and concatenated), with
-
-    format          "diffucoder-trace"
-    version         3
-    id              what the sample answers, as "tiny/7#0": the first sample of a task; "" if it is not given
-    model           name of the model, as the user gave it
-    params          the DecodingParams
-    tokens          the finished row, without padding
-    prompt_length   how many of `tokens` are before the first hole
-    steps           for each token from there on, the step that committed it; -1 = none did (text between holes, and
-                    what was filled after a terminator)
-    confidence      for the same tokens, the score of the commitment, 4 significant digits; 0 where none
-    log_probs       for the same tokens, the log-probability each had when it was committed, 4 decimals; 0 where none
-    forward_passes  spent until the last commitment of the row
-    revoked         commitments that were taken back: [position, token, step that made it, step that revoked it], with
-                    positions counted from the first hole
-    entropies       base64 of zlib of little-endian float16, (S, L): the entropy in nats of each of the L positions from
-                    the first hole on, before each of the first S steps; nan where none was scored; "" if not recorded
+The format, version 3: JSON lines, each with `format` ("diffucoder-trace"), `version` and the fields of `Trace`. Files
+may be cut and concatenated.
 """
 
 import base64
@@ -44,23 +26,26 @@ VERSION = 3
 
 @dataclass(frozen=True, kw_only=True)
 class Trace:
-    """One generated sample; the fields are those of the format."""
+    """One generated sample. L positions are counted from the first hole on."""
 
-    tokens: list[int]
-    prompt_length: int
-    steps: list[int]
-    confidence: list[float]
-    log_probs: list[float]
-    forward_passes: int
-    params: dict[str, Any] = field(default_factory=dict)  # Any: JSON
-    model: str = ""
-    id: str = ""
+    tokens: list[int]  # the finished row, without padding
+    prompt_length: int  # how many of `tokens` are before the first hole
+    steps: list[int]  # for each of the L tokens, the step that committed it; -1 = none did
+    confidence: list[float]  # for the same tokens: the score of the commitment, 4 significant digits; 0 where none
+    log_probs: list[float]  # the same: the log-probability each had when it was committed, 4 decimals; 0 where none
+    forward_passes: int  # spent until the last commitment of the row
+    params: dict[str, Any] = field(default_factory=dict)  # the DecodingParams. Any: JSON
+    model: str = ""  # its name, as the user gave it
+    id: str = ""  # what the sample answers, as "tiny/7#0": the first sample of a task
+    # commitments that were taken back: [position of L, token, step that made it, step that revoked it]
     revoked: list[list[int]] = field(default_factory=list)
+    # base64 of zlib of little-endian float16, (S, L): the entropy in nats of each position before each of the first S
+    # steps; nan where none was scored; "" if not recorded
     entropies: str = ""
 
     @property
     def entropy_map(self) -> np.ndarray:
-        """(S, L) float32 nats, nan where nothing was scored; S = 0 where nobody asked."""
+        """(S, L) float32 nats, nan where nothing was scored; S = 0 if not recorded."""
         packed = b""
         if self.entropies:
             packed = zlib.decompress(base64.b64decode(self.entropies))
@@ -79,7 +64,7 @@ class Trace:
 
 
 def commit_order(steps: Sequence[int], confidence: Sequence[float] | None = None) -> list[int]:
-    """Positions in the order of their commitment, from the step of each; -1, which none committed, is left out.
+    """Positions in the order of their commitment, from the step of each; those of step -1 are left out.
 
     Several of one step come from left to right, or the most confident of them first.
     """
@@ -92,7 +77,7 @@ def commit_order(steps: Sequence[int], confidence: Sequence[float] | None = None
 
 
 def pack_entropies(entropies: Sequence[Tensor]) -> str:
-    """The field `entropies`, of the (L,) of each step; without the steps after the row's end, which scored nothing."""
+    """The field `entropies`, of the (L,) of each step; without steps that scored nothing."""
     scored = [entropy.to(torch.float16).numpy() for entropy in entropies if not entropy.isnan().all()]
     if not scored:
         return ""
@@ -105,7 +90,7 @@ def as_json(trace: Trace) -> dict[str, Any]:
 
 
 def write_traces(path: str | Path, traces: Iterable[Trace]) -> None:
-    """Write one line a trace, in place of what was there. Raises ConfigError for a path that cannot be written."""
+    """Write a file of traces. Raises ConfigError for a path that cannot be written."""
     try:
         write_jsonl(path, (as_json(trace) for trace in traces))
     except OSError as error:
@@ -142,10 +127,8 @@ def local_ar_ness(
     """Share of commitments that continue a run: the `k` positions before a token are the k committed before it.
 
     DiffuCoder (arXiv 2506.20639) §4.1, local AR-ness@k, where sets are compared; `ordered` wants the run itself from
-    left to right, as the caption of its figure 3 does. The first k commitments have no k predecessors: we leave them
-    out, so that left to right is 1; `boundary="include"` counts them as failures. nan where that leaves nothing.
-    `before` (`committed_before`) says which commitments share a step and so do not follow each other; without it, each
-    of `order` is a step of its own.
+    left to right. The first k commitments have no k predecessors: they are left out, or fail with `boundary="include"`.
+    nan where that leaves nothing. `before` (`committed_before`) says which commitments share a step.
     """
     before = range(len(order)) if before is None else before
     arrange = list if ordered else sorted
@@ -162,19 +145,16 @@ def local_ar_ness(
 def global_ar_ness(order: Sequence[int], k: int, *, before: Sequence[int] | None = None) -> float:
     """Share of commitments to one of the `k` leftmost masked positions (DiffuCoder §4.1); nan where there are none.
 
-    `before` as in `local_ar_ness`: for all commitments of one step the same positions were masked.
+    `before` as in `local_ar_ness`.
     """
     if not order:
         return math.nan
     before = range(len(order)) if before is None else before
-    left = sorted(order)
-    removed = 0
+    positions = np.asarray(order)
     early = 0
     for known, position in zip(before, order, strict=True):
-        for earlier in order[removed:known]:
-            del left[bisect_left(left, earlier)]
-        removed = known
-        early += bisect_left(left, position) < k
+        masked_to_the_left = int((positions[known:] < position).sum())
+        early += masked_to_the_left < k
     return early / len(order)
 
 

@@ -178,8 +178,10 @@ class Stream:
         self.request = answer.request
         self.job = job
         self.options = answer.body.stream_options or protocol.StreamOptions()
-        self.grows = bool(answer.piece("")) and self.request.rows_are_results and not self.request.params.revoke
-        self.sent = [""] * self.request.result_count  # the text of each choice until now
+        samples = self.request.params.num_samples
+        rows_are_choices = samples == len(self.request.canvas.tokens)
+        self.grows = bool(answer.piece("")) and rows_are_choices and not self.request.params.revoke
+        self.sent = [""] * samples  # the text of each choice until now
 
     async def events(self) -> AsyncIterator[str]:
         """Yield the events. An error is one of them, since it comes too late for a status."""
@@ -197,7 +199,7 @@ class Stream:
 
     def _first_chunks(self) -> Iterator[str]:
         if isinstance(self.answer, ChatAnswer):
-            for index in range(self.request.result_count):
+            for index in range(self.request.params.num_samples):
                 yield self._choice(index, {"delta": {"role": "assistant", "content": ""}})
         if self.options.denoise:
             for row in range(len(self.job.sequences)):
@@ -254,7 +256,7 @@ class Stream:
 
     def _row(self, result: Generation) -> int:
         """The row that a result was made of: the only one, or that of the length that was kept."""
-        rows = range(result.index, len(self.job.sequences), self.request.result_count)
+        rows = range(result.index, len(self.job.sequences), self.request.params.num_samples)
         return next(row for row in rows if self.job.sequences[row].trace(self.coder.name) == result.trace)
 
 

@@ -8,7 +8,7 @@ from scripted import MASK, PAD, Scripted, canvas, rugged
 
 from diffucoder.decoding.canvas import Canvas
 from diffucoder.decoding.params import DecodingParams
-from diffucoder.decoding.step import denoise
+from diffucoder.decoding.step import Sequence, denoise
 from diffucoder.errors import PromptError
 
 
@@ -91,5 +91,7 @@ def test_samples_are_consecutive_rows_with_numbers_of_their_own() -> None:
 
 def test_the_end_is_the_first_terminator_that_was_generated() -> None:
     made = canvas([7, 1], [7, 2], new_tokens=3, terminators=(7, 5))
-    finished = torch.tensor([[7, 1, 3, 5, 7], [7, 2, 3, 3, 3]])
-    assert made.end(finished).tolist() == [3, 5]
+    for row, finished, end in ((0, [7, 1, 3, 5, 7], 3), (1, [7, 2, 3, 3, 3], 5)):
+        sequence = Sequence(made, DecodingParams(), row=row)
+        sequence.tokens = torch.tensor(finished)
+        assert sequence.answer_end == end

@@ -20,7 +20,6 @@ from diffucoder.decoding.policies import (
     Rule,
     RuleInput,
     Schedule,
-    ScheduleRule,
     ThresholdRule,
     gumbel,
     schedule_of,
@@ -43,11 +42,11 @@ def released_counts(masked: int, steps: int, eps: float = 1e-3) -> list[int]:
 
 def commit(rule: Rule, priority: Tensor, masked: Tensor, due: Tensor) -> Tensor:
     """What a rule commits by a priority that is the confidence and the probability too."""
-    return rule.commit(RuleInput(masked, priority, priority, priority, due, torch.zeros(*masked.shape, 0)))
+    return rule.commit(RuleInput(masked, priority, priority, priority, due))
 
 
 def by_schedule(priority: Tensor, masked: Tensor, due: Tensor) -> Tensor:
-    return commit(ScheduleRule(), priority, masked, due)
+    return commit(Rule(), priority, masked, due)
 
 
 def as_released(priority: Tensor, masked: Tensor, due: Tensor) -> Tensor:

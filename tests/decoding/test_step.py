@@ -1,6 +1,6 @@
 """Denoising: rows independent of company, every mask committed once, exact ends."""
 
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from diffucoder.decoding.caching import NoCache
 from diffucoder.decoding.canvas import Canvas
-from diffucoder.decoding.params import POLICIES, DecodingParams
+from diffucoder.decoding.params import DecodingParams, Policy
 from diffucoder.decoding.step import Sequence, Step, advance, denoise
 from diffucoder.errors import CheckpointError, PromptError
 from diffucoder.models.denoiser import Denoiser
@@ -110,7 +110,7 @@ def problems(draw: st.DrawFn) -> tuple[Canvas, DecodingParams]:
     ids = st.sampled_from([0, 1, 2, 3, MASK])
     prompts = [[1, *draw(st.lists(ids, max_size=6))] for _ in range(draw(st.integers(1, 4)))]
     params = DecodingParams(
-        policy=draw(st.sampled_from(POLICIES)),
+        policy=draw(st.sampled_from(get_args(Policy))),
         steps=draw(st.none() | st.integers(1, 12)),
         temperature=draw(st.sampled_from([0.0, 0.7])),
         top_p=draw(st.sampled_from([None, 0.9])),
