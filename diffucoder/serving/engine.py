@@ -19,7 +19,7 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import count
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 import torch
 from prometheus_client import Histogram
@@ -49,10 +49,8 @@ STATS = {
 BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)  # seconds, of the requests' latency
 QUIET_PASSES = 100  # passes without running out of memory, after which a halved batch is doubled again
 
-T = TypeVar("T")
 
-
-def load_in_own_thread(load: Callable[[], T]) -> T:
+def load_in_own_thread(load: Callable[[], DiffuCoder]) -> DiffuCoder:
     """Return `load()`, called on a thread that ends with it. Use it to load a model that an engine is to own.
 
     Each thread that has computed with torch keeps a team of OpenMP threads, and two teams compete for the cores.
@@ -158,11 +156,11 @@ class _Row:
 class Engine:
     """Decodes the requests that are submitted, until it is closed."""
 
-    def __init__(self, coder: DiffuCoder, settings: EngineSettings | None = None) -> None:
+    def __init__(self, coder: DiffuCoder, settings: EngineSettings) -> None:
         """Start the thread. From now on it alone may use `coder`'s model."""
         self.coder = coder
-        self.settings = settings or EngineSettings()
-        self.batch_limit = self.settings.max_batch  # rows of a pass; smaller after memory ran out
+        self.settings = settings
+        self.batch_limit = settings.max_batch  # rows of a pass; smaller after memory ran out
         self._stats: dict[str, float] = dict.fromkeys(STATS, 0)
         self._latency = Histogram(
             "diffucoder_request_seconds", "from acceptance to the last token", buckets=BUCKETS, registry=None
