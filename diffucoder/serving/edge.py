@@ -17,6 +17,9 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from diffucoder.errors import DiffuCoderError
 from diffucoder.serving.engine import BusyError, ClosingError, FailedError, LateError
 
+_STATUSES: dict[type, int] = {BusyError: 429, ClosingError: 503, LateError: 408, FailedError: 500}
+_TYPES = {401: "authentication_error", 408: "timeout_error", 429: "rate_limit_error"}
+
 
 @dataclass(eq=False)
 class ApiError(Exception):
@@ -24,19 +27,14 @@ class ApiError(Exception):
 
     status: int
     message: str
-    kind: str = "invalid_request_error"
     param: str | None = None  # the field of the request that is wrong
     headers: dict[str, str] | None = None
 
     @property
     def body(self) -> dict[str, Any]:
         """The JSON of the answer, and of an event in a stream."""
-        return {"error": {"message": self.message, "type": self.kind, "param": self.param, "code": None}}
-
-    @property
-    def response(self) -> JSONResponse:
-        """The HTTP answer."""
-        return JSONResponse(self.body, self.status, self.headers)
+        kind = "server_error" if self.status >= 500 else _TYPES.get(self.status, "invalid_request_error")
+        return {"error": {"message": self.message, "type": kind, "param": self.param, "code": None}}
 
 
 def require_key(key: str) -> Callable[[Request], Awaitable[None]]:
@@ -46,7 +44,7 @@ def require_key(key: str) -> Callable[[Request], Awaitable[None]]:
         scheme, _, token = http.headers.get("authorization", "").partition(" ")
         if scheme.lower() != "bearer" or not secrets.compare_digest(token.strip().encode(), key.encode()):
             message = "the API key is missing or wrong; send it as 'Authorization: Bearer KEY'"
-            raise ApiError(401, message, "authentication_error", headers={"WWW-Authenticate": "Bearer"})
+            raise ApiError(401, message, headers={"WWW-Authenticate": "Bearer"})
 
     return check
 
@@ -55,7 +53,8 @@ def add_error_handlers(app: FastAPI) -> None:
     """Answer every error in OpenAI's form."""
 
     async def answer(http: Request, error: Exception) -> Response:
-        return api_error(error, f"{http.method} {http.url.path}").response
+        answered = api_error(error, f"{http.method} {http.url.path}")
+        return JSONResponse(answered.body, answered.status, answered.headers)
 
     for kind in (ApiError, DiffuCoderError, RequestValidationError, HTTPException, Exception):
         app.add_exception_handler(kind, answer)
@@ -65,17 +64,11 @@ def api_error(error: Exception, route: str = "") -> ApiError:
     """Return the answer to an error that a route raised."""
     if isinstance(error, ApiError):
         return error
-    if isinstance(error, BusyError):
-        retry = {"Retry-After": f"{error.retry_after:.0f}"}
-        return ApiError(429, str(error), "rate_limit_error", headers=retry)
-    if isinstance(error, ClosingError):
-        return ApiError(503, str(error), "server_error", headers={"Retry-After": "5"})
-    if isinstance(error, LateError):
-        return ApiError(408, str(error), "timeout_error")
-    if isinstance(error, FailedError):
-        return ApiError(500, str(error), "server_error")
     if isinstance(error, DiffuCoderError):
-        return ApiError(400, str(error))
+        headers = {}
+        if isinstance(error, BusyError | ClosingError):
+            headers["Retry-After"] = f"{error.retry_after:.0f}"
+        return ApiError(_STATUSES.get(type(error), 400), str(error), headers=headers)
     if isinstance(error, RequestValidationError):
         return _invalid_body(error)
     if isinstance(error, HTTPException):
@@ -83,15 +76,15 @@ def api_error(error: Exception, route: str = "") -> ApiError:
         if error.status_code == 400:  # FastAPI raises it for a body that its JSON parser cannot read
             message = "the body cannot be read; send JSON in UTF-8, not too deep, with numbers of sensible length"
         return ApiError(error.status_code, message, headers=dict(error.headers or {}))
-    return ApiError(500, "the server made a mistake; its log has the reason", "server_error")
+    return ApiError(500, "the server made a mistake; its log has the reason")
 
 
 def _invalid_body(error: RequestValidationError) -> ApiError:
     """Describe the first field that does not fit."""
     first = error.errors()[0]
-    # pydantic's location also names the types it tried, such as constrained-str or function-after[...]
-    path = [str(part) for part in first["loc"][1:] if isinstance(part, int) or part.isidentifier()]
-    field = ".".join(path)
+    # pydantic's location also names the types it tried, such as str, constrained-str or list[TextPart]
+    path = [str(part) for part in first["loc"][1:]]
+    field = ".".join([part for part in path if part.isdigit() or (part.isidentifier() and part != "str")])
     if first["type"] == "json_invalid":
         return ApiError(400, f"the body is not JSON from byte {first['loc'][-1]} on: {first['ctx']['error']}")
     if first["type"] == "extra_forbidden":
@@ -102,23 +95,20 @@ def _invalid_body(error: RequestValidationError) -> ApiError:
     return ApiError(400, f"{field or 'the request'}: {reason}", param=field or None)
 
 
-class BodyLimit:
-    """ASGI middleware that stops reading a body that is too large, whatever length it declares."""
+def limit_body(app: ASGIApp, max_bytes: int) -> ASGIApp:
+    """Wrap an application so that a route that reads a larger body gets an HTTPException, answered with 413."""
 
-    def __init__(self, app: ASGIApp, max_bytes: int) -> None:
-        self.app = app
-        self.max_bytes = max_bytes
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass a request on; the route that reads too much of it gets an HTTPException, which is answered with 413."""
+    async def limited(scope: Scope, receive: Receive, send: Send) -> None:
         received = 0
 
         async def receive_counted() -> Message:
             nonlocal received
             message = await receive()
             received += len(message.get("body", b""))
-            if received > self.max_bytes:
-                raise HTTPException(413, f"the request is over {self.max_bytes:,} bytes; send less")
+            if received > max_bytes:
+                raise HTTPException(413, f"the request is over {max_bytes:,} bytes; send less")
             return message
 
-        await self.app(scope, receive_counted, send)
+        await app(scope, receive_counted, send)
+
+    return limited

@@ -1,12 +1,11 @@
 """Engine: one thread that owns the model, and requests that join and leave its batch between two steps.
 
-For: many requests at once, of any length, age and settings: a bounded queue, deadlines, cancelling, fair turns, a
-graceful end. Not for: text and HTTP (`app`), or what a step does (`decoding.step`).
+For: a bounded queue, deadlines, cancelling, fair turns, a graceful end. Not for: text and HTTP (`app`), or what a step
+does (`decoding.step`).
 
 A request is one or several rows: samples, or lengths that a hole is tried at. At most `max_batch` rows hold a slot and
 share a forward pass. A free slot goes to a row of the request that holds the fewest slots, then of the request that has
-waited longest. A row that has held a slot for `turn` steps while others wait goes to the back of the queue. The result
-of a row does not depend on the other rows, apart from rounding in matrix products of a different shape.
+waited longest. A row that has held a slot for `turn` steps while others wait goes to the back of the queue.
 
 Clients call from an event loop, and the engine's thread never waits for them. One lock guards all shared state.
 """
@@ -15,18 +14,21 @@ import asyncio
 import logging
 import threading
 import time
-from collections.abc import AsyncIterator, Callable
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import count
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 import torch
+from prometheus_client import Histogram
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
 from diffucoder.decoding.coder import DiffuCoder
 from diffucoder.decoding.requests import Generation, Request
 from diffucoder.decoding.step import Sequence, Step, advance
-from diffucoder.errors import DiffuCoderError
+from diffucoder.errors import ConfigError, DiffuCoderError
 from diffucoder.serving.settings import EngineSettings
 
 log = logging.getLogger(__name__)
@@ -44,16 +46,14 @@ STATS = {
     "refused": "requests rejected because the queue was full",
     "busy_seconds": "seconds spent in passes",
 }
+BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)  # seconds, of the requests' latency
 QUIET_PASSES = 100  # passes without running out of memory, after which a halved batch is doubled again
 
-T = TypeVar("T")
 
-
-def load_in_own_thread(load: Callable[[], T]) -> T:
+def load_in_own_thread(load: Callable[[], DiffuCoder]) -> DiffuCoder:
     """Return `load()`, called on a thread that ends with it. Use it to load a model that an engine is to own.
 
-    Each thread that has computed with torch keeps a team of OpenMP threads, one a core. A second team makes a small
-    model's forward pass half as slow again, because both teams compete for the cores.
+    Each thread that has computed with torch keeps a team of OpenMP threads, and two teams compete for the cores.
     """
     with ThreadPoolExecutor(1) as thread:
         return thread.submit(load).result()
@@ -70,6 +70,8 @@ class BusyError(DiffuCoderError):
 class ClosingError(DiffuCoderError):
     """The engine accepts nothing new: it is stopping, or it has stopped."""
 
+    retry_after = 5.0  # seconds
+
 
 class LateError(DiffuCoderError):
     """The deadline passed before the request was finished."""
@@ -77,6 +79,9 @@ class LateError(DiffuCoderError):
 
 class FailedError(DiffuCoderError):
     """Decoding this request failed."""
+
+
+_STAT_OF_END = {type(None): "cancelled", LateError: "late", FailedError: "failed"}
 
 
 class Event(NamedTuple):
@@ -105,7 +110,6 @@ class Job:
         self._timer = self._loop.call_later(deadline, engine.end, self, late)
         # State of the queue: the engine changes it under its lock.
         self.ticket = ticket  # smaller numbers go first
-        self.slots = 0  # held by its rows
         self.unfinished = len(self.sequences)
         self.started: float | None = None  # when its first forward pass began
 
@@ -117,6 +121,7 @@ class Job:
                     raise event
                 yield event
         finally:
+            self._timer.cancel()
             self._engine.end(self)
 
     async def results(self) -> list[Generation]:
@@ -132,15 +137,10 @@ class Job:
     def send(self, event: Event | DiffuCoderError | None) -> bool:
         """Pass an event, an error or the end (None) to the client, from any thread; False if its loop is closed."""
         try:
-            self._loop.call_soon_threadsafe(self._receive, event)
+            self._loop.call_soon_threadsafe(self._events.put_nowait, event)
         except RuntimeError:
             return False
         return True
-
-    def _receive(self, event: Event | DiffuCoderError | None) -> None:
-        if not isinstance(event, Event):
-            self._timer.cancel()
-        self._events.put_nowait(event)
 
 
 @dataclass(eq=False)
@@ -156,12 +156,15 @@ class _Row:
 class Engine:
     """Decodes the requests that are submitted, until it is closed."""
 
-    def __init__(self, coder: DiffuCoder, settings: EngineSettings | None = None) -> None:
+    def __init__(self, coder: DiffuCoder, settings: EngineSettings) -> None:
         """Start the thread. From now on it alone may use `coder`'s model."""
         self.coder = coder
-        self.settings = settings or EngineSettings()
-        self.batch_limit = self.settings.max_batch  # rows of a pass; smaller after memory ran out
+        self.settings = settings
+        self.batch_limit = settings.max_batch  # rows of a pass; smaller after memory ran out
         self._stats: dict[str, float] = dict.fromkeys(STATS, 0)
+        self._latency = Histogram(
+            "diffucoder_request_seconds", "from acceptance to the last token", buckets=BUCKETS, registry=None
+        )
         self._jobs: list[Job] = []  # accepted and not ended
         self._waiting: list[_Row] = []
         self._running: list[_Row] = []  # they hold a slot
@@ -177,10 +180,14 @@ class Engine:
     # --- for clients, on any thread ---
 
     def submit(self, request: Request, *, watched: bool = True) -> Job:
-        """Accept a request. Needs a running event loop. Raises BusyError if too many wait, and ClosingError.
+        """Accept a request. Needs a running event loop. Raises BusyError, ClosingError, and ConfigError for many rows.
 
         Unless it is `watched` its steps make no events, which saves waking the event loop.
         """
+        rows = len(request.canvas.tokens)
+        limit = self.settings.max_rows
+        if rows > limit:
+            raise ConfigError(f"{rows} rows (answers, times lengths tried) are over {limit}; ask for a smaller n")
         with self._changed:
             if not self.alive:
                 raise ClosingError("the server is shutting down, or its engine has stopped; try again in a moment")
@@ -201,18 +208,22 @@ class Engine:
         with self._changed:
             if job not in self._jobs:
                 return
-            if error is None:
-                self._stats["cancelled"] += 1
-            elif isinstance(error, LateError):
-                self._stats["late"] += 1
-            elif isinstance(error, FailedError):
-                self._stats["failed"] += 1
+            stat = _STAT_OF_END.get(type(error))
+            if stat is not None:
+                self._stats[stat] += 1
             self._remove(job, error)
 
     def stats(self) -> dict[str, float]:
         """The counts of `STATS` as they are now."""
         with self._changed:
             return {**self._stats, "waiting": self._count_waiting(), "running": len(self._running)}
+
+    def collect(self) -> Iterator[Metric]:
+        """The same and the latency, for a registry of Prometheus."""
+        for name, value in self.stats().items():
+            family = GaugeMetricFamily if name in ("waiting", "running") else CounterMetricFamily
+            yield family(f"diffucoder_{name}", STATS[name], value=value)
+        yield from self._latency.collect()
 
     @property
     def alive(self) -> bool:
@@ -231,7 +242,7 @@ class Engine:
     # --- the queue; the caller holds the lock ---
 
     def _count_waiting(self) -> int:
-        return sum(job.slots == 0 for job in self._jobs)
+        return len(self._jobs) - len({row.job for row in self._running})
 
     def _remove(self, job: Job, outcome: DiffuCoderError | None) -> None:
         """Take a job out of the queue and the batch, and send its client the outcome."""
@@ -251,19 +262,16 @@ class Engine:
         if self._waiting:
             for row in tuple(self._running):
                 if row.steps_in_slot >= self.settings.turn:
-                    self._free_slot(row)
+                    self._running.remove(row)
                     self._waiting.append(row)
                     row.job.ticket = next(self._tickets)
+        slots = Counter(row.job for row in self._running)
         while self._waiting and len(self._running) < self.batch_limit:
-            row = min(self._waiting, key=lambda row: (row.job.slots, row.job.ticket))
+            row = min(self._waiting, key=lambda row: (slots[row.job], row.job.ticket))
             self._waiting.remove(row)
             self._running.append(row)
-            row.job.slots += 1
+            slots[row.job] += 1
             row.steps_in_slot = 0
-
-    def _free_slot(self, row: _Row) -> None:
-        self._running.remove(row)
-        row.job.slots -= 1
 
     # --- the thread ---
 
@@ -281,22 +289,17 @@ class Engine:
     def _run_pass(self) -> bool:
         """Wait for jobs, and run a forward pass; False once the engine is closed and no job is left."""
         with self._changed:
-            self._release_ended()
-            while not self._jobs and not self._closing:
-                self._changed.wait()
-                self._release_ended()
+            self._changed.wait_for(lambda: self._jobs or self._ended or self._closing)
+            for job in self._ended:  # only now, since a pass may use their cache rows
+                for sequence in job.sequences:
+                    sequence.release()
+            self._ended.clear()
             self._fill_slots()
             rows = list(self._running)
+            more = bool(self._jobs) or not self._closing
         if rows:
             self._advance(rows)
-        return bool(rows)
-
-    def _release_ended(self) -> None:
-        """Release the cache rows of jobs that have ended. Only between passes, since a pass may use them."""
-        for job in self._ended:
-            for sequence in job.sequences:
-                sequence.release()
-        self._ended.clear()
+        return more
 
     def _advance(self, rows: list[_Row]) -> None:
         """Run one forward pass for `rows`. If it fails, run one for each row alone."""
@@ -342,11 +345,12 @@ class Engine:
                         self.end(job)
                         continue
                 if row.sequence.finish_reason is not None:
-                    self._free_slot(row)
+                    self._running.remove(row)
                     job.unfinished -= 1
                     if job.unfinished == 0:
                         job.seconds = now - job.started
                         self._stats["finished"] += 1
+                        self._latency.observe(now - job.accepted)
                         self._mean_seconds = 0.9 * self._mean_seconds + 0.1 * (now - job.accepted)
                         self._remove(job, None)
 
@@ -359,9 +363,8 @@ class Engine:
         with self._changed:
             self._quiet_passes = 0
             self.batch_limit = max(1, len(rows) // 2)
-            for row in self._running[self.batch_limit :]:
-                self._free_slot(row)
-                self._waiting.insert(0, row)
+            self._waiting = self._running[self.batch_limit :] + self._waiting
+            del self._running[self.batch_limit :]
 
     def _fail(self, job: Job, reason: str) -> None:
         self.end(job, FailedError(f"this request failed: {reason}"))

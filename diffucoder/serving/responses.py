@@ -11,7 +11,7 @@ import json
 import time
 import uuid
 from collections.abc import AsyncIterator, Iterator, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 from diffucoder.decoding.coder import HOLE_LENGTHS, DiffuCoder
 from diffucoder.decoding.requests import Generation, Request, before_stops
@@ -48,6 +48,7 @@ class Answer:
     id_prefix: str
     kind: str
     chunk_kind: str
+    first_piece: ClassVar[Json] = {}  # what each choice of a stream begins with
     body: protocol.SamplingRequest
 
     def __init__(self, coder: DiffuCoder, request: Request, body: protocol.SamplingRequest) -> None:
@@ -55,6 +56,7 @@ class Answer:
         self.coder = coder
         self.request = request
         self.body = body
+        self.options = body.stream_options or protocol.StreamOptions()
         self.id = f"{self.id_prefix}-{uuid.uuid4().hex}"
         self.created = int(time.time())
 
@@ -68,17 +70,93 @@ class Answer:
 
     def whole(self, results: Sequence[Generation]) -> Json:
         """The answer as one JSON object."""
-        choices = []
-        for result in results:
-            choice = self.choice(result)
-            choices.append({"index": result.index, "finish_reason": result.finish_reason, **choice})
-        return {**self.head(self.kind), "choices": choices, "usage": self.usage(results)}
+        choices = [_choice(result.index, self.choice(result), result.finish_reason) for result in results]
+        return {**self._head(self.kind), "choices": choices, "usage": self._usage(results)}
 
-    def head(self, kind: str) -> Json:
+    async def events(self, job: Job) -> AsyncIterator[str]:
+        """The answer as server-sent events: text as it settles, from the left, then the end of each choice.
+
+        An error is one of them, since it comes too late for a status.
+        """
+        sent = [""] * self.request.params.num_samples  # the text of each choice until now
+        try:
+            for chunk in self._first_chunks(job):
+                yield self._event(chunk)
+            async for event in job.events():
+                for chunk in self._step_chunks(job, event, sent):
+                    yield self._event(chunk)
+            for chunk in self._last_chunks(job, sent):
+                yield self._event(chunk)
+        except DiffuCoderError as error:
+            yield f"data: {json.dumps(api_error(error).body)}\n\n"
+        yield "data: [DONE]\n\n"
+
+    def _event(self, content: Json) -> str:
+        chunk = {**self._head(self.chunk_kind), "choices": [], **content}
+        return f"data: {json.dumps(chunk)}\n\n"
+
+    def _first_chunks(self, job: Job) -> Iterator[Json]:
+        if self.first_piece:
+            for index in range(self.request.params.num_samples):
+                yield {"choices": [_choice(index, self.first_piece)]}
+        if self.options.denoise:
+            for row in range(len(job.sequences)):
+                yield {"denoise": {"row": row, "canvas": self._canvas(job, row)}}
+
+    def _step_chunks(self, job: Job, event: Event, sent: list[str]) -> Iterator[Json]:
+        if self.options.denoise:
+            yield {"denoise": self._committed(job, event)}
+        rows_are_choices = len(sent) == len(job.sequences)
+        if self.piece("") and rows_are_choices and not self.request.params.revoke:
+            text = settled_text(self.request, event.settled)
+            known = sent[event.row]
+            if text != known and text.startswith(known):
+                sent[event.row] = text
+                yield {"choices": [_choice(event.row, self.piece(text[len(known) :]))]}
+
+    def _last_chunks(self, job: Job, sent: list[str]) -> Iterator[Json]:
+        results = job.results_now()
+        for result in results:
+            rest = result.text[len(sent[result.index]) :]
+            content = self.piece(rest) or self.choice(result)
+            if self.options.denoise:
+                content |= {"row": self._row(job, result), "trace": as_json(result.trace)}
+            yield {"choices": [_choice(result.index, content, result.finish_reason)]}
+        if self.options.include_usage:
+            yield {"usage": self._usage(results)}
+
+    def _canvas(self, job: Job, row: int) -> list[str | None]:
+        """The text of each token before the first step, from the first hole on; None for a mask."""
+        canvas = self.request.canvas
+        tokens = canvas.tokens[row, canvas.valid[row]][job.sequences[row].first_hole :].tolist()
+        return [None if token == canvas.mask_id else token_text(self.coder, token) for token in tokens]
+
+    def _committed(self, job: Job, event: Event) -> Json:
+        """What a step did to a row. Positions count from the row's first hole."""
+        step = event.step
+        start = job.sequences[event.row].first_hole
+        committed = []
+        for position in step.committed[0, start:].nonzero()[:, 0].tolist():
+            token = int(step.canvas[0, start + position])
+            log_prob = round(float(step.log_prob[0, start + position]), 4)
+            text = token_text(self.coder, token)
+            committed.append({"position": position, "token": token, "text": text, "log_prob": log_prob})
+        revoked = []
+        if step.revoked is not None:
+            revoked = step.revoked[0, start:].nonzero()[:, 0].tolist()
+        head = {"row": event.row, "step": step.index, "passes": step.forward_passes}
+        return {**head, "committed": committed, "revoked": revoked}
+
+    def _row(self, job: Job, result: Generation) -> int:
+        """The row that a result was made of: the only one, or that of the length that was kept."""
+        rows = range(result.index, len(job.sequences), self.request.params.num_samples)
+        return next(row for row in rows if job.sequences[row].trace(self.coder.name) == result.trace)
+
+    def _head(self, kind: str) -> Json:
         """What an answer and each chunk of a stream begin with."""
         return {"id": self.id, "object": kind, "created": self.created, "model": self.coder.name}
 
-    def usage(self, results: Sequence[Generation]) -> Json:
+    def _usage(self, results: Sequence[Generation]) -> Json:
         """Tokens of the prompt, once, and of the answers before their ends."""
         canvas = self.request.canvas
         prompt = int((canvas.valid[0] & ~canvas.masked[0]).sum())
@@ -87,7 +165,7 @@ class Answer:
         counts = {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
         return {**counts, "forward_passes": passes}
 
-    def token_logprobs(self, result: Generation) -> list[Json]:
+    def _token_logprobs(self, result: Generation) -> list[Json]:
         """Each token of an answer with its log-probability when it was committed."""
         entries = []
         for token, log_prob in zip(result.tokens, result.trace.log_probs, strict=False):
@@ -96,18 +174,23 @@ class Answer:
         return entries
 
 
+def _choice(index: int, content: Json, finish_reason: str | None = None) -> Json:
+    return {"index": index, "finish_reason": finish_reason, **content}
+
+
 class ChatAnswer(Answer):
     """`/v1/chat/completions`."""
 
     id_prefix = "chatcmpl"
     kind = "chat.completion"
     chunk_kind = "chat.completion.chunk"
+    first_piece: ClassVar[Json] = {"delta": {"role": "assistant", "content": ""}}
     body: protocol.ChatRequest
 
     def choice(self, result: Generation) -> Json:
         logprobs = None
         if self.body.logprobs:
-            logprobs = {"content": self.token_logprobs(result), "refusal": None}
+            logprobs = {"content": self._token_logprobs(result), "refusal": None}
         message = {"role": "assistant", "content": result.text, "refusal": None}
         return {"message": message, "logprobs": logprobs}
 
@@ -126,25 +209,24 @@ class CompletionAnswer(Answer):
         echoed = self.body.prompt if self.body.echo else ""
         logprobs = None
         if self.body.logprobs is not None:
-            entries = self.token_logprobs(result)
-            logprobs = _completion_logprobs(entries, offset=len(echoed), with_top=self.body.logprobs > 0)
+            logprobs = self._logprob_columns(result, offset=len(echoed))
         return {"text": echoed + result.text, "logprobs": logprobs}
 
     def piece(self, text: str) -> Json:
         return {"text": text, "logprobs": None}
 
-
-def _completion_logprobs(entries: Sequence[Json], *, offset: int, with_top: bool) -> Json:
-    """The columns that `/v1/completions` has for the tokens of an answer, which begins at character `offset`."""
-    columns: Json = {"tokens": [], "token_logprobs": [], "top_logprobs": [] if with_top else None, "text_offset": []}
-    for entry in entries:
-        columns["tokens"].append(entry["token"])
-        columns["token_logprobs"].append(entry["logprob"])
-        columns["text_offset"].append(offset)
-        if with_top:
+    def _logprob_columns(self, result: Generation, offset: int) -> Json:
+        """The log-probabilities as `/v1/completions` has them; the answer begins at character `offset`."""
+        columns: Json = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
+        for entry in self._token_logprobs(result):
+            columns["tokens"].append(entry["token"])
+            columns["token_logprobs"].append(entry["logprob"])
             columns["top_logprobs"].append({entry["token"]: entry["logprob"]})
-        offset += len(entry["token"])
-    return columns
+            columns["text_offset"].append(offset)
+            offset += len(entry["token"])
+        if self.body.logprobs == 0:
+            columns["top_logprobs"] = None
+        return columns
 
 
 class FillAnswer(Answer):
@@ -159,7 +241,7 @@ class FillAnswer(Answer):
 class EditAnswer(Answer):
     """`/v1/edit`."""
 
-    id_prefix = kind = "edit"
+    id_prefix = kind = chunk_kind = "edit"
     body: protocol.EditRequest
 
     def choice(self, result: Generation) -> Json:
@@ -167,101 +249,6 @@ class EditAnswer(Answer):
         before = self.body.text.splitlines(keepends=True)
         after = text.splitlines(keepends=True)
         return {"text": text, "diff": "".join(difflib.unified_diff(before, after, "before", "after"))}
-
-
-class Stream:
-    """An answer as server-sent events: text as it settles, from the left, then the end of each choice."""
-
-    def __init__(self, answer: Answer, job: Job) -> None:
-        self.answer = answer
-        self.coder = answer.coder
-        self.request = answer.request
-        self.job = job
-        self.options = answer.body.stream_options or protocol.StreamOptions()
-        samples = self.request.params.num_samples
-        rows_are_choices = samples == len(self.request.canvas.tokens)
-        self.grows = bool(answer.piece("")) and rows_are_choices and not self.request.params.revoke
-        self.sent = [""] * samples  # the text of each choice until now
-
-    async def events(self) -> AsyncIterator[str]:
-        """Yield the events. An error is one of them, since it comes too late for a status."""
-        try:
-            for chunk in self._first_chunks():
-                yield chunk
-            async for event in self.job.events():
-                for chunk in self._step_chunks(event):
-                    yield chunk
-            for chunk in self._last_chunks():
-                yield chunk
-        except DiffuCoderError as error:
-            yield _event(api_error(error).body)
-        yield "data: [DONE]\n\n"
-
-    def _first_chunks(self) -> Iterator[str]:
-        if isinstance(self.answer, ChatAnswer):
-            for index in range(self.request.params.num_samples):
-                yield self._choice(index, {"delta": {"role": "assistant", "content": ""}})
-        if self.options.denoise:
-            for row in range(len(self.job.sequences)):
-                yield self._chunk(denoise={"row": row, "canvas": self._canvas(row)})
-
-    def _step_chunks(self, event: Event) -> Iterator[str]:
-        if self.options.denoise:
-            yield self._chunk(denoise=self._committed(event))
-        if self.grows:
-            text = settled_text(self.request, event.settled)
-            sent = self.sent[event.row]  # a row is a choice here
-            if text != sent and text.startswith(sent):
-                self.sent[event.row] = text
-                yield self._choice(event.row, self.answer.piece(text[len(sent) :]))
-
-    def _last_chunks(self) -> Iterator[str]:
-        results = self.job.results_now()
-        for result in results:
-            rest = result.text[len(self.sent[result.index]) :]
-            content = self.answer.piece(rest) or self.answer.choice(result)
-            if self.options.denoise:
-                content |= {"row": self._row(result), "trace": as_json(result.trace)}
-            yield self._choice(result.index, content, result.finish_reason)
-        if self.options.include_usage:
-            yield self._chunk(usage=self.answer.usage(results))
-
-    def _choice(self, index: int, content: Json, finish_reason: str | None = None) -> str:
-        return self._chunk(choices=[{"index": index, "finish_reason": finish_reason, **content}])
-
-    def _chunk(self, choices: Sequence[Json] = (), **content: Json) -> str:
-        return _event({**self.answer.head(self.answer.chunk_kind), "choices": choices, **content})
-
-    def _canvas(self, row: int) -> list[str | None]:
-        """The text of each token before the first step, from the first hole on; None for a mask."""
-        canvas = self.request.canvas
-        tokens = canvas.tokens[row, canvas.valid[row]][self.job.sequences[row].first_hole :].tolist()
-        return [None if token == canvas.mask_id else token_text(self.coder, token) for token in tokens]
-
-    def _committed(self, event: Event) -> Json:
-        """What a step did to a row. Positions count from the row's first hole."""
-        step = event.step
-        start = self.job.sequences[event.row].first_hole
-        committed = []
-        for position in step.committed[0, start:].nonzero()[:, 0].tolist():
-            token = int(step.canvas[0, start + position])
-            log_prob = round(float(step.log_prob[0, start + position]), 4)
-            text = token_text(self.coder, token)
-            committed.append({"position": position, "token": token, "text": text, "log_prob": log_prob})
-        revoked = []
-        if step.revoked is not None:
-            revoked = step.revoked[0, start:].nonzero()[:, 0].tolist()
-        head = {"row": event.row, "step": step.index, "passes": step.forward_passes}
-        return {**head, "committed": committed, "revoked": revoked}
-
-    def _row(self, result: Generation) -> int:
-        """The row that a result was made of: the only one, or that of the length that was kept."""
-        rows = range(result.index, len(self.job.sequences), self.request.params.num_samples)
-        return next(row for row in rows if self.job.sequences[row].trace(self.coder.name) == result.trace)
-
-
-def _event(content: Json) -> str:
-    return f"data: {json.dumps(content)}\n\n"
 
 
 # --- llama.cpp's /infill ---------------------------------------------------------------------------------------------
@@ -281,13 +268,9 @@ def fit_into_context(coder: DiffuCoder, body: protocol.InfillRequest) -> tuple[s
     encode = coder.tokenizer.encode
     room = coder.model.max_length - max(HOLE_LENGTHS) - 2
     suffix = encode(body.input_suffix)[: room // 4]
-    room -= len(suffix)
-    prefix = encode(body.input_prefix + body.prompt)
-    prefix = prefix[max(0, len(prefix) - room) :]
-    room -= len(prefix)
-    context = encode("".join(extra.text for extra in body.input_extra))
-    context = context[max(0, len(context) - room) :]
-    text = coder.tokenizer.decode(context + prefix, skip_special=False)
+    before = encode("".join(extra.text for extra in body.input_extra)) + encode(body.input_prefix + body.prompt)
+    before = before[len(suffix) - room :]
+    text = coder.tokenizer.decode(before, skip_special=False)
     return text or "\n", coder.tokenizer.decode(suffix, skip_special=False)
 
 

@@ -1,7 +1,6 @@
-"""A server process: the application under uvicorn, from the first request to a graceful end.
+"""A server process: the application under uvicorn.
 
-On SIGTERM or Ctrl-C the server accepts nothing new, answers what it has accepted, and ends. A second signal ends it at
-once.
+On SIGTERM or Ctrl-C it accepts nothing new, answers what it has accepted, and ends. A second signal ends it at once.
 """
 
 import os

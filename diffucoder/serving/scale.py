@@ -1,12 +1,7 @@
 """Many replicas under Ray Serve, which starts, watches and scales the processes and hands requests to them.
 
-For: `diffucoder serve --ray`. Not for: batches (`engine`) or routes (`app`), which are the same in each replica.
-
-    diffucoder serve --ray --replicas 1:4                             # this process starts Ray, or uses $RAY_ADDRESS
-    serve run diffucoder.serving.scale:app replicas=1:4 model=cpgrpo  # on a Ray cluster
-
-Requests on a replica that dies fail, and Ray starts another replica. An answer depends on its request alone, so a
-client may send it again; the `openai` package does so by itself.
+diffucoder serve --ray --replicas 1:4                             # this process starts Ray, or uses $RAY_ADDRESS
+serve run diffucoder.serving.scale:app replicas=1:4 model=cpgrpo  # on a Ray cluster
 """
 
 import math
@@ -96,7 +91,7 @@ def run_replicas(settings: ScaleSettings, *, host: str, port: int) -> None:
 
 def _resources(settings: ScaleSettings) -> dict[str, Any]:
     """CPU cores and GPUs of a replica: as set, or an equal share of this machine."""
-    most = settings.bounds[1]
+    _, most = settings.bounds
     cpus = settings.cpus
     if cpus is None:
         cpus = (os.cpu_count() or 1) // most
@@ -110,6 +105,5 @@ def _resources(settings: ScaleSettings) -> dict[str, Any]:
 def _free_port(host: str) -> int:
     """A port that nobody listens on."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    with socket.socket(family) as probe:
-        probe.bind((host, 0))
+    with socket.create_server((host, 0), family=family) as probe:
         return int(probe.getsockname()[1])

@@ -221,7 +221,10 @@ def test_two_holes_are_filled(server: str) -> None:
 def test_an_edit_keeps_what_is_frozen_and_shows_the_difference(server: str) -> None:
     text = "def double(n):\n    return n + 1\n"
     span = {"start": text.index("n + 1"), "end": len(text) - 1, "tokens": 3}
-    choice = post(f"{server}/v1/edit", json={"text": text, "spans": [span]}).json()["choices"][0]
+    body = {"text": text, "spans": [span]}
+    choice = post(f"{server}/v1/edit", json=body).json()["choices"][0]
+    streamed = post(f"{server}/v1/edit", json={**body, "stream": True}).text.splitlines()
+    assert json.loads(streamed[0].removeprefix("data: "))["choices"] == [choice]
     assert choice["text"].startswith("def double(n):\n    return ")
     assert choice["text"].endswith("\n")
     assert choice["diff"] == "" or "-    return n + 1" in choice["diff"]
