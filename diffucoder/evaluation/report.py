@@ -4,6 +4,7 @@ same bytes. How fast the model was is in samples.jsonl.
 
 import platform
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -33,14 +34,14 @@ def report(
     return {
         "benchmark": benchmark,
         **_shares_passed(by_task, with_plus=any(verdict["plus"] is not None for verdict in verdicts)),
-        "tokens_per_forward": _ratio(samples, "tokens", "forward_passes"),
+        "tokens_per_forward": ratio(samples, "tokens", "forward_passes"),
         "tasks": len(by_task),
         "samples": len(verdicts),
         "untrusted": sum(not verdict["trusted"] for verdict in verdicts),
         "missing": sorted(judged - skipped.keys() - by_task.keys()),
         "skipped": dict(skipped),
         "settings": settings,
-        "versions": versions(),
+        "versions": _versions(),
         "verdicts": {task_id: _without_ids(verdicts) for task_id, verdicts in by_task.items()},
     }
 
@@ -60,6 +61,7 @@ def _shares_passed(by_task: Mapping[str, Sequence[Json]], *, with_plus: bool) ->
 
 
 def _pass_at_k(by_task: Mapping[str, Sequence[Json]], key: str, k: int) -> list[float]:
+    """Return pass@k of each task."""
     shares = []
     for verdicts in by_task.values():
         passed = sum(verdict[key] for verdict in verdicts)
@@ -75,26 +77,16 @@ def _without_ids(verdicts: Sequence[Json]) -> Any:
     return shown[0] if len(shown) == 1 else shown
 
 
-def tokens_per_second(samples: Sequence[Json]) -> float | None:
-    """Return tokens before the terminator, without prompt and padding, for each second of generating."""
-    return _ratio(samples, "tokens", "seconds")
+def ratio(samples: Sequence[Json], above: str, below: str) -> float | None:
+    """Return the sum of one figure of all samples, divided by the sum of another; None where that is 0."""
+    divisor = sum(sample.get(below, 0) for sample in samples)
+    return sum(sample.get(above, 0) for sample in samples) / divisor if divisor else None
 
 
-def _ratio(samples: Sequence[Json], above: str, below: str) -> float | None:
-    dividend = 0.0
-    divisor = 0.0
-    for sample in samples:
-        dividend += sample.get(above, 0)
-        divisor += sample.get(below, 0)
-    return dividend / divisor if divisor else None
-
-
-def versions() -> dict[str, str]:
+def _versions() -> dict[str, str]:
     """Return the versions that a result may depend on."""
     known = {"python": platform.python_version()}
     for name in ("diffucoder", "torch", "transformers", "numpy"):
-        try:
+        with suppress(PackageNotFoundError):
             known[name] = version(name)
-        except PackageNotFoundError:
-            continue
     return known
