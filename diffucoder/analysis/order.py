@@ -5,7 +5,8 @@ The figure of a prompt is the mean over its samples. The figure of a run is the 
 """
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from itertools import chain, combinations
 
 import numpy as np
@@ -42,9 +43,16 @@ def analyse(runs: Sequence[Run], conventions: Conventions) -> Json:
 
 
 def _report_of(run: Run, table: Mapping[str, Figures]) -> Json:
-    classes = []
+    graded = 0
+    classes = Counter(dict.fromkeys(CLASSES, 0))
+    ranks: dict[str, list[Figures]] = {}
+    entropies: dict[str, list[Figures]] = {}
     for answer in run.answers:
-        classes += answer.classes[: answer.length]
+        graded += answer.passed is not None
+        classes.update(answer.classes[: answer.length])
+        ranks.setdefault(answer.task, []).append(_by_position(answer.ranks))
+        for first_pass in answer.trace.entropy_map[:1]:  # none where entropies were not recorded
+            entropies.setdefault(answer.task, []).append(_by_position(first_pass))
     by_prompt = {}
     for task, figures in table.items():
         by_prompt[task] = {name: _plain(value) for name, value in figures.items()}
@@ -53,11 +61,11 @@ def _report_of(run: Run, table: Mapping[str, Figures]) -> Json:
         "settings": run.settings,
         "prompts": len(table),
         "samples": len(run.answers),
-        "graded": sum(answer.passed is not None for answer in run.answers),
-        "tokens_of_class": {kind: classes.count(kind) for kind in CLASSES},
+        "graded": graded,
+        "tokens_of_class": dict(classes),
         "figures": _summary(list(table.values())),
-        "rank_by_position": _by_position((answer.task, answer.ranks) for answer in run.answers),
-        "first_pass_entropy_by_position": _by_position(_first_pass_entropies(run)),
+        "rank_by_position": list(_summary(list(map(_mean_figures, ranks.values()))).values()),
+        "first_pass_entropy_by_position": list(_summary(list(map(_mean_figures, entropies.values()))).values()),
         "by_prompt": by_prompt,
     }
 
@@ -66,8 +74,9 @@ def _difference(one: Mapping[str, Figures], other: Mapping[str, Figures]) -> Jso
     """Return by how much the figures of `other` are higher than those of `one`, prompt by prompt."""
     rows = []
     for task, figures in one.items():
-        if task in other:
-            rows.append({name: other[task][name] - value for name, value in figures.items() if name in other[task]})
+        others = other.get(task)
+        if others is not None:
+            rows.append({name: others[name] - value for name, value in figures.items() if name in others})
     return {"prompts": len(rows), "figures": _summary(rows)}
 
 
@@ -85,14 +94,16 @@ def _figures_by_prompt(run: Run, conventions: Conventions) -> dict[str, Figures]
         rows: list[Figures] = []
         programs: list[str] = []
         right: list[str] = []
+        graded = True
         for answer in answers:
             rows.append(_figures_of(answer, conventions))
             programs.append(answer.program)
+            graded = graded and answer.passed is not None
             if answer.passed:
                 right.append(programs[-1])
         figures = _mean_figures(rows)
         figures["distinct"] = len(set(programs))
-        if all(answer.passed is not None for answer in answers):
+        if graded:
             figures["distinct_right"] = len(set(right))
             for k in range(1, fewest + 1):
                 figures[f"pass@{k}"] = pass_at_k(len(answers), len(right), k)
@@ -119,18 +130,8 @@ def _figures_of(answer: Answer, conventions: Conventions) -> Figures:
     return figures
 
 
-def _first_pass_entropies(run: Run) -> Iterator[tuple[str, np.ndarray]]:
-    for answer in run.answers:
-        for entropies in answer.trace.entropy_map[:1]:  # none where they were not recorded
-            yield answer.task, entropies
-
-
-def _by_position(rows: Iterable[tuple[str, np.ndarray]]) -> list[Json]:
-    """Return the summary of each position, from the (L,) values of each answer and the prompt that it answers."""
-    groups: dict[str, list[Figures]] = {}
-    for task, values in rows:
-        groups.setdefault(task, []).append({str(position): value for position, value in enumerate(values)})
-    return list(_summary(list(map(_mean_figures, groups.values()))).values())
+def _by_position(values: np.ndarray) -> Figures:
+    return dict(zip(map(str, range(len(values))), values.tolist(), strict=True))
 
 
 # --- figures of runs -------------------------------------------------------------------------------------------------

@@ -93,11 +93,14 @@ def ar_ness(
     steps: Sequence[int], conventions: Conventions, confidence: Sequence[float] | None = None
 ) -> tuple[list[float], list[float]]:
     """Return local and global AR-ness, from the step of each position from the first hole on; -1 where none did."""
-    order = commit_order(steps, confidence if conventions.several == "surest_first" else None)
+    first = confidence if conventions.several == "surest_first" else None
+    order = commit_order(steps, first)
     before: Sequence[int] = range(len(order))
     if conventions.several == "at_once":
         before = committed_before(order, steps)
-    boundary: Literal["exclude", "include"] = "include" if conventions.boundary == "include" else "exclude"
+    boundary: Literal["exclude", "include"] = "exclude"
+    if conventions.boundary == "include":
+        boundary = "include"
     local_values = []
     for k in LOCAL:
         run = order
@@ -160,9 +163,9 @@ def _tokenizer(model: str) -> Tokenizer:
 
 
 def _prompts(path: Path) -> Json:
-    """Return the name of the prompts of a run folder, which distinguishes code from mathematics."""
+    """Return the name of the prompts of a run folder, which distinguishes code from mathematics; none in training."""
     settings = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    if "benchmark" not in settings:  # a training run
+    if "benchmark" not in settings:
         return {}
     return {"prompts": settings["benchmark"]}
 

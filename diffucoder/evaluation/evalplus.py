@@ -1,8 +1,7 @@
 """The rules of EvalPlus: the arguments of a call, whether its result is right, how long it may take.
 
 Source: evalplus 0.3.1 (Apache-2.0; Liu et al. 2023, arXiv 2305.01210), rewritten and checked by replaying published
-verdicts. A result arrives here as plain data, outside the process that computed it; a result that is not plain data
-arrives as an object that equals nothing. We differ on purpose in four points:
+verdicts. A result that is not plain data arrives here as an object that equals nothing. We differ in four points:
 
 - HumanEval/32: a root is judged by the polynomial. EvalPlus does so too, and then forgets to count the pass.
 - The tolerance depends on the expected value alone: floats have one, at any depth of lists and tuples. EvalPlus gives

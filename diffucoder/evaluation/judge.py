@@ -77,15 +77,19 @@ def grade_samples(
     path: Path | None = None,
     progress: Progress = silent,
 ) -> list[Json]:
-    """Return a verdict for every sample, in order. `path` keeps them as they come; verdicts in it are not repeated."""
+    """Return a verdict for every sample of a task with tests, in order.
+
+    `path` keeps the verdicts as they come; those in it are not repeated.
+    """
+    by_id = {task.task_id: task for task in tasks if task.tests is not None}
+    samples = [sample for sample in samples if sample["task_id"] in by_id]
     verdicts: list[Json] = []
     if path is not None:
         verdicts = matching_lines(read_whole_lines(path), samples)
         write_jsonl(path, verdicts)
     waiting = samples[len(verdicts) :]
-    by_id = {task.task_id: task for task in tasks}
-    needed = dict.fromkeys(sample["task_id"] for sample in waiting)
-    known = references([by_id[task_id] for task_id in needed], sandbox, progress)
+    needed = {sample["task_id"] for sample in waiting}
+    known = references([task for task in tasks if task.task_id in needed], sandbox, progress)
 
     def verdict_on(sample: Json) -> Json:
         task = by_id[sample["task_id"]]

@@ -28,8 +28,11 @@ def report(
 ) -> Json:
     """Return the report of a run. pass@k is unbiased; its interval is a 95 % bootstrap over the tasks."""
     by_task: dict[str, list[Json]] = {}
+    shown: dict[str, Any] = {}  # the verdict of a task, or a list of several
     for verdict in verdicts:
-        by_task.setdefault(verdict["task_id"], []).append(verdict)
+        own = by_task.setdefault(verdict["task_id"], [])
+        own.append({key: value for key, value in verdict.items() if key not in ("task_id", "sample")})
+        shown[verdict["task_id"]] = own[0] if len(own) == 1 else own
     judged = {task.task_id for task in tasks if task.tests is not None}
     return {
         "benchmark": benchmark,
@@ -42,7 +45,7 @@ def report(
         "skipped": dict(skipped),
         "settings": settings,
         "versions": _versions(),
-        "verdicts": {task_id: _without_ids(verdicts) for task_id, verdicts in by_task.items()},
+        "verdicts": shown,
     }
 
 
@@ -69,18 +72,14 @@ def _pass_at_k(by_task: Mapping[str, Sequence[Json]], key: str, k: int) -> list[
     return shares
 
 
-def _without_ids(verdicts: Sequence[Json]) -> Any:
-    """Return one verdict, or a list of several."""
-    shown = []
-    for verdict in verdicts:
-        shown.append({key: value for key, value in verdict.items() if key not in ("task_id", "sample")})
-    return shown[0] if len(shown) == 1 else shown
-
-
 def ratio(samples: Sequence[Json], above: str, below: str) -> float | None:
     """Return the sum of one figure of all samples, divided by the sum of another; None where that is 0."""
-    divisor = sum(sample.get(below, 0) for sample in samples)
-    return sum(sample.get(above, 0) for sample in samples) / divisor if divisor else None
+    dividend = 0.0
+    divisor = 0.0
+    for sample in samples:
+        dividend += sample.get(above, 0)
+        divisor += sample.get(below, 0)
+    return dividend / divisor if divisor else None
 
 
 def _versions() -> dict[str, str]:

@@ -106,18 +106,16 @@ class Evaluation:
         runnable = {task.task_id for task in tasks}
         every = read_samples(path, self.tasks)
         samples = [sample for sample in every if sample["task_id"] in runnable]
-        if not samples and any(sample["task_id"] in skipped for sample in every):
-            raise ConfigError(f"no task of {self.name!r} with a sample can be run here; give --packages FOLDER")
         if not samples:
+            if not skipped.keys().isdisjoint(sample["task_id"] for sample in every):
+                raise ConfigError(f"no task of {self.name!r} with a sample can be run here; give --packages FOLDER")
             rule = f"leaves none of the tasks that {self.name!r} has samples of"
             raise ConfigError(f"limit={self.limit} {rule}; raise it or leave it out")
         return self._judged(samples, skipped, settings, run)
 
     def _judged(self, samples: Sequence[Json], skipped: Mapping[str, str], settings: Json, run: Path | None) -> Json:
         path = run / "verdicts.jsonl" if run else None
-        judged = {task.task_id for task in self.tasks if task.tests is not None}
-        graded = [sample for sample in samples if sample["task_id"] in judged]
-        verdicts = grade_samples(self.tasks, graded, self.sandbox, path=path, progress=self.progress)
+        verdicts = grade_samples(self.tasks, samples, self.sandbox, path=path, progress=self.progress)
         content = report(self.name, self.tasks[: self.limit], samples, verdicts, settings, skipped)
         if run:
             write_json(run / "report.json", content)

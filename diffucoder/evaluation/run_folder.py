@@ -66,5 +66,7 @@ def weights_hash(source: str | None) -> str:
     folder = SHIPPED if source is None else Path(source)
     if not folder.is_dir():
         return ""
-    hashes = "".join(content_hash(path) for path in sorted(folder.glob("*.safetensors")))
-    return hashlib.sha256(hashes.encode()).hexdigest()[:16]
+    digest = hashlib.sha256()
+    for path in sorted(folder.glob("*.safetensors")):
+        digest.update(content_hash(path).encode())
+    return digest.hexdigest()[:16]
