@@ -1,15 +1,13 @@
 """The order in which a model writes, in figures: AR-ness, what is committed first, how unsure it is where, diversity.
 
-For: answers with traces (`runs`), to figures with intervals over prompts. Not for: decoding and grading (`evaluation`
-leaves run folders, which are read here), or drawing (`figures`, `report`).
-
 The figure of a prompt is the mean over its samples. The figure of a run is the mean over its prompts, its interval a
 95 % bootstrap that draws prompts again. Two runs are compared prompt by prompt, over the prompts that both have.
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from itertools import combinations
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from itertools import chain, combinations
 
 import numpy as np
 
@@ -45,9 +43,16 @@ def analyse(runs: Sequence[Run], conventions: Conventions) -> Json:
 
 
 def _report_of(run: Run, table: Mapping[str, Figures]) -> Json:
-    classes = []
+    graded = 0
+    classes = Counter(dict.fromkeys(CLASSES, 0))
+    ranks: dict[str, list[Figures]] = {}
+    entropies: dict[str, list[Figures]] = {}
     for answer in run.answers:
-        classes += answer.classes[: answer.length]
+        graded += answer.passed is not None
+        classes.update(answer.classes[: answer.length])
+        ranks.setdefault(answer.task, []).append(_by_position(answer.ranks))
+        for first_pass in answer.trace.entropy_map[:1]:  # none where entropies were not recorded
+            entropies.setdefault(answer.task, []).append(_by_position(first_pass))
     by_prompt = {}
     for task, figures in table.items():
         by_prompt[task] = {name: _plain(value) for name, value in figures.items()}
@@ -56,11 +61,11 @@ def _report_of(run: Run, table: Mapping[str, Figures]) -> Json:
         "settings": run.settings,
         "prompts": len(table),
         "samples": len(run.answers),
-        "graded": sum(answer.passed is not None for answer in run.answers),
-        "tokens_of_class": {kind: classes.count(kind) for kind in CLASSES},
+        "graded": graded,
+        "tokens_of_class": dict(classes),
         "figures": _summary(list(table.values())),
-        "rank_by_position": _columns(_by_position(run, lambda answer: answer.ranks[None])),
-        "first_pass_entropy_by_position": _columns(_by_position(run, lambda answer: answer.trace.entropy_map[:1])),
+        "rank_by_position": list(_summary(list(map(_mean_figures, ranks.values()))).values()),
+        "first_pass_entropy_by_position": list(_summary(list(map(_mean_figures, entropies.values()))).values()),
         "by_prompt": by_prompt,
     }
 
@@ -69,8 +74,9 @@ def _difference(one: Mapping[str, Figures], other: Mapping[str, Figures]) -> Jso
     """Return by how much the figures of `other` are higher than those of `one`, prompt by prompt."""
     rows = []
     for task, figures in one.items():
-        if task in other:
-            rows.append({name: other[task][name] - value for name, value in figures.items() if name in other[task]})
+        others = other.get(task)
+        if others is not None:
+            rows.append({name: others[name] - value for name, value in figures.items() if name in others})
     return {"prompts": len(rows), "figures": _summary(rows)}
 
 
@@ -88,15 +94,16 @@ def _figures_by_prompt(run: Run, conventions: Conventions) -> dict[str, Figures]
         rows: list[Figures] = []
         programs: list[str] = []
         right: list[str] = []
+        graded = True
         for answer in answers:
             rows.append(_figures_of(answer, conventions))
             programs.append(answer.program)
+            graded = graded and answer.passed is not None
             if answer.passed:
                 right.append(programs[-1])
-        names, values = _as_table(rows)
-        figures: Figures = dict(zip(names, _mean(values).tolist(), strict=True))
+        figures = _mean_figures(rows)
         figures["distinct"] = len(set(programs))
-        if all(answer.passed is not None for answer in answers):
+        if graded:
             figures["distinct_right"] = len(set(right))
             for k in range(1, fewest + 1):
                 figures[f"pass@{k}"] = pass_at_k(len(answers), len(right), k)
@@ -117,56 +124,46 @@ def _figures_of(answer: Answer, conventions: Conventions) -> Figures:
         of_class = ranks[classes == kind]
         if not np.isnan(of_class).all():
             figures[f"rank_{kind}"] = float(np.nanmean(of_class))
-    tokens = len(classes) - answer.classes.count("end")  # before the terminator, as everywhere
-    figures["tokens"] = tokens
-    figures["tokens_per_forward"] = tokens / max(answer.trace.forward_passes, 1)
+    figures["tokens"] = answer.end  # before the terminator, as everywhere
+    figures["tokens_per_forward"] = answer.end / max(answer.trace.forward_passes, 1)
     figures["revisions"] = len(answer.trace.revoked)
     return figures
 
 
-def _by_position(run: Run, row_of: Callable[[Answer], np.ndarray]) -> np.ndarray:
-    """Return (N, L): for each prompt the mean row of its answers, nan where they end. `row_of` returns (0 or 1, L)."""
-    longest = max(len(answer.pieces) for answer in run.answers)
-    groups: dict[str, list[np.ndarray]] = {}
-    for answer in run.answers:
-        for row in row_of(answer):
-            padded = np.full(longest, np.nan)
-            padded[: len(row)] = row
-            groups.setdefault(answer.task, []).append(padded)
-    return np.array([_mean(np.stack(group)) for group in groups.values()])
+def _by_position(values: np.ndarray) -> Figures:
+    return dict(zip(map(str, range(len(values))), values.tolist(), strict=True))
 
 
 # --- figures of runs -------------------------------------------------------------------------------------------------
 
 
-def _summary(rows: Sequence[Figures]) -> Json:
+def _summary(rows: Sequence[Figures]) -> dict[str, Json]:
     """Return mean, interval and number of prompts of each figure; `rows` has the figures of each prompt."""
     names, values = _as_table(rows)
-    return dict(zip(names, _columns(values), strict=True))
+    if not names:
+        return {}
+    low, high = bootstrap(values, np.random.default_rng(_SEED), rounds=ROUNDS)
+    mean = _mean(values)
+    counts = (~np.isnan(values)).sum(0)
+    summary = {}
+    for k, name in enumerate(names):
+        interval = {"mean": _plain(mean[k]), "low": _plain(low[k]), "high": _plain(high[k])}
+        summary[name] = {**interval, "prompts": int(counts[k])}
+    return summary
+
+
+def _mean_figures(rows: Sequence[Figures]) -> Figures:
+    names, values = _as_table(rows)
+    return dict(zip(names, _mean(values).tolist(), strict=True))
 
 
 def _as_table(rows: Sequence[Figures]) -> tuple[list[str], np.ndarray]:
     """Return the names that any row has, and (N, K) their values, nan where a row has none."""
-    names = list(dict.fromkeys(name for row in rows for name in row))
+    names = list(dict.fromkeys(chain.from_iterable(rows)))
     values = np.full((len(rows), len(names)), np.nan)
     for number, row in enumerate(rows):
-        for column, name in enumerate(names):
-            values[number, column] = row.get(name, math.nan)
+        values[number] = [row.get(name, math.nan) for name in names]
     return names, values
-
-
-def _columns(values: np.ndarray) -> list[Json]:
-    """Return mean, interval and number of prompts of each column of `values` (N, K)."""
-    if not values.size:
-        return []
-    low, high = bootstrap(values, np.random.default_rng(_SEED), rounds=ROUNDS)
-    mean = _mean(values)
-    counts = (~np.isnan(values)).sum(0)
-    columns = []
-    for k in range(values.shape[1]):
-        bounds = {"mean": _plain(mean[k]), "low": _plain(low[k]), "high": _plain(high[k])}
-        columns.append({**bounds, "prompts": int(counts[k])})
-    return columns
 
 
 def mean_map(maps: Sequence[np.ndarray], most: int = 64) -> np.ndarray:
@@ -197,8 +194,8 @@ def _mean(values: np.ndarray) -> np.ndarray:
 
 
 def _ratio(total: np.ndarray, count: np.ndarray) -> np.ndarray:
-    ratio = np.full(total.shape, np.nan)
-    np.divide(total, count, out=ratio, where=count > 0)
+    with np.errstate(invalid="ignore"):  # 0 / 0 is nan
+        ratio: np.ndarray = total / count
     return ratio
 
 

@@ -1,7 +1,4 @@
-"""What `diffucoder order` writes: report.json with every figure, drawings, and a page that needs nothing else.
-
-For: a folder that people open from disk. Not for: the figures themselves (`order`), or their drawings (`figures`).
-"""
+"""What `diffucoder order` writes: report.json with every figure, drawings, and a page that needs nothing else."""
 
 import base64
 import json
@@ -33,13 +30,13 @@ def write(folder: Path, paths: Sequence[Path], conventions: Conventions, *, show
     runs = read_runs(paths)
     report = analyse(runs, conventions)
     folder.mkdir(parents=True, exist_ok=True)
-    drawings = draw(report, folder)
-    write_text(folder / "index.html", page(runs, report, conventions, drawings, show=show))
+    shown = [_shown_run(run, conventions, show) for run in runs]
+    write_text(folder / "index.html", _page(report, shown, draw(report, folder)))
     write_json(folder / "report.json", report)
     return report
 
 
-def page(runs: Sequence[Run], report: Json, conventions: Conventions, drawings: dict[str, str], *, show: int) -> str:
+def _page(report: Json, shown: Sequence[Json], drawings: dict[str, str]) -> str:
     """Return the page, with styles, script, drawings and samples in it."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined  # here, because only pages need it
 
@@ -47,7 +44,6 @@ def page(runs: Sequence[Run], report: Json, conventions: Conventions, drawings: 
     for name in _COLUMNS:
         if any(run["figures"].get(name, {}).get("high") for run in report["runs"]):  # not a column of zeros
             columns.append(name)
-    shown = [_shown_run(run, conventions, show) for run in runs]
     data = {"runs": shown, "classes": CLASSES, "differences": report["differences"], "columns": columns}
     room = Environment(autoescape=True, loader=FileSystemLoader(_HERE), undefined=StrictUndefined, trim_blocks=True)
     return room.get_template("page.html").render(

@@ -1,7 +1,4 @@
-"""Recorded answers to analyse: traces with their text and verdicts, grouped into runs; and the AR-ness of an answer.
-
-For: folders that `evaluation` leaves, and any file of traces. Not for: figures over many answers (`order`).
-"""
+"""Recorded answers to analyse: traces with their text and verdicts, grouped into runs; and the AR-ness of an answer."""
 
 import ast
 import json
@@ -10,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
@@ -35,7 +33,7 @@ class Answer:
     prompt: str
     pieces: list[str]
     classes: list[str]  # of CLASSES
-    length: int  # tokens of the answer, its terminator included
+    end: int  # tokens before the terminator
     revoked: list[tuple[int, str, int, int]]  # as in the trace, with text
     passed: bool | None  # None: not graded
 
@@ -52,12 +50,17 @@ class Answer:
         revoked = []
         for position, token, committed, taken_back in trace.revoked:
             revoked.append((position, tokenizer.decode([token], skip_special=False), committed, taken_back))
-        return cls(task, trace, prompt, pieces, classes, min(end + 1, len(tokens)), revoked, passed)
+        return cls(task, trace, prompt, pieces, classes, end, revoked, passed)
+
+    @property
+    def length(self) -> int:
+        """Tokens of the answer, its terminator included."""
+        return min(self.end + 1, len(self.pieces))
 
     @property
     def program(self) -> str:
         """A key for comparing programs: the dump of its syntax tree, or its text if it does not parse."""
-        text = program_from("".join(self.pieces[: len(self.classes) - self.classes.count("end")]))
+        text = program_from("".join(self.pieces[: self.end]))
         try:
             return ast.dump(parsed(text))
         except (SyntaxError, ValueError, RecursionError, MemoryError):
@@ -92,20 +95,21 @@ def ar_ness(
     """Return local and global AR-ness, from the step of each position from the first hole on; -1 where none did."""
     first = confidence if conventions.several == "surest_first" else None
     order = commit_order(steps, first)
-    before = None
+    before: Sequence[int] = range(len(order))
     if conventions.several == "at_once":
         before = committed_before(order, steps)
-    local = []
+    boundary: Literal["exclude", "include"] = "exclude"
+    if conventions.boundary == "include":
+        boundary = "include"
+    local_values = []
     for k in LOCAL:
+        run = order
+        known = before
         if conventions.boundary == "prompt":  # the k tokens to the left of the first hole were read in order
-            known = None
-            if before is not None:
-                known = [*range(k), *(k + count for count in before)]
-            value = local_ar_ness([*range(-k, 0), *order], k, ordered=conventions.ordered, before=known)
-        else:
-            value = local_ar_ness(order, k, ordered=conventions.ordered, boundary=conventions.boundary, before=before)
-        local.append(value)
-    return local, [global_ar_ness(order, k, before=before) for k in GLOBAL]
+            run = [*range(-k, 0), *order]
+            known = [*range(k), *(k + count for count in before)]
+        local_values.append(local_ar_ness(run, k, ordered=conventions.ordered, boundary=boundary, before=known))
+    return local_values, [global_ar_ness(order, k, before=before) for k in GLOBAL]
 
 
 def read_runs(paths: Iterable[Path]) -> list[Run]:
@@ -159,9 +163,9 @@ def _tokenizer(model: str) -> Tokenizer:
 
 
 def _prompts(path: Path) -> Json:
-    """Return the name of the prompts of a run folder, which distinguishes code from mathematics."""
+    """Return the name of the prompts of a run folder, which distinguishes code from mathematics; none in training."""
     settings = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    if "benchmark" not in settings:  # a training run
+    if "benchmark" not in settings:
         return {}
     return {"prompts": settings["benchmark"]}
 

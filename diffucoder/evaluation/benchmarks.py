@@ -16,14 +16,14 @@ from typing import Any
 
 from diffucoder.errors import ConfigError
 from diffucoder.evaluation.evalplus import Arguments, read_arguments
-from diffucoder.files import read_lines
+from diffucoder.files import decode_text, read_lines
 from diffucoder.grading.extract import parsed
 
 PREFILL = "Here is the code to solve this problem:\n```python\n"  # begins the answer of instruct models: Tables 5 and 6
 _REQUEST = "Please complete the following problem:\n```\n{}\n```\n"  # Table 5
 _BARE_REQUEST = "```\n{}\n```\n"  # Table 6
 
-_PACKAGE_DATA = Path(__file__).parents[1] / "data"
+_SHIPPED_DATA = Path(__file__).parents[1] / "data"
 _MBPP_V010_TASKS = 399  # MBPP+ v0.1.0; v0.2.0 withdrew 21 of them
 
 _Row = Mapping[str, Any]  # one row of a published file
@@ -31,7 +31,7 @@ _Row = Mapping[str, Any]  # one row of a published file
 
 @dataclass(frozen=True)
 class Calls:
-    """Calls of the entry point, whose results must equal those of the published solution (EvalPlus)."""
+    """Calls of the entry point; results must equal those of the published solution (EvalPlus)."""
 
     base: tuple[Arguments, ...]
     plus: tuple[Arguments, ...] | None = None  # the further inputs of EvalPlus; None: this benchmark has none
@@ -73,13 +73,23 @@ class Task:
     suffix: str = ""  # text after the hole, in infilling tasks
     libraries: tuple[str, ...] = ()  # packages beyond the standard library that the task's own code imports
 
+    def program(self, sample: Mapping[str, str]) -> str:
+        """Return the program that is judged. Raises ConfigError for a sample that has none.
+
+        As in EvalPlus, `solution` is a whole program and `completion` continues the prompt.
+        """
+        if "solution" in sample:
+            return self.head + sample["solution"]
+        if "completion" in sample:
+            return self.head + self.prompt + sample["completion"] + self.suffix
+        raise ConfigError(f"sample of {self.task_id} has keys {sorted(sample)}; it needs 'completion' or 'solution'")
+
 
 def load(name: str, data: Path | None = None) -> list[Task]:
     """Return the tasks of a benchmark in their published order, from files in `data`, else from the Hub.
 
-    A name that ends in .jsonl is a file of your own: `prompt`, and optionally `tests` (a list of asserts), `id`,
-    `solution` and `prefill` on each line. `humaneval` uses the inputs of EvalPlus where its file is in the folder, else
-    its own test code. Raises ConfigError for an unknown name, a missing or broken file, and rows that the Hub lacks.
+    A name that ends in .jsonl is a file of your own (see docs/evaluation.md). Raises ConfigError for an unknown name, a
+    missing or broken file, and rows that the Hub lacks.
     """
     if name.endswith(".jsonl"):
         benchmark = _Benchmark((Path(name).name,), _own_task)
@@ -91,55 +101,51 @@ def load(name: str, data: Path | None = None) -> list[Task]:
         hint = f"did you mean {close[0]!r}?" if close else f"known: {', '.join(_BENCHMARKS)}"
         raise ConfigError(f"unknown benchmark {name!r}; {hint}")
     if name == "tiny":
-        data = _PACKAGE_DATA
+        data = _SHIPPED_DATA
     rows = _rows_from_hub(name, benchmark) if data is None else _rows_from_folder(name, benchmark, data)
-    tasks = []
     try:
-        for number, row in enumerate(rows):
-            task = benchmark.task(row)
-            tasks.append(replace(task, task_id=task.task_id or f"{Path(name).stem}/{number}"))
+        tasks = [benchmark.task(row) for row in rows]
     except (KeyError, TypeError, ValueError, SyntaxError, AttributeError) as error:
         raise ConfigError(
             f"rows of {name!r} from {data or benchmark.repository} are not in their published form "
             f"({type(error).__name__}: {error}); fetch {benchmark.files[0]} again"
         ) from None
-    return [_with_rules(task, benchmark, len(tasks)) for task in tasks]
-
-
-def _with_rules(task: Task, benchmark: "_Benchmark", count: int) -> Task:
-    """Set the rules for comparing results that depend on the benchmark and its release."""
-    if not isinstance(task.tests, Calls):
-        return task
-    plus = task.tests.plus if benchmark.plus else None
-    in_order = count == benchmark.tasks_compared_in_order
-    return replace(task, tests=replace(task.tests, plus=plus, in_order=in_order))
+    for number, task in enumerate(tasks):
+        tests = task.tests
+        if isinstance(tests, Calls):
+            plus = tests.plus if name.endswith("+") else None
+            in_order = name.startswith("mbpp") and len(tasks) == _MBPP_V010_TASKS
+            tests = replace(tests, plus=plus, in_order=in_order)
+        tasks[number] = replace(task, task_id=task.task_id or f"{Path(name).stem}/{number}", tests=tests)
+    return tasks
 
 
 # --- rows to tasks ---------------------------------------------------------------------------------------------------
 
 
 def _humaneval(row: _Row) -> Task:
-    """A row of HumanEval, or of an infilling benchmark made from it."""
+    """A row of HumanEval, of MBPP, or of an infilling benchmark made from HumanEval.
+
+    It is judged by the inputs of EvalPlus if the row has them, else by its own test code.
+    """
     suffix = row.get("suffix", "")
+    tests: Calls | Script
+    if "base_input" in row:
+        base = read_arguments(row["task_id"], row["base_input"])
+        plus = read_arguments(row["task_id"], row["plus_input"]) if "plus_input" in row else None
+        tests = Calls(base, plus, atol=float(row.get("atol", 0)))
+    else:
+        tests = Script(f"{row['test']}\ncheck({row['entry_point']})\n")
     return Task(
         task_id=row["task_id"],
         entry_point=row["entry_point"],
         prompt=row["prompt"],
         request="" if "suffix" in row else _REQUEST.format(row["prompt"]),
         canonical=row["prompt"] + row["canonical_solution"] + suffix,
-        tests=_humaneval_tests(row),
+        tests=tests,
         prefill=PREFILL,
         suffix=suffix,
     )
-
-
-def _humaneval_tests(row: _Row) -> Calls | Script:
-    """The inputs of EvalPlus where the row has them, else its own test code."""
-    if "base_input" not in row:
-        return Script(f"{row['test']}\ncheck({row['entry_point']})\n")
-    base = read_arguments(row["task_id"], row["base_input"])
-    plus = read_arguments(row["task_id"], row["plus_input"]) if "plus_input" in row else None
-    return Calls(base, plus, atol=float(row.get("atol", 0)))
 
 
 def _mbpp(row: _Row) -> Task:
@@ -174,7 +180,8 @@ def _own_task(row: _Row) -> Task:
     if not isinstance(lines, list) or not all(isinstance(line, str) for line in lines):
         raise ValueError("tests must be a list of asserts")
     tests = Asserts(tuple(lines)) if lines else None
-    return Task(str(row.get("id", "")), "", prompt, prompt, row.get("solution", ""), tests, prefill)
+    entry_point = row.get("entry_point", "")
+    return Task(str(row.get("id", "")), entry_point, prompt, prompt, row.get("solution", ""), tests, prefill)
 
 
 def _gsm8k(row: _Row) -> Task:
@@ -185,9 +192,7 @@ def _gsm8k(row: _Row) -> Task:
 
 def _tiny(row: _Row) -> Task:
     """A held-out problem of the shipped model: no training problem combines the same blocks."""
-    prompt = row["prompt"]
-    tests = Asserts(tuple(row["tests"]))
-    return Task(row["id"], row["entry_point"], f"# {prompt}\n", prompt, row["solution"], tests)
+    return replace(_own_task(row), prompt=f"# {row['prompt']}\n")
 
 
 def _libraries(*programs: str) -> tuple[str, ...]:
@@ -213,8 +218,6 @@ class _Benchmark:
     repository: str = ""  # on the Hub; "": its rows there are not the published ones
     config: str | None = None
     split: str = "test"
-    plus: bool = True  # whether the further inputs of EvalPlus count
-    tasks_compared_in_order: int = 0  # size of the release whose calls are `in_order`
 
 
 def _infilling(kind: str) -> _Benchmark:
@@ -222,26 +225,24 @@ def _infilling(kind: str) -> _Benchmark:
     return _Benchmark((f"{name}.jsonl",), _humaneval, "loubnabnl/humaneval_infilling", name)
 
 
-def _bigcode(name: str, file: str, task: Callable[[_Row], Task]) -> _Benchmark:
-    return _Benchmark((f"{file}.json", f"{file}.jsonl"), task, f"bigcode/{name}", split="v0.1.4")
+def _bigcode(name: str, task: Callable[[_Row], Task]) -> _Benchmark:
+    return _Benchmark((f"{name}.json", f"{name}.jsonl"), task, f"bigcode/{name.lower()}", split="v0.1.4")
 
 
-_HUMANEVAL_FILES = ("HumanEvalPlus.jsonl", "HumanEval.jsonl")
-_MBPP = _Benchmark(("MbppPlus.jsonl",), _mbpp, tasks_compared_in_order=_MBPP_V010_TASKS)
-_BENCHMARKS = {
-    "humaneval": _Benchmark(_HUMANEVAL_FILES, _humaneval, "openai/openai_humaneval", plus=False),
+_BENCHMARKS = {  # the further inputs of EvalPlus count where a name ends in +
+    "humaneval": _Benchmark(("HumanEvalPlus.jsonl", "HumanEval.jsonl"), _humaneval, "openai/openai_humaneval"),
     "humaneval+": _Benchmark(("HumanEvalPlus.jsonl",), _humaneval),
-    "mbpp": replace(_MBPP, plus=False),
-    "mbpp+": _MBPP,
+    "mbpp": _Benchmark(("MbppPlus.jsonl",), _mbpp),
+    "mbpp+": _Benchmark(("MbppPlus.jsonl",), _mbpp),
     "gsm8k": _Benchmark(("gsm8k.jsonl", "test.jsonl"), _gsm8k, "openai/gsm8k", "main"),
     "humaneval-infilling": _infilling("SingleLine"),
     "humaneval-infilling-multi-line": _infilling("MultiLine"),
     "humaneval-infilling-random-span": _infilling("RandomSpan"),
     "humaneval-infilling-random-span-light": _Benchmark(("HumanEval-RandomSpanInfillingLight.jsonl",), _humaneval),
-    "bigcodebench": _bigcode("bigcodebench", "BigCodeBench", _bigcodebench),
-    "bigcodebench-instruct": _bigcode("bigcodebench", "BigCodeBench", _bigcodebench_instruct),
-    "bigcodebench-hard": _bigcode("bigcodebench-hard", "BigCodeBench-Hard", _bigcodebench),
-    "bigcodebench-hard-instruct": _bigcode("bigcodebench-hard", "BigCodeBench-Hard", _bigcodebench_instruct),
+    "bigcodebench": _bigcode("BigCodeBench", _bigcodebench),
+    "bigcodebench-instruct": _bigcode("BigCodeBench", _bigcodebench_instruct),
+    "bigcodebench-hard": _bigcode("BigCodeBench-Hard", _bigcodebench),
+    "bigcodebench-hard-instruct": _bigcode("BigCodeBench-Hard", _bigcodebench_instruct),
     "tiny": _Benchmark(("tiny_problems.jsonl",), _tiny),
 }
 
@@ -252,8 +253,7 @@ def _rows_from_folder(name: str, benchmark: _Benchmark, data: Path) -> list[_Row
     if not present:
         raise ConfigError(f"benchmark {name!r} is not in {str(data)!r}: none of {', '.join(names)}; put one there")
     try:
-        content = b"".join(line for _, line in read_lines(present[0]))
-        return _parse_rows(content.decode())
+        return _parse_rows(decode_text(b"".join(line for _, line in read_lines(present[0]))))
     except (OSError, EOFError, zlib.error, ValueError) as error:
         raise ConfigError(f"{str(present[0])!r} cannot be read ({error}); fetch it again") from None
 

@@ -1,8 +1,7 @@
 """The rules of EvalPlus: the arguments of a call, whether its result is right, how long it may take.
 
 Source: evalplus 0.3.1 (Apache-2.0; Liu et al. 2023, arXiv 2305.01210), rewritten and checked by replaying published
-verdicts. A result arrives here as plain data, outside the process that computed it; a result that is not plain data
-arrives as an object that equals nothing. We differ on purpose in four points:
+verdicts. A result that is not plain data arrives here as an object that equals nothing. We differ in four points:
 
 - HumanEval/32: a root is judged by the polynomial. EvalPlus does so too, and then forgets to count the pass.
 - The tolerance depends on the expected value alone: floats have one, at any depth of lists and tuples. EvalPlus gives
@@ -22,7 +21,6 @@ SECONDS = 60.0  # for all calls of a program together, before the time to start 
 
 Arguments = tuple[Any, ...]  # of one call
 _Reader = Callable[[Any], Any]
-_Rule = Callable[[Sequence[Any], Any, Any, float], bool]  # (arguments, expected, result, atol)
 
 # --- arguments: JSON has no tuples, sets and complex numbers ---------------------------------------------------------
 
@@ -94,16 +92,25 @@ def correct(
     younger than MBPP+ v0.1.0, and verdicts published on that version do without it. Never raises, whatever `result` is:
     a result that cannot be compared is wrong.
     """
-    rule = _RULES.get(task_id, _equal)
-    if in_order and rule is _same_members:
-        rule = _equal
     try:
-        return bool(rule(arguments, expected, result, atol))
+        if task_id == _ROOT:
+            return abs(_polynomial(arguments[0], result)) <= atol
+        if task_id == _ANY_RESULT:
+            return True
+        if task_id in _MATCHES:  # the published solution returns a match or None; a program may return a bool instead
+            present = result if isinstance(result, bool) else result is not None
+            return present == (expected is not None)
+        if task_id in _SETS and not in_order:
+            return set_of(result) == set(expected)
+        if _equal(expected, result, atol):
+            return True
+        other_reading = _OTHER_READINGS.get(task_id)
+        return other_reading is not None and bool(abs(result - other_reading(*arguments)) <= atol)
     except (TypeError, ValueError, ArithmeticError, RecursionError, MemoryError):
         return False
 
 
-def _equal(arguments: Sequence[Any], expected: Any, result: Any, atol: float) -> bool:
+def _equal(expected: Any, result: Any, atol: float) -> bool:
     if result == expected:
         return True
     tolerance = atol
@@ -132,29 +139,6 @@ def _close(expected: Any, result: Any, atol: float) -> bool:
     return abs(expected) < math.inf and abs(result - expected) <= atol + _RTOL * abs(expected)
 
 
-def _same_members(arguments: Sequence[Any], expected: Any, result: Any, atol: float) -> bool:
-    return set_of(result) == set(expected)
-
-
-def _same_presence(arguments: Sequence[Any], expected: Any, result: Any, atol: float) -> bool:
-    """The published solution returns a match or None; a program may return a bool instead."""
-    present = result if isinstance(result, bool) else result is not None
-    return present == (expected is not None)
-
-
-def _any_result(arguments: Sequence[Any], expected: Any, result: Any, atol: float) -> bool:
-    return True
-
-
-def _or(other: Callable[..., int]) -> _Rule:
-    """The published solution follows one reading of the task; `other(*arguments)` is the result of another."""
-
-    def rule(arguments: Sequence[Any], expected: Any, result: Any, atol: float) -> bool:
-        return _equal(arguments, expected, result, atol) or bool(abs(result - other(*arguments)) <= atol)
-
-    return rule
-
-
 def _pyramid(base: float, height: float) -> int:
     """Mbpp/581, where `height` is that of the pyramid instead of that of its sides."""
     return round(base**2 + 2 * base * math.hypot(base / 2, height))
@@ -169,21 +153,22 @@ def _digits_apart(one: int, other: int) -> int:
     return total
 
 
-def _root(arguments: Sequence[Any], expected: Any, result: Any, atol: float) -> bool:
+def _polynomial(factors: Sequence[float], x: float) -> float:
     value = 0.0
-    for power, factor in enumerate(arguments[0]):
-        value += factor * math.pow(result, power)
-    return abs(value) <= atol
+    for power, factor in enumerate(factors):
+        value += factor * math.pow(x, power)
+    return value
 
 
-_RULES: dict[str, _Rule] = {
-    "HumanEval/32": _root,
-    "Mbpp/164": _any_result,  # the published solution compares floats and is wrong itself
-    "Mbpp/295": _or(lambda number: 0),
-    "Mbpp/558": _or(_digits_apart),
-    "Mbpp/581": _or(_pyramid),
-    **dict.fromkeys([f"Mbpp/{number}" for number in (2, 7, 111, 140, 232, 249, 579, 769)], _same_members),
-    **dict.fromkeys([f"Mbpp/{number}" for number in (737, 787, 794)], _same_presence),
+_ROOT = "HumanEval/32"  # any root of the polynomial is right
+_ANY_RESULT = "Mbpp/164"  # the published solution compares floats and is wrong itself
+_SETS = {f"Mbpp/{number}" for number in (2, 7, 111, 140, 232, 249, 579, 769)}
+_MATCHES = {"Mbpp/737", "Mbpp/787", "Mbpp/794"}
+# the published solution follows one reading of the task; these give the result of another
+_OTHER_READINGS: dict[str, Callable[..., int]] = {
+    "Mbpp/295": lambda number: 0,
+    "Mbpp/558": _digits_apart,
+    "Mbpp/581": _pyramid,
 }
 
 # --- time ------------------------------------------------------------------------------------------------------------

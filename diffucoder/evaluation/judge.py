@@ -1,8 +1,7 @@
 """Judge programs by the rules of their task: task + program → Judged, in the sandbox.
 
 Tasks with inputs are judged as EvalPlus does: the published solution and the program are called with the same
-arguments, and the results are compared outside the sandbox by `evalplus.correct`. The results and times of published
-solutions are computed once and kept in a cache. `grading.grade` runs asserts and test code.
+arguments, and the results are compared outside the sandbox. `grading.grade` runs asserts and test code.
 """
 
 import ast
@@ -17,7 +16,6 @@ from typing import Any
 from diffucoder.errors import ConfigError
 from diffucoder.evaluation.benchmarks import Asserts, Calls, Script, Task
 from diffucoder.evaluation.evalplus import MEMORY, correct, time_limit, total_limit
-from diffucoder.evaluation.programs import whole_program
 from diffucoder.files import Json, append_jsonl, cache_folder, read_whole_lines, write_jsonl, write_text
 from diffucoder.grading.grade import Call, call, grade
 from diffucoder.grading.sandbox import Limits, Sandbox
@@ -79,19 +77,23 @@ def grade_samples(
     path: Path | None = None,
     progress: Progress = silent,
 ) -> list[Json]:
-    """Return a verdict for every sample, in order. `path` keeps them as they come; verdicts in it are not repeated."""
+    """Return a verdict for every sample of a task with tests, in order.
+
+    `path` keeps the verdicts as they come; those in it are not repeated.
+    """
+    by_id = {task.task_id: task for task in tasks if task.tests is not None}
+    samples = [sample for sample in samples if sample["task_id"] in by_id]
     verdicts: list[Json] = []
     if path is not None:
         verdicts = matching_lines(read_whole_lines(path), samples)
         write_jsonl(path, verdicts)
     waiting = samples[len(verdicts) :]
-    by_id = {task.task_id: task for task in tasks}
-    needed = dict.fromkeys(sample["task_id"] for sample in waiting)
-    known = references([by_id[task_id] for task_id in needed], sandbox, progress)
+    needed = {sample["task_id"] for sample in waiting}
+    known = references([task for task in tasks if task.task_id in needed], sandbox, progress)
 
     def verdict_on(sample: Json) -> Json:
         task = by_id[sample["task_id"]]
-        judged = judge(task, whole_program(task, sample), known.get(task.task_id), sandbox)
+        judged = judge(task, task.program(sample), known.get(task.task_id), sandbox)
         return {"task_id": task.task_id, "sample": sample["sample"], **asdict(judged)}
 
     with ThreadPoolExecutor(sandbox.workers) as pool:
@@ -122,15 +124,12 @@ def split_by_imports(tasks: Sequence[Task], sandbox: Sandbox) -> tuple[list[Task
         names = sorted(libraries)
         probe = f"import importlib.util\nprint(*(n for n in {names!r} if importlib.util.find_spec(n) is None))"
         absent.update(sandbox.run(probe).stdout.split())
-    runnable: list[Task] = []
     skipped: dict[str, str] = {}
     for task in tasks:
-        missing = [library for library in task.libraries if library in absent]
+        missing = absent.intersection(task.libraries)
         if missing:
-            skipped[task.task_id] = f"needs {', '.join(missing)}"
-        else:
-            runnable.append(task)
-    return runnable, skipped
+            skipped[task.task_id] = f"needs {', '.join(sorted(missing))}"
+    return [task for task in tasks if task.task_id not in skipped], skipped
 
 
 # --- one program -----------------------------------------------------------------------------------------------------
@@ -151,33 +150,30 @@ def judge(task: Task, program: str, reference: Reference | None, sandbox: Sandbo
 
 def _judge_calls(task: Task, tests: Calls, program: str, reference: Reference, sandbox: Sandbox) -> Judged:
     count = len(tests.base)
-    status, detail = _run_calls(task, tests, slice(0, count), program, reference, sandbox)
-    base = status == "ok"
-    if tests.plus is None:
-        return Judged(base, base, None, status, detail, trusted=True)
-    plus_status, plus_detail = _run_calls(task, tests, slice(count, None), program, reference, sandbox)
-    plus = plus_status == "ok"
-    if base:
-        status = plus_status
-        detail = plus_detail
-    return Judged(base and plus, base, plus, status, detail, trusted=True)
+    failure = _run_calls(task, tests, slice(0, count), program, reference, sandbox)
+    base = failure is None
+    plus: bool | None = None
+    if tests.plus is not None:
+        plus_failure = _run_calls(task, tests, slice(count, None), program, reference, sandbox)
+        plus = plus_failure is None
+        failure = failure or plus_failure
+    status, detail = failure or ("ok", "")
+    return Judged(failure is None, base, plus, status, detail, trusted=True)
 
 
 def _run_calls(
     task: Task, tests: Calls, part: slice, program: str, reference: Reference, sandbox: Sandbox
-) -> tuple[str, str]:
-    """Call the program with a part of its inputs. Return "ok", or the status and detail of the first wrong result."""
+) -> tuple[str, str] | None:
+    """Call the program with a part of its inputs. Return the status and detail of the first wrong result, if any."""
     rows = tests.inputs[part]
-    expected = reference.values[part]
     seconds = reference.seconds[part]
-    calls = []
-    for row, time in zip(rows, seconds, strict=True):
-        calls.append(Call(f"{task.entry_point}(*_)", row, time_limit(time)))
+    calls = [Call(f"{task.entry_point}(*_)", row, time_limit(time)) for row, time in zip(rows, seconds, strict=True)]
     # reading larger results would only cost this process time and memory
     output = min(_SPARE_OUTPUT + 4 * reference.size, _MOST_OUTPUT)
     limits = Limits(seconds=total_limit(seconds), memory=MEMORY, output=output, processes=32)
     outcomes = call(program, calls, limits, sandbox=sandbox, until_failure=True)
-    for number, (outcome, row, value) in enumerate(zip(outcomes, rows, expected, strict=False), part.start + 1):
+    expected = zip(outcomes, rows, reference.values[part], strict=False)
+    for number, (outcome, row, value) in enumerate(expected, part.start + 1):
         where = f"input {number}: {task.entry_point}{short(row)}"
         if outcome.status != "ok":
             return outcome.status, f"{where}: {outcome.detail}"
@@ -185,7 +181,7 @@ def _run_calls(
             return "failed", f"{where} gave {short(outcome.value)}, not {short(value)}"
     if len(outcomes) < len(rows):  # an input without an outcome is a failure
         return "killed", f"input {part.start + len(outcomes) + 1}: there is no outcome"
-    return "ok", ""
+    return None
 
 
 def _script_tests(task: Task, script: Script) -> list[str]:
@@ -233,8 +229,7 @@ def references(tasks: Sequence[Task], sandbox: Sandbox, progress: Progress = sil
         with ThreadPoolExecutor(sandbox.workers) as pool:
             results = pool.map(lambda task: _compute_reference(task, sandbox), missing)
             computed = progress(results, len(missing), "published solutions run")
-            for task, reference in zip(missing, computed, strict=True):
-                known[task.task_id] = reference
+            known.update(zip([task.task_id for task in missing], computed, strict=True))
     return known
 
 

@@ -4,6 +4,7 @@ same bytes. How fast the model was is in samples.jsonl.
 
 import platform
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -27,21 +28,24 @@ def report(
 ) -> Json:
     """Return the report of a run. pass@k is unbiased; its interval is a 95 % bootstrap over the tasks."""
     by_task: dict[str, list[Json]] = {}
+    shown: dict[str, Any] = {}  # the verdict of a task, or a list of several
     for verdict in verdicts:
-        by_task.setdefault(verdict["task_id"], []).append(verdict)
+        own = by_task.setdefault(verdict["task_id"], [])
+        own.append({key: value for key, value in verdict.items() if key not in ("task_id", "sample")})
+        shown[verdict["task_id"]] = own[0] if len(own) == 1 else own
     judged = {task.task_id for task in tasks if task.tests is not None}
     return {
         "benchmark": benchmark,
         **_shares_passed(by_task, with_plus=any(verdict["plus"] is not None for verdict in verdicts)),
-        "tokens_per_forward": _ratio(samples, "tokens", "forward_passes"),
+        "tokens_per_forward": ratio(samples, "tokens", "forward_passes"),
         "tasks": len(by_task),
         "samples": len(verdicts),
         "untrusted": sum(not verdict["trusted"] for verdict in verdicts),
         "missing": sorted(judged - skipped.keys() - by_task.keys()),
         "skipped": dict(skipped),
         "settings": settings,
-        "versions": versions(),
-        "verdicts": {task_id: _without_ids(verdicts) for task_id, verdicts in by_task.items()},
+        "versions": _versions(),
+        "verdicts": shown,
     }
 
 
@@ -60,6 +64,7 @@ def _shares_passed(by_task: Mapping[str, Sequence[Json]], *, with_plus: bool) ->
 
 
 def _pass_at_k(by_task: Mapping[str, Sequence[Json]], key: str, k: int) -> list[float]:
+    """Return pass@k of each task."""
     shares = []
     for verdicts in by_task.values():
         passed = sum(verdict[key] for verdict in verdicts)
@@ -67,20 +72,8 @@ def _pass_at_k(by_task: Mapping[str, Sequence[Json]], key: str, k: int) -> list[
     return shares
 
 
-def _without_ids(verdicts: Sequence[Json]) -> Any:
-    """Return one verdict, or a list of several."""
-    shown = []
-    for verdict in verdicts:
-        shown.append({key: value for key, value in verdict.items() if key not in ("task_id", "sample")})
-    return shown[0] if len(shown) == 1 else shown
-
-
-def tokens_per_second(samples: Sequence[Json]) -> float | None:
-    """Return tokens before the terminator, without prompt and padding, for each second of generating."""
-    return _ratio(samples, "tokens", "seconds")
-
-
-def _ratio(samples: Sequence[Json], above: str, below: str) -> float | None:
+def ratio(samples: Sequence[Json], above: str, below: str) -> float | None:
+    """Return the sum of one figure of all samples, divided by the sum of another; None where that is 0."""
     dividend = 0.0
     divisor = 0.0
     for sample in samples:
@@ -89,12 +82,10 @@ def _ratio(samples: Sequence[Json], above: str, below: str) -> float | None:
     return dividend / divisor if divisor else None
 
 
-def versions() -> dict[str, str]:
+def _versions() -> dict[str, str]:
     """Return the versions that a result may depend on."""
     known = {"python": platform.python_version()}
     for name in ("diffucoder", "torch", "transformers", "numpy"):
-        try:
+        with suppress(PackageNotFoundError):
             known[name] = version(name)
-        except PackageNotFoundError:
-            continue
     return known

@@ -2,28 +2,21 @@
 
 Each stage reads what the stage before it wrote, and continues where it was stopped. So nothing is generated or graded
 twice, and a run that was killed ends with the same report.
-
-    for report, folder in evaluate(EvaluateSettings(benchmark="tiny", limit=5)):
-        print(report["pass@1"])
 """
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from diffucoder.errors import ConfigError
 from diffucoder.evaluation.benchmarks import Task, load
 from diffucoder.evaluation.judge import Progress, grade_samples, silent, split_by_imports
-from diffucoder.evaluation.report import report, tokens_per_second
+from diffucoder.evaluation.report import ratio, report
 from diffucoder.evaluation.run_folder import content_hash, default_folder, open_run_folder, run_key, weights_hash
 from diffucoder.evaluation.samples import Generator, read_samples
 from diffucoder.evaluation.settings import EvaluateSettings, OrderSettings, RunSettings
 from diffucoder.files import Json, write_json
 from diffucoder.grading.sandbox import Sandbox
-
-if TYPE_CHECKING:
-    from diffucoder.decoding.coder import DiffuCoder
 
 
 def evaluate(settings: EvaluateSettings, progress: Progress = silent) -> Iterator[tuple[Json, Path | None]]:
@@ -43,14 +36,11 @@ def evaluate(settings: EvaluateSettings, progress: Progress = silent) -> Iterato
             shown["samples"] = content_hash(settings.samples)
             yield evaluation.of_samples(settings.samples, settings.run, shown), None
             return
-        sweep = settings.sweep()
-        coder = _load_model(settings.model, settings)
-        for params in sweep:
-            generator = Generator(coder, params, raw=settings.raw, batch=settings.batch)
-            run_settings = shown | model_settings(generator, settings.model)
+        several = len(settings.sweep()) > 1
+        for generator, run_settings in _generators(settings, settings.model, shown):
             folder = settings.run or default_folder(Path("runs/evaluate"), run_settings)
-            if settings.run and len(sweep) > 1:
-                folder = settings.run / f"steps-{params.steps}-temperature-{params.temperature:g}"
+            if settings.run and several:
+                folder /= f"steps-{generator.params.steps}-temperature-{generator.params.temperature:g}"
             yield evaluation.of_model(generator, folder, run_settings), folder
 
 
@@ -63,28 +53,32 @@ def record_orders(settings: OrderSettings, progress: Progress = silent) -> list[
     if settings.prompts is None:
         return folders
     tasks = load(settings.prompts, settings.data)
-    sweep = settings.sweep()
     with Sandbox(unsafe=settings.unsafe) as sandbox:
         evaluation = Evaluation(settings.prompts, tasks, sandbox, settings.limit, progress)
         shown = task_settings(settings.prompts, settings.limit, ())
         for name in settings.model or ("tiny",):
             source = None if name == "tiny" else name
-            coder = _load_model(source, settings)
-            for params in sweep:
-                generator = Generator(coder, params, settings.raw, settings.batch, maps=settings.maps)
-                run_settings = shown | model_settings(generator, source)
+            for generator, run_settings in _generators(settings, source, shown, maps=settings.maps):
                 folders.append(default_folder(settings.folder, run_settings))
                 evaluation.of_model(generator, folders[-1], run_settings)
     return folders
 
 
-def _load_model(source: str | None, settings: RunSettings) -> "DiffuCoder":
+def _generators(
+    settings: RunSettings, source: str | None, shown: Json, *, maps: int | None = None
+) -> Iterator[tuple[Generator, Json]]:
+    """Load a model. Yield what answers with each of the decoding settings, and all settings of that run."""
     import torch  # here, because grading does without it
 
     from diffucoder.decoding.coder import DiffuCoder
 
+    sweep = settings.sweep()
     dtype = getattr(torch, settings.dtype) if settings.dtype else None
-    return DiffuCoder.load(source, dtype=dtype, device=settings.device)
+    coder = DiffuCoder.load(source, dtype=dtype, device=settings.device)
+    weights = weights_hash(source)
+    for params in sweep:
+        generator = Generator(coder, params, settings.raw, settings.batch, maps)
+        yield generator, shown | model_settings(generator, weights)
 
 
 @dataclass(frozen=True)
@@ -112,32 +106,25 @@ class Evaluation:
         runnable = {task.task_id for task in tasks}
         every = read_samples(path, self.tasks)
         samples = [sample for sample in every if sample["task_id"] in runnable]
-        if not samples and any(sample["task_id"] in skipped for sample in every):
-            raise ConfigError(f"no task of {self.name!r} with a sample can be run here; give --packages FOLDER")
         if not samples:
+            if not skipped.keys().isdisjoint(sample["task_id"] for sample in every):
+                raise ConfigError(f"no task of {self.name!r} with a sample can be run here; give --packages FOLDER")
             rule = f"leaves none of the tasks that {self.name!r} has samples of"
             raise ConfigError(f"limit={self.limit} {rule}; raise it or leave it out")
         return self._judged(samples, skipped, settings, run)
 
     def _judged(self, samples: Sequence[Json], skipped: Mapping[str, str], settings: Json, run: Path | None) -> Json:
         path = run / "verdicts.jsonl" if run else None
-        judged = {task.task_id for task in self.tasks if task.tests is not None}
-        graded = [sample for sample in samples if sample["task_id"] in judged]
-        verdicts = grade_samples(self.tasks, graded, self.sandbox, path=path, progress=self.progress)
+        verdicts = grade_samples(self.tasks, samples, self.sandbox, path=path, progress=self.progress)
         content = report(self.name, self.tasks[: self.limit], samples, verdicts, settings, skipped)
         if run:
             write_json(run / "report.json", content)
-        speed = tokens_per_second(samples)
-        if speed is not None:
-            content["tokens_per_second"] = speed
+        content["tokens_per_second"] = ratio(samples, "tokens", "seconds")  # changes from run to run
         return content
 
 
-# --- the settings that a report names, and that its run depends on ---------------------------------------------------
-
-
 def task_settings(benchmark: str, limit: int | None, packages: Sequence[Path]) -> Json:
-    """Return the settings that decide which tasks are asked."""
+    """Return the settings that decide which tasks are asked, for the report and the key of the run."""
     settings: Json = {"benchmark": benchmark, "limit": limit}
     if benchmark.endswith(".jsonl"):
         settings["content"] = content_hash(Path(benchmark))
@@ -146,14 +133,13 @@ def task_settings(benchmark: str, limit: int | None, packages: Sequence[Path]) -
     return settings
 
 
-def model_settings(generator: Generator, source: str | None) -> Json:
-    """Return the settings that decide the answers of the model from `source`."""
-    coder = generator.coder
+def model_settings(generator: Generator, weights: str) -> Json:
+    """Return the settings that decide the answers of a model, whose weights have the hash `weights`."""
     settings: Json = {} if generator.maps is None else {"maps": generator.maps}
     return settings | {
-        "model": coder.name,
-        "weights": weights_hash(source),
-        "dtype": str(coder.model.dtype).removeprefix("torch."),
+        "model": generator.coder.name,
+        "weights": weights,
+        "dtype": str(generator.coder.model.dtype).removeprefix("torch."),
         "raw": generator.raw,
         "batch": generator.batch,
         "params": generator.params.model_dump(mode="json"),

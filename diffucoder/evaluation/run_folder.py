@@ -6,7 +6,7 @@ from pathlib import Path
 
 from diffucoder.decoding.params import DecodingParams
 from diffucoder.errors import ConfigError
-from diffucoder.files import Json, cache_folder, write_json, write_text
+from diffucoder.files import Json, write_json
 from diffucoder.models.hub import SHIPPED
 
 KEY_VERSION = 2  # raise it when a setting, or its default, changes its meaning: older runs are not continued then
@@ -62,24 +62,11 @@ def content_hash(path: Path) -> str:
 
 
 def weights_hash(source: str | None) -> str:
-    """Return a hash of the weights in a model's folder (None: the shipped model's); "" for a hub id.
-
-    The hash of each file is cached under its path, size and time of change, for weights take a minute to read.
-    """
+    """Return a hash of the weights in a model's folder (None: the shipped model's); "" for a hub id."""
     folder = SHIPPED if source is None else Path(source)
     if not folder.is_dir():
         return ""
-    hashes = [_cached_hash(path) for path in sorted(folder.glob("*.safetensors"))]
-    return hashlib.sha256("".join(hashes).encode()).hexdigest()[:16]
-
-
-def _cached_hash(path: Path) -> str:
-    status = path.stat()
-    identity = f"{path.resolve()} {status.st_size} {status.st_mtime_ns}"
-    cached = cache_folder() / "weights" / hashlib.sha256(identity.encode()).hexdigest()[:16]
-    if cached.exists():
-        return cached.read_text(encoding="utf-8")
-    digest = content_hash(path)
-    cached.parent.mkdir(parents=True, exist_ok=True)
-    write_text(cached, digest)
-    return digest
+    digest = hashlib.sha256()
+    for path in sorted(folder.glob("*.safetensors")):
+        digest.update(content_hash(path).encode())
+    return digest.hexdigest()[:16]

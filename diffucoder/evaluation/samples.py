@@ -1,7 +1,7 @@
 """Samples: the answers of a model to the tasks of a benchmark, or anybody's answers from a file.
 
-A sample is a line of samples.jsonl: `task_id`, `sample` (its number), `solution` or `completion` (see `programs`), and
-what it cost. Its trace may be in traces.jsonl beside it. Lines are written a batch at a time. A batch that was cut
+A sample is a line of samples.jsonl: `task_id`, `sample` (its number), `solution` or `completion` (see `Task.program`),
+and what it cost. Its trace may be in traces.jsonl beside it. Lines are written a batch at a time. A batch that was cut
 short is generated again as a whole, so that a run that was stopped gives the same samples as one that was not.
 """
 
@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING
 from diffucoder.errors import ConfigError, PromptError
 from diffucoder.evaluation.benchmarks import Task
 from diffucoder.evaluation.judge import Progress, matching_lines, silent
-from diffucoder.evaluation.programs import solution
 from diffucoder.files import Json, append_jsonl, parse_json_line, read_lines, read_whole_lines, write_jsonl
+from diffucoder.grading.extract import completed, program_from
 
 if TYPE_CHECKING:
     from diffucoder.decoding.coder import DiffuCoder
@@ -66,8 +66,7 @@ class Generator:
             wanted += [{"task_id": task.task_id, "sample": number} for number in range(count)]
         done = matching_lines(read_whole_lines(path), wanted)
         if len(done) < len(wanted):
-            batch_lines = self.batch * count
-            done = done[: len(done) // batch_lines * batch_lines]
+            done = done[: len(done) - len(done) % (self.batch * count)]
         write_jsonl(path, done)
         return done
 
@@ -79,44 +78,40 @@ class Generator:
     def _answer(self, tasks: Sequence[Task], entropies: int) -> "Iterator[tuple[Json, Trace | None]]":
         """Decode one batch. Yield each sample with its trace."""
         requests: list[Request] = []
-        failures: dict[int, str] = {}
-        parts = []  # which of the requests belong to each task
-        for index, task in enumerate(tasks):
-            start = len(requests)
+        failures: dict[str, str] = {}
+        for task in tasks:
             try:
-                requests += self._requests(task)
+                requests.append(self._request(task))
             except PromptError as error:  # a prompt that the model cannot take counts as not solved
-                failures[index] = f"not asked: {error}"
-            parts.append(slice(start, len(requests)))
-        results = self.coder.run(requests, entropies=entropies)
-        total = sum(map(len, results))
-        for index, task in enumerate(tasks):
-            for number, generation in enumerate(chain(*results[parts[index]])):
-                yield self._sample(task, number, generation, generation.seconds / total), generation.trace
-            if index not in failures:
+                failures[task.task_id] = f"not asked: {error}"
+        results = iter(self.coder.run(requests, entropies=entropies))
+        total = len(requests) * self.params.num_samples
+        for task in tasks:
+            if task.task_id not in failures:
+                for generation in next(results):
+                    yield self._sample(task, generation, generation.seconds / total), generation.trace
                 continue
             for number in range(self.params.num_samples):
-                cost = {"tokens": 0, "forward_passes": 0, "finish_reason": failures[index], "seconds": 0}
+                cost = {"tokens": 0, "forward_passes": 0, "finish_reason": failures[task.task_id], "seconds": 0}
                 yield {"task_id": task.task_id, "sample": number, "solution": "", **cost}, None
 
-    def _requests(self, task: Task) -> "list[Request]":
-        """Return what answers a task, with `params.num_samples` results together. Raises PromptError."""
-        if not task.suffix:
-            prompt = task.prompt if self.raw else self.coder.tokenizer.chat(task.request) + task.prefill
-            return [self.coder.request(prompt, self.params, chat=False)]
-        requests = []
-        for number in range(self.params.num_samples):
-            params = self.params.replace(num_samples=1, seed=self.params.seed + number, stop=())
-            requests.append(self.coder.infill_request(task.prompt, task.suffix, params))
-        return requests
+    def _request(self, task: Task) -> "Request":
+        """Return what answers a task, with `params.num_samples` results. Raises PromptError."""
+        if task.suffix:
+            return self.coder.infill_request(task.prompt, task.suffix, self.params.replace(stop=()))
+        prompt = task.prompt if self.raw else self.coder.tokenizer.chat(task.request) + task.prefill
+        return self.coder.request(prompt, self.params, chat=False)
 
-    def _sample(self, task: Task, number: int, result: "Generation", seconds: float) -> Json:
-        answer = {"completion": result.text}
-        if not task.suffix:
-            answer = {"solution": solution(task, result.text, continues_prompt=self.raw), "text": result.text}
+    def _sample(self, task: Task, result: "Generation", seconds: float) -> Json:
+        if task.suffix:
+            answer = {"completion": result.text}
+        elif self.raw:
+            answer = {"solution": completed(task.prompt, result.text, task.entry_point), "text": result.text}
+        else:
+            answer = {"solution": program_from(result.text), "text": result.text}
         return {
             "task_id": task.task_id,
-            "sample": number,
+            "sample": result.index,
             **answer,
             "tokens": len(result.tokens),
             "forward_passes": result.forward_passes,
@@ -135,39 +130,34 @@ def _trace_line(sample: Json, trace: "Trace") -> Json:
     return as_json(replace(trace, id=_trace_id(sample)))
 
 
-# --- anybody's samples -----------------------------------------------------------------------------------------------
-
-
 def read_samples(path: Path, tasks: Sequence[Task]) -> list[Json]:
     """Return the samples of a JSONL file, plain or gzipped, in the order of the tasks.
 
     A line has `task_id`, and `completion` or `solution`. Raises ConfigError naming a line that is no sample of `tasks`.
     """
-    order = {task.task_id: index for index, task in enumerate(tasks)}
-    counts = dict.fromkeys(order, 0)
-    samples = []
+    by_task: dict[str, list[Json]] = {task.task_id: [] for task in tasks}
     try:
         for number, line in read_lines(path):
             if line.strip():
-                sample = _parse_sample(line, f"{path}, line {number}", order)
-                task_id = sample["task_id"]
-                samples.append({**sample, "sample": counts[task_id]})
-                counts[task_id] += 1
+                sample = _parse_sample(line, f"{path}, line {number}", by_task)
+                same_task = by_task[sample["task_id"]]
+                same_task.append({**sample, "sample": len(same_task)})
     except (OSError, EOFError, zlib.error) as error:
         raise ConfigError(f"samples {str(path)!r} cannot be read ({error}); check the path") from None
+    samples = list(chain.from_iterable(by_task.values()))
     if not samples:
         raise ConfigError(f"samples {str(path)!r} holds none; write one JSON object a line, as EvalPlus does")
-    return sorted(samples, key=lambda sample: (order[sample["task_id"]], sample["sample"]))
+    return samples
 
 
-def _parse_sample(line: bytes, where: str, known: Mapping[str, int]) -> Json:
+def _parse_sample(line: bytes, where: str, tasks: Mapping[str, object]) -> Json:
     try:
         sample = parse_json_line(line)
     except ValueError as error:
         raise ConfigError(f"{where} is {error}; write one object a line, as EvalPlus does") from None
     task_id = sample.get("task_id")
-    if not isinstance(task_id, str) or task_id not in known:
-        raise ConfigError(f"{where}: task_id={task_id!r} is not in this benchmark; its first is {next(iter(known))!r}")
+    if not isinstance(task_id, str) or task_id not in tasks:
+        raise ConfigError(f"{where}: task_id={task_id!r} is not in this benchmark; its first is {next(iter(tasks))!r}")
     if "solution" not in sample and "completion" not in sample:
         raise ConfigError(f"{where} has keys {sorted(sample)}; it needs 'completion' or 'solution', a string")
     for key in ("solution", "completion"):

@@ -1,6 +1,7 @@
 """Settings of `diffucoder evaluate` and `diffucoder order`. No torch: the command line makes its options of them."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -32,19 +33,12 @@ class RunSettings(Settings):
 
     def sweep(self) -> list[DecodingParams]:
         """Return the decoding settings of each run. Raises ConfigError for a value that cannot be one."""
-        runs = []
-        for policy in self.policies:
-            for steps in _numbers("steps", self.steps, int):
-                for temperature in _numbers("temperature", self.temperature, float):
-                    changes = {"policy": policy, "steps": steps, "temperature": temperature}
-                    given = {name: value for name, value in changes.items() if value is not None}
-                    runs.append(self.decoding.replace(**given))
-        return runs
-
-    @property
-    def policies(self) -> Sequence[str | None]:
-        """Policies to compare; None: that of `decoding`."""
-        return (None,)
+        choices: dict[str, list[Any]] = {}
+        for name, kind in (("policy", str), ("steps", int), ("temperature", float)):
+            text = getattr(self, name, None)  # only the analysis of order compares policies
+            if text:
+                choices[name] = _values(name, text, kind)
+        return [self.decoding.replace(**dict(zip(choices, row, strict=True))) for row in product(*choices.values())]
 
 
 class EvaluateSettings(RunSettings):
@@ -96,16 +90,8 @@ class OrderSettings(RunSettings):
         """Folder of the report and of the runs."""
         return self.run or Path("runs/order") / Path(self.prompts or "traces").stem
 
-    @property
-    def policies(self) -> Sequence[str | None]:
-        """Policies to compare; None: that of `decoding`."""
-        return self.policy.split(",") if self.policy else (None,)
 
-
-def _numbers(name: str, text: str | None, kind: Callable[[str], Any]) -> list[Any]:
-    """Return the numbers in `text`, which are separated by commas; None where there is no text. Raises ConfigError."""
-    if not text:
-        return [None]
+def _values(name: str, text: str, kind: Callable[[str], Any]) -> list[Any]:
     try:
         return [kind(part) for part in text.split(",")]
     except ValueError:

@@ -13,7 +13,6 @@ import pytest
 
 from diffucoder.errors import ConfigError
 from diffucoder.evaluation.benchmarks import PREFILL, Asserts, Calls, Script, Task, load
-from diffucoder.evaluation.programs import whole_program
 from diffucoder.grading.extract import parsed
 
 ROW = {
@@ -95,7 +94,7 @@ def test_the_canonical_program_is_the_published_completion_of_the_prompt(shared:
         with gzip.open(shared / f"data/{name}.jsonl.gz", "rt") as file:
             rows = [json.loads(line) for line in file]
         for task, row in zip(load(benchmark, shared / "data"), rows, strict=True):
-            assert whole_program(task, {"completion": row["canonical_solution"]}) == task.canonical
+            assert task.program({"completion": row["canonical_solution"]}) == task.canonical
 
 
 @pytest.mark.parametrize(
@@ -108,7 +107,7 @@ def test_samples_make_the_programs_whose_verdicts_were_published(shared: Path, n
     with gzip.open(shared / f"replay/1.5b/{stem}-samples.jsonl.gz", "rt") as file:
         for sample in map(json.loads, file):
             (verdict,) = judged[sample["task_id"]]
-            assert whole_program(tasks[sample["task_id"]], sample) == verdict["solution"]
+            assert tasks[sample["task_id"]].program(sample) == verdict["solution"]
 
 
 def test_instruct_models_are_asked_in_the_words_of_the_papers_tables(tmp_path: Path) -> None:
@@ -152,7 +151,7 @@ def test_bigcodebench_is_read_in_every_form_it_is_handed_round(tmp_path: Path, f
     (task,) = load("bigcodebench", tmp_path)
     assert task.libraries == ("bs4", "pandas")
     calibrated = "import os\nimport pandas as pd\ndef task_func():\n\n    pass\nx = 1"
-    assert whole_program(task, {"solution": "x = 1"}) == calibrated
+    assert task.program({"solution": "x = 1"}) == calibrated
 
 
 def test_the_projects_own_problems_are_a_benchmark_too() -> None:
@@ -162,7 +161,7 @@ def test_the_projects_own_problems_are_a_benchmark_too() -> None:
     assert first.prompt == f"# {first.request}\n"
     assert first.prefill == ""
     assert isinstance(first.tests, Asserts)
-    exec("\n".join([whole_program(first, {"completion": first.canonical}), *first.tests.lines]), {})
+    exec("\n".join([first.program({"completion": first.canonical}), *first.tests.lines]), {})
     with pytest.raises(AssertionError):
         exec("\n".join([f"def {first.entry_point}(*_): return object()", *first.tests.lines]), {})
 
@@ -188,10 +187,10 @@ def test_a_users_file_may_say_how_an_answer_begins(tmp_path: Path) -> None:
 
 def test_a_sample_is_a_solution_or_a_completion() -> None:
     task = Task("t", "f", "def f():\n", "", "", suffix="# end\n")
-    assert whole_program(task, {"completion": "    pass\n"}) == "def f():\n    pass\n# end\n"
-    assert whole_program(task, {"solution": "x\n", "completion": "y"}) == "x\n"
+    assert task.program({"completion": "    pass\n"}) == "def f():\n    pass\n# end\n"
+    assert task.program({"solution": "x\n", "completion": "y"}) == "x\n"
     with pytest.raises(ConfigError, match="needs 'completion' or 'solution'"):
-        whole_program(task, {"text": ""})
+        task.program({"text": ""})
 
 
 @pytest.mark.parametrize(

@@ -119,7 +119,7 @@ def test_packages_belong_to_what_decides_the_tasks(tmp_path: Path) -> None:
 def test_a_run_is_identified_by_the_decoding_settings_that_differ_from_their_defaults() -> None:
     coder: Any = SimpleNamespace(name="tiny", model=SimpleNamespace(dtype="float32"))
     params = DecodingParams(steps=4, temperature=0.0)
-    settings = model_settings(Generator(coder, params), None)
+    settings = model_settings(Generator(coder, params), weights="")
     assert settings["params"] == params.model_dump(mode="json")  # the report has all of them
     key = run_key({"benchmark": "tiny"} | settings)
     assert key["params"] == {"steps": 4}
