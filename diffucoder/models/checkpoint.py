@@ -29,7 +29,7 @@ from transformers.utils import logging as transformers_logging
 
 from diffucoder.errors import CheckpointError, ConfigError
 from diffucoder.files import Json, write_json
-from diffucoder.models.denoiser import Denoiser, set_causal
+from diffucoder.models.denoiser import Denoiser
 from diffucoder.models.families import Family, family_of
 from diffucoder.models.hub import find
 from diffucoder.tokenizer import Tokenizer, read_json
@@ -141,10 +141,8 @@ def default_device_and_dtype(
 
     ConfigError for a device that is not on this machine.
     """
-    if device is None and torch.cuda.is_available():
-        device = "cuda"
-    elif device is None:
-        device = "mps" if torch.backends.mps.is_available() else "cpu"
+    if device is None:
+        device = torch.accelerator.current_accelerator(check_available=True) or "cpu"
     try:
         device = torch.device(device)
         torch.empty(0, device=device).cpu()  # "meta" is a device, but returns nothing
@@ -261,11 +259,18 @@ def _stored_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
 # ---- writing ----
 
 
-def save_denoiser(denoiser: Denoiser, folder: str | Path, *, state: Mapping[str, Tensor] | None = None) -> None:
+def save_denoiser(
+    denoiser: Denoiser,
+    folder: str | Path,
+    *,
+    state: Mapping[str, Tensor] | None = None,
+    as_parent: bool = False,
+) -> None:
     """Write `denoiser` to `folder` as a Dream checkpoint, or its own type plus `diffucoder.json` (module docstring).
 
     `state` replaces the model's own weights, by their transformers names: gathered ones if the model is sharded over
-    processes, or the same weights in another dtype.
+    processes, or the same weights in another dtype. `as_parent` writes the plain causal model that it is with causal
+    attention.
 
     Loading and saving again gives the same bytes. Weights keep their dtype, in safetensors of at most 5 GB. Files are
     replaced whole, so saving over the folder that `denoiser` was loaded from is safe. CheckpointError if the model has
@@ -273,28 +278,19 @@ def save_denoiser(denoiser: Denoiser, folder: str | Path, *, state: Mapping[str,
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    if dream_can_represent(denoiser):
-        weights = dream_weights(denoiser, state)
-        files = _dream_files(denoiser, _dtype_name(weights))
-    else:
+    if as_parent or not dream_can_represent(denoiser):
         weights = _named_weights(denoiser, state)
         files = _own_files(denoiser, _dtype_name(weights))
+    else:
+        weights = dream_weights(denoiser, state)
+        files = _dream_files(denoiser, _dtype_name(weights))
+    if as_parent:
+        del files[EXTRAS]
     for name, fields in files.items():
         write_json(folder / name, dict(sorted(fields.items())))
     for name in {"generation_config.json", EXTRAS} - files.keys():  # of an earlier save
         (folder / name).unlink(missing_ok=True)
     _write_weights(folder, weights)
-
-
-def save_parent(denoiser: Denoiser, folder: str | Path, *, state: Mapping[str, Tensor]) -> None:
-    """Write `denoiser` as the plain causal model that it is with causal attention; `state` as in `save_denoiser`."""
-    set_causal(denoiser.model, True)
-    try:
-        del denoiser.model.config.is_causal  # the default, so other tools need not know the key
-        with transformers_silenced():
-            denoiser.model.to(next(iter(state.values())).dtype).save_pretrained(folder, state_dict=dict(state))
-    finally:
-        set_causal(denoiser.model, False)
 
 
 def dream_can_represent(denoiser: Denoiser) -> bool:
@@ -364,29 +360,28 @@ def _dream_files(denoiser: Denoiser, dtype: str) -> dict[str, Json]:
 def _own_files(denoiser: Denoiser, dtype: str) -> dict[str, Json]:
     """The JSON files of a model that keeps its own type."""
     fields = json.loads(denoiser.config.to_json_string())
-    fields["dtype"] = dtype
+    fields |= {"architectures": [type(denoiser.model).__name__], "dtype": dtype}
     for name in ("is_causal", "transformers_version"):  # the first would half-convert it for other tools
         fields.pop(name, None)
     return {"config.json": fields, EXTRAS: {"mask_token_id": denoiser.mask_id, "shifted": denoiser.shifted}}
 
 
 def _write_weights(folder: Path, weights: dict[str, Tensor]) -> None:
-    """Write `model.safetensors`, or shards and their index, and remove the files of an earlier save."""
+    """Write `model.safetensors`, or shards and their index, in place of the files of an earlier save."""
+    partial = folder / "partial"  # never write into an old file: these tensors may be mapped from it
+    partial.mkdir(exist_ok=True)
     shards = split_torch_state_dict_into_shards(weights, max_shard_size="5GB")
     for file, names in shards.filename_to_tensors.items():
-        partial = folder / f"{file}.partial"  # never write into an old file: these tensors may be mapped from it
-        save_file({name: weights[name] for name in names}, partial, metadata={"format": "pt"})
-        shutil.copymode(folder / "config.json", partial)  # safetensors keeps files from everyone else
-    for file in shards.filename_to_tensors:
-        (folder / f"{file}.partial").replace(folder / file)
-    for path in folder.glob("model*.safetensors"):
-        if path.name not in shards.filename_to_tensors:
-            path.unlink()
+        save_file({name: weights[name] for name in names}, partial / file, metadata={"format": "pt"})
     if shards.is_sharded:
         weight_map = dict(sorted(shards.tensor_to_filename.items()))
-        write_json(folder / INDEX, {"metadata": shards.metadata, "weight_map": weight_map})
-    else:
-        (folder / INDEX).unlink(missing_ok=True)
+        write_json(partial / INDEX, {"metadata": shards.metadata, "weight_map": weight_map})
+    for path in folder.glob("model*.safetensors*"):
+        path.unlink()
+    for path in partial.iterdir():
+        shutil.copymode(folder / "config.json", path)  # safetensors keeps files from everyone else
+        path.replace(folder / path.name)
+    partial.rmdir()
 
 
 def _dtype_name(weights: Mapping[str, Tensor]) -> str:

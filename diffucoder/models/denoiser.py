@@ -25,7 +25,7 @@ from torch.utils.checkpoint import checkpoint
 
 from diffucoder.errors import CheckpointError
 from diffucoder.models.cache import KVCache
-from diffucoder.models.layers import FastLayers, Project, flat_positions, plan_layout
+from diffucoder.models.layers import FastLayers, Project, plan_layout
 
 SUPPORTED_TYPES = ("qwen2", "qwen3", "llama")  # plain softmax attention, logits = lm_head(hidden), nothing in between
 CHUNK_ELEMENTS = 3 * 2**23  # logits alive at once under `reduce`: 48 MiB in bf16, 165 rows of Qwen's vocabulary
@@ -49,7 +49,7 @@ class Denoiser(nn.Module):
         self.shifted = shifted
         self._no_split_modules = model._no_split_modules  # what accelerate shards by: the layers
         self.chunk_elements = CHUNK_ELEMENTS
-        self._fast: FastLayers | None = None
+        self.fast: FastLayers | None = None  # what decoding runs by, if it supports the architecture
         self.compiled = False  # the fast layers are compiled, and fed few shapes
 
     @classmethod
@@ -91,26 +91,9 @@ class Denoiser(nn.Module):
         return int(self.config.max_position_embeddings)
 
     @property
-    def pad_id(self) -> int:
-        """What fills slots that `valid` marks False: the config's pad, else its end of text, else the mask."""
-        if self.config.pad_token_id is not None:
-            return int(self.config.pad_token_id)
-        return next(iter(self.eos_ids), self.mask_id)
-
-    @property
-    def eos_ids(self) -> tuple[int, ...]:
-        """Ids the config calls end of text; none where it names none. A chat's terminators are the tokenizer's."""
-        eos = self.config.eos_token_id
-        if eos is None:
-            return ()
-        if isinstance(eos, list | tuple):
-            return tuple(eos)
-        return (int(eos),)
-
-    @property
     def device(self) -> torch.device:
         """Where the weights are, and where results come out."""
-        return next(self.parameters()).device if self._fast is None else self._fast.device
+        return next(self.parameters()).device
 
     @property
     def dtype(self) -> torch.dtype:
@@ -139,21 +122,16 @@ class Denoiser(nn.Module):
     # --- decoding ---
 
     @property
-    def has_fast_layers(self) -> bool:
-        """Whether decoding runs by `FastLayers`, which a cache needs."""
-        return self._fast is not None
-
-    @property
     def cache(self) -> KVCache:
         """The cache of the fast layers. CheckpointError for a model without them."""
-        if self._fast is None:
+        if self.fast is None:
             self.use_fast_layers()
-        if self._fast is None:
+        if self.fast is None:
             raise CheckpointError(
                 f"this {self.config.model_type!r} model has no cache for its layers (adapters, or RoPE by length); "
                 "use cache='none'"
             )
-        return self._fast.cache
+        return self.fast.cache
 
     def use_fast_layers(self, *, compiled: bool = False) -> None:
         """Decode by `FastLayers` from now on, where they support the architecture.
@@ -162,28 +140,28 @@ class Denoiser(nn.Module):
         `compiled` has torch compile the layers, for which passes are padded to a few shapes: CheckpointError where the
         architecture is not supported.
         """
-        self._fast = FastLayers.of(self.model)
+        self.fast = FastLayers.of(self.model)
         self.compiled = compiled
         if compiled:
-            if self._fast is None:
+            if self.fast is None:
                 kind = self.config.model_type
                 raise CheckpointError(f"a {kind!r} model has no layers to compile; use compiled=False")
-            self._fast.compile()
+            self.fast.compile()
 
     @contextmanager
     def fast_snapshot(self, dtype: torch.dtype) -> Iterator[None]:
         """Decode by a copy of the weights as they are now, in `dtype`: for a model that is being trained."""
-        before = self._fast
-        self._fast = FastLayers.of(self.model, dtype)
+        before = self.fast
+        self.fast = FastLayers.of(self.model, dtype)
         try:
             yield
         finally:
-            self._fast = before
+            self.fast = before
 
     def _apply(self, fn: Any, recurse: bool = True) -> "Denoiser":  # Any: as torch has it
         """Move or cast the weights, then read the fast layers again."""
-        fast = self._fast
-        self._fast = None
+        fast = self.fast
+        self.fast = None
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # torch leaves it untyped
         if fast is not None:
             self.use_fast_layers(compiled=self.compiled)
@@ -209,20 +187,19 @@ class Denoiser(nn.Module):
         without, everything valid must be fed. `reference` computes by transformers' layers, as the released code does.
         Returns the results of `reduce`, one row for each wanted position, (M, ...) each.
         """
-        fast = self._fast
+        fast = self.fast
         if fast is None or reference or self.config.is_causal:
             assert cache_rows is None, "a cache belongs to fast layers"
             return _as_tuple(self(tokens, valid=valid, rows=wanted, reduce=reduce))
         positions = (valid.long().cumsum(-1) - 1).clamp(min=0)  # (R, T)
-        fed = flat_positions(feed, self._feed_step(int(feed.sum())))  # (N,)
-        layout = plan_layout(
+        fed, layout = plan_layout(
             feed,
-            fed,
             positions,
-            device=fast.device,
-            cache=None if cache_rows is None else fast.cache,
-            cache_rows=cache_rows or (),
+            step=self._feed_step(int(feed.sum())),
             static=self.compiled,
+            device=fast.device,
+            cache=fast.cache,
+            cache_rows=cache_rows,
         )
         with _without_autocast(fast.device):  # the layers are of one dtype
             hidden = fast(
@@ -281,14 +258,14 @@ class Denoiser(nn.Module):
         hidden = body(
             input_ids=tokens.to(device), attention_mask=mask, position_ids=positions, use_cache=False
         ).last_hidden_state  # (B, T, H)
+        everything = rows is None
+        if everything:
+            rows = torch.cartesian_prod(*(torch.arange(size, device=device) for size in tokens.shape))  # (B * T, 2)
+        hidden = hidden[tuple(self._sources(rows, valid).T)]  # (M, H)
         head = self.model.get_output_embeddings()
-        # (B, T, H), or (M, H) of the wanted rows
-        hidden = self._aligned(hidden, valid) if rows is None else hidden[tuple(self._sources(rows, valid).T)]
-        if reduce is None:
-            return head(hidden)  # type: ignore[no-any-return]  # the model is Any
-        results = self._reduced(hidden.flatten(0, -2), head, reduce)  # each (B * T, ...) or (M, ...)
-        if rows is None:  # (M, ...) stay as they are: FSDP2 warns of views among what it returns
-            results = tuple(result.reshape(*hidden.shape[:-1], *result.shape[1:]) for result in results)
+        results = (head(hidden),) if reduce is None else self._reduced(hidden, head, reduce)
+        if everything:  # other results stay as they are: FSDP2 warns of views among what it returns
+            results = tuple(result.view(*tokens.shape, *result.shape[1:]) for result in results)
         return results if len(results) > 1 else results[0]
 
     # --- the shift ---
@@ -302,14 +279,6 @@ class Denoiser(nn.Module):
         if valid is not None:  # a row's first real token has no real left neighbour: it reads itself, padded or not
             left = left.where(valid[row, left], position)
         return torch.stack([row, left], -1)
-
-    def _aligned(self, hidden: Tensor, valid: Tensor | None) -> Tensor:
-        """The hidden state that scores each position: (B, T, H) -> (B, T, H)."""
-        batch, length = hidden.shape[:2]
-        row = torch.arange(batch, device=hidden.device).repeat_interleave(length)
-        position = torch.arange(length, device=hidden.device).repeat(batch)
-        source = self._sources(torch.stack([row, position], -1), valid)[:, 1].view(batch, length)  # (B, T)
-        return hidden.gather(1, source[..., None].expand_as(hidden))
 
     def _reduced(self, hidden: Tensor, head: Project, reduce: Reduce) -> tuple[Tensor, ...]:
         """`reduce` over the logits of `hidden` (N, H), chunk by chunk: tensors of N rows each."""

@@ -63,7 +63,7 @@ def pair(causal_lm: MakeLM, kind: str = "qwen2", **overrides: Any) -> tuple[Deno
     """A model by transformers' layers, and the same by the fast ones."""
     plain, fast = (Denoiser.from_causal_lm(causal_lm(kind, **overrides), mask_id=66) for _ in range(2))
     fast.use_fast_layers()
-    assert fast.has_fast_layers
+    assert fast.fast is not None
     return plain, fast
 
 
@@ -245,7 +245,7 @@ def test_changed_weights_are_seen_and_cast_ones_too(causal_lm: MakeLM) -> None:
     assert_scores(scores(fast, tokens(1, 5)), plain(tokens(1, 5)))
     half = scores(fast.to(torch.bfloat16), tokens(1, 5))
     assert half.dtype == torch.bfloat16
-    assert fast.has_fast_layers
+    assert fast.fast is not None
     torch.testing.assert_close(half[:, 1:], plain.to(torch.bfloat16)(tokens(1, 5))[:, 1:], rtol=0.1, atol=0.5)
 
 
@@ -266,7 +266,7 @@ def test_a_snapshot_in_another_dtype_leaves_the_model_alone(causal_lm: MakeLM) -
     assert rough.dtype == torch.bfloat16
     torch.testing.assert_close(rough.float()[:, 1:], plain(ids)[:, 1:], rtol=0.1, atol=0.5)
     assert plain.dtype == torch.float32
-    assert not plain.has_fast_layers
+    assert plain.fast is None
 
 
 @pytest.mark.parametrize(
@@ -278,5 +278,5 @@ def test_layers_it_does_not_know_are_left_to_transformers(causal_lm: MakeLM, ove
     assert FastLayers.of(model) is None
     denoiser = Denoiser.from_causal_lm(model, mask_id=66)
     denoiser.use_fast_layers()
-    assert not denoiser.has_fast_layers
+    assert denoiser.fast is None
     assert_scores(scores(denoiser, tokens(1, 4)), denoiser(tokens(1, 4)))
