@@ -16,7 +16,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, GgufConfig
@@ -93,7 +92,7 @@ def write_gguf(
     partial = path.with_name(f"{path.name}.partial")
     number_format, file_type = TYPES[dtype]
     architecture = "qwen2" if causal else "dream"
-    writer = gguf.GGUFWriter(partial, architecture)
+    writer = gguf.GGUFWriter(partial, architecture, use_temp_file=True)
     writer.add_name(path.stem)
     writer.add_file_type(gguf.LlamaFileType[file_type])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
@@ -103,7 +102,11 @@ def write_gguf(
         writer.add_diffusion_shift_logits(True)
     add_tokenizer(writer, tokenizer, rows=denoiser.vocab_size)
     weights = _with_gguf_names(dream_weights(denoiser), denoiser.config.num_hidden_layers)
-    _write_tensors(writer, weights, gguf.GGMLQuantizationType[number_format])
+    _add_tensors(writer, weights, gguf.GGMLQuantizationType[number_format])
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
     os.replace(partial, path)
 
 
@@ -159,23 +162,15 @@ def _add_sizes(writer: Any, denoiser: Denoiser) -> None:
     writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
 
 
-def _write_tensors(writer: Any, weights: Mapping[str, Tensor], matrix_type: Any) -> None:
-    """Write the file: header, metadata, then each weight in turn, so that only one converted copy is alive."""
+def _add_tensors(writer: Any, weights: Mapping[str, Tensor], matrix_type: Any) -> None:
+    """Add the weights, converted; the writer keeps them in a temporary file."""
     gguf = _import_gguf()
     block_size, _ = gguf.GGML_QUANT_SIZES[matrix_type]
-    types = {}
     for name, tensor in weights.items():
         if tensor.ndim == 1:
-            types[name] = gguf.GGMLQuantizationType.F32
+            type_ = gguf.GGMLQuantizationType.F32
         elif tensor.shape[-1] % block_size != 0:
-            types[name] = gguf.GGMLQuantizationType.F16
+            type_ = gguf.GGMLQuantizationType.F16
         else:
-            types[name] = matrix_type
-        size = int(np.prod(gguf.quant_shape_to_byte_shape(tensor.shape, types[name])))
-        writer.add_tensor_info(name, tuple(tensor.shape), np.dtype(np.float32), size, raw_dtype=types[name])
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_ti_data_to_file()
-    for name, tensor in weights.items():
-        writer.write_tensor_data(gguf.quants.quantize(tensor.float().numpy(), types[name]))
-    writer.close()
+            type_ = matrix_type
+        writer.add_tensor(name, gguf.quants.quantize(tensor.float().numpy(), type_), raw_dtype=type_)
