@@ -85,10 +85,9 @@ class Tokenizer:
 
     @classmethod
     def load(cls, folder: str | Path, *, add_mask: bool = False) -> "Tokenizer":
-        """Read `tokenizer.json`, or `vocab.json` and `merges.txt` as DiffuCoder ships them.
+        """Read a tokenizer's files; `add_mask` adds `<|mask|>` if they name no mask token.
 
-        `add_mask` gives a tokenizer that names no mask token `<|mask|>` at the next free id. CheckpointError if files
-        are missing, damaged or disagree on ids.
+        CheckpointError if files are missing, damaged or disagree on ids.
         """
         folder = Path(folder)
         config = _read_config(folder)
@@ -98,10 +97,7 @@ class Tokenizer:
         return cls(backend, config=config)
 
     def with_own_pad(self) -> "Tokenizer":
-        """This tokenizer, but with `<|dlm_pad|>` at the next free id if it padded with an end of text until now.
-
-        A denoiser learns to write padding after an answer; a token for it keeps it apart from the end of a turn.
-        """
+        """This tokenizer, but with `<|dlm_pad|>` at the next free id if it padded with an end of text until now."""
         if self.pad_id not in (*self.terminator_ids, self.mask_id):
             return self
         backend = tokenizers.Tokenizer.from_str(self.backend.to_str())
@@ -210,8 +206,7 @@ class Tokenizer:
     def chat(self, messages: str | Messages) -> str:
         """The prompt of a conversation up to and including the assistant's header; a string is one user turn.
 
-        The checkpoint's template writes it, or else Qwen2.5's. A first message with role "system" replaces the default
-        one. PromptError for messages without role and content.
+        The checkpoint's template writes it, or else Qwen2.5's. PromptError for messages without role and content.
         """
         if isinstance(messages, str):
             messages = [{"role": "user", "content": messages}]

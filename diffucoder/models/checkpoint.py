@@ -1,12 +1,11 @@
 """Checkpoints: load models from a folder, the Hub or the package, and write Dream checkpoints.
 
-For: understanding a model's config without remote code, checking weights before reading them, choosing device and
-dtype (here and nowhere else), and writing checkpoints that other Dream tools read.
+For: understanding a config without remote code, checking weights before reading them, choosing device and dtype.
 Not for: where models are (`hub`), the forward pass (`denoiser`), text (`tokenizer`), training state.
 
-A Dream model is a Qwen2 model that attends both ways, so `model_type: "Dream"` loads as transformers' Qwen2 and its
-`auto_map` is ignored. Models that Dream can represent are written as Dream; Llama parents get zero q/k/v biases. Other
-models (Qwen3's q/k norms, scaled RoPE, unshifted rows) keep their type, and `diffucoder.json` has the rest.
+A Dream model is a Qwen2 model that attends both ways, so it loads as transformers' Qwen2. Models that Dream can
+represent are written as Dream; Llama parents get zero q/k/v biases. Other models (Qwen3's q/k norms, scaled RoPE,
+unshifted rows) keep their type, and `diffucoder.json` has the rest.
 """
 
 import json
@@ -77,9 +76,8 @@ def load_denoiser(
 ) -> Denoiser:
     """Load a model, ready to score.
 
-    `dtype` and `device` default to what is fast here (`default_device_and_dtype`); weights in another dtype are cast.
-    `mask_id` makes a denoiser of an autoregressive parent, whose config names no mask token. CheckpointError if the
-    model cannot be found, fetched or understood, or its weights do not fit its config.
+    `dtype` and `device` default to what is fast here. `mask_id` makes a denoiser of an autoregressive parent.
+    CheckpointError if the model cannot be found, fetched or understood, or its weights do not fit its config.
     """
     checkpoint = find_checkpoint(source, revision=revision)
     if mask_id is None:
@@ -106,10 +104,7 @@ def load_denoiser(
 
 
 def load_tokenizer(source: Source = None) -> Tokenizer:
-    """Load the tokenizer beside a model. An autoregressive model's gets a mask token if it has none.
-
-    CheckpointError if files are missing or damaged, or if the tokenizer does not fit the model's vocabulary.
-    """
+    """Load the tokenizer beside a model; a parent's gets a mask token. CheckpointError if it is damaged or unfit."""
     checkpoint = find_checkpoint(source)
     tokenizer = Tokenizer.load(checkpoint.folder, add_mask=checkpoint.mask_id is None)
     if checkpoint.mask_id is not None:
@@ -124,10 +119,7 @@ def load_with_tokenizer(
     device: str | torch.device | None = None,
     add_mask: bool = False,
 ) -> tuple[Denoiser, Tokenizer]:
-    """Load a model and its tokenizer, finding their files once; arguments and errors as for `load_denoiser`.
-
-    `add_mask` makes a denoiser of an autoregressive parent, with the mask that its tokenizer has or gets.
-    """
+    """As `load_denoiser`, with the tokenizer; `add_mask` makes a denoiser of a parent, with its tokenizer's mask."""
     checkpoint = find_checkpoint(source)
     tokenizer = load_tokenizer(checkpoint)  # first: it is quick, and fails for most of the same reasons
     mask_id = tokenizer.mask_id if add_mask else None
@@ -166,9 +158,6 @@ def _has_fast_bf16(device: torch.device) -> bool:
         return True
     # on x86 oneDNN also supports bfloat16 where it has to emulate it: on AVX-512 without these two
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-
-
-# ---- finding and understanding ----
 
 
 def find_checkpoint(source: Source, *, revision: str | None = None) -> Checkpoint:
@@ -256,9 +245,6 @@ def _stored_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-# ---- writing ----
-
-
 def save_denoiser(
     denoiser: Denoiser,
     folder: str | Path,
@@ -268,13 +254,9 @@ def save_denoiser(
 ) -> None:
     """Write `denoiser` to `folder` as a Dream checkpoint, or its own type plus `diffucoder.json` (module docstring).
 
-    `state` replaces the model's own weights, by their transformers names: gathered ones if the model is sharded over
-    processes, or the same weights in another dtype. `as_parent` writes the plain causal model that it is with causal
-    attention.
-
-    Loading and saving again gives the same bytes. Weights keep their dtype, in safetensors of at most 5 GB. Files are
-    replaced whole, so saving over the folder that `denoiser` was loaded from is safe. CheckpointError if the model has
-    weights that its config does not explain (adapters: merge them first).
+    `state` replaces the model's own weights, by their transformers names. `as_parent` writes the plain causal model
+    that it is with causal attention. Saving over the folder that `denoiser` was loaded from is safe. CheckpointError
+    if the model has weights that its config does not explain (adapters: merge them first).
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -306,10 +288,7 @@ def dream_can_represent(denoiser: Denoiser) -> bool:
 
 
 def dream_weights(denoiser: Denoiser, state: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
-    """The weights of a model that Dream can represent, as Dream stores them: with an untied head and q, k, v biases.
-
-    A parent without biases gets zeros. `state` and errors as for `save_denoiser`.
-    """
+    """The weights of a model that Dream can represent, as Dream stores them: with an untied head and q, k, v biases."""
     weights = _named_weights(denoiser, state)
     weights.setdefault("lm_head.weight", weights["model.embed_tokens.weight"].clone())
     for name, weight in list(weights.items()):

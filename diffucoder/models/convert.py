@@ -1,10 +1,9 @@
 """Convert an autoregressive parent to a Dream checkpoint, and a Dream checkpoint to a GGUF file for llama.cpp.
 
-For: the two jobs of `diffucoder convert`. Not for: training, without which a converted parent writes nothing sensible,
-nor the file formats (`checkpoint`, `gguf`).
+For: the two jobs of `diffucoder convert`. Not for: the file formats (`checkpoint`, `gguf`).
 
 Converting changes no weights. The parent gets a mask token, a row for it and whatever else it lacks, and attends both
-ways. With a causal mask (`attention=torch.ones(T, T).tril().bool()`) it still gives the parent's logits.
+ways. With a causal mask it still gives the parent's logits.
 """
 
 import os

@@ -8,11 +8,10 @@ Two ideas a newcomer needs:
 * **Bidirectional.** transformers' own classes attend both ways once `config.is_causal` and each attention module's
   `is_causal` are False; so set they are bit-equal to Dream's released model, and no modelling code is kept here.
 * **The shift.** The weights come from next-token models, so the hidden state at i-1 predicts token i. This module moves
-  rows so that row i scores token i. Nothing else in the project knows about it: code that feeds parts of a canvas asks
-  `needed_for` and `scorable`.
+  rows so that row i scores token i. Code that feeds parts of a canvas asks `needed_for` and `scorable`.
 
-There are two ways through the model. `forward` runs transformers' layers, with gradients when they are enabled: for
-training, and for the released arithmetic. `score` runs `FastLayers`, with or without a cache: for decoding.
+`forward` runs transformers' layers: for training, and for the released arithmetic. `score` runs `FastLayers`, with or
+without a cache: for decoding.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -56,9 +55,8 @@ class Denoiser(nn.Module):
     def from_causal_lm(cls, model: Any, *, mask_id: int, shifted: bool = True) -> "Denoiser":
         """Make `model`, a transformers causal LM, bidirectional in place and wrap it.
 
-        `mask_id` is the token that stands for "unknown": an id the tokenizer leaves free. Where the model has no such
-        row, its embeddings grow to hold it, the new rows being the mean of the old. CheckpointError where the
-        architecture is not one of `SUPPORTED_TYPES` or attends through a sliding window.
+        If the model has no row for `mask_id`, its embeddings grow to hold it. CheckpointError if the architecture is
+        not one of `SUPPORTED_TYPES` or attends through a sliding window.
         """
         kind = model.config.model_type
         if kind not in SUPPORTED_TYPES:
@@ -100,8 +98,6 @@ class Denoiser(nn.Module):
         """The dtype of the weights, and of the logits outside autocast."""
         return self.model.get_input_embeddings().weight.dtype  # type: ignore[no-any-return]  # model is Any
 
-    # --- which positions a score needs ---
-
     @property
     def first_scorable(self) -> int:
         """The first position of a canvas that the model can score: 1 for shifted models, else 0."""
@@ -119,8 +115,6 @@ class Denoiser(nn.Module):
             return fed
         return fed & nn.functional.pad(fed[..., :-1], (1, 0))
 
-    # --- decoding ---
-
     @property
     def cache(self) -> KVCache:
         """The cache of the fast layers. CheckpointError for a model without them."""
@@ -134,11 +128,9 @@ class Denoiser(nn.Module):
         return self.fast.cache
 
     def use_fast_layers(self, *, compiled: bool = False) -> None:
-        """Decode by `FastLayers` from now on, where they support the architecture.
+        """Decode by `FastLayers` from now on, if they support the architecture. The projections become views.
 
-        The model's projections become views of joined weights. Call it again after putting other modules in place.
-        `compiled` has torch compile the layers, for which passes are padded to a few shapes: CheckpointError where the
-        architecture is not supported.
+        `compiled` has torch compile them, for which passes are padded to a few shapes; CheckpointError without support.
         """
         self.fast = FastLayers.of(self.model)
         self.compiled = compiled
@@ -225,8 +217,6 @@ class Denoiser(nn.Module):
             return 1
         return 8 if count <= 64 else 32
 
-    # --- training ---
-
     def forward(
         self,
         tokens: Tensor,
@@ -238,14 +228,14 @@ class Denoiser(nn.Module):
     ) -> Reduced:
         """Score positions of `tokens` (B, T) int64: row i of the result holds the logits of token i.
 
-        `valid` (B, T) bool is False on left padding; leave it out where nothing is padded, which saves a device
-        synchronisation. What padded positions score means nothing, but is finite. `attention` bool, (T, T) or
-        (B, T, T), True where query (row) may see key (column), narrows full attention; a lower triangle is the
-        autoregressive model. The first real position of a shifted model is scored from itself: put a real token there.
+        `valid` (B, T) bool is False on left padding; without it, a device synchronisation is saved. What padded
+        positions score means nothing, but is finite. `attention` bool, (T, T) or (B, T, T), True where query (row) may
+        see key (column), narrows full attention; a lower triangle is the autoregressive model. The first real position
+        of a shifted model is scored from itself: put a real token there.
 
         Returns (B, T, V) logits in the model's dtype; with `rows` (M, 2) int64 of (row, position) pairs only those,
-        (M, V). With `reduce`, its results instead, one row for each logit row, (B, T, ...) or (M, ...): it is called
-        on chunks of at most `chunk_elements` logits, so the whole never exists, in training either.
+        (M, V). With `reduce`, its results instead, one row for each logit row: it is called on chunks of at most
+        `chunk_elements` logits, so the whole never exists, in training either.
         """
         if valid is not None and bool(valid.all()):  # read before it moves: it may still be on the host
             valid = None
@@ -267,8 +257,6 @@ class Denoiser(nn.Module):
         if everything:  # other results stay as they are: FSDP2 warns of views among what it returns
             results = tuple(result.view(*tokens.shape, *result.shape[1:]) for result in results)
         return results if len(results) > 1 else results[0]
-
-    # --- the shift ---
 
     def _sources(self, wanted: Tensor, valid: Tensor | None) -> Tensor:
         """The (row, position) pairs (M, 2) whose hidden states score the pairs `wanted` (M, 2)."""

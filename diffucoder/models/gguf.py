@@ -1,14 +1,10 @@
 """GGUF, llama.cpp's one-file format: read an autoregressive parent, write a `dream` model.
 
-For: reading a Llama- or Qwen2-shaped file, quantised or not, as a dense causal LM with the tokenizer that llama.cpp has
-for it, and writing a denoiser that llama.cpp can run. Not for: the vocabulary inside (`gguf_tokenizer`), making the
-parent a denoiser (`convert`).
+For: Llama- and Qwen2-shaped files, quantised or not, and denoisers that llama.cpp can run. Not for: the vocabulary
+inside (`gguf_tokenizer`), making the parent a denoiser (`convert`).
 
-Two things to know. transformers reads GGUF files, but silently drops what it does not expect in them (biases, scaled
-RoPE), so this module checks that there is nothing of the kind. llama.cpp's `dream` is Qwen2 that attends both ways, and
-its rows are unshifted: its row i-1 is our row i.
-
-The `gguf` package comes with `pip install "diffucoder[gguf]"` and is imported when it is needed.
+transformers reads GGUF files, but silently drops what it does not expect in them (biases, scaled RoPE), so this module
+checks that there is nothing of the kind. llama.cpp's `dream` is Qwen2 that attends both ways; its row i-1 is our row i.
 """
 
 import os
@@ -39,8 +35,7 @@ TYPES = {
 def read_gguf(path: str | Path, *, dtype: torch.dtype = torch.float32) -> tuple[Any, Tokenizer]:
     """The causal LM in a GGUF file, dequantised to `dtype` on the CPU, and its tokenizer with a mask token added.
 
-    CheckpointError if the file is missing, damaged, or of an architecture or tokenizer that is not supported;
-    ConfigError if the `gguf` package is missing.
+    CheckpointError if the file is missing, damaged or not supported; ConfigError if the `gguf` package is missing.
     """
     path = Path(os.path.expanduser(path))
     fields, tensor_names = _read_metadata(path)

@@ -3,9 +3,8 @@
 For: forward passes without gradients, over whole canvases or over some positions of them with the keys and values of
 the rest in a cache. Not for: training, saving, or what a row of logits means (`denoiser`).
 
-transformers' own layers take about a millisecond each in Python, whatever the width: more than the arithmetic of a
-small model. These layers read the same weights (the projections of a layer side by side, the model's own parameters
-being views of them) and give the same numbers up to rounding; tests hold them to that.
+They read the same weights as transformers' layers (the projections of a layer side by side, the model's own parameters
+being views of them) and give the same numbers up to rounding.
 
 N is the number of tokens that a pass is fed, all rows together. Only attention needs rows: there the N queries are laid
 out as a rectangle (A rows, W wide), which `Layout` describes.
