@@ -9,16 +9,15 @@ the first pass over a row that was just acquired must feed every position.
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 
 class KVCache:
     """Keys and values (P, S, heads, D) of each layer: P rows of S slots. Without rows in use it holds no memory."""
 
-    def __init__(self, layers: int, heads: int, head_dim: int, *, dtype: torch.dtype, device: torch.device) -> None:
-        """An empty cache for a model of so many `layers` and key `heads`."""
-        empty = torch.zeros(0, 0, heads, head_dim, dtype=dtype, device=device)
+    def __init__(self, layers: int, heads: int, head_dim: int, *, like: Tensor) -> None:
+        """An empty cache for a model of so many `layers` and key `heads`, in dtype and on the device of `like`."""
+        empty = like.new_zeros(0, 0, heads, head_dim)
         self.keys = [empty for _ in range(layers)]
         self.values = [empty for _ in range(layers)]
         self._lengths: list[int] = []  # of each row's canvas; 0 where the row is free

@@ -262,10 +262,10 @@ def save_denoiser(
     folder.mkdir(parents=True, exist_ok=True)
     if as_parent or not dream_can_represent(denoiser):
         weights = _named_weights(denoiser, state)
-        files = _own_files(denoiser, _dtype_name(weights))
+        files = _own_files(denoiser, weights["model.embed_tokens.weight"].dtype)
     else:
         weights = dream_weights(denoiser, state)
-        files = _dream_files(denoiser, _dtype_name(weights))
+        files = _dream_files(denoiser, weights["model.embed_tokens.weight"].dtype)
     if as_parent:
         del files[EXTRAS]
     for name, fields in files.items():
@@ -312,7 +312,7 @@ def _named_weights(denoiser: Denoiser, state: Mapping[str, Tensor] | None) -> di
     return weights
 
 
-def _dream_files(denoiser: Denoiser, dtype: str) -> dict[str, Json]:
+def _dream_files(denoiser: Denoiser, dtype: torch.dtype) -> dict[str, Json]:
     """The JSON files of a Dream checkpoint, key for key as the release has them."""
     config = denoiser.config
     fields: Json = {name: getattr(config, name) for name in _DREAM_SIZES}
@@ -326,7 +326,7 @@ def _dream_files(denoiser: Denoiser, dtype: str) -> dict[str, Json]:
         "rope_theta": config.rope_parameters["rope_theta"],
         "sliding_window": None,
         "tie_word_embeddings": False,
-        "torch_dtype": dtype,
+        "torch_dtype": str(dtype).removeprefix("torch."),
         "use_cache": False,
         "use_mrope": False,
         "use_sliding_window": False,
@@ -336,10 +336,10 @@ def _dream_files(denoiser: Denoiser, dtype: str) -> dict[str, Json]:
     return {"config.json": fields, "generation_config.json": {name: fields[name] for name in names}}
 
 
-def _own_files(denoiser: Denoiser, dtype: str) -> dict[str, Json]:
+def _own_files(denoiser: Denoiser, dtype: torch.dtype) -> dict[str, Json]:
     """The JSON files of a model that keeps its own type."""
     fields = json.loads(denoiser.config.to_json_string())
-    fields |= {"architectures": [type(denoiser.model).__name__], "dtype": dtype}
+    fields |= {"architectures": [type(denoiser.model).__name__], "dtype": str(dtype).removeprefix("torch.")}
     for name in ("is_causal", "transformers_version"):  # the first would half-convert it for other tools
         fields.pop(name, None)
     return {"config.json": fields, EXTRAS: {"mask_token_id": denoiser.mask_id, "shifted": denoiser.shifted}}
@@ -361,10 +361,6 @@ def _write_weights(folder: Path, weights: dict[str, Tensor]) -> None:
         shutil.copymode(folder / "config.json", path)  # safetensors keeps files from everyone else
         path.replace(folder / path.name)
     partial.rmdir()
-
-
-def _dtype_name(weights: Mapping[str, Tensor]) -> str:
-    return str(next(iter(weights.values())).dtype).removeprefix("torch.")
 
 
 def _one_line(error: Exception) -> str:

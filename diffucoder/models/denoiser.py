@@ -101,7 +101,7 @@ class Denoiser(nn.Module):
     @property
     def first_scorable(self) -> int:
         """The first position of a canvas that the model can score: 1 for shifted models, else 0."""
-        return 1 if self.shifted else 0
+        return int(self.shifted)
 
     def needed_for(self, positions: Tensor) -> Tensor:
         """The positions that a pass must be fed to score `positions`, (..., T) bool each."""
@@ -183,27 +183,28 @@ class Denoiser(nn.Module):
         if fast is None or reference or self.config.is_causal:
             assert cache_rows is None, "a cache belongs to fast layers"
             return _as_tuple(self(tokens, valid=valid, rows=wanted, reduce=reduce))
+        device = self.device
         positions = (valid.long().cumsum(-1) - 1).clamp(min=0)  # (R, T)
         fed, layout = plan_layout(
             feed,
             positions,
             step=self._feed_step(int(feed.sum())),
             static=self.compiled,
-            device=fast.device,
+            device=device,
             cache=fast.cache,
             cache_rows=cache_rows,
         )
-        with _without_autocast(fast.device):  # the layers are of one dtype
+        with _without_autocast(device):  # the layers are of one dtype
             hidden = fast(
-                tokens.flatten()[fed].to(fast.device),
-                positions.flatten()[fed].to(fast.device),
+                tokens.flatten()[fed].to(device),
+                positions.flatten()[fed].to(device),
                 layout,
                 longest=int(positions.max()) + 1,
             )  # (N, H)
             index_of = feed.flatten().cumsum(0) - 1  # (R * T,) of each fed position among the N
             row, position = self._sources(wanted, valid).unbind(-1)
             source = index_of[row * tokens.shape[1] + position]  # (M,)
-            return self._reduced(hidden[source.to(fast.device)], fast.head, reduce)
+            return self._reduced(hidden[source.to(device)], fast.head, reduce)
 
     def _feed_step(self, count: int) -> int:
         """A pass of `count` tokens is fed a multiple of so many.
@@ -248,13 +249,14 @@ class Denoiser(nn.Module):
         hidden = body(
             input_ids=tokens.to(device), attention_mask=mask, position_ids=positions, use_cache=False
         ).last_hidden_state  # (B, T, H)
-        everything = rows is None
-        if everything:
-            rows = torch.cartesian_prod(*(torch.arange(size, device=device) for size in tokens.shape))  # (B * T, 2)
-        hidden = hidden[tuple(self._sources(rows, valid).T)]  # (M, H)
+        wanted = rows
+        if wanted is None:
+            batch, length = tokens.shape
+            wanted = torch.cartesian_prod(torch.arange(batch), torch.arange(length)).to(device)  # (B * T, 2)
+        hidden = hidden[tuple(self._sources(wanted, valid).T)]  # (M, H)
         head = self.model.get_output_embeddings()
         results = (head(hidden),) if reduce is None else self._reduced(hidden, head, reduce)
-        if everything:  # other results stay as they are: FSDP2 warns of views among what it returns
+        if rows is None:  # other results stay as they are: FSDP2 warns of views among what it returns
             results = tuple(result.view(*tokens.shape, *result.shape[1:]) for result in results)
         return results if len(results) > 1 else results[0]
 

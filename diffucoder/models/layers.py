@@ -149,13 +149,7 @@ class FastLayers:
         self.head: Project = head
         if dtype is not None:
             self.head = _join([head], dtype)
-        self.cache = KVCache(
-            len(self.layers),
-            self.key_heads,
-            self.head_dim,
-            dtype=self.embedding.dtype,
-            device=self.embedding.device,
-        )
+        self.cache = KVCache(len(self.layers), self.key_heads, self.head_dim, like=self.embedding)
         self._rotary = body.rotary_emb
         self._cos = self._sin = self.embedding.new_zeros(0)
         self._run: Callable[[Tensor, Tensor, Tensor, Layout], Tensor] = self._forward
@@ -172,14 +166,9 @@ class FastLayers:
             return None
         return cls(model, dtype)
 
-    @property
-    def device(self) -> torch.device:
-        """Where the weights are."""
-        return self.embedding.device
-
     def compile(self) -> None:
         """Have torch compile the layers for each shape that they are fed. On CUDA, kernels are captured as graphs."""
-        mode = "reduce-overhead" if self.device.type == "cuda" else None
+        mode = "reduce-overhead" if self.embedding.device.type == "cuda" else None
         more_shapes = torch._dynamo.config.patch(recompile_limit=256)  # by default it gives up after eight
         self._run = more_shapes(torch.compile(self._forward, dynamic=False, mode=mode))
 
@@ -233,7 +222,7 @@ class FastLayers:
     def _extend_rotation(self, longest: int) -> None:
         """Compute cosines and sines (L, D) for positions up to the next power of two."""
         count = 1 << (longest - 1).bit_length()
-        cos, sin = self._rotary(self.embedding, torch.arange(count, device=self.device)[None])
+        cos, sin = self._rotary(self.embedding, torch.arange(count, device=self.embedding.device)[None])
         first, second = sin[0].chunk(2, -1)
         self._cos = cos[0]
         self._sin = torch.cat((-first, second), -1)  # rotate_half's sign, so that `roll` is enough
@@ -270,10 +259,11 @@ def _join(projections: Sequence[nn.Linear], dtype: torch.dtype | None) -> Projec
     if projections[0].bias is not None:
         bias = torch.cat([projection.bias for projection in projections]).to(dtype)
     if dtype is None:  # memory holds them once
-        sizes = [projection.out_features for projection in projections]
-        for projection, part in zip(projections, weight.split(sizes), strict=True):
-            projection.weight = nn.Parameter(part, requires_grad=projection.weight.requires_grad)
-        if bias is not None:
-            for projection, part in zip(projections, bias.split(sizes), strict=True):
-                projection.bias = nn.Parameter(part, requires_grad=projection.bias.requires_grad)
+        start = 0
+        for projection in projections:
+            part = slice(start, start + projection.out_features)
+            projection.weight = nn.Parameter(weight[part], requires_grad=projection.weight.requires_grad)
+            if bias is not None:
+                projection.bias = nn.Parameter(bias[part], requires_grad=projection.bias.requires_grad)
+            start = part.stop
     return lambda hidden: F.linear(hidden, weight, bias)
