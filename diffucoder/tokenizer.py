@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import tokenizers
-from tokenizers import AddedToken, models, pre_tokenizers
+from tokenizers import AddedToken, pre_tokenizers
 
 from diffucoder.errors import CheckpointError, PromptError
 from diffucoder.files import Json, write_json
@@ -230,22 +230,19 @@ class Tokenizer:
         plain.encode_special_tokens = True
         return plain
 
-    @cached_property
-    def _template_runner(self) -> Any:  # Any: transformers is not followed by mypy
-        """Runs chat templates in transformers' sandbox. They use names of tokens only, so its vocabulary is empty."""
-        from transformers import PreTrainedTokenizerFast  # late: slow to import, and most chats do not need it
-
-        empty = tokenizers.Tokenizer(models.BPE())
-        return PreTrainedTokenizerFast(tokenizer_object=empty, **self._tokens_of("bos_token", "eos_token"))
-
     def _render(self, turns: list[dict[str, str]]) -> str:
-        from jinja2.exceptions import TemplateError  # late, as above
+        # late: slow to import, and most chats do not need them
+        from jinja2.exceptions import TemplateError
+        from transformers.utils.chat_template_utils import render_jinja_template
 
-        render = self._template_runner.apply_chat_template
+        names = self._tokens_of("bos_token", "eos_token")
         try:
-            return str(render(turns, chat_template=self.chat_template, tokenize=False, add_generation_prompt=True))
+            prompts, _ = render_jinja_template(
+                [turns], chat_template=self.chat_template, add_generation_prompt=True, **names
+            )
         except TemplateError as error:
             raise PromptError(f"the checkpoint's chat template rejects these messages: {error}") from error
+        return str(prompts[0])
 
     def _tokens_of(self, *roles: str) -> dict[str, str]:
         """The tokens of those roles that have one."""

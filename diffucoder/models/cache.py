@@ -10,6 +10,7 @@ the first pass over a row that was just acquired must feed every position.
 from collections.abc import Sequence
 
 from torch import Tensor
+from torch.nn import functional as F
 
 
 class KVCache:
@@ -60,16 +61,10 @@ class KVCache:
         return [max(1, self._lengths[row]) for row in rows]
 
     def _grow(self, rows: int, slots: int) -> None:
+        more = (0, 0, 0, 0, 0, slots - self.slots, 0, rows - self.rows)  # zeros, at the end of slots and rows
         # All or nothing: when memory runs out, the cache is as it was
-        keys = [_grown(layer, rows, slots) for layer in self.keys]
-        values = [_grown(layer, rows, slots) for layer in self.values]
+        keys = [F.pad(layer, more) for layer in self.keys]
+        values = [F.pad(layer, more) for layer in self.values]
         self.keys = keys
         self.values = values
         self._lengths += [0] * (rows - self.rows)
-
-
-def _grown(layer: Tensor, rows: int, slots: int) -> Tensor:
-    """A copy of `layer` (P, S, heads, D) with more rows and slots, zeros in the new ones."""
-    grown = layer.new_zeros(rows, slots, *layer.shape[2:])
-    grown[: layer.shape[0], : layer.shape[1]] = layer
-    return grown

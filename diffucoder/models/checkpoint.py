@@ -170,7 +170,10 @@ def find_checkpoint(source: Source, *, revision: str | None = None) -> Checkpoin
     fields = read_json(folder / "config.json")
     extras = read_json(folder / EXTRAS)
     family = family_of(fields, folder)
-    mask_id = _mask_id_of(family, fields, extras, folder)
+    mask_id: int | None = extras.get("mask_token_id", fields.get("mask_token_id", family.mask_id))
+    if mask_id is None and family.diffusion:
+        kind = family.model_type
+        raise CheckpointError(f"{folder}/config.json: {kind} needs a mask_token_id; add it (DiffuCoder's is 151666)")
     config = _transformers_config(family, fields, folder)
     if mask_id is not None and mask_id not in range(config.vocab_size):  # a string is in no range either
         raise CheckpointError(f"{folder}: mask_token_id={mask_id!r} is not an id below vocab_size={config.vocab_size}")
@@ -178,18 +181,10 @@ def find_checkpoint(source: Source, *, revision: str | None = None) -> Checkpoin
     return Checkpoint(source, revision, folder, config, mask_id, shifted, family)
 
 
-def _mask_id_of(family: Family, fields: Json, extras: Json, folder: Path) -> int | None:
-    """The mask's id, from `diffucoder.json`, `config.json` or the family; None for an autoregressive model."""
-    mask_id: int | None = extras.get("mask_token_id", fields.get("mask_token_id", family.mask_id))
-    if mask_id is None and family.diffusion:
-        kind = family.model_type
-        raise CheckpointError(f"{folder}/config.json: {kind} needs a mask_token_id; add it (DiffuCoder's is 151666)")
-    return mask_id
-
-
 def _transformers_config(family: Family, fields: Json, folder: Path) -> Any:
     """The config as transformers has it, without fields about other things than layers. Remote code is never run."""
-    described = {name: value for name, value in family.config(fields).items() if name not in _NOT_CONFIG}
+    names = family.config_names
+    described = {names.get(name, name): value for name, value in fields.items() if name not in _NOT_CONFIG}
     try:
         return AutoConfig.for_model(family.architecture, **described)
     except (TypeError, ValueError, KeyError, StrictDataclassError) as error:

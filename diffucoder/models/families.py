@@ -25,10 +25,6 @@ class Family:
     config_names: Mapping[str, str] = field(default_factory=dict)  # their keys -> transformers' keys
     weight_names: Mapping[str, str] = field(default_factory=dict)  # regular expression of theirs -> transformers' name
 
-    def config(self, fields: Json) -> Json:
-        """The fields of a config.json by the names that transformers has for them."""
-        return {self.config_names.get(name, name): value for name, value in fields.items()}
-
     def weight_name(self, stored: str) -> str:
         """The name that transformers has for a stored weight."""
         for pattern, name in self.weight_names.items():
