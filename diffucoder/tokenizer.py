@@ -1,7 +1,5 @@
 """Text to tokens and back, for models that see masks: special ids, chat prompts, holes, text that is half written.
 
-For: everything that depends on how a checkpoint spells things. Not for: canvases (`decoding.canvas`), `models`.
-
 DiffuCoder ships no `tokenizer.json`, only Qwen2's `vocab.json` and `merges.txt` and a list of added tokens;
 `Tokenizer.load` reads both forms. The code holds no token ids: it looks them up in the checkpoint by the tokens' names.
 """

@@ -1,8 +1,5 @@
 """KVCache: keys and values of the sequences being decoded, one row each.
 
-For: rows that are acquired and released one by one, and that grow in number and length as needed. Not for: deciding
-which positions are computed again (`decoding.caching`).
-
 Slot i of a row holds position i of its canvas. A forward pass writes the positions it is fed and reads whole rows, so
 the first pass over a row that was just acquired must feed every position.
 """

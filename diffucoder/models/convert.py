@@ -29,8 +29,7 @@ def convert(
     """Make a denoiser of the autoregressive `source` (folder, Hub id or `.gguf` file) and write it to `folder`.
 
     `pad` adds the token `<|dlm_pad|>` if the parent pads with its end of text. `dtype` defaults to the parent's own,
-    float32 for a GGUF. CheckpointError for a source that is not understood or is a diffusion model already,
-    ConfigError for a folder that holds a model or cannot be written.
+    float32 for a GGUF. CheckpointError for a source that is no parent, ConfigError for a folder that cannot be used.
     """
     folder = Path(os.path.expanduser(folder))
     for name in ("config.json", "tokenizer.json"):
@@ -50,8 +49,7 @@ def convert(
 def export(source: str | Path, path: str | Path, *, dtype: str | None = None, revision: str | None = None) -> Denoiser:
     """Write the diffusion model `source` (folder, Hub id or known name) to `path` as a `dream` GGUF.
 
-    `dtype` as in `write_gguf`. CheckpointError for a source that is not understood or is still autoregressive,
-    ConfigError for a path that is taken or cannot be written.
+    `dtype` as in `write_gguf`. CheckpointError for another kind of source, ConfigError for a path that cannot be used.
     """
     path = Path(os.path.expanduser(path))
     if path.exists():

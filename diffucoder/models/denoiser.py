@@ -177,7 +177,7 @@ class Denoiser(nn.Module):
         (M, 2) int64 are (row, position) pairs, each `scorable` from what is fed. With `cache_rows` (one for each
         canvas, acquired from `cache`) positions that are not fed are seen as they were when they were fed last;
         without, everything valid must be fed. `reference` computes by transformers' layers, as the released code does.
-        Returns the results of `reduce`, one row for each wanted position, (M, ...) each.
+        Returns what `reduce` gives, (M, ...) each.
         """
         fast = self.fast
         if fast is None or reference or self.config.is_causal:
@@ -209,8 +209,7 @@ class Denoiser(nn.Module):
     def _feed_step(self, count: int) -> int:
         """A pass of `count` tokens is fed a multiple of so many.
 
-        For bfloat16 on CPUs oneDNN compiles a kernel for each size of a matrix product that it meets: a millisecond,
-        and half a megabyte that it keeps. Compiled layers are compiled for each size as well.
+        Compiled layers are compiled for each size, and for bfloat16 on CPUs oneDNN compiles a kernel for each.
         """
         if self.compiled:
             return COMPILED_STEP

@@ -1,7 +1,6 @@
 """Families of models, one row each: how to recognise a checkpoint, and what its config and weights are called.
 
-For: reading checkpoints of others without remote code. A new family whose layers transformers has (or `Denoiser` can
-make bidirectional) is a row here, with a test against its original. Not for: reading files (`checkpoint`).
+A new family whose layers transformers has is a row here, with a test against its original.
 """
 
 import re

@@ -67,10 +67,9 @@ def write_gguf(
 ) -> None:
     """Write `denoiser` and `tokenizer` to `path` as a `dream` GGUF, which replaces an older file once it is whole.
 
-    `causal` writes a `qwen2` file instead: the same weights with causal attention, as the parent has. `dtype` is one of
-    `TYPES`, by default that of the weights. Norms and biases stay float32; a matrix whose rows do not divide into
-    blocks of q8_0 becomes float16. CheckpointError if Dream cannot represent the model, or llama.cpp cannot cut text
-    as the tokenizer does; ConfigError for an unknown `dtype` or a missing package.
+    `causal` writes a `qwen2` file instead, as the parent is. `dtype` is one of `TYPES`, by default that of the weights.
+    Norms and biases stay float32; a matrix whose rows do not divide into blocks of q8_0 becomes float16.
+    CheckpointError if Dream cannot represent the model, or llama.cpp cannot cut text as the tokenizer does.
     """
     gguf = _import_gguf()
     dtype = dtype or str(denoiser.dtype).removeprefix("torch.")

@@ -1,7 +1,5 @@
 """The vocabulary inside a GGUF file: read a tokenizer from its metadata, and write one into it.
 
-For: ids equal to llama.cpp's. Not for: files and weights (`gguf`).
-
 A GGUF does not hold how text is cut into words before merging, only a name for it (`tokenizer.ggml.pre`). A wrong
 pre-tokenizer gives wrong ids silently (transformers leaves SmolLM's digits uncut), so unknown names are rejected.
 """

@@ -224,6 +224,14 @@ def test_rounding_up_what_is_fed_changes_nothing(causal_lm: MakeLM, dtype: torch
     assert_scores(scores(fast, ids, valid=valid), one_by_one, atol=1e-5 if dtype == torch.float32 else 0.3)
 
 
+def test_a_token_that_is_repeated_to_round_up_is_seen_once(causal_lm: MakeLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain, fast = pair(causal_lm)
+    monkeypatch.setattr(fast, "_feed_step", lambda _: 8)
+    ids = tokens(2, 4)
+    valid = torch.arange(4) >= torch.tensor([0, 1])[:, None]  # seven tokens: with one more, as many as two full rows
+    assert_scores(scores(fast, ids, valid=valid), plain(ids, valid=valid))
+
+
 def test_the_models_weights_are_views_and_stay_savable(causal_lm: MakeLM, tmp_path: Path) -> None:
     plain, fast = pair(causal_lm)
     attention = fast.model.base_model.layers[0].self_attn
