@@ -1,7 +1,5 @@
 """Text to tokens and back, for models that see masks: special ids, chat prompts, holes, text that is half written.
 
-For: everything that depends on how a checkpoint spells things. Not for: canvases (`decoding.canvas`), `models`.
-
 DiffuCoder ships no `tokenizer.json`, only Qwen2's `vocab.json` and `merges.txt` and a list of added tokens;
 `Tokenizer.load` reads both forms. The code holds no token ids: it looks them up in the checkpoint by the tokens' names.
 """
@@ -16,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import tokenizers
-from tokenizers import AddedToken, models, pre_tokenizers
+from tokenizers import AddedToken, pre_tokenizers
 
 from diffucoder.errors import CheckpointError, PromptError
 from diffucoder.files import Json, write_json
@@ -29,14 +27,9 @@ TERMINATORS = (END_OF_TEXT, END_OF_TURN, PAD_TOKEN)  # an answer ends at the fir
 PLACEHOLDER = "░"  # printed for a masked token, or for half a character
 DEFAULT_SYSTEM = "You are a helpful assistant."  # Qwen2.5's, which DiffuCoder was tuned with
 
-# The tokens that Dream adds to Qwen2's vocabulary, in id order, for checkpoints that list none. `<|dlm_pad|>` would be
-# next, but only some checkpoints have it, and those list it.
-_QWEN_SPECIAL = """<|endoftext|> <|im_start|> <|im_end|> <|object_ref_start|> <|object_ref_end|> <|box_start|>
-    <|box_end|> <|quad_start|> <|quad_end|> <|vision_start|> <|vision_end|> <|vision_pad|> <|image_pad|>
-    <|video_pad|>""".split()
+# Added tokens that are text to Qwen2.5, so decoding keeps them
 _QWEN_TEXT = """<tool_call> </tool_call> <|fim_prefix|> <|fim_middle|> <|fim_suffix|> <|fim_pad|> <|repo_name|>
-    <|file_sep|>""".split()  # text to Qwen2.5, so decoding keeps them
-_DREAM_TOKENS = [*_QWEN_SPECIAL, *_QWEN_TEXT, "<|beginoftext|>", MASK_TOKEN]
+    <|file_sep|>""".split()
 
 Messages = Sequence[Mapping[str, str]]
 
@@ -90,10 +83,9 @@ class Tokenizer:
 
     @classmethod
     def load(cls, folder: str | Path, *, add_mask: bool = False) -> "Tokenizer":
-        """Read `tokenizer.json`, or `vocab.json` and `merges.txt` as DiffuCoder ships them.
+        """Read a tokenizer's files; `add_mask` adds `<|mask|>` if they name no mask token.
 
-        `add_mask` gives a tokenizer that names no mask token `<|mask|>` at the next free id. CheckpointError if files
-        are missing, damaged or disagree on ids.
+        CheckpointError if files are missing, damaged or disagree on ids.
         """
         folder = Path(folder)
         config = _read_config(folder)
@@ -103,10 +95,7 @@ class Tokenizer:
         return cls(backend, config=config)
 
     def with_own_pad(self) -> "Tokenizer":
-        """This tokenizer, but with `<|dlm_pad|>` at the next free id if it padded with an end of text until now.
-
-        A denoiser learns to write padding after an answer; a token for it keeps it apart from the end of a turn.
-        """
+        """This tokenizer, but with `<|dlm_pad|>` at the next free id if it padded with an end of text until now."""
         if self.pad_id not in (*self.terminator_ids, self.mask_id):
             return self
         backend = tokenizers.Tokenizer.from_str(self.backend.to_str())
@@ -215,8 +204,7 @@ class Tokenizer:
     def chat(self, messages: str | Messages) -> str:
         """The prompt of a conversation up to and including the assistant's header; a string is one user turn.
 
-        The checkpoint's template writes it, or else Qwen2.5's. A first message with role "system" replaces the default
-        one. PromptError for messages without role and content.
+        The checkpoint's template writes it, or else Qwen2.5's. PromptError for messages without role and content.
         """
         if isinstance(messages, str):
             messages = [{"role": "user", "content": messages}]
@@ -240,22 +228,19 @@ class Tokenizer:
         plain.encode_special_tokens = True
         return plain
 
-    @cached_property
-    def _template_runner(self) -> Any:  # Any: transformers is not followed by mypy
-        """Runs chat templates in transformers' sandbox. They use names of tokens only, so its vocabulary is empty."""
-        from transformers import PreTrainedTokenizerFast  # late: slow to import, and most chats do not need it
-
-        empty = tokenizers.Tokenizer(models.BPE())
-        return PreTrainedTokenizerFast(tokenizer_object=empty, **self._tokens_of("bos_token", "eos_token"))
-
     def _render(self, turns: list[dict[str, str]]) -> str:
-        from jinja2.exceptions import TemplateError  # late, as above
+        # late: slow to import, and most chats do not need them
+        from jinja2.exceptions import TemplateError
+        from transformers.utils.chat_template_utils import render_jinja_template
 
-        render = self._template_runner.apply_chat_template
+        names = self._tokens_of("bos_token", "eos_token")
         try:
-            return str(render(turns, chat_template=self.chat_template, tokenize=False, add_generation_prompt=True))
+            prompts, _ = render_jinja_template(
+                [turns], chat_template=self.chat_template, add_generation_prompt=True, **names
+            )
         except TemplateError as error:
             raise PromptError(f"the checkpoint's chat template rejects these messages: {error}") from error
+        return str(prompts[0])
 
     def _tokens_of(self, *roles: str) -> dict[str, str]:
         """The tokens of those roles that have one."""
@@ -295,7 +280,6 @@ def read_json(path: Path) -> Json:
 def _read_config(folder: Path) -> Json:
     """`tokenizer_config.json`, completed by the files that some checkpoints keep parts of it in."""
     config = read_json(folder / "special_tokens_map.json") | read_json(folder / "tokenizer_config.json")
-    config["added_tokens"] = read_json(folder / "added_tokens.json")
     template = folder / "chat_template.jinja"
     if "chat_template" not in config and template.exists():
         config["chat_template"] = template.read_text(encoding="utf-8")
@@ -313,10 +297,10 @@ def _read_backend(folder: Path, config: Json) -> tokenizers.Tokenizer:
         if whole.exists():
             return tokenizers.Tokenizer.from_file(str(whole))
         backend: tokenizers.Tokenizer = _qwen2_backend(str(vocabulary), str(merges))
-        added_tokens = _listed_tokens(config, first_id=backend.get_vocab_size())
+        listed = _added_tokens(folder, config)
     except Exception as error:  # tokenizers raises bare Exceptions, whatever is wrong with a file
         raise CheckpointError(f"{folder}: tokenizer cannot be read ({error}); fetch it again") from error
-    for id_, token in sorted(added_tokens.items()):
+    for id_, token in sorted(listed.items()):
         backend.add_tokens([token])
         assigned = backend.token_to_id(token.content)
         if assigned != id_:  # ids are assigned in order: a gap or a clash shifts all later ones
@@ -325,20 +309,20 @@ def _read_backend(folder: Path, config: Json) -> tokenizers.Tokenizer:
     return backend
 
 
+def _added_tokens(folder: Path, config: Json) -> dict[int, AddedToken]:
+    """The tokens that the checkpoint adds to its vocabulary, by id."""
+    tokens = {}
+    for name, id_ in read_json(folder / "added_tokens.json").items():
+        tokens[id_] = AddedToken(name, special=name not in _QWEN_TEXT, normalized=False)
+    for id_, described in config.get("added_tokens_decoder", {}).items():
+        name = described["content"]
+        special = described.get("special", name not in _QWEN_TEXT)
+        tokens[int(id_)] = AddedToken(name, special=special, normalized=False)
+    return tokens
+
+
 def _qwen2_backend(vocabulary: str | None = None, merges: str | None = None) -> Any:  # Any: as transformers has it
     """Qwen2's byte-level BPE without added tokens, from the paths of two files; without files an empty one."""
     from transformers import Qwen2Tokenizer  # late: slow to import
 
     return Qwen2Tokenizer(vocabulary, merges, unk_token=None, eos_token=None, pad_token=None).backend_tokenizer
-
-
-def _listed_tokens(config: Json, *, first_id: int) -> dict[int, AddedToken]:
-    """The tokens that the checkpoint adds to its vocabulary, by id; Dream's from `first_id` on if it lists none."""
-    described = config.get("added_tokens_decoder", {})  # by the id as text
-    names = {id_: name for name, id_ in config["added_tokens"].items()}
-    names |= {int(id_): entry["content"] for id_, entry in described.items()}
-    tokens = {}
-    for id_, name in (names or dict(enumerate(_DREAM_TOKENS, start=first_id))).items():
-        special = described.get(str(id_), {}).get("special", name not in _QWEN_TEXT)
-        tokens[id_] = AddedToken(name, special=special, normalized=False)
-    return tokens

@@ -16,13 +16,21 @@ HELLO = (
     "<|im_start|>user\nWrite a sort.<|im_end|>\n<|im_start|>assistant\n"
 )
 
+# What Dream adds to Qwen2's vocabulary, in id order
+ADDED = """<|endoftext|> <|im_start|> <|im_end|> <|object_ref_start|> <|object_ref_end|> <|box_start|> <|box_end|>
+    <|quad_start|> <|quad_end|> <|vision_start|> <|vision_end|> <|vision_pad|> <|image_pad|> <|video_pad|> <tool_call>
+    </tool_call> <|fim_prefix|> <|fim_middle|> <|fim_suffix|> <|fim_pad|> <|repo_name|> <|file_sep|> <|beginoftext|>
+    <|mask|>""".split()
+
 
 @pytest.fixture(scope="session")
 def base_folder(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Files as DiffuCoder-Base ships them, without any list of added tokens."""
+    """Files as DiffuCoder-Base ships them: a vocabulary, merges and a list of added tokens."""
     folder = tmp_path_factory.mktemp("qwen2")
     for name in ("vocab.json", "merges.txt"):
         (folder / name).write_bytes(gzip.decompress((shared / "data/qwen2-tokenizer" / f"{name}.gz").read_bytes()))
+    listed = {name: 151643 + number for number, name in enumerate(ADDED)}
+    (folder / "added_tokens.json").write_text(json.dumps(listed))
     return folder
 
 

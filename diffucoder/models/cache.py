@@ -1,24 +1,21 @@
 """KVCache: keys and values of the sequences being decoded, one row each.
 
-For: rows that are acquired and released one by one, and that grow in number and length as needed. Not for: deciding
-which positions are computed again (`decoding.caching`).
-
 Slot i of a row holds position i of its canvas. A forward pass writes the positions it is fed and reads whole rows, so
 the first pass over a row that was just acquired must feed every position.
 """
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 
 class KVCache:
     """Keys and values (P, S, heads, D) of each layer: P rows of S slots. Without rows in use it holds no memory."""
 
-    def __init__(self, layers: int, heads: int, head_dim: int, *, dtype: torch.dtype, device: torch.device) -> None:
-        """An empty cache for a model of so many `layers` and key `heads`."""
-        empty = torch.zeros(0, 0, heads, head_dim, dtype=dtype, device=device)
+    def __init__(self, layers: int, heads: int, head_dim: int, *, like: Tensor) -> None:
+        """An empty cache for a model of so many `layers` and key `heads`, in dtype and on the device of `like`."""
+        empty = like.new_zeros(0, 0, heads, head_dim)
         self.keys = [empty for _ in range(layers)]
         self.values = [empty for _ in range(layers)]
         self._lengths: list[int] = []  # of each row's canvas; 0 where the row is free
@@ -61,16 +58,10 @@ class KVCache:
         return [max(1, self._lengths[row]) for row in rows]
 
     def _grow(self, rows: int, slots: int) -> None:
+        more = (0, 0, 0, 0, 0, slots - self.slots, 0, rows - self.rows)  # zeros, at the end of slots and rows
         # All or nothing: when memory runs out, the cache is as it was
-        keys = [_grown(layer, rows, slots) for layer in self.keys]
-        values = [_grown(layer, rows, slots) for layer in self.values]
+        keys = [F.pad(layer, more) for layer in self.keys]
+        values = [F.pad(layer, more) for layer in self.values]
         self.keys = keys
         self.values = values
         self._lengths += [0] * (rows - self.rows)
-
-
-def _grown(layer: Tensor, rows: int, slots: int) -> Tensor:
-    """A copy of `layer` (P, S, heads, D) with more rows and slots, zeros in the new ones."""
-    grown = layer.new_zeros(rows, slots, *layer.shape[2:])
-    grown[: layer.shape[0], : layer.shape[1]] = layer
-    return grown

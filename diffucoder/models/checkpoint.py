@@ -1,12 +1,11 @@
 """Checkpoints: load models from a folder, the Hub or the package, and write Dream checkpoints.
 
-For: understanding a model's config without remote code, checking weights before reading them, choosing device and
-dtype (here and nowhere else), and writing checkpoints that other Dream tools read.
+For: understanding a config without remote code, checking weights before reading them, choosing device and dtype.
 Not for: where models are (`hub`), the forward pass (`denoiser`), text (`tokenizer`), training state.
 
-A Dream model is a Qwen2 model that attends both ways, so `model_type: "Dream"` loads as transformers' Qwen2 and its
-`auto_map` is ignored. Models that Dream can represent are written as Dream; Llama parents get zero q/k/v biases. Other
-models (Qwen3's q/k norms, scaled RoPE, unshifted rows) keep their type, and `diffucoder.json` has the rest.
+A Dream model is a Qwen2 model that attends both ways, so it loads as transformers' Qwen2. Models that Dream can
+represent are written as Dream; Llama parents get zero q/k/v biases. Other models (Qwen3's q/k norms, scaled RoPE,
+unshifted rows) keep their type, and `diffucoder.json` has the rest.
 """
 
 import json
@@ -29,7 +28,7 @@ from transformers.utils import logging as transformers_logging
 
 from diffucoder.errors import CheckpointError, ConfigError
 from diffucoder.files import Json, write_json
-from diffucoder.models.denoiser import Denoiser, set_causal
+from diffucoder.models.denoiser import Denoiser
 from diffucoder.models.families import Family, family_of
 from diffucoder.models.hub import find
 from diffucoder.tokenizer import Tokenizer, read_json
@@ -77,9 +76,8 @@ def load_denoiser(
 ) -> Denoiser:
     """Load a model, ready to score.
 
-    `dtype` and `device` default to what is fast here (`default_device_and_dtype`); weights in another dtype are cast.
-    `mask_id` makes a denoiser of an autoregressive parent, whose config names no mask token. CheckpointError if the
-    model cannot be found, fetched or understood, or its weights do not fit its config.
+    `dtype` and `device` default to what is fast here. `mask_id` makes a denoiser of an autoregressive parent.
+    CheckpointError if the model cannot be found, fetched or understood, or its weights do not fit its config.
     """
     checkpoint = find_checkpoint(source, revision=revision)
     if mask_id is None:
@@ -106,10 +104,7 @@ def load_denoiser(
 
 
 def load_tokenizer(source: Source = None) -> Tokenizer:
-    """Load the tokenizer beside a model. An autoregressive model's gets a mask token if it has none.
-
-    CheckpointError if files are missing or damaged, or if the tokenizer does not fit the model's vocabulary.
-    """
+    """Load the tokenizer beside a model; a parent's gets a mask token. CheckpointError if it is damaged or unfit."""
     checkpoint = find_checkpoint(source)
     tokenizer = Tokenizer.load(checkpoint.folder, add_mask=checkpoint.mask_id is None)
     if checkpoint.mask_id is not None:
@@ -124,10 +119,7 @@ def load_with_tokenizer(
     device: str | torch.device | None = None,
     add_mask: bool = False,
 ) -> tuple[Denoiser, Tokenizer]:
-    """Load a model and its tokenizer, finding their files once; arguments and errors as for `load_denoiser`.
-
-    `add_mask` makes a denoiser of an autoregressive parent, with the mask that its tokenizer has or gets.
-    """
+    """As `load_denoiser`, with the tokenizer; `add_mask` makes a denoiser of a parent, with its tokenizer's mask."""
     checkpoint = find_checkpoint(source)
     tokenizer = load_tokenizer(checkpoint)  # first: it is quick, and fails for most of the same reasons
     mask_id = tokenizer.mask_id if add_mask else None
@@ -141,10 +133,8 @@ def default_device_and_dtype(
 
     ConfigError for a device that is not on this machine.
     """
-    if device is None and torch.cuda.is_available():
-        device = "cuda"
-    elif device is None:
-        device = "mps" if torch.backends.mps.is_available() else "cpu"
+    if device is None:
+        device = torch.accelerator.current_accelerator(check_available=True) or "cpu"
     try:
         device = torch.device(device)
         torch.empty(0, device=device).cpu()  # "meta" is a device, but returns nothing
@@ -170,9 +160,6 @@ def _has_fast_bf16(device: torch.device) -> bool:
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
-# ---- finding and understanding ----
-
-
 def find_checkpoint(source: Source, *, revision: str | None = None) -> Checkpoint:
     """Find and understand a model without fetching or reading its weights; errors as for `load_denoiser`."""
     if isinstance(source, Checkpoint):
@@ -183,7 +170,10 @@ def find_checkpoint(source: Source, *, revision: str | None = None) -> Checkpoin
     fields = read_json(folder / "config.json")
     extras = read_json(folder / EXTRAS)
     family = family_of(fields, folder)
-    mask_id = _mask_id_of(family, fields, extras, folder)
+    mask_id: int | None = extras.get("mask_token_id", fields.get("mask_token_id", family.mask_id))
+    if mask_id is None and family.diffusion:
+        kind = family.model_type
+        raise CheckpointError(f"{folder}/config.json: {kind} needs a mask_token_id; add it (DiffuCoder's is 151666)")
     config = _transformers_config(family, fields, folder)
     if mask_id is not None and mask_id not in range(config.vocab_size):  # a string is in no range either
         raise CheckpointError(f"{folder}: mask_token_id={mask_id!r} is not an id below vocab_size={config.vocab_size}")
@@ -191,18 +181,10 @@ def find_checkpoint(source: Source, *, revision: str | None = None) -> Checkpoin
     return Checkpoint(source, revision, folder, config, mask_id, shifted, family)
 
 
-def _mask_id_of(family: Family, fields: Json, extras: Json, folder: Path) -> int | None:
-    """The mask's id, from `diffucoder.json`, `config.json` or the family; None for an autoregressive model."""
-    mask_id: int | None = extras.get("mask_token_id", fields.get("mask_token_id", family.mask_id))
-    if mask_id is None and family.diffusion:
-        kind = family.model_type
-        raise CheckpointError(f"{folder}/config.json: {kind} needs a mask_token_id; add it (DiffuCoder's is 151666)")
-    return mask_id
-
-
 def _transformers_config(family: Family, fields: Json, folder: Path) -> Any:
     """The config as transformers has it, without fields about other things than layers. Remote code is never run."""
-    described = {name: value for name, value in family.config(fields).items() if name not in _NOT_CONFIG}
+    names = family.config_names
+    described = {names.get(name, name): value for name, value in fields.items() if name not in _NOT_CONFIG}
     try:
         return AutoConfig.for_model(family.architecture, **described)
     except (TypeError, ValueError, KeyError, StrictDataclassError) as error:
@@ -258,43 +240,34 @@ def _stored_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-# ---- writing ----
-
-
-def save_denoiser(denoiser: Denoiser, folder: str | Path, *, state: Mapping[str, Tensor] | None = None) -> None:
+def save_denoiser(
+    denoiser: Denoiser,
+    folder: str | Path,
+    *,
+    state: Mapping[str, Tensor] | None = None,
+    as_parent: bool = False,
+) -> None:
     """Write `denoiser` to `folder` as a Dream checkpoint, or its own type plus `diffucoder.json` (module docstring).
 
-    `state` replaces the model's own weights, by their transformers names: gathered ones if the model is sharded over
-    processes, or the same weights in another dtype.
-
-    Loading and saving again gives the same bytes. Weights keep their dtype, in safetensors of at most 5 GB. Files are
-    replaced whole, so saving over the folder that `denoiser` was loaded from is safe. CheckpointError if the model has
-    weights that its config does not explain (adapters: merge them first).
+    `state` replaces the model's own weights, by their transformers names. `as_parent` writes the plain causal model
+    that it is with causal attention. Saving over the folder that `denoiser` was loaded from is safe. CheckpointError
+    if the model has weights that its config does not explain (adapters: merge them first).
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    if dream_can_represent(denoiser):
-        weights = dream_weights(denoiser, state)
-        files = _dream_files(denoiser, _dtype_name(weights))
-    else:
+    if as_parent or not dream_can_represent(denoiser):
         weights = _named_weights(denoiser, state)
-        files = _own_files(denoiser, _dtype_name(weights))
+        files = _own_files(denoiser, weights["model.embed_tokens.weight"].dtype)
+    else:
+        weights = dream_weights(denoiser, state)
+        files = _dream_files(denoiser, weights["model.embed_tokens.weight"].dtype)
+    if as_parent:
+        del files[EXTRAS]
     for name, fields in files.items():
         write_json(folder / name, dict(sorted(fields.items())))
     for name in {"generation_config.json", EXTRAS} - files.keys():  # of an earlier save
         (folder / name).unlink(missing_ok=True)
     _write_weights(folder, weights)
-
-
-def save_parent(denoiser: Denoiser, folder: str | Path, *, state: Mapping[str, Tensor]) -> None:
-    """Write `denoiser` as the plain causal model that it is with causal attention; `state` as in `save_denoiser`."""
-    set_causal(denoiser.model, True)
-    try:
-        del denoiser.model.config.is_causal  # the default, so other tools need not know the key
-        with transformers_silenced():
-            denoiser.model.to(next(iter(state.values())).dtype).save_pretrained(folder, state_dict=dict(state))
-    finally:
-        set_causal(denoiser.model, False)
 
 
 def dream_can_represent(denoiser: Denoiser) -> bool:
@@ -310,10 +283,7 @@ def dream_can_represent(denoiser: Denoiser) -> bool:
 
 
 def dream_weights(denoiser: Denoiser, state: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
-    """The weights of a model that Dream can represent, as Dream stores them: with an untied head and q, k, v biases.
-
-    A parent without biases gets zeros. `state` and errors as for `save_denoiser`.
-    """
+    """The weights of a model that Dream can represent, as Dream stores them: with an untied head and q, k, v biases."""
     weights = _named_weights(denoiser, state)
     weights.setdefault("lm_head.weight", weights["model.embed_tokens.weight"].clone())
     for name, weight in list(weights.items()):
@@ -337,7 +307,7 @@ def _named_weights(denoiser: Denoiser, state: Mapping[str, Tensor] | None) -> di
     return weights
 
 
-def _dream_files(denoiser: Denoiser, dtype: str) -> dict[str, Json]:
+def _dream_files(denoiser: Denoiser, dtype: torch.dtype) -> dict[str, Json]:
     """The JSON files of a Dream checkpoint, key for key as the release has them."""
     config = denoiser.config
     fields: Json = {name: getattr(config, name) for name in _DREAM_SIZES}
@@ -351,7 +321,7 @@ def _dream_files(denoiser: Denoiser, dtype: str) -> dict[str, Json]:
         "rope_theta": config.rope_parameters["rope_theta"],
         "sliding_window": None,
         "tie_word_embeddings": False,
-        "torch_dtype": dtype,
+        "torch_dtype": str(dtype).removeprefix("torch."),
         "use_cache": False,
         "use_mrope": False,
         "use_sliding_window": False,
@@ -361,36 +331,31 @@ def _dream_files(denoiser: Denoiser, dtype: str) -> dict[str, Json]:
     return {"config.json": fields, "generation_config.json": {name: fields[name] for name in names}}
 
 
-def _own_files(denoiser: Denoiser, dtype: str) -> dict[str, Json]:
+def _own_files(denoiser: Denoiser, dtype: torch.dtype) -> dict[str, Json]:
     """The JSON files of a model that keeps its own type."""
     fields = json.loads(denoiser.config.to_json_string())
-    fields["dtype"] = dtype
+    fields |= {"architectures": [type(denoiser.model).__name__], "dtype": str(dtype).removeprefix("torch.")}
     for name in ("is_causal", "transformers_version"):  # the first would half-convert it for other tools
         fields.pop(name, None)
     return {"config.json": fields, EXTRAS: {"mask_token_id": denoiser.mask_id, "shifted": denoiser.shifted}}
 
 
 def _write_weights(folder: Path, weights: dict[str, Tensor]) -> None:
-    """Write `model.safetensors`, or shards and their index, and remove the files of an earlier save."""
+    """Write `model.safetensors`, or shards and their index, in place of the files of an earlier save."""
+    partial = folder / "partial"  # never write into an old file: these tensors may be mapped from it
+    partial.mkdir(exist_ok=True)
     shards = split_torch_state_dict_into_shards(weights, max_shard_size="5GB")
     for file, names in shards.filename_to_tensors.items():
-        partial = folder / f"{file}.partial"  # never write into an old file: these tensors may be mapped from it
-        save_file({name: weights[name] for name in names}, partial, metadata={"format": "pt"})
-        shutil.copymode(folder / "config.json", partial)  # safetensors keeps files from everyone else
-    for file in shards.filename_to_tensors:
-        (folder / f"{file}.partial").replace(folder / file)
-    for path in folder.glob("model*.safetensors"):
-        if path.name not in shards.filename_to_tensors:
-            path.unlink()
+        save_file({name: weights[name] for name in names}, partial / file, metadata={"format": "pt"})
     if shards.is_sharded:
         weight_map = dict(sorted(shards.tensor_to_filename.items()))
-        write_json(folder / INDEX, {"metadata": shards.metadata, "weight_map": weight_map})
-    else:
-        (folder / INDEX).unlink(missing_ok=True)
-
-
-def _dtype_name(weights: Mapping[str, Tensor]) -> str:
-    return str(next(iter(weights.values())).dtype).removeprefix("torch.")
+        write_json(partial / INDEX, {"metadata": shards.metadata, "weight_map": weight_map})
+    for path in folder.glob("model*.safetensors*"):
+        path.unlink()
+    for path in partial.iterdir():
+        shutil.copymode(folder / "config.json", path)  # safetensors keeps files from everyone else
+        path.replace(folder / path.name)
+    partial.rmdir()
 
 
 def _one_line(error: Exception) -> str:

@@ -1,10 +1,9 @@
 """Convert an autoregressive parent to a Dream checkpoint, and a Dream checkpoint to a GGUF file for llama.cpp.
 
-For: the two jobs of `diffucoder convert`. Not for: training, without which a converted parent writes nothing sensible,
-nor the file formats (`checkpoint`, `gguf`).
+For: the two jobs of `diffucoder convert`. Not for: the file formats (`checkpoint`, `gguf`).
 
 Converting changes no weights. The parent gets a mask token, a row for it and whatever else it lacks, and attends both
-ways. With a causal mask (`attention=torch.ones(T, T).tril().bool()`) it still gives the parent's logits.
+ways. With a causal mask it still gives the parent's logits.
 """
 
 import os
@@ -30,8 +29,7 @@ def convert(
     """Make a denoiser of the autoregressive `source` (folder, Hub id or `.gguf` file) and write it to `folder`.
 
     `pad` adds the token `<|dlm_pad|>` if the parent pads with its end of text. `dtype` defaults to the parent's own,
-    float32 for a GGUF. CheckpointError for a source that is not understood or is a diffusion model already,
-    ConfigError for a folder that holds a model or cannot be written.
+    float32 for a GGUF. CheckpointError for a source that is no parent, ConfigError for a folder that cannot be used.
     """
     folder = Path(os.path.expanduser(folder))
     for name in ("config.json", "tokenizer.json"):
@@ -51,8 +49,7 @@ def convert(
 def export(source: str | Path, path: str | Path, *, dtype: str | None = None, revision: str | None = None) -> Denoiser:
     """Write the diffusion model `source` (folder, Hub id or known name) to `path` as a `dream` GGUF.
 
-    `dtype` as in `write_gguf`. CheckpointError for a source that is not understood or is still autoregressive,
-    ConfigError for a path that is taken or cannot be written.
+    `dtype` as in `write_gguf`. CheckpointError for another kind of source, ConfigError for a path that cannot be used.
     """
     path = Path(os.path.expanduser(path))
     if path.exists():

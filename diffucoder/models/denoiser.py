@@ -8,11 +8,10 @@ Two ideas a newcomer needs:
 * **Bidirectional.** transformers' own classes attend both ways once `config.is_causal` and each attention module's
   `is_causal` are False; so set they are bit-equal to Dream's released model, and no modelling code is kept here.
 * **The shift.** The weights come from next-token models, so the hidden state at i-1 predicts token i. This module moves
-  rows so that row i scores token i. Nothing else in the project knows about it: code that feeds parts of a canvas asks
-  `needed_for` and `scorable`.
+  rows so that row i scores token i. Code that feeds parts of a canvas asks `needed_for` and `scorable`.
 
-There are two ways through the model. `forward` runs transformers' layers, with gradients when they are enabled: for
-training, and for the released arithmetic. `score` runs `FastLayers`, with or without a cache: for decoding.
+`forward` runs transformers' layers: for training, and for the released arithmetic. `score` runs `FastLayers`, with or
+without a cache: for decoding.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -25,7 +24,7 @@ from torch.utils.checkpoint import checkpoint
 
 from diffucoder.errors import CheckpointError
 from diffucoder.models.cache import KVCache
-from diffucoder.models.layers import FastLayers, Project, flat_positions, plan_layout
+from diffucoder.models.layers import FastLayers, Project, plan_layout
 
 SUPPORTED_TYPES = ("qwen2", "qwen3", "llama")  # plain softmax attention, logits = lm_head(hidden), nothing in between
 CHUNK_ELEMENTS = 3 * 2**23  # logits alive at once under `reduce`: 48 MiB in bf16, 165 rows of Qwen's vocabulary
@@ -49,16 +48,15 @@ class Denoiser(nn.Module):
         self.shifted = shifted
         self._no_split_modules = model._no_split_modules  # what accelerate shards by: the layers
         self.chunk_elements = CHUNK_ELEMENTS
-        self._fast: FastLayers | None = None
+        self.fast: FastLayers | None = None  # what decoding runs by, if it supports the architecture
         self.compiled = False  # the fast layers are compiled, and fed few shapes
 
     @classmethod
     def from_causal_lm(cls, model: Any, *, mask_id: int, shifted: bool = True) -> "Denoiser":
         """Make `model`, a transformers causal LM, bidirectional in place and wrap it.
 
-        `mask_id` is the token that stands for "unknown": an id the tokenizer leaves free. Where the model has no such
-        row, its embeddings grow to hold it, the new rows being the mean of the old. CheckpointError where the
-        architecture is not one of `SUPPORTED_TYPES` or attends through a sliding window.
+        If the model has no row for `mask_id`, its embeddings grow to hold it. CheckpointError if the architecture is
+        not one of `SUPPORTED_TYPES` or attends through a sliding window.
         """
         kind = model.config.model_type
         if kind not in SUPPORTED_TYPES:
@@ -91,38 +89,19 @@ class Denoiser(nn.Module):
         return int(self.config.max_position_embeddings)
 
     @property
-    def pad_id(self) -> int:
-        """What fills slots that `valid` marks False: the config's pad, else its end of text, else the mask."""
-        if self.config.pad_token_id is not None:
-            return int(self.config.pad_token_id)
-        return next(iter(self.eos_ids), self.mask_id)
-
-    @property
-    def eos_ids(self) -> tuple[int, ...]:
-        """Ids the config calls end of text; none where it names none. A chat's terminators are the tokenizer's."""
-        eos = self.config.eos_token_id
-        if eos is None:
-            return ()
-        if isinstance(eos, list | tuple):
-            return tuple(eos)
-        return (int(eos),)
-
-    @property
     def device(self) -> torch.device:
         """Where the weights are, and where results come out."""
-        return next(self.parameters()).device if self._fast is None else self._fast.device
+        return next(self.parameters()).device
 
     @property
     def dtype(self) -> torch.dtype:
         """The dtype of the weights, and of the logits outside autocast."""
         return self.model.get_input_embeddings().weight.dtype  # type: ignore[no-any-return]  # model is Any
 
-    # --- which positions a score needs ---
-
     @property
     def first_scorable(self) -> int:
         """The first position of a canvas that the model can score: 1 for shifted models, else 0."""
-        return 1 if self.shifted else 0
+        return int(self.shifted)
 
     def needed_for(self, positions: Tensor) -> Tensor:
         """The positions that a pass must be fed to score `positions`, (..., T) bool each."""
@@ -136,54 +115,45 @@ class Denoiser(nn.Module):
             return fed
         return fed & nn.functional.pad(fed[..., :-1], (1, 0))
 
-    # --- decoding ---
-
-    @property
-    def has_fast_layers(self) -> bool:
-        """Whether decoding runs by `FastLayers`, which a cache needs."""
-        return self._fast is not None
-
     @property
     def cache(self) -> KVCache:
         """The cache of the fast layers. CheckpointError for a model without them."""
-        if self._fast is None:
+        if self.fast is None:
             self.use_fast_layers()
-        if self._fast is None:
+        if self.fast is None:
             raise CheckpointError(
                 f"this {self.config.model_type!r} model has no cache for its layers (adapters, or RoPE by length); "
                 "use cache='none'"
             )
-        return self._fast.cache
+        return self.fast.cache
 
     def use_fast_layers(self, *, compiled: bool = False) -> None:
-        """Decode by `FastLayers` from now on, where they support the architecture.
+        """Decode by `FastLayers` from now on, if they support the architecture. The projections become views.
 
-        The model's projections become views of joined weights. Call it again after putting other modules in place.
-        `compiled` has torch compile the layers, for which passes are padded to a few shapes: CheckpointError where the
-        architecture is not supported.
+        `compiled` has torch compile them, for which passes are padded to a few shapes; CheckpointError without support.
         """
-        self._fast = FastLayers.of(self.model)
+        self.fast = FastLayers.of(self.model)
         self.compiled = compiled
         if compiled:
-            if self._fast is None:
+            if self.fast is None:
                 kind = self.config.model_type
                 raise CheckpointError(f"a {kind!r} model has no layers to compile; use compiled=False")
-            self._fast.compile()
+            self.fast.compile()
 
     @contextmanager
     def fast_snapshot(self, dtype: torch.dtype) -> Iterator[None]:
         """Decode by a copy of the weights as they are now, in `dtype`: for a model that is being trained."""
-        before = self._fast
-        self._fast = FastLayers.of(self.model, dtype)
+        before = self.fast
+        self.fast = FastLayers.of(self.model, dtype)
         try:
             yield
         finally:
-            self._fast = before
+            self.fast = before
 
     def _apply(self, fn: Any, recurse: bool = True) -> "Denoiser":  # Any: as torch has it
         """Move or cast the weights, then read the fast layers again."""
-        fast = self._fast
-        self._fast = None
+        fast = self.fast
+        self.fast = None
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # torch leaves it untyped
         if fast is not None:
             self.use_fast_layers(compiled=self.compiled)
@@ -207,48 +177,45 @@ class Denoiser(nn.Module):
         (M, 2) int64 are (row, position) pairs, each `scorable` from what is fed. With `cache_rows` (one for each
         canvas, acquired from `cache`) positions that are not fed are seen as they were when they were fed last;
         without, everything valid must be fed. `reference` computes by transformers' layers, as the released code does.
-        Returns the results of `reduce`, one row for each wanted position, (M, ...) each.
+        Returns what `reduce` gives, (M, ...) each.
         """
-        fast = self._fast
+        fast = self.fast
         if fast is None or reference or self.config.is_causal:
             assert cache_rows is None, "a cache belongs to fast layers"
             return _as_tuple(self(tokens, valid=valid, rows=wanted, reduce=reduce))
+        device = self.device
         positions = (valid.long().cumsum(-1) - 1).clamp(min=0)  # (R, T)
-        fed = flat_positions(feed, self._feed_step(int(feed.sum())))  # (N,)
-        layout = plan_layout(
+        fed, layout = plan_layout(
             feed,
-            fed,
             positions,
-            device=fast.device,
-            cache=None if cache_rows is None else fast.cache,
-            cache_rows=cache_rows or (),
+            step=self._feed_step(int(feed.sum())),
             static=self.compiled,
+            device=device,
+            cache=fast.cache,
+            cache_rows=cache_rows,
         )
-        with _without_autocast(fast.device):  # the layers are of one dtype
+        with _without_autocast(device):  # the layers are of one dtype
             hidden = fast(
-                tokens.flatten()[fed].to(fast.device),
-                positions.flatten()[fed].to(fast.device),
+                tokens.flatten()[fed].to(device),
+                positions.flatten()[fed].to(device),
                 layout,
                 longest=int(positions.max()) + 1,
             )  # (N, H)
             index_of = feed.flatten().cumsum(0) - 1  # (R * T,) of each fed position among the N
             row, position = self._sources(wanted, valid).unbind(-1)
             source = index_of[row * tokens.shape[1] + position]  # (M,)
-            return self._reduced(hidden[source.to(fast.device)], fast.head, reduce)
+            return self._reduced(hidden[source.to(device)], fast.head, reduce)
 
     def _feed_step(self, count: int) -> int:
         """A pass of `count` tokens is fed a multiple of so many.
 
-        For bfloat16 on CPUs oneDNN compiles a kernel for each size of a matrix product that it meets: a millisecond,
-        and half a megabyte that it keeps. Compiled layers are compiled for each size as well.
+        Compiled layers are compiled for each size, and for bfloat16 on CPUs oneDNN compiles a kernel for each.
         """
         if self.compiled:
             return COMPILED_STEP
         if self.dtype != torch.bfloat16 or self.device.type != "cpu":
             return 1
         return 8 if count <= 64 else 32
-
-    # --- training ---
 
     def forward(
         self,
@@ -261,14 +228,14 @@ class Denoiser(nn.Module):
     ) -> Reduced:
         """Score positions of `tokens` (B, T) int64: row i of the result holds the logits of token i.
 
-        `valid` (B, T) bool is False on left padding; leave it out where nothing is padded, which saves a device
-        synchronisation. What padded positions score means nothing, but is finite. `attention` bool, (T, T) or
-        (B, T, T), True where query (row) may see key (column), narrows full attention; a lower triangle is the
-        autoregressive model. The first real position of a shifted model is scored from itself: put a real token there.
+        `valid` (B, T) bool is False on left padding; without it, a device synchronisation is saved. What padded
+        positions score means nothing, but is finite. `attention` bool, (T, T) or (B, T, T), True where query (row) may
+        see key (column), narrows full attention; a lower triangle is the autoregressive model. The first real position
+        of a shifted model is scored from itself: put a real token there.
 
         Returns (B, T, V) logits in the model's dtype; with `rows` (M, 2) int64 of (row, position) pairs only those,
-        (M, V). With `reduce`, its results instead, one row for each logit row, (B, T, ...) or (M, ...): it is called
-        on chunks of at most `chunk_elements` logits, so the whole never exists, in training either.
+        (M, V). With `reduce`, its results instead, one row for each logit row: it is called on chunks of at most
+        `chunk_elements` logits, so the whole never exists, in training either.
         """
         if valid is not None and bool(valid.all()):  # read before it moves: it may still be on the host
             valid = None
@@ -281,17 +248,16 @@ class Denoiser(nn.Module):
         hidden = body(
             input_ids=tokens.to(device), attention_mask=mask, position_ids=positions, use_cache=False
         ).last_hidden_state  # (B, T, H)
+        wanted = rows
+        if wanted is None:
+            batch, length = tokens.shape
+            wanted = torch.cartesian_prod(torch.arange(batch), torch.arange(length)).to(device)  # (B * T, 2)
+        hidden = hidden[tuple(self._sources(wanted, valid).T)]  # (M, H)
         head = self.model.get_output_embeddings()
-        # (B, T, H), or (M, H) of the wanted rows
-        hidden = self._aligned(hidden, valid) if rows is None else hidden[tuple(self._sources(rows, valid).T)]
-        if reduce is None:
-            return head(hidden)  # type: ignore[no-any-return]  # the model is Any
-        results = self._reduced(hidden.flatten(0, -2), head, reduce)  # each (B * T, ...) or (M, ...)
-        if rows is None:  # (M, ...) stay as they are: FSDP2 warns of views among what it returns
-            results = tuple(result.reshape(*hidden.shape[:-1], *result.shape[1:]) for result in results)
+        results = (head(hidden),) if reduce is None else self._reduced(hidden, head, reduce)
+        if rows is None:  # other results stay as they are: FSDP2 warns of views among what it returns
+            results = tuple(result.view(*tokens.shape, *result.shape[1:]) for result in results)
         return results if len(results) > 1 else results[0]
-
-    # --- the shift ---
 
     def _sources(self, wanted: Tensor, valid: Tensor | None) -> Tensor:
         """The (row, position) pairs (M, 2) whose hidden states score the pairs `wanted` (M, 2)."""
@@ -302,14 +268,6 @@ class Denoiser(nn.Module):
         if valid is not None:  # a row's first real token has no real left neighbour: it reads itself, padded or not
             left = left.where(valid[row, left], position)
         return torch.stack([row, left], -1)
-
-    def _aligned(self, hidden: Tensor, valid: Tensor | None) -> Tensor:
-        """The hidden state that scores each position: (B, T, H) -> (B, T, H)."""
-        batch, length = hidden.shape[:2]
-        row = torch.arange(batch, device=hidden.device).repeat_interleave(length)
-        position = torch.arange(length, device=hidden.device).repeat(batch)
-        source = self._sources(torch.stack([row, position], -1), valid)[:, 1].view(batch, length)  # (B, T)
-        return hidden.gather(1, source[..., None].expand_as(hidden))
 
     def _reduced(self, hidden: Tensor, head: Project, reduce: Reduce) -> tuple[Tensor, ...]:
         """`reduce` over the logits of `hidden` (N, H), chunk by chunk: tensors of N rows each."""

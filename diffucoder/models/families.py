@@ -1,7 +1,6 @@
 """Families of models, one row each: how to recognise a checkpoint, and what its config and weights are called.
 
-For: reading checkpoints of others without remote code. A new family whose layers transformers has (or `Denoiser` can
-make bidirectional) is a row here, with a test against its original. Not for: reading files (`checkpoint`).
+A new family whose layers transformers has is a row here, with a test against its original.
 """
 
 import re
@@ -24,10 +23,6 @@ class Family:
     mask_id: int | None = None  # if their config names none
     config_names: Mapping[str, str] = field(default_factory=dict)  # their keys -> transformers' keys
     weight_names: Mapping[str, str] = field(default_factory=dict)  # regular expression of theirs -> transformers' name
-
-    def config(self, fields: Json) -> Json:
-        """The fields of a config.json by the names that transformers has for them."""
-        return {self.config_names.get(name, name): value for name, value in fields.items()}
 
     def weight_name(self, stored: str) -> str:
         """The name that transformers has for a stored weight."""

@@ -1,14 +1,10 @@
 """GGUF, llama.cpp's one-file format: read an autoregressive parent, write a `dream` model.
 
-For: reading a Llama- or Qwen2-shaped file, quantised or not, as a dense causal LM with the tokenizer that llama.cpp has
-for it, and writing a denoiser that llama.cpp can run. Not for: the vocabulary inside (`gguf_tokenizer`), making the
-parent a denoiser (`convert`).
+For: Llama- and Qwen2-shaped files, quantised or not, and denoisers that llama.cpp can run. Not for: the vocabulary
+inside (`gguf_tokenizer`), making the parent a denoiser (`convert`).
 
-Two things to know. transformers reads GGUF files, but silently drops what it does not expect in them (biases, scaled
-RoPE), so this module checks that there is nothing of the kind. llama.cpp's `dream` is Qwen2 that attends both ways, and
-its rows are unshifted: its row i-1 is our row i.
-
-The `gguf` package comes with `pip install "diffucoder[gguf]"` and is imported when it is needed.
+transformers reads GGUF files, but silently drops what it does not expect in them (biases, scaled RoPE), so this module
+checks that there is nothing of the kind. llama.cpp's `dream` is Qwen2 that attends both ways; its row i-1 is our row i.
 """
 
 import os
@@ -16,7 +12,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, GgufConfig
@@ -40,8 +35,7 @@ TYPES = {
 def read_gguf(path: str | Path, *, dtype: torch.dtype = torch.float32) -> tuple[Any, Tokenizer]:
     """The causal LM in a GGUF file, dequantised to `dtype` on the CPU, and its tokenizer with a mask token added.
 
-    CheckpointError if the file is missing, damaged, or of an architecture or tokenizer that is not supported;
-    ConfigError if the `gguf` package is missing.
+    CheckpointError if the file is missing, damaged or not supported; ConfigError if the `gguf` package is missing.
     """
     path = Path(os.path.expanduser(path))
     fields, tensor_names = _read_metadata(path)
@@ -73,10 +67,9 @@ def write_gguf(
 ) -> None:
     """Write `denoiser` and `tokenizer` to `path` as a `dream` GGUF, which replaces an older file once it is whole.
 
-    `causal` writes a `qwen2` file instead: the same weights with causal attention, as the parent has. `dtype` is one of
-    `TYPES`, by default that of the weights. Norms and biases stay float32; a matrix whose rows do not divide into
-    blocks of q8_0 becomes float16. CheckpointError if Dream cannot represent the model, or llama.cpp cannot cut text
-    as the tokenizer does; ConfigError for an unknown `dtype` or a missing package.
+    `causal` writes a `qwen2` file instead, as the parent is. `dtype` is one of `TYPES`, by default that of the weights.
+    Norms and biases stay float32; a matrix whose rows do not divide into blocks of q8_0 becomes float16.
+    CheckpointError if Dream cannot represent the model, or llama.cpp cannot cut text as the tokenizer does.
     """
     gguf = _import_gguf()
     dtype = dtype or str(denoiser.dtype).removeprefix("torch.")
@@ -93,7 +86,7 @@ def write_gguf(
     partial = path.with_name(f"{path.name}.partial")
     number_format, file_type = TYPES[dtype]
     architecture = "qwen2" if causal else "dream"
-    writer = gguf.GGUFWriter(partial, architecture)
+    writer = gguf.GGUFWriter(partial, architecture, use_temp_file=True)
     writer.add_name(path.stem)
     writer.add_file_type(gguf.LlamaFileType[file_type])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
@@ -103,7 +96,11 @@ def write_gguf(
         writer.add_diffusion_shift_logits(True)
     add_tokenizer(writer, tokenizer, rows=denoiser.vocab_size)
     weights = _with_gguf_names(dream_weights(denoiser), denoiser.config.num_hidden_layers)
-    _write_tensors(writer, weights, gguf.GGMLQuantizationType[number_format])
+    _add_tensors(writer, weights, gguf.GGMLQuantizationType[number_format])
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
     os.replace(partial, path)
 
 
@@ -159,23 +156,15 @@ def _add_sizes(writer: Any, denoiser: Denoiser) -> None:
     writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
 
 
-def _write_tensors(writer: Any, weights: Mapping[str, Tensor], matrix_type: Any) -> None:
-    """Write the file: header, metadata, then each weight in turn, so that only one converted copy is alive."""
+def _add_tensors(writer: Any, weights: Mapping[str, Tensor], matrix_type: Any) -> None:
+    """Add the weights, converted; the writer keeps them in a temporary file."""
     gguf = _import_gguf()
     block_size, _ = gguf.GGML_QUANT_SIZES[matrix_type]
-    types = {}
     for name, tensor in weights.items():
         if tensor.ndim == 1:
-            types[name] = gguf.GGMLQuantizationType.F32
+            type_ = gguf.GGMLQuantizationType.F32
         elif tensor.shape[-1] % block_size != 0:
-            types[name] = gguf.GGMLQuantizationType.F16
+            type_ = gguf.GGMLQuantizationType.F16
         else:
-            types[name] = matrix_type
-        size = int(np.prod(gguf.quant_shape_to_byte_shape(tensor.shape, types[name])))
-        writer.add_tensor_info(name, tuple(tensor.shape), np.dtype(np.float32), size, raw_dtype=types[name])
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_ti_data_to_file()
-    for name, tensor in weights.items():
-        writer.write_tensor_data(gguf.quants.quantize(tensor.float().numpy(), types[name]))
-    writer.close()
+            type_ = matrix_type
+        writer.add_tensor(name, gguf.quants.quantize(tensor.float().numpy(), type_), raw_dtype=type_)

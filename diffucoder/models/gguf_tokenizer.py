@@ -1,7 +1,5 @@
 """The vocabulary inside a GGUF file: read a tokenizer from its metadata, and write one into it.
 
-For: ids equal to llama.cpp's. Not for: files and weights (`gguf`).
-
 A GGUF does not hold how text is cut into words before merging, only a name for it (`tokenizer.ggml.pre`). A wrong
 pre-tokenizer gives wrong ids silently (transformers leaves SmolLM's digits uncut), so unknown names are rejected.
 """
@@ -49,10 +47,9 @@ def read_tokenizer(file: Path, fields: Mapping[str, Any]) -> Tokenizer:
 
 
 def add_tokenizer(writer: Any, tokenizer: Tokenizer, *, rows: int) -> None:
-    """Add to a `gguf.GGUFWriter` all the metadata that llama.cpp needs about `tokenizer`.
+    """Add what llama.cpp needs about `tokenizer` to a `gguf.GGUFWriter`, with an entry for each of the model's `rows`.
 
-    The vocabulary gets an entry for each of the model's `rows`; spare ones are marked unused. CheckpointError if
-    llama.cpp has no name for the pre-tokenizer.
+    CheckpointError if llama.cpp has no name for the pre-tokenizer.
     """
     backend = tokenizer.backend
     writer.add_tokenizer_model("gpt2")

@@ -1,7 +1,4 @@
-"""Where models are: the shipped one, folders, and the Hub, by id or by short name.
-
-For: turning the name of a model into a folder on this machine. Not for: reading the files (`checkpoint`). No torch.
-"""
+"""Where models are: the shipped one, folders, and the Hub, by id or by short name. Needs no torch."""
 
 import os
 from dataclasses import dataclass
@@ -45,10 +42,9 @@ KNOWN_MODELS = (
 
 
 def find(source: str | Path | None, *, revision: str | None = None, weights: bool = False) -> Path:
-    """The folder that holds `source`, or the shipped model (None).
+    """The folder of `source`, or of the shipped model (None); files of the Hub are downloaded if need be.
 
-    For a model of the Hub, the files are downloaded if need be, those with `weights` only on request. CheckpointError
-    if there is no such model or the Hub cannot be reached.
+    CheckpointError if there is no such model or the Hub cannot be reached.
     """
     if source is None:
         if not SHIPPED.is_dir():

@@ -3,9 +3,8 @@
 For: forward passes without gradients, over whole canvases or over some positions of them with the keys and values of
 the rest in a cache. Not for: training, saving, or what a row of logits means (`denoiser`).
 
-transformers' own layers take about a millisecond each in Python, whatever the width: more than the arithmetic of a
-small model. These layers read the same weights (the projections of a layer side by side, the model's own parameters
-being views of them) and give the same numbers up to rounding; tests hold them to that.
+They read the same weights as transformers' layers (the projections of a layer side by side, the model's own parameters
+being views of them) and give the same numbers up to rounding.
 
 N is the number of tokens that a pass is fed, all rows together. Only attention needs rows: there the N queries are laid
 out as a rectangle (A rows, W wide), which `Layout` describes.
@@ -33,10 +32,10 @@ class Layout:
     width: int  # W
     cells: Tensor | None  # (N,) the query of each token, counted through the rows; None when it is all of them in order
     mask: Tensor | None  # (A, 1, 1, K) bool, True = visible, over the K keys; None when all are
-    cache: KVCache | None = None
-    cache_rows: Tensor | None = None  # (A,) rows of the cache that are read; None = the first A
-    write: Tensor | None = None  # (N,) where each token's key and value go, counted through rows and slots of the cache
-    seen: int = 0  # K: slots of each cache row that are read
+    cache: KVCache
+    cache_rows: Tensor | None  # (A,) rows of the cache that are copied to be read; None: the first A are read in place
+    write: Tensor | None  # (N,) where keys and values go, counted through rows and slots of the cache; None: nowhere
+    seen: int  # K: slots of each cache row that are read
 
     def spread(self, flat: Tensor) -> Tensor:
         """(N, ...) -> (A, W, ...), zeros where there is no token."""
@@ -52,102 +51,70 @@ class Layout:
 
     def keys_and_values(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """What the queries of a layer see, (A, K, heads, D) each, given the N new keys and values (N, heads, D)."""
-        if self.cache is None:
+        if self.write is None:
             return self.spread(key), self.spread(value)
-        return self._update(self.cache.keys[layer], key), self._update(self.cache.values[layer], value)
+        cached_keys = self._update(self.cache.keys[layer], self.write, key)
+        return cached_keys, self._update(self.cache.values[layer], self.write, value)
 
-    def _update(self, cached: Tensor, new: Tensor) -> Tensor:
-        assert self.write is not None, "a pass over a cache writes what it is fed"
-        cached.flatten(0, 1).index_copy_(0, self.write, new)
+    def _update(self, cached: Tensor, places: Tensor, new: Tensor) -> Tensor:
+        cached.flatten(0, 1).index_copy_(0, places, new)
         rows = cached[: self.rows] if self.cache_rows is None else cached.index_select(0, self.cache_rows)
         return rows[:, : self.seen]
 
 
-def flat_positions(feed: Tensor, step: int) -> Tensor:
-    """The positions `feed` (R, T) bool, counted through the rows: (N,), a multiple of `step`.
-
-    The last one is repeated up to that: it computes the same again, and is written to the same place.
-    """
-    fed = feed.flatten().nonzero()[:, 0]
-    missing = -len(fed) % step
-    return torch.cat([fed, fed[-1:].expand(missing)]) if missing else fed
-
-
 def plan_layout(
     feed: Tensor,
-    fed: Tensor,
     positions: Tensor,
     *,
-    device: torch.device,
-    cache: KVCache | None = None,
-    cache_rows: Sequence[int] = (),
-    static: bool = False,
-) -> Layout:
-    """The layout of a pass that is fed the positions `feed` (R, T) bool of R canvases, as listed in `fed` (N,).
-
-    `positions` (R, T) int64 are the places of the tokens in their canvases, which have `cache_rows` in a `cache`.
-    `static` rounds sizes up, so that compiled layers meet few of them. All of it is computed on the host: nothing
-    waits for the device.
-    """
-    counts = feed.sum(-1)  # (R,)
-    row = fed // feed.shape[1]  # (N,)
-    column = (feed.long().cumsum(-1) - 1).flatten()[fed]  # (N,) left-aligned
-    width = int(counts.max())
-    if static:
-        width = round_up(width, STATIC_WIDTH)
-    if cache is not None:
-        return _layout_over_cache(row, column, width, positions.flatten()[fed], device, cache, cache_rows, static)
-    rows = len(feed)
-    if static:
-        rows = 1 << (rows - 1).bit_length()
-        counts = torch.nn.functional.pad(counts, (0, rows - len(counts)), value=1)
-    visible = torch.arange(width) < counts[:, None]  # (A, W)
-    if len(fed) == rows * width and not static:
-        return Layout(rows, width, cells=None, mask=None)
-    everything = bool(visible.all()) and not static
-    return Layout(
-        rows=rows,
-        width=width,
-        cells=(row * width + column).to(device),
-        mask=None if everything else visible[:, None, None].to(device),
-    )
-
-
-def _layout_over_cache(
-    row: Tensor,
-    column: Tensor,
-    width: int,
-    position: Tensor,
+    step: int,
+    static: bool,
     device: torch.device,
     cache: KVCache,
-    cache_rows: Sequence[int],
-    static: bool,
-) -> Layout:
-    """As `plan_layout`, with a row for each cache row that is read; `row`, `column` and `position` are (N,)."""
-    read = list(range(cache.rows if static else max(cache_rows) + 1))
-    in_order = static or len(read) <= 2 * len(cache_rows)  # attention over some unused rows is cheaper than a copy
-    if not in_order:
-        read = sorted(cache_rows)
-    place = torch.tensor([read.index(cache_row) for cache_row in cache_rows])  # (R,) of each canvas in the rectangle
-    lengths = torch.tensor(cache.lengths(read))
-    seen = cache.slots if static else int(lengths.max())
+    cache_rows: Sequence[int] | None,
+) -> tuple[Tensor, Layout]:
+    """The positions that a pass over R canvases is fed, counted through the rows (N,), and their layout.
+
+    They are those of `feed` (R, T) bool, the last one repeated up to a multiple of `step`: it computes the same again
+    and is written to the same place. `positions` (R, T) int64 are the places of the tokens in their canvases, which
+    have `cache_rows` in the `cache`; without, nothing is cached. `static` rounds sizes up, so that compiled layers meet
+    few of them. All of it is computed on the host: nothing waits for the device.
+    """
+    fed = feed.flatten().nonzero()[:, 0]
+    fed = torch.cat([fed, fed[-1:].expand(-len(fed) % step)])  # (N,)
+    row = fed // feed.shape[1]  # (N,) of the rectangle
+    column = (feed.long().cumsum(-1) - 1).flatten()[fed]  # (N,) left-aligned
+    lengths = feed.sum(-1)  # of what is seen in each row of the rectangle
+    width = int(lengths.max())
+    if static:
+        width += -width % STATIC_WIDTH
+    seen = width
+    copied = None
+    write = None
+    if cache_rows is not None:
+        read = list(range(cache.rows if static else max(cache_rows) + 1))
+        if not static and len(read) > 2 * len(cache_rows):  # attention over fewer unused rows is cheaper than a copy
+            read = sorted(cache_rows)
+            copied = torch.tensor(read, device=device)
+        row = torch.tensor([read.index(cache_row) for cache_row in cache_rows])[row]
+        write = (torch.tensor(read)[row] * cache.slots + positions.flatten()[fed]).to(device)
+        lengths = torch.tensor(cache.lengths(read))
+        seen = cache.slots if static else int(lengths.max())
+    elif static:
+        rows = 1 << (len(feed) - 1).bit_length()
+        lengths = F.pad(lengths, (0, rows - len(feed)), value=1)
+    rows = len(lengths)
+    cells = row * width + column
     visible = torch.arange(seen) < lengths[:, None]  # (A, K)
-    everything = bool(visible.all()) and not static
-    return Layout(
-        rows=len(read),
+    return fed, Layout(
+        rows=rows,
         width=width,
-        cells=(place[row] * width + column).to(device),
-        mask=None if everything else visible[:, None, None].to(device),
+        cells=None if not static and cells.equal(torch.arange(rows * width)) else cells.to(device),
+        mask=None if not static and visible.all() else visible[:, None, None].to(device),
         cache=cache,
-        cache_rows=None if in_order else torch.tensor(read, device=device),
-        write=(torch.tensor(cache_rows)[row] * cache.slots + position).to(device),
+        cache_rows=copied,
+        write=write,
         seen=seen,
     )
-
-
-def round_up(count: int, step: int) -> int:
-    """`count` or the next multiple of `step`."""
-    return -(-count // step) * step
 
 
 @dataclass(frozen=True)
@@ -182,13 +149,7 @@ class FastLayers:
         self.head: Project = head
         if dtype is not None:
             self.head = _join([head], dtype)
-        self.cache = KVCache(
-            len(self.layers),
-            self.key_heads,
-            self.head_dim,
-            dtype=self.embedding.dtype,
-            device=self.embedding.device,
-        )
+        self.cache = KVCache(len(self.layers), self.key_heads, self.head_dim, like=self.embedding)
         self._rotary = body.rotary_emb
         self._cos = self._sin = self.embedding.new_zeros(0)
         self._run: Callable[[Tensor, Tensor, Tensor, Layout], Tensor] = self._forward
@@ -205,22 +166,11 @@ class FastLayers:
             return None
         return cls(model, dtype)
 
-    @property
-    def device(self) -> torch.device:
-        """Where the weights are."""
-        return self.embedding.device
-
     def compile(self) -> None:
         """Have torch compile the layers for each shape that they are fed. On CUDA, kernels are captured as graphs."""
-        mode = "reduce-overhead" if self.device.type == "cuda" else None
-        compiled = torch.compile(self._forward, dynamic=False, mode=mode)
-
-        def run(tokens: Tensor, cos: Tensor, sin: Tensor, layout: Layout) -> Tensor:
-            with torch._dynamo.config.patch(recompile_limit=256):  # by default it gives up after eight shapes
-                hidden: Tensor = compiled(tokens, cos, sin, layout)
-                return hidden
-
-        self._run = run
+        mode = "reduce-overhead" if self.embedding.device.type == "cuda" else None
+        more_shapes = torch._dynamo.config.patch(recompile_limit=256)  # by default it gives up after eight
+        self._run = more_shapes(torch.compile(self._forward, dynamic=False, mode=mode))
 
     def __call__(self, tokens: Tensor, positions: Tensor, layout: Layout, longest: int) -> Tensor:
         """Hidden states (N, H) of `tokens` (N,) at `positions` (N,), all of them below `longest`."""
@@ -272,7 +222,7 @@ class FastLayers:
     def _extend_rotation(self, longest: int) -> None:
         """Compute cosines and sines (L, D) for positions up to the next power of two."""
         count = 1 << (longest - 1).bit_length()
-        cos, sin = self._rotary(self.embedding, torch.arange(count, device=self.device)[None])
+        cos, sin = self._rotary(self.embedding, torch.arange(count, device=self.embedding.device)[None])
         first, second = sin[0].chunk(2, -1)
         self._cos = cos[0]
         self._sin = torch.cat((-first, second), -1)  # rotate_half's sign, so that `roll` is enough
@@ -303,23 +253,17 @@ def _norm_weight(attention: Any, name: str, dtype: torch.dtype | None) -> Tensor
 
 @torch.no_grad()
 def _join(projections: Sequence[nn.Linear], dtype: torch.dtype | None) -> Project:
-    """Projections side by side as one: a copy in `dtype`, or without one, what theirs become views of."""
+    """Projections side by side as one: a copy in `dtype`, or without one, what their parameters become views of."""
     weight = torch.cat([projection.weight for projection in projections]).to(dtype)  # (out, in)
     bias = None
     if projections[0].bias is not None:
         bias = torch.cat([projection.bias for projection in projections]).to(dtype)
-    if dtype is None:
-        _share(projections, weight, bias)
+    if dtype is None:  # memory holds them once
+        start = 0
+        for projection in projections:
+            part = slice(start, start + projection.out_features)
+            projection.weight = nn.Parameter(weight[part], requires_grad=projection.weight.requires_grad)
+            if bias is not None:
+                projection.bias = nn.Parameter(bias[part], requires_grad=projection.bias.requires_grad)
+            start = part.stop
     return lambda hidden: F.linear(hidden, weight, bias)
-
-
-def _share(projections: Sequence[nn.Linear], weight: Tensor, bias: Tensor | None) -> None:
-    """Make the parameters of `projections` views of the joined weight and bias, so that memory holds them once."""
-    start = 0
-    for projection in projections:
-        end = start + projection.out_features
-        trained = projection.weight.requires_grad
-        projection.weight = nn.Parameter(weight[start:end], requires_grad=trained)
-        if bias is not None:
-            projection.bias = nn.Parameter(bias[start:end], requires_grad=projection.bias.requires_grad)
-        start = end

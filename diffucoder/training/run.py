@@ -8,7 +8,7 @@ import torch
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
 from diffucoder.errors import ConfigError
-from diffucoder.models.checkpoint import load_with_tokenizer, save_denoiser, save_parent
+from diffucoder.models.checkpoint import load_with_tokenizer, save_denoiser
 from diffucoder.models.denoiser import Denoiser
 from diffucoder.tokenizer import Tokenizer
 from diffucoder.training.masked import Objective
@@ -79,10 +79,7 @@ def train_and_export(
     if trainer.accelerator.is_main_process:
         dtype = getattr(torch, settings.export_dtype)
         weights = {name.removeprefix("model."): tensor.to(dtype) for name, tensor in state.items()}
-        if parent:
-            save_parent(trained, folder, state=weights)
-        else:
-            save_denoiser(trained, folder, state=weights)
+        save_denoiser(trained, folder, state=weights, as_parent=parent)
         tokenizer.save(folder)
     trainer.close()
     return folder

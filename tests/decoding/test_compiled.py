@@ -42,7 +42,7 @@ def test_compiled_layers_are_fed_few_shapes(tiny: Denoiser, way: dict[str, Any])
     starts = [canvas(*rows, new_tokens=8, mask_id=tiny.mask_id, pad_id=1) for rows in prompts]
     tiny.use_fast_layers()
     eager = [list(denoise(tiny, start, params))[-1].canvas for start in starts]
-    layers = tiny._fast
+    layers = tiny.fast
     assert layers is not None
     run, shapes = layers._run, set()
 

@@ -107,7 +107,7 @@ def test_save_load_save_gives_the_same_scores_and_bytes(causal_lm: MakeLM, tmp_p
     assert contents(tmp_path / "one") == contents(tmp_path / "two")
     kind = json.loads((tmp_path / "one" / "config.json").read_text())["model_type"]
     assert (kind == "Dream") == (parent not in OTHERS)
-    assert (loaded.mask_id, loaded.pad_id, loaded.eos_ids) == (66, 1, (1,))
+    assert (loaded.mask_id, loaded.config.pad_token_id, loaded.config.eos_token_id) == (66, 1, 1)
 
 
 def test_unshifted_is_remembered(causal_lm: MakeLM, tmp_path: Path) -> None:

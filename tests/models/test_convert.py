@@ -64,7 +64,7 @@ def test_under_a_causal_mask_a_converted_parent_scores_as_it_did(
         torch.testing.assert_close(causal_scores(converted), before, rtol=0, atol=1e-6)
     with torch.no_grad():
         assert torch.equal(loaded(TOKENS), denoiser(TOKENS))
-    assert (loaded.mask_id, loaded.pad_id, loaded.eos_ids) == (300, 2, (2,))
+    assert (loaded.mask_id, loaded.config.pad_token_id, loaded.config.eos_token_id) == (300, 2, 2)
     assert json.loads((tmp_path / "out" / "config.json").read_text())["model_type"] == "Dream"
     if "llama" in kind:
         biases = [p for name, p in loaded.model.named_parameters() if name.endswith("proj.bias")]
@@ -94,20 +94,20 @@ def test_spare_rows_are_used_before_new_ones_are_made(causal_lm: MakeLM, tmp_pat
     pytest.importorskip("gguf")
     model = causal_lm("qwen2", **{**IDS, "vocab_size": 320})
     denoiser = convert(write_parent(tmp_path / "parent.gguf", model, tokenizer()), tmp_path / "out", pad=True)
-    assert (denoiser.vocab_size, denoiser.mask_id, denoiser.pad_id) == (320, 300, 301)
+    assert (denoiser.vocab_size, denoiser.mask_id, denoiser.config.pad_token_id) == (320, 300, 301)
 
 
 def test_a_pad_of_its_own_is_given_on_request(written: Callable[..., Path], causal_lm: MakeLM, tmp_path: Path) -> None:
     convert(written(causal_lm("llama", **IDS), tokenizer()), tmp_path / "out", pad=True)
     denoiser, read = load_denoiser(tmp_path / "out"), load_tokenizer(tmp_path / "out")
-    assert (denoiser.vocab_size, denoiser.mask_id, denoiser.pad_id) == (302, 300, 301)
+    assert (denoiser.vocab_size, denoiser.mask_id, denoiser.config.pad_token_id) == (302, 300, 301)
     assert (read.pad_id, read.eos_id, read.backend.id_to_token(301)) == (301, 2, "<|dlm_pad|>")
     assert read.terminator_ids == {0, 2, 301}
 
 
 def test_a_pad_that_is_no_end_of_text_is_kept(causal_lm: MakeLM, tmp_path: Path) -> None:
     source = write_folder(tmp_path / "parent", causal_lm("llama", **IDS), tokenizer(), pad_token="<tool_call>")
-    assert convert(source, tmp_path / "out", pad=True).pad_id == 299
+    assert convert(source, tmp_path / "out", pad=True).config.pad_token_id == 299
     assert load_tokenizer(tmp_path / "out").vocab_size == 301
 
 

@@ -225,9 +225,8 @@ def test_a_spare_row_is_used_as_it_is(causal_lm: MakeLM) -> None:
 
 
 def test_it_knows_its_sizes_and_ids(causal_lm: MakeLM) -> None:
-    denoiser = Denoiser.from_causal_lm(causal_lm(eos_token_id=[3, 4], pad_token_id=None), mask_id=66)
+    denoiser = Denoiser.from_causal_lm(causal_lm(), mask_id=66)
     assert (denoiser.vocab_size, denoiser.max_length, denoiser.mask_id) == (67, 128, 66)
-    assert (denoiser.eos_ids, denoiser.pad_id) == ((3, 4), 3)
     assert (denoiser.device, denoiser.dtype) == (torch.device("cpu"), torch.float32)
     assert denoiser.to(torch.bfloat16).dtype == torch.bfloat16
 

@@ -559,12 +559,12 @@ def test_decoding_in_training_is_fast_and_sees_the_newest_weights(stage: Any) ->
         every = torch.ones_like(tokens, dtype=torch.bool)
         wanted = torch.tensor([[0, 1], [0, 2], [0, 3]])
         with made.ready_to_decode():
-            assert made.denoiser.has_fast_layers
+            assert made.denoiser.fast is not None
             (fast,) = made.denoiser.score(
                 tokens, valid=every, feed=every, wanted=wanted, reduce=lambda logits, chunk: logits
             )
     torch.testing.assert_close(fast, plain[0, 1:], atol=1e-4, rtol=1e-4)
-    assert not made.denoiser.has_fast_layers
+    assert made.denoiser.fast is None
 
 
 def test_steep_ratios_give_numbers() -> None:
