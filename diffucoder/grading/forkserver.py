@@ -4,14 +4,12 @@
 Python 3.9 and later.
 
     fork server   process 1 of bubblewrap's namespaces: a warm interpreter that forks for every job it receives
-    supervisor    process 1 of the job's namespaces (user, pid, mount, ipc): mounts a new /proc, /tmp, /dev/shm and
-                  /dev/pts, drops all capabilities, takes a system call filter, forks the program, collects its output,
-                  enforces the limits and reports to the host; ends when the program ends or the host hangs up, and all
-                  of its namespaces with it
-    program       has all of that from its supervisor; it is `__main__`
+    supervisor    process 1 of the job's own namespaces: mounts what the job may write to, drops all capabilities, takes
+                  a system call filter, forks the program, collects its output, enforces the limits and reports
+    program       inherits all of that; it is `__main__`
 
-A program cannot name the fork server, nor trace, read or kill the supervisor, which is process 1. Its processes, files
-and IPC end with its namespaces, so the next job finds none of them.
+A program cannot name the fork server, nor trace, read or kill the supervisor. Its processes, files and IPC end with the
+supervisor, so the next job finds none of them.
 """
 
 from __future__ import annotations
@@ -32,7 +30,6 @@ import sys
 import time
 from contextlib import suppress
 from types import TracebackType
-from typing import NoReturn
 
 NEW_NAMESPACES = 0x20000 | 0x8000000 | 0x10000000 | 0x20000000  # flags of clone: mount, ipc, user, pid
 ANY_NAMESPACE = 0x7E020000
@@ -74,8 +71,8 @@ SOCKET = (41, 198)
 AUDIT_ARCHITECTURE = (0xC000003E, 0xC00000B7)
 
 
-def serve(control: socket.socket, isolated: bool) -> dict[str, bytes]:
-    """Fork for every job. Returns only in the process of a program: its files, the program among them."""
+def serve(control: socket.socket, isolated: bool) -> bytes:
+    """Fork for every job. Returns only in the process of a program: its source."""
     while True:
         # only looked at: the supervisor reads the job, so that its data is never in the fork server's memory
         if not control.recv(1, socket.MSG_PEEK):  # the host has closed the socket
@@ -95,21 +92,17 @@ def clone() -> int:
     return child
 
 
-def supervise(control: socket.socket, isolated: bool) -> dict[str, bytes]:
+def supervise(control: socket.socket, isolated: bool) -> bytes:
     """Read a job, prepare it, run the program and report its end. Returns in the program's process."""
     with control.makefile("rb") as file:
         job = marshal.load(file)
-    contents: dict[str, bytes] = job["contents"]
+    source: bytes = job["program"]
     os.setsid()
     if isolated:
         enter_namespaces(job["rlimits"]["FSIZE"], len(job["stdin"]))
     os.chdir(job["folder"])
-    for name, content in contents.items():
-        os.makedirs(os.path.dirname(os.path.abspath(name)), exist_ok=True)
-        with open(name, "wb") as file:
-            file.write(content)
-    with open(".stdin", "wb") as file:
-        file.write(job.pop("stdin"))
+    write_file("program.py", source)  # for tracebacks
+    write_file(".stdin", job.pop("stdin"))
     stdin = os.open(".stdin", os.O_RDONLY)
     os.unlink(".stdin")
     lower_priority()
@@ -128,25 +121,28 @@ def supervise(control: socket.socket, isolated: bool) -> dict[str, bytes]:
         for fd in (stdin, stdout, program_stdout, stderr, program_stderr):
             os.close(fd)
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        return contents
+        return source
     for fd in (stdin, program_stdout, program_stderr):
         os.close(fd)
     os.set_blocking(stdout, False)
     os.set_blocking(stderr, False)
     control.sendall(watch(program, [stdout, stderr], control, job["seconds"], job["output"]))
-    end_job(isolated)
+    # this ends everything that the program started; process 1 takes its namespaces along
+    if not isolated:
+        os.killpg(0, signal.SIGKILL)
+    os._exit(0)
 
 
 def watch(program: int, streams: list[int], control: socket.socket, seconds: float, max_output: int) -> bytes:
-    """Collect what the program prints until it ends, or passes a limit. Returns the report, as `sandbox` reads it."""
+    """Collect what the program prints until it ends or passes a limit. Return the report, as `sandbox` reads it."""
     begin = time.monotonic()
     outputs = {stream: bytearray() for stream in streams}
     limit = "none"
-    ending = None
+    code = None
     pause = MIN_PAUSE
-    while ending is None and limit == "none":
-        ending = reap(program)
-        if ending:
+    while code is None and limit == "none":
+        code = reap(program)
+        if code is not None:
             pause = 0.0  # there may be output left
         ready = select.select([control.fileno(), *streams], [], [], pause)[0]
         pause = min(2 * pause, MAX_PAUSE)
@@ -162,48 +158,41 @@ def watch(program: int, streams: list[int], control: socket.socket, seconds: flo
                     limit = "output"
                 if not chunk:
                     streams.remove(stream)
-        if ending is None and limit == "none" and time.monotonic() - begin > seconds:
+        if code is None and limit == "none" and time.monotonic() - begin > seconds:
             limit = "timeout"
-    code, memory = ending or (0, 0)
     stdout, stderr = outputs.values()
-    report = f"{limit} {code} {memory} {time.monotonic() - begin:f} {len(stdout)} {len(stderr)}\n"
+    report = f"{limit} {code or 0} {time.monotonic() - begin:f} {len(stdout)} {len(stderr)}\n"
     return report.encode() + stdout + stderr
 
 
-def reap(program: int) -> tuple[int, int] | None:
-    """Exit code and peak memory of the program once it has ended. Process 1 also reaps orphans."""
+def reap(program: int) -> int | None:
+    """The exit code of the program once it has ended. Process 1 also reaps orphans."""
     while True:
-        process, status, usage = os.wait4(-1, os.WNOHANG)
+        process, status = os.waitpid(-1, os.WNOHANG)
         if process == 0:
             return None
         if process == program:
-            return os.waitstatus_to_exitcode(status), usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
-def end_job(isolated: bool) -> NoReturn:
-    """End this process, and with it everything that the program started."""
-    if not isolated:
-        os.killpg(0, signal.SIGKILL)
-    os._exit(0)  # process 1 takes its namespace along
+            return os.waitstatus_to_exitcode(status)
 
 
 def enter_namespaces(tmpfs_bytes: int, stdin_bytes: int) -> None:
     """In the new namespaces: stay the same user, mount what belongs to the job, forbid further namespaces."""
-    for name, text in (("setgroups", "deny"), ("gid_map", f"{user} {user} 1"), ("uid_map", f"{user} {user} 1")):
-        write_file(f"/proc/self/{name}", text)
+    same_user = b"%d %d 1" % (user, user)
+    for name, content in (("setgroups", b"deny"), ("gid_map", same_user), ("uid_map", same_user)):
+        write_file(f"/proc/self/{name}", content)
     for folder, size in ((b"/tmp", tmpfs_bytes + stdin_bytes), (b"/dev/shm", tmpfs_bytes)):
         bounds = b"size=%d,nr_inodes=4096,mode=755" % size
         call("mount", b"tmpfs", folder, b"tmpfs", MS_NOSUID | MS_NODEV, bounds)
     call("mount", b"proc", b"/proc", b"proc", MS_NOSUID | MS_NODEV | MS_NOEXEC, None)
     call("mount", b"devpts", b"/dev/pts", b"devpts", MS_NOSUID | MS_NOEXEC, b"newinstance,ptmxmode=0666,mode=620")
-    write_file("/proc/sys/user/max_user_namespaces", "0")
+    write_file("/proc/sys/user/max_user_namespaces", b"0")
 
 
 def lower_priority() -> None:
     """Run only when nothing else wants the processor, and be the first to be killed when memory runs out."""
     os.nice(19)
     # Linux schedules sessions as groups, in which nice has no effect on other sessions
-    for name, value in (("autogroup", "10"), ("oom_score_adj", "1000")):
+    for name, value in (("autogroup", b"10"), ("oom_score_adj", b"1000")):
         with suppress(OSError):
             write_file(f"/proc/self/{name}", value)
 
@@ -257,18 +246,18 @@ def system_call_filter() -> bytes:
     return b"".join([*program, allow])
 
 
-def call(name: str, *arguments: bytes | int | object) -> None:
+def call(name: str, *arguments: object) -> None:
     """Call a function of the C library. Raises OSError."""
     if getattr(libc, name)(*arguments) != 0:
         raise OSError(ctypes.get_errno(), f"{name} {arguments[1]!r}: {os.strerror(ctypes.get_errno())}")
 
 
-def write_file(path: str, text: str) -> None:
-    with open(path, "w") as file:
-        file.write(text)
+def write_file(path: str, content: bytes) -> None:
+    with open(path, "wb") as file:
+        file.write(content)
 
 
-def run_as_main(contents: dict[str, bytes]) -> None:
+def run_as_main(source: bytes) -> None:
     """Run the program as `__main__`, with tracebacks that begin in it."""
     path = os.path.abspath("program.py")
     main = type(sys)("__main__")
@@ -282,7 +271,7 @@ def run_as_main(contents: dict[str, bytes]) -> None:
     # Registered first, this is called last. It skips the slow end of an interpreter whose memory is shared.
     atexit.register(lambda: leave(code))
     try:
-        exec(compile(contents["program.py"], path, "exec", dont_inherit=True), main.__dict__)
+        exec(compile(source, path, "exec", dont_inherit=True), main.__dict__)
     except SystemExit as error:
         code = error.code if isinstance(error.code, int) else int(error.code is not None)
         raise

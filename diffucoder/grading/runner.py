@@ -40,7 +40,7 @@ Question = tuple[str, tuple[Any, ...], float]  # source, arguments (an expressio
 class Answer(NamedTuple):
     status: str  # "ok", "failed", "timeout" or "killed"
     seconds: float  # on the clock
-    content: bytes  # JSON: the value, or [line of the program or 0, message]
+    content: bytes  # JSON: the value, or a message
 
 
 def main() -> None:
@@ -313,7 +313,7 @@ def length_of(value: Any) -> int | None:
 
 
 def describe(error: BaseException) -> bytes:
-    """JSON [line of the program or 0, message]. The message has the error's first argument, if that is simple."""
+    """The type of an error as JSON, and its first argument if that is simple."""
     arguments = error.args
     if isinstance(error, OSError) and len(arguments) > 1 and isinstance(arguments[1], str):
         arguments = arguments[1:]  # the first is a number
@@ -321,19 +321,11 @@ def describe(error: BaseException) -> bytes:
     for argument in arguments[:1]:
         if type(argument) in (str, float) or (type(argument) is int and abs(argument) < 1 << 64):
             text += f": {argument}"
-    line = 0
-    if type(error) is SyntaxError:
-        line = error.lineno or 0
-    trace = error.__traceback__
-    while trace is not None:
-        if trace.tb_frame.f_code.co_filename == "<program>":
-            line = trace.tb_lineno
-        trace = trace.tb_next
-    return message(text, line)
+    return message(text)
 
 
-def message(text: str, line: int = 0) -> bytes:
-    return json.dumps([line, text[:300]]).encode()
+def message(text: str) -> bytes:
+    return json.dumps(text[:300]).encode()
 
 
 def write(pipe: int, *parts: bytes) -> None:
