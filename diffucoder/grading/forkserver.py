@@ -30,6 +30,7 @@ import sys
 import time
 from contextlib import suppress
 from types import TracebackType
+from typing import Any
 
 NEW_NAMESPACES = 0x20000 | 0x8000000 | 0x10000000 | 0x20000000  # flags of clone: mount, ipc, user, pid
 ANY_NAMESPACE = 0x7E020000
@@ -77,19 +78,14 @@ def serve(control: socket.socket, isolated: bool) -> bytes:
         # only looked at: the supervisor reads the job, so that its data is never in the fork server's memory
         if not control.recv(1, socket.MSG_PEEK):  # the host has closed the socket
             os._exit(0)
-        child = clone() if isolated else os.fork()
+        if isolated:  # Python has no function that forks into new namespaces
+            child = call("syscall", CLONE[machine], NEW_NAMESPACES | signal.SIGCHLD, 0, 0, 0, 0)
+        else:
+            child = os.fork()
         if child == 0:
             return supervise(control, isolated)
         os.waitpid(child, 0)
         control.sendall(b"gone\n")
-
-
-def clone() -> int:
-    """fork() into new namespaces, for which Python has no function. Raises OSError."""
-    child = int(libc.syscall(CLONE[machine], NEW_NAMESPACES | signal.SIGCHLD, 0, 0, 0, 0))
-    if child < 0:
-        raise OSError(ctypes.get_errno(), "clone: " + os.strerror(ctypes.get_errno()))
-    return child
 
 
 def supervise(control: socket.socket, isolated: bool) -> bytes:
@@ -99,14 +95,14 @@ def supervise(control: socket.socket, isolated: bool) -> bytes:
     source: bytes = job["program"]
     os.setsid()
     if isolated:
-        enter_namespaces(job["rlimits"]["FSIZE"], len(job["stdin"]))
+        enter_namespaces(job["files"], len(job["stdin"]))
     os.chdir(job["folder"])
     write_file("program.py", source)  # for tracebacks
     write_file(".stdin", job.pop("stdin"))
     stdin = os.open(".stdin", os.O_RDONLY)
     os.unlink(".stdin")
     lower_priority()
-    set_limits(job["rlimits"], isolated)
+    set_limits(job, isolated)
     if isolated:
         confine()
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # to process 1 of a namespace the default is to do nothing
@@ -197,7 +193,11 @@ def lower_priority() -> None:
             write_file(f"/proc/self/{name}", value)
 
 
-def set_limits(limits: dict[str, int], isolated: bool) -> None:
+def set_limits(job: dict[str, Any], isolated: bool) -> None:
+    # The limit of CPU time is above that of the clock: the clock decides, this is for what may outlive it.
+    limits = {"CPU": int(job["seconds"]) + 2, "AS": job["memory"], "FSIZE": job["files"], "NOFILE": 64, "CORE": 0}
+    if isolated:  # else all processes of the user would count
+        limits["NPROC"] = job["processes"] + 1  # the supervisor counts too
     for name, value in limits.items():
         kind = getattr(resource, "RLIMIT_" + name)
         hard = resource.getrlimit(kind)[1]
@@ -246,10 +246,12 @@ def system_call_filter() -> bytes:
     return b"".join([*program, allow])
 
 
-def call(name: str, *arguments: object) -> None:
+def call(name: str, *arguments: object) -> int:
     """Call a function of the C library. Raises OSError."""
-    if getattr(libc, name)(*arguments) != 0:
+    result: int = getattr(libc, name)(*arguments)
+    if result < 0:
         raise OSError(ctypes.get_errno(), f"{name} {arguments[1]!r}: {os.strerror(ctypes.get_errno())}")
+    return result
 
 
 def write_file(path: str, content: bytes) -> None:

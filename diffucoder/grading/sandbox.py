@@ -21,7 +21,7 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, nullcontext, suppress
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from functools import cache
 from pathlib import Path
 from threading import BoundedSemaphore
@@ -190,23 +190,16 @@ def _bubblewrap(packages: Sequence[Path]) -> list[str]:
     """The command that runs the system's Python in bubblewrap."""
     command = [shutil.which("bwrap") or "bwrap", "--unshare-user", "--unshare-ipc", "--unshare-pid", "--unshare-net"]
     command += ["--unshare-uts", "--unshare-cgroup-try", "--uid", str(_NOBODY), "--gid", str(_NOBODY)]
-    command += ["--hostname", "sandbox", "--die-with-parent", "--new-session", "--as-pid-1", "--clearenv"]
-    for name, value in _ENVIRONMENT.items():
-        command += ["--setenv", name, value]
-    command += ["--ro-bind", "/usr", "/usr", "--ro-bind-try", "/etc/ld.so.cache", "/etc/ld.so.cache"]
-    for path in ("/bin", "/lib", "/lib64"):
-        if os.path.islink(path):
-            command += ["--symlink", os.readlink(path), path]
-        else:
-            command += ["--ro-bind-try", path, path]
+    command += ["--hostname", "sandbox", "--die-with-parent", "--new-session", "--as-pid-1"]
+    for path in ("/usr", "/bin", "/lib", "/lib64", "/etc/ld.so.cache"):
+        command += ["--ro-bind-try", path, path]
     for number, folder in enumerate(packages):
         command += ["--ro-bind", str(folder), f"/packages/{number}"]
     # each job mounts its own /proc, /tmp, /dev/shm and /dev/pts over these
     command += ["--proc", "/proc", "--dev", "/dev", "--tmpfs", "/tmp"]
     # The root, /dev and /tmp are tmpfs without a bound: a program that writes there could fill the machine's memory.
     command += ["--remount-ro", "/dev", "--remount-ro", "/", "--remount-ro", "/tmp", "--chdir", "/tmp", "--"]
-    python = next(filter(os.path.exists, _PYTHONS), _PYTHONS[0])
-    return [*command, python, "-s", "-S"]  # not -I, which would drop the hash seed
+    return [*command, next(filter(os.path.exists, _PYTHONS), _PYTHONS[0])]
 
 
 class _Worker:
@@ -217,13 +210,16 @@ class _Worker:
         self.healthy = True  # whether it may get another job
         self.jobs = 0
         user: dict[str, Any] = {}  # Any: keywords of Popen, which differ in type
-        if unsafe:
-            command = [sys.executable, "-s", "-S", "-c", source_of("forkserver.py"), "unsafe", *map(str, packages)]
-        else:
-            command = [*_bubblewrap(packages), "-c", source_of("forkserver.py"), "isolated"]
-            command += [f"/packages/{number}" for number in range(len(packages))]
+        command = [sys.executable]
+        folders = [*map(str, packages)]
+        if not unsafe:
+            command = _bubblewrap(packages)
+            folders = [f"/packages/{number}" for number in range(len(packages))]
             if os.geteuid() == 0:  # root escapes RLIMIT_NPROC even in bubblewrap, and an escape should end as nobody
                 user = {"user": _NOBODY, "group": _NOBODY, "extra_groups": []}
+        mode = "unsafe" if unsafe else "isolated"
+        # not -I, which would drop the hash seed
+        command += ["-s", "-S", "-c", source_of("forkserver.py"), mode, *folders]
         self.control, worker_control = socket.socketpair()
         self.replies = self.control.makefile("rb")
         try:
@@ -247,14 +243,7 @@ class _Worker:
         self.healthy = False
         self.jobs += 1
         with tempfile.TemporaryDirectory(prefix="diffucoder-") if self.unsafe else nullcontext("/tmp") as folder:
-            job = {
-                "folder": folder,
-                "program": program,
-                "stdin": stdin,
-                "rlimits": _rlimits(limits, self.unsafe),
-                "seconds": limits.seconds,
-                "output": limits.output,
-            }
+            job = {"folder": folder, "program": program, "stdin": stdin, **asdict(limits)}
             self._send(job)
             return self._receive(limits)
 
@@ -308,7 +297,8 @@ def _ending(limit: str, code: int, stderr: str, limits: Limits) -> tuple[Status,
     if limit == "timeout":
         return "timeout", f"seconds: ran longer than {limits.seconds:g}"
     if code < 0:
-        return "killed", _signal_name(-code)
+        names = {number.value: number.name for number in signal.Signals}
+        return "killed", f"signal {names.get(-code, -code)}"  # a real-time signal has no name
     if code > 0:
         return "failed", _last_line(stderr) or f"exit code {code}"
     return "ok", ""
@@ -320,21 +310,6 @@ def source_of(name: str) -> str:
     return Path(__file__).with_name(name).read_text(encoding="utf-8")
 
 
-def _rlimits(limits: Limits, unsafe: bool) -> dict[str, int]:
-    # The limit of CPU time is above that of the clock: the clock decides, this is for what may outlive it.
-    rlimits = {"CPU": int(limits.seconds) + 2, "AS": limits.memory, "FSIZE": limits.files, "NOFILE": 64, "CORE": 0}
-    if not unsafe:  # without a namespace, all processes of the user would count
-        rlimits["NPROC"] = limits.processes + 1  # the supervisor counts too
-    return rlimits
-
-
 def _last_line(text: str) -> str:
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     return lines[-1][:500] if lines else ""
-
-
-def _signal_name(number: int) -> str:
-    try:
-        return f"signal {signal.Signals(number).name}"
-    except ValueError:  # a real-time signal has no name
-        return f"signal {number}"
