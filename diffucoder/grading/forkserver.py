@@ -48,15 +48,14 @@ operator random re signal string typing"""
 
 # Numbers of system calls on x86_64 and aarch64. No program under test needs the denied ones; some have had holes.
 DENIED = {
-    # other processes
+    # other processes; a new session would have a priority of its own
     "ptrace": (101, 117), "process_vm_readv": (310, 270), "process_vm_writev": (311, 271), "kcmp": (312, 272),
-    "pidfd_getfd": (438, 438), "perf_event_open": (298, 241),
-    "setsid": (112, 157),  # a new session would have a priority of its own
+    "pidfd_getfd": (438, 438), "perf_event_open": (298, 241), "setsid": (112, 157),
     # mounts and namespaces
     "mount": (165, 40), "umount2": (166, 39), "pivot_root": (155, 41), "chroot": (161, 51), "fsopen": (430, 430),
     "fsmount": (432, 432), "move_mount": (429, 429), "open_tree": (428, 428), "mount_setattr": (442, 442),
     "setns": (308, 268), "unshare": (272, 97), "open_by_handle_at": (304, 265),
-    # memory that no limit counts; tmpfs has bounds, and is there for programs that share memory
+    # memory that no limit counts, unlike that of a tmpfs
     "shmget": (29, 194), "msgget": (68, 186), "semget": (64, 190), "memfd_create": (319, 279),
     "memfd_secret": (447, 447),
     # the kernel
@@ -75,13 +74,11 @@ AUDIT_ARCHITECTURE = (0xC000003E, 0xC00000B7)
 def serve(control: socket.socket, isolated: bool) -> bytes:
     """Fork for every job. Returns only in the process of a program: its source."""
     while True:
-        # only looked at: the supervisor reads the job, so that its data is never in the fork server's memory
+        # the supervisor reads the job, so that its data is never in the fork server's memory
         if not control.recv(1, socket.MSG_PEEK):  # the host has closed the socket
             os._exit(0)
-        if isolated:  # Python has no function that forks into new namespaces
-            child = call("syscall", CLONE[machine], NEW_NAMESPACES | signal.SIGCHLD, 0, 0, 0, 0)
-        else:
-            child = os.fork()
+        # Python has no function that forks into new namespaces
+        child = call("syscall", CLONE[machine], NEW_NAMESPACES | signal.SIGCHLD, 0, 0, 0, 0) if isolated else os.fork()
         if child == 0:
             return supervise(control, isolated)
         os.waitpid(child, 0)
@@ -260,7 +257,7 @@ def write_file(path: str, content: bytes) -> None:
 
 
 def run_as_main(source: bytes) -> None:
-    """Run the program as `__main__`, with tracebacks that begin in it."""
+    """Run the program as `__main__`."""
     path = os.path.abspath("program.py")
     main = type(sys)("__main__")
     main.__file__ = path

@@ -1,11 +1,9 @@
 """Judge a program by its tests: program + tests → Verdict. Or call it: program + calls → outcomes.
 
-Each program gets a run in the sandbox, in which `runner` puts questions to processes that run the program. Tests are
-assert strings. What a test expects stays here: `assert f(2) == 4` is split (`asserts`), the program is asked for
-`f(2)`, answers with plain data (`values`), and the answer is compared with 4 in this process.
-
-A test that cannot be split runs beside the program, in a run of its own. Its verdict is `trusted=False`, because a
-program that sets out to cheat can pass it (`docs/sandbox.md`).
+In the sandbox, `runner` puts questions to processes that run the program. What a test expects stays here: an assert
+`f(2) == 4` is split (`asserts`), the program answers `f(2)` with plain data (`values`), and this process compares the
+answer with 4. A test that cannot be split runs beside the program. Its verdict is `trusted=False`, because a program
+that sets out to cheat can pass it (`docs/sandbox.md`).
 """
 
 import json

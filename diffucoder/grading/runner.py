@@ -1,7 +1,7 @@
 """What runs in the sandbox to question a program: what does this call return, does this test pass?
 
-`grade` sends the source of this file as the program, and a job on stdin. Only the standard library of Python 3.9 and
-later is used here. Kinds of jobs:
+`grade` runs this file in the sandbox, with a job on stdin. It uses only the standard library of Python 3.9 and later.
+Kinds of jobs:
 
     value   evaluate expressions and report their values as JSON; what is expected is not in the sandbox
     test    run tests beside the program, statements each; a pass is reported with a token (`run_test`)

@@ -2,8 +2,7 @@
 
 Needs Linux and bubblewrap 0.8 or later. A program has no network, home, environment or capabilities, sees no other
 process, and has limits on time, memory, output, files and processes. A system call filter denies tracing, mounting and
-new namespaces. `docs/sandbox.md` lists what is protected and what is not. `unsafe=True` is not a sandbox: a plain process
-with rlimits, for machines that offer nothing better.
+new namespaces (`docs/sandbox.md`). `unsafe=True` is not a sandbox: a plain process with rlimits.
 
 A worker is warm: bubblewrap with a fork server in it (`forkserver`), which starts a program in milliseconds.
 """
@@ -74,16 +73,12 @@ class ExecutionResult:
 
 
 class Sandbox:
-    """A pool of warm workers, safe to share between threads.
-
-    A worker runs one program at a time, and is replaced when it misbehaves or when this process was forked. Workers
-    start when they are needed and live until `close`, or the end of a `with` block.
-    """
+    """A pool of warm workers, safe to share between threads. They start when they are needed and live until `close`."""
 
     def __init__(self, workers: int | None = None, *, packages: Sequence[Path] = (), unsafe: bool = False) -> None:
         """Run at most `workers` programs at a time (default: one per core), which import from the folders `packages`.
 
-        Raises SandboxError where isolation is not available, with the reason and the remedy.
+        Raises SandboxError where programs cannot be isolated.
         """
         if workers is not None and workers < 1:
             raise ConfigError(f"workers={workers} must be at least 1; leave it out for one per core")
