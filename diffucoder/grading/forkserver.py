@@ -17,6 +17,7 @@ from __future__ import annotations
 import _sitebuiltins
 import atexit
 import builtins
+import ctypes
 import errno
 import gc
 import marshal
@@ -29,7 +30,6 @@ import struct
 import sys
 import time
 from contextlib import suppress
-from types import TracebackType
 from typing import Any
 
 NEW_NAMESPACES = 0x20000 | 0x8000000 | 0x10000000 | 0x20000000  # flags of clone: mount, ipc, user, pid
@@ -263,7 +263,6 @@ def run_as_main(source: bytes) -> None:
     main.__file__ = path
     sys.modules["__main__"] = main
     sys.argv = [path]
-    sys.excepthook = show_traceback
     for name in ("exit", "quit"):
         setattr(builtins, name, _sitebuiltins.Quitter(name, "Ctrl-D"))
     code = 0
@@ -274,16 +273,10 @@ def run_as_main(source: bytes) -> None:
     except SystemExit as error:
         code = error.code if isinstance(error.code, int) else int(error.code is not None)
         raise
-    except BaseException:
+    except BaseException as error:
         code = 1
-        raise
-
-
-def show_traceback(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    """Print a traceback without the frames of this file."""
-    while trace is not None and trace.tb_frame.f_code.co_filename == show_traceback.__code__.co_filename:
-        trace = trace.tb_next
-    sys.__excepthook__(kind, error.with_traceback(trace), trace)
+        trace = error.__traceback__ and error.__traceback__.tb_next  # without this function
+        sys.excepthook(type(error), error.with_traceback(trace), trace)
 
 
 def leave(code: int) -> None:
@@ -298,8 +291,6 @@ def leave(code: int) -> None:
 if __name__ == "__main__":
     isolated = sys.argv[1] == "isolated"
     if isolated:
-        import ctypes
-
         libc = ctypes.CDLL(None, use_errno=True)
         machine = ["x86_64", "aarch64"].index(os.uname().machine)
         user = os.geteuid()
