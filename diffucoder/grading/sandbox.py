@@ -80,8 +80,6 @@ class Sandbox:
 
         Raises SandboxError where programs cannot be isolated.
         """
-        if workers is not None and workers < 1:
-            raise ConfigError(f"workers={workers} must be at least 1; leave it out for one per core")
         for folder in packages:
             if not folder.is_dir():
                 raise ConfigError(f"packages: {str(folder)!r} is not a folder; give one that holds Python packages")
