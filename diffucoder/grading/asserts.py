@@ -111,7 +111,7 @@ def _find_question(node: ast.expr) -> tuple[ast.expr, str]:
             raise _NotSplitError
     unknown = [part for part in parts if not _is_literal(part)]
     if not unknown:  # the program may define a function called `list` or `sorted`
-        unknown = [part for part in parts if isinstance(part, ast.Call)][:1]
+        unknown.extend([part for part in parts if isinstance(part, ast.Call)][:1])
     if len(unknown) != 1:
         raise _NotSplitError
     return _find_question(unknown[0])

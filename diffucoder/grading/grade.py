@@ -123,7 +123,7 @@ def grade_many(
 ) -> list[Verdict]:
     """Grade (program, tests) pairs, `workers` at a time. Verdicts come in order."""
     with Sandbox(workers) as sandbox, ThreadPoolExecutor(sandbox.workers) as pool:
-        return list(pool.map(lambda pair: grade(*pair, limits, sandbox=sandbox), pairs))
+        return list(pool.map(lambda pair: grade(pair[0], pair[1], limits, sandbox=sandbox), pairs))
 
 
 def call(
