@@ -124,7 +124,7 @@ class Child:
         A child that waits for a processor gets longer: PATIENCE times the seconds, but not past `until`.
         """
         end = min(until, time.monotonic() + PATIENCE * seconds)
-        processor_end = self.processor_seconds() + seconds
+        processor_end = 0.0  # not known before the first look: if the whole machine pauses, no answer is charged with it
         searched = 0
         while (length := self.received.find(b"\n", searched)) < 0:
             searched = len(self.received)
@@ -140,10 +140,11 @@ class Child:
                 self.lost = ("killed", f"output: gave more than {self.max_output} bytes")
             elif not chunk and (ready or ended):
                 self.lost = self.ending()
-            elif late or self.processor_seconds() >= processor_end:
+            elif late or (processor_end and self.processor_seconds() >= processor_end):
                 self.lost = ("timeout", "seconds: no time left")
             if self.lost:
                 return b""
+            processor_end = processor_end or self.processor_seconds() + seconds
         line = bytes(self.received[:length])
         del self.received[: length + 1]
         return line
