@@ -124,7 +124,7 @@ class Child:
         A child that waits for a processor gets longer: PATIENCE times the seconds, but not past `until`.
         """
         end = min(until, time.monotonic() + PATIENCE * seconds)
-        processor_end = 0.0  # not known before the first look: if the whole machine pauses, no answer is charged with it
+        processor_end = 0.0  # set after the first look, so that no answer is charged for a pause of the whole machine
         searched = 0
         while (length := self.received.find(b"\n", searched)) < 0:
             searched = len(self.received)
