@@ -131,11 +131,11 @@ def watch(program: int, streams: list[int], control: socket.socket, seconds: flo
     begin = time.monotonic()
     outputs = {stream: bytearray() for stream in streams}
     limit = "none"
-    code = None
+    ending = None
     pause = MIN_PAUSE
-    while code is None and limit == "none":
-        code = reap(program)
-        if code is not None:
+    while ending is None and limit == "none":
+        ending = reap(program)
+        if ending:
             pause = 0.0  # there may be output left
         ready = select.select([control.fileno(), *streams], [], [], pause)[0]
         pause = min(2 * pause, MAX_PAUSE)
@@ -151,21 +151,22 @@ def watch(program: int, streams: list[int], control: socket.socket, seconds: flo
                     limit = "output"
                 if not chunk:
                     streams.remove(stream)
-        if code is None and limit == "none" and time.monotonic() - begin > seconds:
+        if ending is None and limit == "none" and time.monotonic() - begin > seconds:
             limit = "timeout"
     stdout, stderr = outputs.values()
-    report = f"{limit} {code or 0} {time.monotonic() - begin:f} {len(stdout)} {len(stderr)}\n"
+    code, memory = ending or (0, 0)
+    report = f"{limit} {code} {memory} {time.monotonic() - begin:f} {len(stdout)} {len(stderr)}\n"
     return report.encode() + stdout + stderr
 
 
-def reap(program: int) -> int | None:
-    """The exit code of the program once it has ended. Process 1 also reaps orphans."""
+def reap(program: int) -> tuple[int, int] | None:
+    """Exit code and peak memory of the program once it has ended. Process 1 also reaps orphans."""
     while True:
-        process, status = os.waitpid(-1, os.WNOHANG)
+        process, status, usage = os.wait4(-1, os.WNOHANG)
         if process == 0:
             return None
         if process == program:
-            return os.waitstatus_to_exitcode(status)
+            return os.waitstatus_to_exitcode(status), usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def enter_namespaces(tmpfs_bytes: int, stdin_bytes: int) -> None:

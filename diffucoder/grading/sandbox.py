@@ -69,6 +69,7 @@ class ExecutionResult:
     stdout: str
     stderr: str
     seconds: float
+    memory: int  # peak resident bytes; 0 if the whole sandbox was killed
     detail: str  # one line: the exception, the signal or the limit
 
 
@@ -257,16 +258,16 @@ class _Worker:
         begin = time.monotonic()
         try:
             self.control.settimeout(limits.seconds + _GRACE)
-            limit, code, seconds, *lengths = self.replies.readline().decode().split()
+            limit, code, memory, seconds, *lengths = self.replies.readline().decode().split()
             stdout, stderr = [self.replies.read(int(length)).decode(errors="replace") for length in lengths]
             self.healthy = self.replies.readline() == b"gone\n" and self.jobs < _MAX_JOBS
         except TimeoutError:  # the machine is too busy to end the program from inside
             status, detail = _ending("timeout", 0, "", limits)
-            return ExecutionResult(status, "", "", time.monotonic() - begin, detail)
+            return ExecutionResult(status, "", "", time.monotonic() - begin, 0, detail)
         except (OSError, ValueError):
-            return ExecutionResult("killed", "", "", time.monotonic() - begin, "the whole sandbox was killed")
+            return ExecutionResult("killed", "", "", time.monotonic() - begin, 0, "the whole sandbox was killed")
         status, detail = _ending(limit, int(code), stderr, limits)
-        return ExecutionResult(status, stdout, stderr, float(seconds), detail)
+        return ExecutionResult(status, stdout, stderr, float(seconds), int(memory), detail)
 
     def close(self) -> str:
         """End the whole tree. Return what bubblewrap and the fork server wrote to stderr."""

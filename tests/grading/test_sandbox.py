@@ -105,6 +105,7 @@ def test_a_program_runs_as_main_and_its_output_comes_back() -> None:
     result = run("import sys\nprint(__name__)\nprint('to stderr', file=sys.stderr)")
     assert (result.status, result.stdout, result.stderr, result.detail) == ("ok", "__main__\n", "to stderr\n", "")
     assert 0 < result.seconds < time.monotonic() - begin
+    assert result.memory > 1 << 20
 
 
 def test_a_crash_is_a_result_with_a_natural_traceback() -> None:
@@ -400,6 +401,11 @@ def test_printing_too_much_at_the_very_end_counts_as_well() -> None:
 def test_memory_is_limited() -> None:
     result = run("x = bytearray(300 << 20)", patient(memory=200 << 20))
     assert (result.status, result.detail) == ("failed", "MemoryError")
+
+
+def test_peak_memory_is_told() -> None:
+    small, large = run_many(["x = b''", "x = b'x' * (100 << 20)"])
+    assert 95 << 20 < large.memory - small.memory < 110 << 20
 
 
 def test_the_tmpfs_is_bounded() -> None:
