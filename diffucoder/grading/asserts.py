@@ -8,9 +8,8 @@
 
 The program evaluates only the question: a call with literal arguments, and perhaps an attribute, an item or a method
 without arguments of its result. So it never learns what is expected. The condition is evaluated here, with plain data
-and Python's own functions: a program may shadow `abs` and return objects that equal everything.
-
-An assert with two questions, or of any other form, is not split. Not for: running programs (`grade`).
+and Python's own functions: a program may shadow `abs` and return objects that equal everything. An assert with two
+questions, or of any other form, is not split.
 """
 
 import ast

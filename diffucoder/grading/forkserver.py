@@ -4,14 +4,12 @@
 Python 3.9 and later.
 
     fork server   process 1 of bubblewrap's namespaces: a warm interpreter that forks for every job it receives
-    supervisor    process 1 of the job's namespaces (user, pid, mount, ipc): mounts a new /proc, /tmp, /dev/shm and
-                  /dev/pts, drops all capabilities, takes a system call filter, forks the program, collects its output,
-                  enforces the limits and reports to the host; ends when the program ends or the host hangs up, and all
-                  of its namespaces with it
-    program       has all of that from its supervisor; it is `__main__`
+    supervisor    process 1 of the job's own namespaces: mounts what the job may write to, drops all capabilities, takes
+                  a system call filter, forks the program, collects its output, enforces the limits and reports
+    program       inherits all of that; it is `__main__`
 
-A program cannot name the fork server, nor trace, read or kill the supervisor, which is process 1. Its processes, files
-and IPC end with its namespaces, so the next job finds none of them.
+A program cannot name the fork server, nor trace, read or kill the supervisor. Its processes, files and IPC end with the
+supervisor, so the next job finds none of them.
 """
 
 from __future__ import annotations
@@ -19,6 +17,7 @@ from __future__ import annotations
 import _sitebuiltins
 import atexit
 import builtins
+import ctypes
 import errno
 import gc
 import marshal
@@ -31,8 +30,7 @@ import struct
 import sys
 import time
 from contextlib import suppress
-from types import TracebackType
-from typing import NoReturn
+from typing import Any
 
 NEW_NAMESPACES = 0x20000 | 0x8000000 | 0x10000000 | 0x20000000  # flags of clone: mount, ipc, user, pid
 ANY_NAMESPACE = 0x7E020000
@@ -50,15 +48,14 @@ operator random re signal string typing"""
 
 # Numbers of system calls on x86_64 and aarch64. No program under test needs the denied ones; some have had holes.
 DENIED = {
-    # other processes
+    # other processes; a new session would have a priority of its own
     "ptrace": (101, 117), "process_vm_readv": (310, 270), "process_vm_writev": (311, 271), "kcmp": (312, 272),
-    "pidfd_getfd": (438, 438), "perf_event_open": (298, 241),
-    "setsid": (112, 157),  # a new session would have a priority of its own
+    "pidfd_getfd": (438, 438), "perf_event_open": (298, 241), "setsid": (112, 157),
     # mounts and namespaces
     "mount": (165, 40), "umount2": (166, 39), "pivot_root": (155, 41), "chroot": (161, 51), "fsopen": (430, 430),
     "fsmount": (432, 432), "move_mount": (429, 429), "open_tree": (428, 428), "mount_setattr": (442, 442),
     "setns": (308, 268), "unshare": (272, 97), "open_by_handle_at": (304, 265),
-    # memory that no limit counts; tmpfs has bounds, and is there for programs that share memory
+    # memory that no limit counts, unlike that of a tmpfs
     "shmget": (29, 194), "msgget": (68, 186), "semget": (64, 190), "memfd_create": (319, 279),
     "memfd_secret": (447, 447),
     # the kernel
@@ -74,46 +71,35 @@ SOCKET = (41, 198)
 AUDIT_ARCHITECTURE = (0xC000003E, 0xC00000B7)
 
 
-def serve(control: socket.socket, isolated: bool) -> dict[str, bytes]:
-    """Fork for every job. Returns only in the process of a program: its files, the program among them."""
+def serve(control: socket.socket, isolated: bool) -> bytes:
+    """Fork for every job. Returns only in the process of a program: its source."""
     while True:
-        # only looked at: the supervisor reads the job, so that its data is never in the fork server's memory
+        # the supervisor reads the job, so that its data is never in the fork server's memory
         if not control.recv(1, socket.MSG_PEEK):  # the host has closed the socket
             os._exit(0)
-        child = clone() if isolated else os.fork()
+        # Python has no function that forks into new namespaces
+        child = call("syscall", CLONE[machine], NEW_NAMESPACES | signal.SIGCHLD, 0, 0, 0, 0) if isolated else os.fork()
         if child == 0:
             return supervise(control, isolated)
         os.waitpid(child, 0)
         control.sendall(b"gone\n")
 
 
-def clone() -> int:
-    """fork() into new namespaces, for which Python has no function. Raises OSError."""
-    child = int(libc.syscall(CLONE[machine], NEW_NAMESPACES | signal.SIGCHLD, 0, 0, 0, 0))
-    if child < 0:
-        raise OSError(ctypes.get_errno(), "clone: " + os.strerror(ctypes.get_errno()))
-    return child
-
-
-def supervise(control: socket.socket, isolated: bool) -> dict[str, bytes]:
+def supervise(control: socket.socket, isolated: bool) -> bytes:
     """Read a job, prepare it, run the program and report its end. Returns in the program's process."""
     with control.makefile("rb") as file:
         job = marshal.load(file)
-    contents: dict[str, bytes] = job["contents"]
+    source: bytes = job["program"]
     os.setsid()
     if isolated:
-        enter_namespaces(job["rlimits"]["FSIZE"], len(job["stdin"]))
+        enter_namespaces(job["files"], len(job["stdin"]))
     os.chdir(job["folder"])
-    for name, content in contents.items():
-        os.makedirs(os.path.dirname(os.path.abspath(name)), exist_ok=True)
-        with open(name, "wb") as file:
-            file.write(content)
-    with open(".stdin", "wb") as file:
-        file.write(job.pop("stdin"))
+    write_file("program.py", source)  # for tracebacks
+    write_file(".stdin", job.pop("stdin"))
     stdin = os.open(".stdin", os.O_RDONLY)
     os.unlink(".stdin")
     lower_priority()
-    set_limits(job["rlimits"], isolated)
+    set_limits(job, isolated)
     if isolated:
         confine()
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # to process 1 of a namespace the default is to do nothing
@@ -128,17 +114,20 @@ def supervise(control: socket.socket, isolated: bool) -> dict[str, bytes]:
         for fd in (stdin, stdout, program_stdout, stderr, program_stderr):
             os.close(fd)
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        return contents
+        return source
     for fd in (stdin, program_stdout, program_stderr):
         os.close(fd)
     os.set_blocking(stdout, False)
     os.set_blocking(stderr, False)
     control.sendall(watch(program, [stdout, stderr], control, job["seconds"], job["output"]))
-    end_job(isolated)
+    # this ends everything that the program started; process 1 takes its namespaces along
+    if not isolated:
+        os.killpg(0, signal.SIGKILL)
+    os._exit(0)
 
 
 def watch(program: int, streams: list[int], control: socket.socket, seconds: float, max_output: int) -> bytes:
-    """Collect what the program prints until it ends, or passes a limit. Returns the report, as `sandbox` reads it."""
+    """Collect what the program prints until it ends or passes a limit. Return the report, as `sandbox` reads it."""
     begin = time.monotonic()
     outputs = {stream: bytearray() for stream in streams}
     limit = "none"
@@ -164,8 +153,8 @@ def watch(program: int, streams: list[int], control: socket.socket, seconds: flo
                     streams.remove(stream)
         if ending is None and limit == "none" and time.monotonic() - begin > seconds:
             limit = "timeout"
-    code, memory = ending or (0, 0)
     stdout, stderr = outputs.values()
+    code, memory = ending or (0, 0)
     report = f"{limit} {code} {memory} {time.monotonic() - begin:f} {len(stdout)} {len(stderr)}\n"
     return report.encode() + stdout + stderr
 
@@ -180,35 +169,33 @@ def reap(program: int) -> tuple[int, int] | None:
             return os.waitstatus_to_exitcode(status), usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def end_job(isolated: bool) -> NoReturn:
-    """End this process, and with it everything that the program started."""
-    if not isolated:
-        os.killpg(0, signal.SIGKILL)
-    os._exit(0)  # process 1 takes its namespace along
-
-
 def enter_namespaces(tmpfs_bytes: int, stdin_bytes: int) -> None:
     """In the new namespaces: stay the same user, mount what belongs to the job, forbid further namespaces."""
-    for name, text in (("setgroups", "deny"), ("gid_map", f"{user} {user} 1"), ("uid_map", f"{user} {user} 1")):
-        write_file(f"/proc/self/{name}", text)
+    same_user = b"%d %d 1" % (user, user)
+    for name, content in (("setgroups", b"deny"), ("gid_map", same_user), ("uid_map", same_user)):
+        write_file(f"/proc/self/{name}", content)
     for folder, size in ((b"/tmp", tmpfs_bytes + stdin_bytes), (b"/dev/shm", tmpfs_bytes)):
         bounds = b"size=%d,nr_inodes=4096,mode=755" % size
         call("mount", b"tmpfs", folder, b"tmpfs", MS_NOSUID | MS_NODEV, bounds)
     call("mount", b"proc", b"/proc", b"proc", MS_NOSUID | MS_NODEV | MS_NOEXEC, None)
     call("mount", b"devpts", b"/dev/pts", b"devpts", MS_NOSUID | MS_NOEXEC, b"newinstance,ptmxmode=0666,mode=620")
-    write_file("/proc/sys/user/max_user_namespaces", "0")
+    write_file("/proc/sys/user/max_user_namespaces", b"0")
 
 
 def lower_priority() -> None:
     """Run only when nothing else wants the processor, and be the first to be killed when memory runs out."""
     os.nice(19)
     # Linux schedules sessions as groups, in which nice has no effect on other sessions
-    for name, value in (("autogroup", "10"), ("oom_score_adj", "1000")):
+    for name, value in (("autogroup", b"10"), ("oom_score_adj", b"1000")):
         with suppress(OSError):
             write_file(f"/proc/self/{name}", value)
 
 
-def set_limits(limits: dict[str, int], isolated: bool) -> None:
+def set_limits(job: dict[str, Any], isolated: bool) -> None:
+    # The limit of CPU time is above that of the clock: the clock decides, this is for what may outlive it.
+    limits = {"CPU": int(job["seconds"]) + 2, "AS": job["memory"], "FSIZE": job["files"], "NOFILE": 64, "CORE": 0}
+    if isolated:  # else all processes of the user would count
+        limits["NPROC"] = job["processes"] + 1  # the supervisor counts too
     for name, value in limits.items():
         kind = getattr(resource, "RLIMIT_" + name)
         hard = resource.getrlimit(kind)[1]
@@ -257,45 +244,40 @@ def system_call_filter() -> bytes:
     return b"".join([*program, allow])
 
 
-def call(name: str, *arguments: bytes | int | object) -> None:
+def call(name: str, *arguments: object) -> int:
     """Call a function of the C library. Raises OSError."""
-    if getattr(libc, name)(*arguments) != 0:
+    result: int = getattr(libc, name)(*arguments)
+    if result < 0:
         raise OSError(ctypes.get_errno(), f"{name} {arguments[1]!r}: {os.strerror(ctypes.get_errno())}")
+    return result
 
 
-def write_file(path: str, text: str) -> None:
-    with open(path, "w") as file:
-        file.write(text)
+def write_file(path: str, content: bytes) -> None:
+    with open(path, "wb") as file:
+        file.write(content)
 
 
-def run_as_main(contents: dict[str, bytes]) -> None:
-    """Run the program as `__main__`, with tracebacks that begin in it."""
+def run_as_main(source: bytes) -> None:
+    """Run the program as `__main__`."""
     path = os.path.abspath("program.py")
     main = type(sys)("__main__")
     main.__file__ = path
     sys.modules["__main__"] = main
     sys.argv = [path]
-    sys.excepthook = show_traceback
     for name in ("exit", "quit"):
         setattr(builtins, name, _sitebuiltins.Quitter(name, "Ctrl-D"))
     code = 0
     # Registered first, this is called last. It skips the slow end of an interpreter whose memory is shared.
     atexit.register(lambda: leave(code))
     try:
-        exec(compile(contents["program.py"], path, "exec", dont_inherit=True), main.__dict__)
+        exec(compile(source, path, "exec", dont_inherit=True), main.__dict__)
     except SystemExit as error:
         code = error.code if isinstance(error.code, int) else int(error.code is not None)
         raise
-    except BaseException:
+    except BaseException as error:
         code = 1
-        raise
-
-
-def show_traceback(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    """Print a traceback without the frames of this file."""
-    while trace is not None and trace.tb_frame.f_code.co_filename == show_traceback.__code__.co_filename:
-        trace = trace.tb_next
-    sys.__excepthook__(kind, error.with_traceback(trace), trace)
+        trace = error.__traceback__ and error.__traceback__.tb_next  # without this function
+        sys.excepthook(type(error), error.with_traceback(trace), trace)
 
 
 def leave(code: int) -> None:
@@ -310,8 +292,6 @@ def leave(code: int) -> None:
 if __name__ == "__main__":
     isolated = sys.argv[1] == "isolated"
     if isolated:
-        import ctypes
-
         libc = ctypes.CDLL(None, use_errno=True)
         machine = ["x86_64", "aarch64"].index(os.uname().machine)
         user = os.geteuid()

@@ -1,17 +1,15 @@
 """Judge a program by its tests: program + tests → Verdict. Or call it: program + calls → outcomes.
 
-Each program gets a run in the sandbox, in which `runner` puts questions to processes that run the program. Tests are
-assert strings. What a test expects stays here: `assert f(2) == 4` is split (`asserts`), the program is asked for
-`f(2)`, answers with plain data (`values`), and the answer is compared with 4 in this process.
-
-A test that cannot be split runs beside the program, in a run of its own. Its verdict is `trusted=False`, because a
-program that sets out to cheat can pass it. `docs/sandbox.md` lists what such a program can do, and what does not help.
+In the sandbox, `runner` puts questions to processes that run the program. What a test expects stays here: an assert
+`f(2) == 4` is split (`asserts`), the program answers `f(2)` with plain data (`values`), and this process compares the
+answer with 4. A test that cannot be split runs beside the program. Its verdict is `trusted=False`, because a program
+that sets out to cheat can pass it (`docs/sandbox.md`).
 """
 
 import json
 import marshal
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -35,13 +33,12 @@ class TestVerdict:
     passed: bool
     status: Status  # "failed" also for a wrong answer
     detail: str
-    line: int | None = None  # of the program, if an exception passed through it
     trusted: bool = True  # False: the test ran beside the program, which could have tampered with it
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """The result of all tests. `status`, `detail` and `line` are those of the first test that did not pass."""
+    """The result of all tests. `status` and `detail` are those of the first test that did not pass."""
 
     passed: bool
     passed_tests: int
@@ -49,7 +46,6 @@ class Verdict:
     status: Status | Literal["no program"]
     seconds: float
     detail: str
-    line: int | None = None
     tests: tuple[TestVerdict, ...] = ()
 
     @property
@@ -80,7 +76,6 @@ class Outcome:
     value: Any  # plain data: None, numbers, strings, containers of them; a Digest of what is large; else Opaque
     seconds: float
     detail: str = ""
-    line: int | None = None
 
 
 def grade(
@@ -114,25 +109,21 @@ def grade(
                 answers, run_seconds = _ask(box, program, job, limits)
                 outcomes.update(zip(questions, answers, strict=True))
                 seconds += run_seconds
-    verdicts = [_judge(test, asserts[index], outcomes[index]) for index, test in enumerate(tests)]
-    return _summary(verdicts, seconds)
+    verdicts = tuple(_judge(test, asserts[index], outcomes[index]) for index, test in enumerate(tests))
+    passed = sum(verdict.passed for verdict in verdicts)
+    for number, verdict in enumerate(verdicts, start=1):
+        if not verdict.passed:
+            detail = f"test {number}: {verdict.detail}"
+            return Verdict(False, passed, len(tests), verdict.status, seconds, detail, verdicts)
+    return Verdict(True, passed, len(tests), "ok", seconds, "", verdicts)
 
 
 def grade_many(
-    pairs: Iterable[tuple[str, Sequence[str]]],
-    limits: Limits = DEFAULT_LIMITS,
-    *,
-    workers: int | None = None,
-    progress: Callable[[int], None] | None = None,
+    pairs: Iterable[tuple[str, Sequence[str]]], limits: Limits = DEFAULT_LIMITS, *, workers: int | None = None
 ) -> list[Verdict]:
-    """Grade (program, tests) pairs, `workers` at a time, in order. `progress` gets the number of finished ones."""
-    verdicts: list[Verdict] = []
+    """Grade (program, tests) pairs, `workers` at a time. Verdicts come in order."""
     with Sandbox(workers) as sandbox, ThreadPoolExecutor(sandbox.workers) as pool:
-        for verdict in pool.map(lambda pair: grade(pair[0], pair[1], limits, sandbox=sandbox), pairs):
-            verdicts.append(verdict)
-            if progress is not None:
-                progress(len(verdicts))
-    return verdicts
+        return list(pool.map(lambda pair: grade(pair[0], pair[1], limits, sandbox=sandbox), pairs))
 
 
 def call(
@@ -189,29 +180,19 @@ def _read_line(line: re.Match[str]) -> tuple[int, Outcome]:
         content = json.loads(line[4])
         if status == "ok":
             return int(line[1]), Outcome("ok", from_json(content), seconds)
-        program_line, detail = content
-        return int(line[1]), Outcome(status, None, seconds, readable(str(detail)), int(program_line) or None)
+        return int(line[1]), Outcome(status, None, seconds, readable(str(content)))
     except (ValueError, TypeError, LookupError, RecursionError, ArithmeticError):
         return int(line[1]), Outcome("failed", None, seconds, "the answer is not plain data")
 
 
 def _judge(test: str, split: Assert | None, outcome: Outcome) -> TestVerdict:
     trusted = split is not None
+    detail = outcome.detail
     if outcome.status != "ok":
-        detail = outcome.detail
         if detail == "AssertionError":
             detail += ": " + readable(test)
-        return TestVerdict(False, outcome.status, detail, outcome.line, trusted)
+        return TestVerdict(False, outcome.status, detail, trusted)
     if split is None or split.holds(outcome.value):
-        return TestVerdict(True, "ok", "", None, trusted)
+        return TestVerdict(True, "ok", "", trusted)
     detail = f"AssertionError: {readable(test)}; it gave {short(outcome.value)}"
-    return TestVerdict(False, "failed", detail, None, trusted)
-
-
-def _summary(tests: list[TestVerdict], seconds: float) -> Verdict:
-    passed = sum(test.passed for test in tests)
-    for number, test in enumerate(tests, start=1):
-        if not test.passed:
-            detail = f"test {number}: {test.detail}"
-            return Verdict(False, passed, len(tests), test.status, seconds, detail, test.line, tuple(tests))
-    return Verdict(True, passed, len(tests), "ok", seconds, "", None, tuple(tests))
+    return TestVerdict(False, "failed", detail, trusted)

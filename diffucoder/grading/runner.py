@@ -1,15 +1,14 @@
 """What runs in the sandbox to question a program: what does this call return, does this test pass?
 
-`grade` sends the source of this file as the job, and the questions on stdin. Only the standard library of Python 3.9
-and later is used here. Kinds of jobs:
+`grade` runs this file in the sandbox, with a job on stdin. It uses only the standard library of Python 3.9 and later.
+Kinds of jobs:
 
     value   evaluate expressions and report their values as JSON; what is expected is not in the sandbox
     test    run tests beside the program, statements each; a pass is reported with a token (`run_test`)
 
 The runner forks a child. The child runs the program as a module (not as `__main__`: what a script does when it is
 started is left out) and answers in the same namespace. A question that takes too long or ends its child has failed; a
-new child gets the next ones. Children have no stdout, where the answers go. They can neither trace the runner nor open
-its memory or its pipes.
+new child gets the next ones. Children can neither trace the runner nor open its memory or its pipes.
 """
 
 from __future__ import annotations
@@ -17,7 +16,6 @@ from __future__ import annotations
 import hashlib
 import json
 import marshal
-import math
 import os
 import select
 import signal
@@ -29,9 +27,7 @@ from types import CodeType
 from typing import Any, NamedTuple, NoReturn
 
 PATIENCE = 5  # a question may take so many times its processor seconds on the clock
-GLANCE = 0.05  # seconds; most answers are there by then
 POLL = 0.02  # seconds between two looks at a silent child
-TICK = 1 / os.sysconf("SC_CLK_TCK")  # seconds; the unit of processor time in /proc
 DIGEST_CELLS = 20_000_000  # a list of lists with more items is reported by its digest
 
 Question = tuple[str, tuple[Any, ...], float]  # source, arguments (an expression knows them as `_`), processor seconds
@@ -40,7 +36,7 @@ Question = tuple[str, tuple[Any, ...], float]  # source, arguments (an expressio
 class Answer(NamedTuple):
     status: str  # "ok", "failed", "timeout" or "killed"
     seconds: float  # on the clock
-    content: bytes  # JSON: the value, or [line of the program or 0, message]
+    content: bytes  # JSON: the value, or a message
 
 
 def main() -> None:
@@ -51,7 +47,6 @@ def main() -> None:
     the others left. In other jobs a child answers as many questions as it lives for.
     """
     job = marshal.loads(sys.stdin.buffer.read())
-    seconds = job["seconds"]
     deadline = time.monotonic() + job["clock"]
     waiting = list(range(len(job["questions"])))
     slow: list[int] = []
@@ -59,9 +54,11 @@ def main() -> None:
     while waiting:
         children = len(waiting) if job["fresh"] else 1
         batch = waiting[: len(waiting) // children]
+        used = os.times()
+        seconds = (job["seconds"] - used.children_user - used.children_system) / children
         child = Child(job, [job["questions"][index] for index in batch])
         now = time.monotonic()
-        for answer in child.answers(seconds / children, now + (deadline - now) / children):
+        for answer in child.answers(seconds, now + (deadline - now) / children):
             index = waiting.pop(0)
             if answer.status == "timeout" and not last_try:
                 slow.append(index)
@@ -71,8 +68,8 @@ def main() -> None:
             if job["stop_at_failure"] and answer.status != "ok":
                 waiting.clear()
                 break
-        child.close()
-        seconds -= child.processor_seconds()
+        os.close(child.pipe)
+        child.kill()
         if not waiting and not last_try:
             waiting = slow
             last_try = True
@@ -87,7 +84,6 @@ class Child:
         self.received = bytearray()
         self.lost: tuple[str, str] | None = None  # status and message, once no more answers will come
         self.exit_code: int | None = None
-        self.spent = 0.0  # processor seconds, once the child has ended
         self.begin = time.monotonic()
         self.pipe, child_pipe = os.pipe()
         self.process = os.fork()
@@ -104,14 +100,11 @@ class Child:
             yield from [ready] * len(self.questions)
             return
         token = ready.content  # empty unless the question is a test
-        used = self.processor_seconds()
         for _, _, limit in self.questions:
-            answer = self.receive(b"=" + token, min(limit, seconds - used), until)
-            yield answer
+            left = seconds - self.processor_seconds()
+            yield self.receive(b"=" + token, min(limit, left), until)
             if self.lost:
                 return
-            if answer.seconds > GLANCE:
-                used = self.processor_seconds()
 
     def receive(self, prefix: bytes, seconds: float, until: float) -> Answer:
         """The answer in the next line. It begins with `prefix`, or with b"-" for a failure."""
@@ -130,22 +123,16 @@ class Child:
 
         A child that waits for a processor gets longer: PATIENCE times the seconds, but not past `until`.
         """
-        begin = time.monotonic()
-        end = min(until, begin + PATIENCE * seconds)
-        processor_end = math.inf
+        end = min(until, time.monotonic() + PATIENCE * seconds)
+        processor_end = 0.0  # set after the first look, so that no answer is charged for a pause of the whole machine
         searched = 0
         while (length := self.received.find(b"\n", searched)) < 0:
             searched = len(self.received)
-            now = time.monotonic()
-            if now - begin > GLANCE and processor_end == math.inf:
-                processor_end = self.processor_seconds() + seconds
             # a process that the program started may hold the pipe open for longer than the child lives
             ended = self.has_ended()
-            pause = 0.0
-            if not ended and now < end:
-                pause = min(end - now, POLL)
+            late = time.monotonic() >= end
+            ready = select.select([self.pipe], [], [], 0.0 if ended or late else POLL)[0]
             chunk = b""
-            ready = select.select([self.pipe], [], [], pause)[0]
             if ready:
                 chunk = os.read(self.pipe, 1 << 16)
                 self.received += chunk
@@ -153,10 +140,11 @@ class Child:
                 self.lost = ("killed", f"output: gave more than {self.max_output} bytes")
             elif not chunk and (ready or ended):
                 self.lost = self.ending()
-            elif now >= end or (now - begin > GLANCE and self.processor_seconds() >= processor_end):
+            elif late or (processor_end and self.processor_seconds() >= processor_end):
                 self.lost = ("timeout", "seconds: no time left")
             if self.lost:
                 return b""
+            processor_end = processor_end or self.processor_seconds() + seconds
         line = bytes(self.received[:length])
         del self.received[: length + 1]
         return line
@@ -169,21 +157,16 @@ class Child:
 
     def processor_seconds(self) -> float:
         """What the child has used of the processor."""
-        if self.exit_code is not None:
-            return self.spent
         try:
-            with open(f"/proc/{self.process}/stat") as file:
-                fields = file.read().rpartition(")")[2].split()
-        except OSError:  # there is no /proc outside Linux
+            return time.clock_gettime(~self.process << 3 | 2)  # the number of the clock as in clock_getcpuclockid(3)
+        except OSError:  # the child is gone, or this is not Linux
             return time.monotonic() - self.begin
-        return (int(fields[11]) + int(fields[12])) * TICK
 
     def has_ended(self, options: int = os.WNOHANG) -> bool:
         if self.exit_code is None:
-            process, status, usage = os.wait4(self.process, options)
+            process, status = os.waitpid(self.process, options)
             if process:
                 self.exit_code = os.waitstatus_to_exitcode(status)
-                self.spent = usage.ru_utime + usage.ru_stime
         return self.exit_code is not None
 
     def kill(self) -> None:
@@ -193,10 +176,6 @@ class Child:
                 with suppress(ProcessLookupError):
                     kill(self.process, signal.SIGKILL)
             self.has_ended(0)
-
-    def close(self) -> None:
-        os.close(self.pipe)
-        self.kill()
 
 
 # --- in the child ----------------------------------------------------------------------------------------------------
@@ -235,7 +214,7 @@ def run_test(program: CodeType, source: str, names: dict[str, Any], pipe: int) -
 
 
 def send_token(pipe: int) -> bytes:
-    """Tell the runner a new token before the program runs, and return it."""
+    """Send the runner a new token, and return it."""
     token = os.urandom(16).hex().encode()
     write(pipe, b"ready" + token)
     return token
@@ -313,7 +292,7 @@ def length_of(value: Any) -> int | None:
 
 
 def describe(error: BaseException) -> bytes:
-    """JSON [line of the program or 0, message]. The message has the error's first argument, if that is simple."""
+    """The type of an error as JSON, and its first argument if that is simple."""
     arguments = error.args
     if isinstance(error, OSError) and len(arguments) > 1 and isinstance(arguments[1], str):
         arguments = arguments[1:]  # the first is a number
@@ -321,19 +300,11 @@ def describe(error: BaseException) -> bytes:
     for argument in arguments[:1]:
         if type(argument) in (str, float) or (type(argument) is int and abs(argument) < 1 << 64):
             text += f": {argument}"
-    line = 0
-    if type(error) is SyntaxError:
-        line = error.lineno or 0
-    trace = error.__traceback__
-    while trace is not None:
-        if trace.tb_frame.f_code.co_filename == "<program>":
-            line = trace.tb_lineno
-        trace = trace.tb_next
-    return message(text, line)
+    return message(text)
 
 
-def message(text: str, line: int = 0) -> bytes:
-    return json.dumps([line, text[:300]]).encode()
+def message(text: str) -> bytes:
+    return json.dumps(text[:300]).encode()
 
 
 def write(pipe: int, *parts: bytes) -> None:

@@ -1,13 +1,8 @@
-"""Run generated programs in isolation: program → ExecutionResult. `docs/sandbox.md` has the details.
+"""Run generated programs in isolation: program → ExecutionResult.
 
-Protected (Linux, bubblewrap 0.8 or later): a program has no network, home, environment or capabilities, and sees no
-other process. It reads the system's Python and writes to a new tmpfs of bounded size. Memory, CPU, output, files,
-processes and time have limits. A system call filter denies tracing, mounting and new namespaces. Programs run after
-everything else on the machine, and what one of them does is not there for the next.
-
-Not protected: side channels (timing, caches, figures in /proc); the sum of what the limits allow, which is `processes ×
-memory + 2 × files + stdin`; what an administrator put into /usr for everyone. `unsafe=True` is not a sandbox: a plain
-process with rlimits, for machines that offer nothing better.
+Needs Linux and bubblewrap 0.8 or later. A program has no network, home, environment or capabilities, sees no other
+process, and has limits on time, memory, output, files and processes. A system call filter denies tracing, mounting and
+new namespaces (`docs/sandbox.md`). `unsafe=True` is not a sandbox: a plain process with rlimits.
 
 A worker is warm: bubblewrap with a fork server in it (`forkserver`), which starts a program in milliseconds.
 """
@@ -22,12 +17,12 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, nullcontext, suppress
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from functools import cache
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from threading import BoundedSemaphore
 from typing import Any, Literal, Self
 
@@ -37,7 +32,6 @@ Status = Literal["ok", "failed", "timeout", "killed"]
 
 _NOBODY = 65534
 _PYTHONS = ("/usr/bin/python3", "/usr/local/bin/python3")  # that of a venv may be in a private home, out of reach
-_PROGRAM = "program.py"
 _PAGE = 4096  # bytes; the smallest file takes so many of a tmpfs
 _START = 30.0  # seconds that a program may take to start, on a busy machine
 _GRACE = 5.0  # seconds that a supervisor may be late before its worker is killed
@@ -80,19 +74,13 @@ class ExecutionResult:
 
 
 class Sandbox:
-    """A pool of warm workers, safe to share between threads.
-
-    A worker runs one program at a time, and is replaced when it misbehaves or when this process was forked. Workers
-    start when they are needed and live until `close`, or the end of a `with` block.
-    """
+    """A pool of warm workers, safe to share between threads. They start when they are needed and live until `close`."""
 
     def __init__(self, workers: int | None = None, *, packages: Sequence[Path] = (), unsafe: bool = False) -> None:
         """Run at most `workers` programs at a time (default: one per core), which import from the folders `packages`.
 
-        Raises SandboxError where isolation is not available, with the reason and the remedy.
+        Raises SandboxError where programs cannot be isolated.
         """
-        if workers is not None and workers < 1:
-            raise ConfigError(f"workers={workers} must be at least 1; leave it out for one per core")
         for folder in packages:
             if not folder.is_dir():
                 raise ConfigError(f"packages: {str(folder)!r} is not a folder; give one that holds Python packages")
@@ -110,32 +98,26 @@ class Sandbox:
         # bubblewrap dies with the thread that started it, so a thread that lives as long as the pool starts them
         self._starter = ThreadPoolExecutor(1, thread_name_prefix="sandbox")
 
-    def run(
-        self,
-        program: str,
-        limits: Limits = DEFAULT_LIMITS,
-        *,
-        stdin: str | bytes = "",
-        files: Mapping[str, str] | None = None,
-    ) -> ExecutionResult:
-        """Run a Python program as `__main__`, with `files` in its working folder. A crash is a result, not an error."""
+    def run(self, program: str, limits: Limits = DEFAULT_LIMITS, *, stdin: str | bytes = "") -> ExecutionResult:
+        """Run a Python program as `__main__`. A crash is a result, not an error."""
         if self._process != os.getpid():  # the workers are those of the parent process
             self._reset()
-        contents = _contents(program, files or {}, limits)
+        source = program.encode(errors="surrogatepass")
+        size = -(-len(source) // _PAGE) * _PAGE
+        if size > limits.files:
+            raise ConfigError(f"the program takes {size} bytes, above limits.files={limits.files}; raise the limit")
         data = stdin.encode(errors="surrogatepass") if isinstance(stdin, str) else stdin
         with self._free:
-            if self._idle:
-                with suppress(SandboxError):  # the worker ended while it was idle, and nothing of the program has run
-                    return self._run_in(self._idle.pop(), contents, limits, data)
-            return self._run_in(self._starter.submit(self._start).result(), contents, limits, data)
+            # no worker is idle, or it ended while it was idle and nothing of the program has run
+            with suppress(IndexError, SandboxError):
+                return self._run_in(self._idle.pop(), source, limits, data)
+            worker = self._starter.submit(_Worker, self.packages, unsafe=self.unsafe).result()
+            return self._run_in(worker, source, limits, data)
 
-    def _start(self) -> "_Worker":
-        return _Worker(self.packages, unsafe=self.unsafe)
-
-    def _run_in(self, worker: "_Worker", contents: dict[str, bytes], limits: Limits, stdin: bytes) -> ExecutionResult:
+    def _run_in(self, worker: "_Worker", program: bytes, limits: Limits, stdin: bytes) -> ExecutionResult:
         """Run in a worker, which is idle or closed afterwards. Raises SandboxError if the program did not start."""
         try:
-            return worker.run(contents, limits, stdin)
+            return worker.run(program, limits, stdin)
         finally:
             if worker.healthy:
                 self._idle.append(worker)
@@ -163,20 +145,15 @@ class Sandbox:
 
 
 def run(
-    program: str,
-    limits: Limits = DEFAULT_LIMITS,
-    *,
-    stdin: str | bytes = "",
-    files: Mapping[str, str] | None = None,
-    unsafe: bool = False,
+    program: str, limits: Limits = DEFAULT_LIMITS, *, stdin: str | bytes = "", unsafe: bool = False
 ) -> ExecutionResult:
     """Run one program in a sandbox of its own. For many programs keep a `Sandbox`, which starts only once."""
     with Sandbox(1, unsafe=unsafe) as sandbox:
-        return sandbox.run(program, limits, stdin=stdin, files=files)
+        return sandbox.run(program, limits, stdin=stdin)
 
 
-def isolation() -> str:
-    """Name the mechanism that isolates programs here, or raise SandboxError with the reason and the remedy."""
+def isolation() -> None:
+    """Raise SandboxError, with the reason and the remedy, where programs cannot be isolated."""
     if not sys.platform.startswith("linux"):
         raise SandboxError(f"no isolation on {sys.platform}: it needs Linux; run there, or pass unsafe=True")
     bwrap = shutil.which("bwrap")
@@ -184,52 +161,39 @@ def isolation() -> str:
         raise SandboxError("no bwrap on PATH; install it with `apt-get install bubblewrap`, or pass unsafe=True")
     if platform.machine() not in ("x86_64", "aarch64"):
         raise SandboxError(f"no system call filter for {platform.machine()}; run on x86_64 or aarch64")
-    if not os.access(_python(), os.X_OK):
-        raise SandboxError(f"no {_python()} to run programs; install it with `apt-get install python3`")
     refusal = _refusal(bwrap)
     if refusal:
         raise SandboxError(
             f"bubblewrap cannot isolate here ({refusal}); it must be 0.8 or later and allowed to make user namespaces "
             "(sysctl user.max_user_namespaces; in a container, a seccomp profile that permits unshare)"
         )
-    return "bubblewrap"
 
 
 @cache
 def _refusal(bwrap: str) -> str:
-    """Why bubblewrap cannot work here, "" where it can. It is tried once per process, since it costs a start."""
+    """Why bubblewrap cannot work here, "" where it can."""
     try:
         with closing(_Worker((), unsafe=False)) as worker:
-            worker.run(_contents("", {}, DEFAULT_LIMITS), DEFAULT_LIMITS, b"")
+            worker.run(b"", DEFAULT_LIMITS, b"")
     except SandboxError as error:
         return str(error)
     return ""
-
-
-def _python() -> str:
-    return next((path for path in _PYTHONS if os.access(path, os.X_OK)), _PYTHONS[0])
 
 
 def _bubblewrap(packages: Sequence[Path]) -> list[str]:
     """The command that runs the system's Python in bubblewrap."""
     command = [shutil.which("bwrap") or "bwrap", "--unshare-user", "--unshare-ipc", "--unshare-pid", "--unshare-net"]
     command += ["--unshare-uts", "--unshare-cgroup-try", "--uid", str(_NOBODY), "--gid", str(_NOBODY)]
-    command += ["--hostname", "sandbox", "--die-with-parent", "--new-session", "--as-pid-1", "--clearenv"]
-    for name, value in _ENVIRONMENT.items():
-        command += ["--setenv", name, value]
-    command += ["--ro-bind", "/usr", "/usr", "--ro-bind-try", "/etc/ld.so.cache", "/etc/ld.so.cache"]
-    for path in ("/bin", "/lib", "/lib64"):
-        if os.path.islink(path):
-            command += ["--symlink", os.readlink(path), path]
-        else:
-            command += ["--ro-bind-try", path, path]
+    command += ["--hostname", "sandbox", "--die-with-parent", "--new-session", "--as-pid-1"]
+    for path in ("/usr", "/bin", "/lib", "/lib64", "/etc/ld.so.cache"):
+        command += ["--ro-bind-try", path, path]
     for number, folder in enumerate(packages):
         command += ["--ro-bind", str(folder), f"/packages/{number}"]
     # each job mounts its own /proc, /tmp, /dev/shm and /dev/pts over these
     command += ["--proc", "/proc", "--dev", "/dev", "--tmpfs", "/tmp"]
     # The root, /dev and /tmp are tmpfs without a bound: a program that writes there could fill the machine's memory.
     command += ["--remount-ro", "/dev", "--remount-ro", "/", "--remount-ro", "/tmp", "--chdir", "/tmp", "--"]
-    return [*command, _python(), "-s", "-S"]  # not -I, which would drop the hash seed
+    return [*command, next(filter(os.path.exists, _PYTHONS), _PYTHONS[0])]
 
 
 class _Worker:
@@ -239,15 +203,17 @@ class _Worker:
         self.unsafe = unsafe
         self.healthy = True  # whether it may get another job
         self.jobs = 0
-        self.errors = ""  # stderr of bubblewrap and the fork server, once closed
         user: dict[str, Any] = {}  # Any: keywords of Popen, which differ in type
-        if unsafe:
-            command = [sys.executable, "-s", "-S", "-c", source_of("forkserver.py"), "unsafe", *map(str, packages)]
-        else:
-            command = [*_bubblewrap(packages), "-c", source_of("forkserver.py"), "isolated"]
-            command += [f"/packages/{number}" for number in range(len(packages))]
+        command = [sys.executable]
+        folders = [*map(str, packages)]
+        if not unsafe:
+            command = _bubblewrap(packages)
+            folders = [f"/packages/{number}" for number in range(len(packages))]
             if os.geteuid() == 0:  # root escapes RLIMIT_NPROC even in bubblewrap, and an escape should end as nobody
                 user = {"user": _NOBODY, "group": _NOBODY, "extra_groups": []}
+        mode = "unsafe" if unsafe else "isolated"
+        # not -I, which would drop the hash seed
+        command += ["-s", "-S", "-c", source_of("forkserver.py"), mode, *folders]
         self.control, worker_control = socket.socketpair()
         self.replies = self.control.makefile("rb")
         try:
@@ -266,19 +232,12 @@ class _Worker:
             self.control.close()
             raise SandboxError(f"cannot start {command[0]}: {_last_line(str(error))}; is it installed?") from error
 
-    def run(self, contents: dict[str, bytes], limits: Limits, stdin: bytes) -> ExecutionResult:
+    def run(self, program: bytes, limits: Limits, stdin: bytes) -> ExecutionResult:
         """Run one program. Raises SandboxError if it did not start. A worker that is not `healthy` must be closed."""
         self.healthy = False
         self.jobs += 1
         with tempfile.TemporaryDirectory(prefix="diffucoder-") if self.unsafe else nullcontext("/tmp") as folder:
-            job = {
-                "folder": folder,
-                "contents": contents,
-                "stdin": stdin,
-                "rlimits": _rlimits(limits, self.unsafe),
-                "seconds": limits.seconds,
-                "output": limits.output,
-            }
+            job = {"folder": folder, "program": program, "stdin": stdin, **asdict(limits)}
             self._send(job)
             return self._receive(limits)
 
@@ -291,8 +250,7 @@ class _Worker:
                 return
         except OSError:
             pass
-        self.close()
-        reason = _last_line(self.errors) or "no reason given"
+        reason = _last_line(self.close()) or "no reason given"
         raise SandboxError(reason if reason.startswith("bwrap") else f"the sandbox did not start: {reason}")
 
     def _receive(self, limits: Limits) -> ExecutionResult:
@@ -311,10 +269,10 @@ class _Worker:
         status, detail = _ending(limit, int(code), stderr, limits)
         return ExecutionResult(status, stdout, stderr, float(seconds), int(memory), detail)
 
-    def close(self) -> None:
-        """End the whole tree. With bwrap, process 1 of its namespace dies, and with that everything in there."""
+    def close(self) -> str:
+        """End the whole tree. Return what bubblewrap and the fork server wrote to stderr."""
         if self.control.fileno() < 0:
-            return
+            return ""
         self.replies.close()
         self.control.close()  # fork server and supervisor then end by themselves, unless they hang
         try:
@@ -323,7 +281,7 @@ class _Worker:
             with suppress(ProcessLookupError):
                 os.killpg(self.process.pid, signal.SIGKILL)
             errors = self.process.communicate()[1]
-        self.errors = errors.decode(errors="replace")
+        return str(errors, errors="replace")
 
 
 def _ending(limit: str, code: int, stderr: str, limits: Limits) -> tuple[Status, str]:
@@ -333,7 +291,8 @@ def _ending(limit: str, code: int, stderr: str, limits: Limits) -> tuple[Status,
     if limit == "timeout":
         return "timeout", f"seconds: ran longer than {limits.seconds:g}"
     if code < 0:
-        return "killed", _signal_name(-code)
+        names = {number.value: number.name for number in signal.Signals}
+        return "killed", f"signal {names.get(-code, -code)}"  # a real-time signal has no name
     if code > 0:
         return "failed", _last_line(stderr) or f"exit code {code}"
     return "ok", ""
@@ -345,37 +304,6 @@ def source_of(name: str) -> str:
     return Path(__file__).with_name(name).read_text(encoding="utf-8")
 
 
-def _contents(program: str, files: Mapping[str, str], limits: Limits) -> dict[str, bytes]:
-    """The files of the working folder, the program among them. Raises ConfigError for what does not fit in there."""
-    contents = {_PROGRAM: program.encode(errors="surrogatepass")}
-    for name, content in files.items():
-        path = PurePosixPath(name)
-        if path.is_absolute() or ".." in path.parts or "\0" in name or str(path) in {".", *contents}:
-            raise ConfigError(f"file name {name!r} must be relative, without '..', used once and not {_PROGRAM!r}")
-        contents[str(path)] = content.encode(errors="surrogatepass")
-    pages = sum(-(-len(content) // _PAGE) for content in contents.values())
-    if pages * _PAGE > limits.files:
-        raise ConfigError(
-            f"program and files take {pages * _PAGE} bytes, above limits.files={limits.files}; raise the limit"
-        )
-    return contents
-
-
-def _rlimits(limits: Limits, unsafe: bool) -> dict[str, int]:
-    # The limit of CPU time is above that of the clock: the clock decides, this is for what may outlive it.
-    rlimits = {"CPU": int(limits.seconds) + 2, "AS": limits.memory, "FSIZE": limits.files, "NOFILE": 64, "CORE": 0}
-    if not unsafe:  # without a namespace, all processes of the user would count
-        rlimits["NPROC"] = limits.processes + 1  # the supervisor counts too
-    return rlimits
-
-
 def _last_line(text: str) -> str:
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     return lines[-1][:500] if lines else ""
-
-
-def _signal_name(number: int) -> str:
-    try:
-        return f"signal {signal.Signals(number).name}"
-    except ValueError:  # a real-time signal has no name
-        return f"signal {number}"

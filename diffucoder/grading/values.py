@@ -1,8 +1,7 @@
 """Plain data: the values that come back from a program. JSON to values, values to JSON, values to text.
 
-For: `grade`, `asserts` and `evaluation`. The program's side is `runner.to_json`. A program chooses what it answers, so
-reading an answer never takes longer than its length suggests: no fraction that is slow to reduce, no set of values that
-all have one hash.
+The program's side is `runner.to_json`. A program chooses what it answers, so reading an answer never takes longer than
+its length suggests: no fraction that is slow to reduce, no set of values that all have one hash.
 """
 
 from collections.abc import Iterable

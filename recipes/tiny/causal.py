@@ -5,6 +5,7 @@
 Everything but the model and its score is `diffucoder train grpo`. Blocks of one position are filled in order.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 

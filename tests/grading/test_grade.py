@@ -191,10 +191,9 @@ def test_what_runs_beside_the_program_is_not_trusted() -> None:
     assert [test.trusted for test in verdict.tests] == [True, False, False]
 
 
-def test_the_line_of_the_first_failure_is_told() -> None:
+def test_the_first_failure_is_told() -> None:
     verdict = grade("def f(x):\n    y = 1\n    return y / x\n", ["assert f(1) == 1", "assert f(0) == 0"])
-    assert (verdict.line, verdict.detail) == (3, "test 2: ZeroDivisionError: division by zero")
-    assert grade("x = 1\ndef f(:\n", ["assert f(1) == 1"]).line == 2
+    assert verdict.detail == "test 2: ZeroDivisionError: division by zero"
 
 
 # Values that come back
@@ -259,7 +258,7 @@ def test_a_value_too_large_to_carry_is_a_failure() -> None:
 def test_the_same_program_gets_the_same_verdict_a_hundred_times_from_many_threads() -> None:
     program = "def f(x):\n    return {3: 1 // (x - 2), 1: 5}.get(x)\n"
     verdicts = grade_many([(program, ["assert f(1) == 5", "assert f(2) == 0", "assert f(3) == 2"])] * 100, workers=4)
-    assert len({(v.passed_tests, v.status, v.detail, v.line) for v in verdicts}) == 1
+    assert len({(v.passed_tests, v.status, v.detail) for v in verdicts}) == 1
 
 
 @pytest.mark.parametrize("tests", [[], (), "assert True"])
@@ -268,12 +267,9 @@ def test_tests_must_be_a_list_of_at_least_one(tests: list[str]) -> None:
         grade(GOOD, tests)
 
 
-def test_many_are_graded_in_order_with_progress() -> None:
-    heard: list[int] = []
+def test_many_are_graded_in_order() -> None:
     pairs = [(GOOD, [f"assert add({n}, 0) == 2"]) for n in range(6)]
-    verdicts = grade_many(pairs, workers=2, progress=heard.append)
-    assert [verdict.passed for verdict in verdicts] == [n == 2 for n in range(6)]
-    assert heard == [1, 2, 3, 4, 5, 6]
+    assert [verdict.passed for verdict in grade_many(pairs, workers=2)] == [n == 2 for n in range(6)]
 
 
 def test_without_a_sandbox_grading_works_when_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
