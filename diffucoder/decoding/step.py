@@ -96,7 +96,7 @@ class Plan(NamedTuple):
     valid: Tensor  # (R, T) bool
     feed: Tensor  # (R, T) bool: what the model is fed
     open: Tensor  # (R, T) bool: masked positions that may be filled now
-    verified: Tensor  # (R, T) bool: committed tokens that are scored again
+    verified: Tensor  # (R, T) bool: committed tokens that a verifier wants scored again
     uniform: Tensor  # (R, T, 2) random numbers, for tokens and for the order
 
 
@@ -144,9 +144,9 @@ def propose(model: Denoiser, sequences: list[Sequence], batch: Plan) -> Proposal
     )
     # The released code's arithmetic, and passes with a cache, need calls of their own
     for rows in _alike((s.sampler.reference, s.cache_plan.uses_cache) for s in sequences):
-        own = Plan(*(column[rows] for column in batch))
-        wanted, samples = _score(model, [sequences[row] for row in rows], own, candidates)
-        at = (torch.tensor(rows)[wanted[:, 0]], wanted[:, 1])
+        part = Plan(*(column[rows] for column in batch))
+        wanted, samples = _score(model, [sequences[row] for row in rows], part, candidates)
+        at = (torch.tensor(rows)[wanted[:, 0]], wanted[:, 1])  # rows of the part are other rows of the batch
         for name, values in zip(Samples._fields, samples, strict=True):
             getattr(proposals, name)[at] = values.cpu()
     proposals.entropy[~batch.open] = torch.nan
@@ -157,21 +157,25 @@ def _score(model: Denoiser, sequences: list[Sequence], batch: Plan, candidates: 
     """One call of the model: the (row, position) pairs (M, 2) that it scores, and their samples."""
     wanted, spans = _by_sampler(sequences, batch.open | batch.verified)
     at = tuple(wanted.T)
-    given = batch.tokens.masked_fill(batch.open, -1)[at].to(model.device)  # (M,) -1: to be proposed
+    known = batch.tokens.masked_fill(batch.open, -1)[at].to(model.device)  # (M,) -1: to be proposed
     uniform = batch.uniform[..., 0][at].to(model.device)  # (M,)
     with_entropy = any(sequence.wants_entropy for sequence in sequences)
 
     def sample(logits: Tensor, chunk: slice) -> Samples:
+        """Sample from `logits` (C, V), those of the pairs `chunk` of `wanted`: each part of them by its sampler."""
         parts = []
         for sampler, span in spans:
             start = max(span.start, chunk.start)
-            stop = min(span.stop, chunk.stop)
-            if start < stop or not len(wanted):  # no position at all is still one, empty, chunk
-                here = slice(start, stop)
-                own = logits[start - chunk.start : stop - chunk.start]
-                parts.append(
-                    sampler.sample(own, uniform[here], given[here], with_entropy=with_entropy, candidates=candidates)
-                )
+            stop = max(start, min(span.stop, chunk.stop))  # equal to start where the chunk has none of this sampler
+            in_chunk = logits[start - chunk.start : stop - chunk.start]
+            part = sampler.sample(
+                in_chunk,
+                uniform[start:stop],
+                known[start:stop],
+                with_entropy=with_entropy,
+                candidates=candidates,
+            )
+            parts.append(part)
         return Samples(*map(torch.cat, zip(*parts, strict=True)))
 
     cache_rows = None
@@ -195,9 +199,9 @@ def _by_sampler(sequences: list[Sequence], scored: Tensor) -> tuple[Tensor, list
     spans: list[tuple[Sampler, range]] = []
     count = 0
     for rows in _alike(sequence.sampler for sequence in sequences):
-        own = torch.zeros_like(scored)
-        own[rows] = scored[rows]
-        pairs.append(own.nonzero())
+        of_sampler = torch.zeros_like(scored)
+        of_sampler[rows] = scored[rows]
+        pairs.append(of_sampler.nonzero())
         spans.append((sequences[rows[0]].sampler, range(count, count + len(pairs[-1]))))
         count += len(pairs[-1])
     return torch.cat(pairs), spans
@@ -210,12 +214,12 @@ def choose(sequences: list[Sequence], batch: Plan, proposals: Proposals) -> Tens
     for rows in _alike((sequence.sampler.order, sequence.rule) for sequence in sequences):
         first = sequences[rows[0]]
         confidence = proposals.confidence[rows]
-        given = RuleInput(
+        rule_input = RuleInput(
             open=proposals.open[rows],
             priority=first.sampler.order.priority(confidence, batch.uniform[rows, :, 1]),
             confidence=confidence,
             probability=proposals.log_prob[rows].exp(),
             due=due[rows],
         )
-        chosen[rows] = first.rule.commit(given)
+        chosen[rows] = first.rule.commit(rule_input)
     return chosen
