@@ -223,7 +223,7 @@ class Tokenizer:
         token = self.backend.id_to_token(id_) or ""
         if id_ in self._added_tokens:
             return token.encode()
-        if self._is_byte_level:
+        if self._is_byte_level and _BYTE_OF_CHARACTER.keys() >= set(token):
             return bytes(_BYTE_OF_CHARACTER[character] for character in token)
         if re.fullmatch("<0x[0-9A-F]{2}>", token):  # SentencePiece's byte fallback
             return bytes.fromhex(token[3:5])
@@ -285,9 +285,10 @@ class Tokenizer:
     @cached_property
     def _control_start(self) -> re.Pattern[str]:
         """Matches the first character of a control token, or of a part at the end that the next text may complete."""
-        parts = {name[:length] for name in self._control_ids for length in range(1, len(name))}
-        part = "|".join(map(re.escape, sorted(parts)))
-        return re.compile(rf"(?={self._control_name.pattern}|(?:{part})\s*\Z).", re.DOTALL)
+        beginnings = {name[:length] for name in self._control_ids for length in range(1, len(name))}
+        part = "|".join(map(re.escape, sorted(beginnings)))
+        first = "".join({re.escape(name[0]) for name in self._control_ids})  # checked first, since it is fast
+        return re.compile(rf"(?=[{first}])(?={self._control_name.pattern}|(?:{part})\s*\Z).", re.DOTALL)
 
     def _with_marks(self, text: str) -> str:
         """`text` with a mark inside each control token that it spells, so that it is none to a template."""

@@ -594,7 +594,7 @@ def test_long_requests_lose_their_beginning_and_never_their_header(adapted: Path
     whole = tokenizer.encode_chat("add numbers " * 30)
     cut = prompt_ids(tokenizer, "add numbers " * 30, 40)
     head, _, tail = tokenizer.chat("\0").partition("\0")
-    header, footer = tokenizer.encode(head), tokenizer.encode(tail)
+    header, footer = tokenizer.encode(head, special=True), tokenizer.encode(tail, special=True)
     assert len(cut) == 40 < len(whole)
     assert cut[: len(header)] == header
     assert cut[-len(footer) :] == footer
