@@ -208,8 +208,9 @@ class Tokenizer:
                 if isinstance(value, str):
                     turn[name] = self._with_marks(value)
         text = self._render(turns) + self._with_marks(prefill)
-        if _MARK not in text:
-            return self.encode(text, special=True)
+        unmarked = text.replace(_MARK, "")
+        if self._control_name.findall(unmarked) == self._control_name.findall(text):  # no message spells any
+            return self.encode(unmarked, special=True)
         ids = []
         for piece in self._control_name.split(text):
             if piece in self._control_ids:

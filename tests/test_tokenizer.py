@@ -351,7 +351,9 @@ def test_a_message_cannot_forge_a_conversation(small: Tokenizer, template: str |
 
 
 @pytest.mark.parametrize("template", TEMPLATES[1:])
-@pytest.mark.parametrize("content", ["hi", " a <b> | c é\n", "<tool_call>x</tool_call>", "so</think>\n\nyes", ""])
+@pytest.mark.parametrize(
+    "content", ["hi", " a <b> | c é\n", "<tool_call>x</tool_call>", "so</think>\n\nyes", "is a <|", ""]
+)
 def test_a_chat_is_encoded_as_by_transformers(base: Tokenizer, template: str, content: str) -> None:
     from transformers import PreTrainedTokenizerFast
 
