@@ -123,7 +123,7 @@ class Peer:
         theirs = torch.cat([torch.from_numpy(each[:-1]) for each in rows])  # row i - 1 scores token i
         equal = 0
         for text, ids in zip(self.texts, self.arrays("tokenize", model, self.texts), strict=True):
-            equal += tokenizer.encode(text, special=False) == ids.tolist()
+            equal += tokenizer.encode(text) == ids.tolist()
         return [gap(ours[:, : theirs.shape[1]], theirs), f"{equal} of {len(self.texts)} equal"]
 
 

@@ -1,9 +1,13 @@
 """Text to tokens and back, for models that see masks: special ids, chat prompts, holes, text that is half written.
 
+A text that spells a special token means the characters, everywhere: only a chat template, `<|hole|>` in a text to fill,
+and `encode(text, special=True)` give control tokens.
+
 DiffuCoder ships no `tokenizer.json`, only Qwen2's `vocab.json` and `merges.txt` and a list of added tokens;
 `Tokenizer.load` reads both forms. The code holds no token ids: it looks them up in the checkpoint by the tokens' names.
 """
 
+import codecs
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -31,6 +35,10 @@ DEFAULT_SYSTEM = "You are a helpful assistant."  # Qwen2.5's, which DiffuCoder w
 _QWEN_TEXT = """<tool_call> </tool_call> <|fim_prefix|> <|fim_middle|> <|fim_suffix|> <|fim_pad|> <|repo_name|>
     <|file_sep|>""".split()
 
+# Control tokens by their form, whatever their flags: llama.cpp's rule. DeepSeek's has full-width bars
+_CONTROL = re.compile(r"<[|\uff5c].*[|\uff5c]>", re.DOTALL)
+_MARK = "\ufdd0"  # not a character; text that is exchanged does not have it
+
 Messages = Sequence[Mapping[str, str]]
 
 
@@ -44,15 +52,15 @@ class Hole:
 def split_holes(text: str) -> list[str | Hole]:
     """Cut `text` at `<|hole|>` and `<|hole:12|>`; empty pieces are left out. PromptError for a malformed hole."""
     pieces: list[str | Hole] = []
-    for piece in re.split(r"(<\|hole.*?\|>)", text):
-        hole = re.fullmatch(r"<\|hole(?::([1-9][0-9]{0,5}))?\|>", piece)
-        if hole is not None:
-            pieces.append(Hole(int(hole[1]) if hole[1] else None))
-        elif re.fullmatch(r"<\|hole.*\|>", piece):
-            raise PromptError(f"hole {piece!r} is malformed; write <|hole|>, or <|hole:12|> for 12 tokens")
-        elif piece:
-            pieces.append(piece)
-    return pieces
+    position = 0
+    for hole in re.finditer(r"<\|hole([^|\n]*)\|>", text):  # [^|] keeps it linear in the length of the text
+        length = re.fullmatch(r"(?::([1-9][0-9]{0,5}))?", hole[1])
+        if length is None:
+            raise PromptError(f"hole {hole[0]!r} is malformed; write <|hole|>, or <|hole:12|> for 12 tokens")
+        pieces += [text[position : hole.start()], Hole(int(length[1]) if length[1] else None)]
+        position = hole.end()
+    pieces.append(text[position:])
+    return [piece for piece in pieces if piece != ""]
 
 
 class Tokenizer:
@@ -129,8 +137,7 @@ class Tokenizer:
     @cached_property
     def special_ids(self) -> frozenset[int]:
         """Ids that are not text, which decoding skips."""
-        added = self.backend.get_added_tokens_decoder()
-        return frozenset(id_ for id_, token in added.items() if token.special)
+        return frozenset(id_ for id_, token in self._added_tokens.items() if token.special)
 
     @property
     def bos_id(self) -> int | None:
@@ -165,8 +172,8 @@ class Tokenizer:
                 "use the tokenizer saved with the model"
             )
 
-    def encode(self, text: str, *, special: bool = True) -> list[int]:
-        """Token ids of `text`, nothing added. `special=False` reads `<|mask|>` and other special tokens as text.
+    def encode(self, text: str, *, special: bool = False) -> list[int]:
+        """Token ids of `text`, nothing added. `special` reads `<|mask|>` and other control tokens as such, not as text.
 
         PromptError if the string is not Unicode: Python puts lone surrogates where bytes were not UTF-8.
         """
@@ -176,7 +183,7 @@ class Tokenizer:
         except TypeError:
             raise PromptError(f"text {text[:40]!r} is not Unicode; give it as UTF-8") from None
 
-    def encode_batch(self, texts: Sequence[str], *, special: bool = True) -> list[list[int]]:
+    def encode_batch(self, texts: Sequence[str], *, special: bool = False) -> list[list[int]]:
         """`encode` of many texts at once, on all cores. PromptError as `encode`."""
         backend = self.backend if special else self._plain_backend
         try:
@@ -189,6 +196,50 @@ class Tokenizer:
     def decode(self, ids: Iterable[int], *, skip_special: bool = True) -> str:
         """Text of `ids`. Bytes that form no character become U+FFFD; spare ids become nothing."""
         return str(self.backend.decode(list(ids), skip_special_tokens=skip_special))
+
+    def encode_chat(self, messages: str | Messages, *, prefill: str = "") -> list[int]:
+        """Token ids of `chat(messages)` and the `prefill` that the answer begins with. Errors of `chat` and `encode`.
+
+        Control tokens are those that the template writes: names of them in a message are plain characters.
+        """
+        turns = _checked_turns(messages)
+        for turn in turns:
+            for name, value in turn.items():
+                if isinstance(value, str):
+                    turn[name] = self._with_marks(value)
+        text = self._render(turns) + self._with_marks(prefill)
+        unmarked = text.replace(_MARK, "")
+        if self._control_name.findall(unmarked) == self._control_name.findall(text):  # no message spells any
+            return self.encode(unmarked, special=True)
+        ids = []
+        for piece in self._control_name.split(text):
+            if piece in self._control_ids:
+                ids.append(self._control_ids[piece])
+            else:
+                ids += self.encode(piece.replace(_MARK, ""))
+        return ids
+
+    def token_bytes(self, id_: int) -> bytes:
+        """The bytes that a token stands for: perhaps a part of a character, or the name of an added token."""
+        token = self.backend.id_to_token(id_) or ""
+        if id_ in self._added_tokens:
+            return token.encode()
+        if self._is_byte_level and _BYTE_OF_CHARACTER.keys() >= set(token):
+            return bytes(_BYTE_OF_CHARACTER[character] for character in token)
+        if re.fullmatch("<0x[0-9A-F]{2}>", token):  # SentencePiece's byte fallback
+            return bytes.fromhex(token[3:5])
+        return token.replace("\u2581", " ").encode()  # its blank
+
+    def pieces(self, ids: Iterable[int]) -> list[str]:
+        """The text of each token. A character of several tokens belongs to the last of them, the others have "".
+
+        Bytes that form no character become U+FFFD, as by `decode`. Special tokens have their names.
+        """
+        decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        pieces = [decoder.decode(self.token_bytes(id_)) for id_ in ids]
+        if pieces:
+            pieces[-1] += decoder.decode(b"", final=True)
+        return pieces
 
     def decode_partial(self, ids: Iterable[int]) -> str:
         """Text of a canvas during decoding: a placeholder for each mask, and for a character that is incomplete."""
@@ -206,29 +257,59 @@ class Tokenizer:
 
         The checkpoint's template writes it, or else Qwen2.5's. PromptError for messages without role and content.
         """
-        if isinstance(messages, str):
-            messages = [{"role": "user", "content": messages}]
-        turns = [dict(message) for message in messages]
-        if not turns:
-            raise PromptError("messages=[] holds nothing to answer; give at least one user message")
-        for turn in turns:
-            if not isinstance(turn.get("content"), str) or turn.get("role") not in ("system", "user", "assistant"):
-                raise PromptError(f"message {turn!r} needs a text content and a role: system, user or assistant")
-        if self.chat_template is not None:
-            return self._render(turns)
-        if turns[0]["role"] != "system":
-            turns.insert(0, {"role": "system", "content": DEFAULT_SYSTEM})
-        text = "".join(f"<|im_start|>{turn['role']}\n{turn['content']}<|im_end|>\n" for turn in turns)
-        return text + "<|im_start|>assistant\n"
+        return self._render(_checked_turns(messages))
+
+    @cached_property
+    def _added_tokens(self) -> dict[int, AddedToken]:
+        return dict(self.backend.get_added_tokens_decoder())
+
+    @cached_property
+    def _is_byte_level(self) -> bool:
+        return "ByteLevel" in repr(self.backend.decoder)  # it may be one of a sequence
+
+    @cached_property
+    def _control_ids(self) -> dict[str, int]:
+        """The tokens that steer the model and are not text: their names and ids."""
+        roles = {self.pad_id, self.bos_id, *self.terminator_ids}
+        controls = {self.mask_token: self.mask_id}
+        for id_, token in self._added_tokens.items():
+            if token.special or id_ in roles or _CONTROL.fullmatch(token.content):
+                controls[token.content] = id_
+        return controls
+
+    @cached_property
+    def _control_name(self) -> re.Pattern[str]:
+        """Matches the name of a control token, the longest that fits."""
+        names = sorted(self._control_ids, key=len, reverse=True)
+        return re.compile(f"({'|'.join(map(re.escape, names))})")
+
+    @cached_property
+    def _control_start(self) -> re.Pattern[str]:
+        """Matches the first character of a control token, or of a part at the end that the next text may complete."""
+        beginnings = {name[:length] for name in self._control_ids for length in range(1, len(name))}
+        part = "|".join(map(re.escape, sorted(beginnings)))
+        first = "".join({re.escape(name[0]) for name in self._control_ids})  # checked first, since it is fast
+        return re.compile(rf"(?=[{first}])(?={self._control_name.pattern}|(?:{part})\s*\Z).", re.DOTALL)
+
+    def _with_marks(self, text: str) -> str:
+        """`text` with a mark inside each control token that it spells, so that it is none to a template."""
+        return self._control_start.sub(rf"\g<0>{_MARK}", text.replace(_MARK, ""))
 
     @cached_property
     def _plain_backend(self) -> tokenizers.Tokenizer:
-        """A copy of the backend that reads special tokens as text: the switch is a property of a whole tokenizer."""
+        """A copy of the backend that reads control tokens as text: the switch is a property of a whole tokenizer."""
         plain = tokenizers.Tokenizer.from_str(self.backend.to_str())
+        plain.add_special_tokens([AddedToken(name, special=True) for name in self._control_ids])  # all known: flags
         plain.encode_special_tokens = True
         return plain
 
     def _render(self, turns: list[dict[str, str]]) -> str:
+        """The prompt of `turns`, by the checkpoint's template or as Qwen2.5 has it."""
+        if self.chat_template is None:
+            if turns[0]["role"] != "system":
+                turns = [{"role": "system", "content": DEFAULT_SYSTEM}, *turns]
+            text = "".join(f"<|im_start|>{turn['role']}\n{turn['content']}<|im_end|>\n" for turn in turns)
+            return text + "<|im_start|>assistant\n"
         # late: slow to import, and most chats do not need them
         from jinja2.exceptions import TemplateError
         from transformers.utils.chat_template_utils import render_jinja_template
@@ -250,6 +331,32 @@ class Tokenizer:
         """The ids of those tokens that the vocabulary has."""
         ids = [self.backend.token_to_id(token) for token in tokens if token]
         return [id_ for id_ in ids if id_ is not None]
+
+
+def _checked_turns(messages: str | Messages) -> list[dict[str, str]]:
+    """A copy of the messages; a string is one user turn. PromptError for those without role and content."""
+    if isinstance(messages, str):
+        messages = [{"role": "user", "content": messages}]
+    turns = [dict(message) for message in messages]
+    if not turns:
+        raise PromptError("messages=[] holds nothing to answer; give at least one user message")
+    for turn in turns:
+        if not isinstance(turn.get("content"), str) or turn.get("role") not in ("system", "user", "assistant"):
+            raise PromptError(f"message {turn!r} needs a text content and a role: system, user or assistant")
+    return turns
+
+
+def _byte_alphabet() -> dict[str, int]:
+    """GPT-2's characters for bytes, with the byte of each: printable ones are themselves, others from U+0100 on."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("\xa1"), ord("\xac") + 1), *range(ord("\xae"), 256)]
+    others = sorted(set(range(256)) - set(printable))
+    alphabet = {chr(byte): byte for byte in printable}
+    for number, byte in enumerate(others):
+        alphabet[chr(256 + number)] = byte
+    return alphabet
+
+
+_BYTE_OF_CHARACTER = _byte_alphabet()
 
 
 def add_special(backend: tokenizers.Tokenizer, token: str) -> None:

@@ -48,16 +48,19 @@ class CanvasView:
     def text(self) -> Text:
         """The canvas, masks as placeholders, nothing after the first terminator once it is known."""
         text = Text()
-        for position, token in enumerate(self._answer()):
+        tokens = self._answer()
+        for position, (token, piece) in enumerate(zip(tokens, self.tokenizer.pieces(tokens), strict=True)):
             if token == self.tokenizer.mask_id:
                 text.append(PLACEHOLDER, style="dim")
             elif token in self.tokenizer.terminator_ids:
                 text.append("·", style="dim")  # an end, unless a mask before it becomes another
+            elif token in self.tokenizer.special_ids:
+                continue
             elif position in self.step_of:
                 style = _style(self.step_of[position] / max(self.passes - 1, 1))
-                text.append(self.tokenizer.decode([token]), style=style)
+                text.append(piece, style=style)
             else:
-                text.append(self.tokenizer.decode([token]))
+                text.append(piece)
         return text
 
     def _answer(self) -> list[int]:

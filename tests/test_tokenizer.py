@@ -6,7 +6,9 @@ from pathlib import Path
 
 import pytest
 import tokenizers
-from tokenizers import decoders, models, pre_tokenizers
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import AddedToken, decoders, models, pre_tokenizers
 
 from diffucoder.errors import CheckpointError, PromptError
 from diffucoder.tokenizer import PLACEHOLDER, Hole, Tokenizer, split_holes
@@ -21,6 +23,39 @@ ADDED = """<|endoftext|> <|im_start|> <|im_end|> <|object_ref_start|> <|object_r
     <|quad_start|> <|quad_end|> <|vision_start|> <|vision_end|> <|vision_pad|> <|image_pad|> <|video_pad|> <tool_call>
     </tool_call> <|fim_prefix|> <|fim_middle|> <|fim_suffix|> <|fim_pad|> <|repo_name|> <|file_sep|> <|beginoftext|>
     <|mask|>""".split()
+
+
+# How checkpoints write chats
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+TRIMMED = (  # Llama 3's
+    "{{ bos_token }}{% for m in messages %}<|im_start|>{{ m.role }}<|mask|>\n\n{{ m.content | trim }}{{ eos_token }}"
+    "{% endfor %}<|im_start|>assistant\n\n"
+)
+CONDITIONS = (  # as Qwen3's: what was thought is left out
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if '</think>' in m.content %}"
+    "{{ m.content.split('</think>')[-1].lstrip('\\n') }}{% else %}{{ m.content }}{% endif %}<|im_end|>\n{% endfor %}"
+    "<|im_start|>assistant\n"
+)
+JOINED = "{% for m in messages %}{{ m.content }}{% endfor %}<|im_end|>"
+TEMPLATES = [None, CHATML, TRIMMED, CONDITIONS, JOINED]
+
+SPELLINGS = [
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|endoftext|>",
+    "<|mask|>",
+    "<|im_",
+    "<|",
+    "|>",
+    "<",
+    "\ufdd0",
+    "system\n",
+    " ",
+]
+SPELLED = st.lists(st.sampled_from(SPELLINGS) | st.text(max_size=3), max_size=8).map("".join)
 
 
 @pytest.fixture(scope="session")
@@ -69,8 +104,8 @@ def test_published_ids(base: Tokenizer) -> None:
     assert base.encode("Hello world") == [9707, 1879]
     assert base.encode(" Hello world") == [21927, 1879]
     assert base.mask_id == 151666
-    assert base.encode("<|im_end|><|mask|><|beginoftext|><|file_sep|>") == [151645, 151666, 151665, 151664]
-    assert base.encode("<|fim_prefix|><tool_call>") == [151659, 151657]
+    assert base.encode("<|im_end|><|mask|><|beginoftext|>", special=True) == [151645, 151666, 151665]
+    assert base.encode("<|file_sep|><|fim_prefix|><tool_call>", special=True) == [151664, 151659, 151657]
 
 
 def test_base_has_no_pad_of_its_own(base: Tokenizer) -> None:
@@ -111,18 +146,18 @@ def test_text_is_composed_first(base: Tokenizer) -> None:
 
 
 def test_plain_text_may_quote_special_tokens(base: Tokenizer) -> None:
-    quoted = base.encode("a <|mask|> b", special=False)
+    quoted = base.encode("a <|mask|> b")
     assert base.mask_id not in quoted
     assert base.decode(quoted) == "a <|mask|> b"
-    assert base.mask_id in base.encode("a <|mask|> b")
+    assert base.mask_id in base.encode("a <|mask|> b", special=True)
 
 
 def test_special_tokens_are_skipped_unless_wanted(base: Tokenizer) -> None:
-    ids = base.encode("x<|im_end|><|endoftext|>")
+    ids = base.encode("x<|im_end|><|endoftext|>", special=True)
     assert base.decode(ids) == "x"
     assert base.decode(ids, skip_special=False) == "x<|im_end|><|endoftext|>"
     assert base.decode([*ids, 152_000]) == "x"  # a spare row of the model
-    assert base.decode(base.encode("<|fim_prefix|>")) == "<|fim_prefix|>"  # text to Qwen2.5, not special
+    assert base.decode([151659]) == "<|fim_prefix|>"  # text to Qwen2.5, not special
 
 
 # ---- save and load ----
@@ -133,7 +168,7 @@ def test_saved_and_loaded_it_is_the_same(instruct_folder: Path, tmp_path: Path) 
     instruct.save(tmp_path / "one")
     again = Tokenizer.load(tmp_path / "one")
     text = "<|im_start|>user\nsum 1..10 — naïve<|im_end|><|mask|><|dlm_pad|>"
-    assert again.encode(text) == instruct.encode(text)
+    assert again.encode(text, special=True) == instruct.encode(text, special=True)
     for name in ("mask_id", "pad_id", "eos_id", "terminator_ids", "vocab_size", "chat_template"):
         assert getattr(again, name) == getattr(instruct, name)
     again.save(tmp_path / "two")
@@ -147,7 +182,7 @@ def test_transformers_reads_what_is_saved(base: Tokenizer, tmp_path: Path) -> No
     base.save(tmp_path)
     theirs = AutoTokenizer.from_pretrained(tmp_path)
     text = HELLO + "x = 2048 <|mask|>"
-    assert theirs(text)["input_ids"] == base.encode(text)
+    assert theirs(text)["input_ids"] == base.encode(text, special=True)
     assert (theirs.mask_token_id, theirs.pad_token_id) == (base.mask_id, base.pad_id)
 
 
@@ -160,7 +195,7 @@ def test_a_parent_gets_a_mask_at_the_next_free_id(small: Tokenizer, tmp_path: Pa
         Tokenizer.load(tmp_path)
     parent = Tokenizer.load(tmp_path, add_mask=True)
     assert (parent.mask_id, parent.vocab_size) == (260, 261)
-    assert parent.encode("a<|mask|>")[-1] == 260
+    assert parent.encode("a<|mask|>", special=True)[-1] == 260
 
 
 def test_damaged_and_missing_files(base_folder: Path, tmp_path: Path) -> None:
@@ -186,8 +221,9 @@ def test_added_tokens_must_fit_the_vocabulary(instruct_folder: Path) -> None:
 
 def test_the_prompt_is_exact_and_survives(base: Tokenizer) -> None:
     assert base.chat("Write a sort.") == HELLO
-    assert base.decode(base.encode(HELLO), skip_special=False) == HELLO
-    assert base.encode(HELLO)[-3:] == [151644, *base.encode("assistant\n")]
+    ids = base.encode_chat("Write a sort.")
+    assert base.decode(ids, skip_special=False) == HELLO
+    assert ids[-3:] == [151644, *base.encode("assistant\n")]
 
 
 def test_conversations_and_systems(small: Tokenizer) -> None:
@@ -259,6 +295,111 @@ def test_templates_see_what_transformers_shows_them(small: Tokenizer) -> None:
         assert own.chat(text) == expected
 
 
+# ---- names of control tokens in users' text ----
+
+
+def with_template(tokenizer: Tokenizer, template: str | None) -> Tokenizer:
+    roles = {"bos_token": "<|endoftext|>", "eos_token": "<|im_end|>"}
+    return Tokenizer(tokenizer.backend, config={"chat_template": template, **roles})
+
+
+@settings(deadline=None)
+@given(text=SPELLED)
+def test_any_text_is_its_characters(small: Tokenizer, text: str) -> None:
+    ids = small.encode(text)
+    assert small.special_ids.isdisjoint(ids)
+    assert small.decode(ids) == text
+
+
+def test_a_control_token_is_known_by_its_flag_its_role_or_its_form(small: Tokenizer) -> None:
+    backend = tokenizers.Tokenizer.from_str(small.backend.to_str())
+    text_tokens = ["<|fim_prefix|>", "<\uff5cUser\uff5c>", "<end>", "<tool_call>"]
+    backend.add_tokens([AddedToken(token, special=False, normalized=False) for token in text_tokens])
+    own = Tokenizer(backend, config={"eos_token": "<end>"})
+    plain = [len(own.encode(token)) > 1 for token in text_tokens]
+    assert plain == [True, True, True, False]  # a tool call is text to Qwen
+    assert all(own.encode(token, special=True) == [backend.token_to_id(token)] for token in text_tokens)
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+@settings(deadline=None, max_examples=30)
+@given(contents=st.lists(SPELLED, min_size=1, max_size=3))
+def test_a_chat_has_the_control_tokens_that_its_template_writes(
+    small: Tokenizer, template: str | None, contents: list[str]
+) -> None:
+    own = with_template(small, template)
+    turns = [{"role": "user", "content": content} for content in contents]
+    ids = own.encode_chat(turns)
+    empty = own.encode(own.chat([{**turn, "content": ""} for turn in turns]), special=True)
+    assert [id_ for id_ in ids if id_ in own.special_ids] == [id_ for id_ in empty if id_ in own.special_ids]
+    if "\ufdd0" not in "".join(contents):
+        assert own.decode(ids, skip_special=False) == own.chat(turns)
+
+
+@pytest.mark.parametrize("template", TEMPLATES[:-1])
+def test_a_message_cannot_forge_a_conversation(small: Tokenizer, template: str | None) -> None:
+    own = with_template(small, template)
+    real = [
+        {"role": "user", "content": "hi"},
+        {"role": "assistant", "content": "yes"},
+        {"role": "user", "content": "go"},
+    ]
+    before, _, after = own.chat("\0").partition("\0")
+    forged = own.chat(real).removeprefix(before).removesuffix(after)
+    assert own.chat(forged) == own.chat(real)
+    assert own.encode_chat(forged) != own.encode_chat(real)
+
+
+@pytest.mark.parametrize("template", TEMPLATES[1:])
+@pytest.mark.parametrize(
+    "content", ["hi", " a <b> | c é\n", "<tool_call>x</tool_call>", "so</think>\n\nyes", "is a <|", ""]
+)
+def test_a_chat_is_encoded_as_by_transformers(base: Tokenizer, template: str, content: str) -> None:
+    from transformers import PreTrainedTokenizerFast
+
+    own = with_template(base, template)
+    theirs = PreTrainedTokenizerFast(tokenizer_object=base.backend, bos_token="<|endoftext|>", eos_token="<|im_end|>")
+    turns = [{"role": "system", "content": "s"}, {"role": "user", "content": content}]
+    encoded = theirs.apply_chat_template(turns, chat_template=template, add_generation_prompt=True)
+    assert own.encode_chat(turns) == encoded["input_ids"]
+
+
+def test_a_spelled_token_leaves_the_rest_of_the_chat_as_it_was(base: Tokenizer) -> None:
+    ids = base.encode_chat("Explain\n<|im_end|> to me", prefill="```python\n")
+    before, _, after = HELLO.partition("Write a sort.")
+    quoted = base.encode("user\nExplain\n<|im_end|> to me")
+    header = base.encode(before.removesuffix("user\n"), special=True)
+    assert ids == [*header, *quoted, *base.encode(after + "```python\n", special=True)]
+    assert base.encode_chat("x", prefill="```python\n") == base.encode(base.chat("x") + "```python\n", special=True)
+
+
+# ---- bytes ----
+
+
+@settings(deadline=None)
+@given(ids=st.lists(st.integers(0, 259), max_size=12))
+def test_bytes_and_pieces_together_are_the_text(small: Tokenizer, ids: list[int]) -> None:
+    whole = small.decode(ids, skip_special=False)
+    assert b"".join(map(small.token_bytes, ids)).decode(errors="replace") == whole
+    assert "".join(small.pieces(ids)) == whole
+
+
+def test_a_character_belongs_to_its_last_token(small: Tokenizer) -> None:
+    assert small.pieces(small.encode("aé日")) == ["a", "", "é", "", "", "日"]
+    assert [small.token_bytes(id_) for id_ in small.encode("é")] == [b"\xc3", b"\xa9"]
+    assert small.token_bytes(small.mask_id) == b"<|mask|>"
+    assert small.token_bytes(10_000) == b""  # a spare row of the model
+
+
+def test_bytes_of_a_vocabulary_with_byte_fallback() -> None:
+    vocabulary = {"<unk>": 0, "\u2581def": 1, "<0xE6>": 2, "<0x97>": 3, "<0xA5>": 4, "é": 5, "<|mask|>": 6}
+    backend = tokenizers.Tokenizer(models.BPE(vocabulary, [], byte_fallback=True, unk_token="<unk>"))
+    backend.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()])
+    own = Tokenizer(backend)
+    assert own.pieces([1, 2, 3, 4, 5]) == [" def", "", "", "日", "é"]
+    assert "".join(own.pieces([1, 2, 3, 4, 5])) == own.decode([1, 2, 3, 4, 5])
+
+
 # ---- many texts at once ----
 
 
@@ -291,6 +432,12 @@ def test_holes_split_text() -> None:
     assert split_holes("<|hole|><|hole:1|>") == [Hole(None), Hole(1)]
     assert split_holes("no hole <|mask|>") == ["no hole <|mask|>"]
     assert split_holes("") == []
+    assert split_holes("x = '<|hole'\ny = '|>'") == ["x = '<|hole'\ny = '|>'"]
+
+
+def test_many_beginnings_of_holes_take_linear_time() -> None:
+    text = "<|hole" * 200_000  # in quadratic time an hour
+    assert split_holes(text) == [text]
 
 
 @pytest.mark.parametrize(
@@ -307,7 +454,7 @@ def test_malformed_holes(hole: str) -> None:
 def test_masks_show_as_placeholders(small: Tokenizer) -> None:
     mask = small.mask_id
     assert small.decode_partial([*small.encode("ab"), mask, mask, *small.encode("c")]) == f"ab{PLACEHOLDER * 2}c"
-    assert small.decode_partial([mask, *small.encode("c<|endoftext|>")]) == f"{PLACEHOLDER}c"
+    assert small.decode_partial([mask, *small.encode("c<|endoftext|>", special=True)]) == f"{PLACEHOLDER}c"
     assert small.decode_partial([]) == ""
 
 

@@ -88,7 +88,16 @@ def test_the_finished_text_is_what_was_generated(view: CanvasView, steps: list[S
         view.update(step)
     tokens = steps[-1].canvas[0, canvas.masked[0]].tolist()
     assert view.tokenizer.terminator_ids.isdisjoint(tokens), "this test wants an answer that fills its canvas"
-    assert view.text().plain == "".join(view.tokenizer.decode([token]) for token in tokens)
+    assert view.text().plain == view.tokenizer.decode(tokens)
+
+
+def test_a_character_of_several_tokens_is_shown_once_all_are_known(view: CanvasView, canvas: Canvas) -> None:
+    ids = view.tokenizer.encode("日")
+    assert len(ids) == 3
+    view.update(at(canvas, 0, {0: ids[0], 2: ids[2]}))
+    assert "日" not in view.text().plain
+    view.update(at(canvas, 1, dict(enumerate(ids))))
+    assert view.text().plain == "日" + PLACEHOLDER * 5
 
 
 def test_each_step_has_a_colour_of_its_own(view: CanvasView, steps: list[Step]) -> None:
@@ -99,7 +108,7 @@ def test_each_step_has_a_colour_of_its_own(view: CanvasView, steps: list[Step]) 
 
 def test_nothing_is_shown_behind_the_terminator_once_it_is_known(view: CanvasView, canvas: Canvas) -> None:
     one, two, three = view.tokenizer.encode("xyz")[:3]
-    end = view.tokenizer.encode("<|im_end|>")[0]
+    end = view.tokenizer.encode("<|im_end|>", special=True)[0]
     view.update(at(canvas, 0, {2: end, 3: three}))
     assert view.text().plain == f"{PLACEHOLDER * 2}·z{PLACEHOLDER * 4}"
     view.update(at(canvas, 1, {0: one, 1: two, 2: end, 3: three}))
@@ -110,7 +119,7 @@ def test_figures_count_passes_and_the_tokens_before_the_terminator(
     view: CanvasView, canvas: Canvas, console: Console
 ) -> None:
     one, two, three = view.tokenizer.encode("xyz")[:3]
-    view.update(at(canvas, 1, {0: one, 1: two, 2: view.tokenizer.encode("<|im_end|>")[0], 3: three}))
+    view.update(at(canvas, 1, {0: one, 1: two, 2: view.tokenizer.encode("<|im_end|>", special=True)[0], 3: three}))
     console.print(view.render(finished=True))
     shown = console.export_text()
     assert "2 forward passes · 1.00 tokens per pass" in shown

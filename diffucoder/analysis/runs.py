@@ -12,7 +12,7 @@ from typing import Literal
 import numpy as np
 
 from diffucoder.analysis.settings import Conventions
-from diffucoder.analysis.tokens import token_classes, token_pieces
+from diffucoder.analysis.tokens import token_classes
 from diffucoder.decoding.trace import Trace, commit_order, committed_before, global_ar_ness, local_ar_ness, read_traces
 from diffucoder.errors import ConfigError
 from diffucoder.files import Json, read_whole_lines
@@ -44,12 +44,12 @@ class Answer:
         end = 0
         while end < len(tokens) and tokens[end] not in tokenizer.terminator_ids:
             end += 1
-        pieces = token_pieces(tokens, tokenizer)
+        pieces = tokenizer.pieces(tokens)
         classes = token_classes(pieces[:end]) + ["end"] * (len(tokens) - end)
         prompt = tokenizer.decode(trace.tokens[: trace.prompt_length], skip_special=False)
         revoked = []
         for position, token, committed, taken_back in trace.revoked:
-            revoked.append((position, tokenizer.decode([token], skip_special=False), committed, taken_back))
+            revoked.append((position, tokenizer.pieces([token])[0], committed, taken_back))
         return cls(task, trace, prompt, pieces, classes, end, revoked, passed)
 
     @property

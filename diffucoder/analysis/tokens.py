@@ -1,7 +1,4 @@
-"""Tokens of an answer as text, and what each of them is to Python.
-
-Not for encoding and decoding text (`tokenizer`).
-"""
+"""What each token of an answer is to Python."""
 
 import io
 import keyword
@@ -9,26 +6,8 @@ import tokenize
 from collections.abc import Iterator, Sequence
 
 from diffucoder.grading.extract import program_from
-from diffucoder.tokenizer import Tokenizer
 
 CLASSES = ("keyword", "name", "operator", "literal", "indentation", "comment", "text", "end")
-_INCOMPLETE = "\ufffd"  # decoded from a part of a character
-
-
-def token_pieces(tokens: Sequence[int], tokenizer: Tokenizer) -> list[str]:
-    """Return the text of each token. A character that is split over several tokens belongs to the last of them."""
-    pieces = [tokenizer.decode([token], skip_special=False) for token in tokens]
-    if _INCOMPLETE not in "".join(pieces):
-        return pieces
-    whole = tokenizer.decode(tokens, skip_special=False)
-    start = 0
-    for index in range(len(tokens)):
-        end = len(whole)
-        if index < len(tokens) - 1:
-            end = len(tokenizer.decode(tokens[: index + 1], skip_special=False).rstrip(_INCOMPLETE))
-        pieces[index] = whole[start:end]
-        start = end
-    return pieces
 
 
 def token_classes(pieces: Sequence[str]) -> list[str]:

@@ -121,12 +121,25 @@ class DiffuCoder:
         seconds = time.perf_counter() - began
         return [request.results(group, seconds) for request, group in zip(requests, groups, strict=True)]
 
-    def request(self, prompt: Prompt, params: DecodingParams, *, chat: bool = True) -> Request:
-        """What answers one prompt, a row a sample. Raises PromptError."""
-        return self.request_of_ids(self._encode(self._text(prompt, chat)), params)
+    def request(self, prompt: Prompt, params: DecodingParams, *, chat: bool = True, prefill: str = "") -> Request:
+        """What answers one prompt, a row a sample; in a chat, the answer continues `prefill`. Raises PromptError."""
+        if not prompt or (isinstance(prompt, str) and not prompt.strip()):
+            raise PromptError("the prompt is empty; say what to write")
+        if chat:
+            ids = self.tokenizer.encode_chat(prompt, prefill=prefill)
+        elif isinstance(prompt, str):
+            ids = self.tokenizer.encode(prompt)
+        else:
+            raise PromptError("messages are a conversation; raw text is a string: leave chat=True, or pass a string")
+        return self.request_of_ids(ids, params)
 
     def request_of_ids(self, ids: list[int], params: DecodingParams, *, sample: int = 0) -> Request:
-        """What continues a prompt that is tokens already; with the seed, `sample` fixes the random numbers."""
+        """What continues a prompt that is tokens already; with the seed, `sample` fixes the random numbers.
+
+        Raises PromptError for a prompt with a mask.
+        """
+        if self.model.mask_id in ids:  # else the answer would be sought from there on
+            raise PromptError(f"the prompt has the mask's id {self.model.mask_id}; mark holes in a text with <|hole|>")
         canvas = self._canvas([ids], params.new_tokens)
         canvas.sample[:] = sample
         return Request(
@@ -139,24 +152,15 @@ class DiffuCoder:
         """What `infill` decodes; of the lengths tried none is over `most`. Raises PromptError."""
         if not prefix and self.model.first_scorable:
             raise PromptError("prefix is empty, and the first token needs one to its left; start it with a newline")
-        if length is not None and length < 1:
-            raise PromptError(f"length={length} is not a hole; give at least 1 token, or leave it out")
         return self._holes([prefix, Hole(length), suffix], params, whole=False, most=most)
 
     def fill_request(self, text: str, params: DecodingParams) -> Request:
         """What `fill` decodes. Raises PromptError."""
-        pieces = split_holes(text)
-        if not any(isinstance(piece, Hole) for piece in pieces):
-            raise PromptError("the text has no hole to fill; mark one with <|hole|>, or <|hole:12|> for 12 tokens")
-        if isinstance(pieces[0], Hole) and self.model.first_scorable:
-            raise PromptError("the text begins with a hole, and the first token needs one to its left; put text before")
-        return self._holes(pieces, params, whole=True)
+        return self._whole(split_holes(text), params)
 
     def edit_request(self, text: str, spans: Sequence[Span], params: DecodingParams) -> Request:
         """What `edit` decodes; spans are in order and do not overlap. Raises PromptError."""
-        if "<|hole" in text:
-            raise PromptError("the text has a hole already; fill it, or give spans of a text without holes")
-        marked = ""
+        pieces: list[str | Hole] = []
         position = 0
         for span in spans:
             if not position <= span.start <= span.end <= len(text):
@@ -164,10 +168,9 @@ class DiffuCoder:
                     f"span {span.start} to {span.end} overlaps the one before, is reversed, or ends past character "
                     f"{len(text)}; give spans in order"
                 )
-            marked += text[position : span.start]
-            marked += f"<|hole:{span.tokens}|>" if span.tokens else "<|hole|>"
+            pieces += [text[position : span.start], Hole(span.tokens)]
             position = span.end
-        return self.fill_request(marked + text[position:], params)
+        return self._whole([*pieces, text[position:]], params)
 
     def show(self, step: Step, row: int = 0) -> str:
         """The text of a canvas row as it is, masks as placeholders, special tokens left out."""
@@ -197,6 +200,15 @@ class DiffuCoder:
         results = self.run([request])[0]
         return max(results, key=lambda result: result.trace.mean_log_prob)  # the first of equals
 
+    def _whole(self, pieces: list[str | Hole], params: DecodingParams) -> Request:
+        """What fills the holes between pieces of text, and gives the whole."""
+        pieces = [piece for piece in pieces if piece != ""]
+        if not any(isinstance(piece, Hole) for piece in pieces):
+            raise PromptError("the text has no hole to fill; mark one with <|hole|>, or <|hole:12|> for 12 tokens")
+        if isinstance(pieces[0], Hole) and self.model.first_scorable:
+            raise PromptError("the text begins with a hole, and the first token needs one to its left; put text before")
+        return self._holes(pieces, params, whole=True)
+
     def _holes(
         self, pieces: list[str | Hole], params: DecodingParams, *, whole: bool, most: int | None = None
     ) -> Request:
@@ -204,7 +216,7 @@ class DiffuCoder:
             raise ConfigError(
                 f"stop={params.stop!r} ends an answer, but holes end where the text goes on; leave it out"
             )
-        encoded = [self._encode(piece) if isinstance(piece, str) else [] for piece in pieces]
+        encoded = [self.tokenizer.encode(piece) if isinstance(piece, str) else [] for piece in pieces]
         sizes = [len(ids) for ids in encoded]
         lengths: tuple[int, ...] = (0,)
         if Hole() in pieces:
@@ -212,6 +224,8 @@ class DiffuCoder:
         needed = sum(sizes)
         for piece in pieces:  # before lists of that length are made
             if isinstance(piece, Hole):
+                if piece.length is not None and piece.length < 1:
+                    raise PromptError(f"length={piece.length} is not a hole; give at least 1 token, or leave it out")
                 needed += piece.length or lengths[-1]
         self._check_length(needed, "text and holes")
         rows = []
@@ -233,21 +247,6 @@ class DiffuCoder:
             lengths=lengths,
             whole=whole,
         )
-
-    def _text(self, prompt: Prompt, chat: bool) -> str:
-        if not prompt or (isinstance(prompt, str) and not prompt.strip()):
-            raise PromptError("the prompt is empty; say what to write")
-        if chat:
-            return self.tokenizer.chat(prompt)
-        if not isinstance(prompt, str):
-            raise PromptError("messages are a conversation; raw text is a string: leave chat=True, or pass a string")
-        return prompt
-
-    def _encode(self, text: str) -> list[int]:
-        ids = self.tokenizer.encode(text)
-        if self.model.mask_id in ids:  # else the answer would be sought from there on
-            raise PromptError(f"the text holds the mask {self.tokenizer.mask_token} itself; mark a hole with <|hole|>")
-        return ids
 
     def _check_length(self, tokens: int, what: str) -> None:
         if tokens > self.model.max_length:

@@ -99,8 +99,9 @@ class Generator:
         """Return what answers a task, with `params.num_samples` results. Raises PromptError."""
         if task.suffix:
             return self.coder.infill_request(task.prompt, task.suffix, self.params.replace(stop=()))
-        prompt = task.prompt if self.raw else self.coder.tokenizer.chat(task.request) + task.prefill
-        return self.coder.request(prompt, self.params, chat=False)
+        if self.raw:
+            return self.coder.request(task.prompt, self.params, chat=False)
+        return self.coder.request(task.request, self.params, prefill=task.prefill)
 
     def _sample(self, task: Task, result: "Generation", seconds: float) -> Json:
         if task.suffix:

@@ -141,10 +141,15 @@ class Server:
         return answers if body.n_cmpl > 1 else answers[0]
 
     async def tokenize(self, body: protocol.TokenizeRequest) -> Json:
-        ids = self.coder.tokenizer.encode(body.content, special=body.add_special)
+        """Tokens of a text, as llama.cpp's route gives them."""
+        tokenizer = self.coder.tokenizer
+        ids = tokenizer.encode(body.content, special=body.parse_special)
+        if body.add_special and tokenizer.bos_id is not None:
+            ids.insert(0, tokenizer.bos_id)
         if not body.with_pieces:
             return {"tokens": ids}
-        return {"tokens": [{"id": token, "piece": responses.token_text(self.coder, token)} for token in ids]}
+        pieces = [responses.text_or_bytes(tokenizer.token_bytes(token)) for token in ids]
+        return {"tokens": [{"id": token, "piece": piece} for token, piece in zip(ids, pieces, strict=True)]}
 
     # --- the server's state; no key is needed ---
 

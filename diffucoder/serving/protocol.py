@@ -236,5 +236,6 @@ class TokenizeRequest(Body):
     """`/tokenize`: text to ids."""
 
     content: str
-    add_special: bool = Field(default=True, description="read names of special tokens as tokens, not as characters")
-    with_pieces: bool = Field(default=False, description="with the text of each token")
+    add_special: bool = Field(default=False, description="put the beginning-of-text token before, if there is one")
+    parse_special: bool = Field(default=True, description="read names of special tokens as tokens, not as characters")
+    with_pieces: bool = Field(default=False, description="with the text of each token; its bytes if it is not UTF-8")

@@ -27,7 +27,15 @@ Json = dict[str, Any]  # Any: what is sent as JSON
 
 def token_text(coder: DiffuCoder, token: int) -> str:
     """The text of one token; special tokens are shown."""
-    return coder.tokenizer.decode([token], skip_special=False)
+    return coder.tokenizer.pieces([token])[0]
+
+
+def text_or_bytes(content: bytes) -> str | list[int]:
+    """The text of a token if its bytes are UTF-8, else the bytes."""
+    try:
+        return content.decode()
+    except UnicodeDecodeError:
+        return list(content)
 
 
 def settled_text(request: Request, settled: list[int]) -> str:
@@ -139,8 +147,11 @@ class Answer:
         for position in step.committed[0, start:].nonzero()[:, 0].tolist():
             token = int(step.canvas[0, start + position])
             log_prob = round(float(step.log_prob[0, start + position]), 4)
-            text = token_text(self.coder, token)
-            committed.append({"position": position, "token": token, "text": text, "log_prob": log_prob})
+            entry = {"position": position, "token": token, "text": token_text(self.coder, token), "log_prob": log_prob}
+            content = text_or_bytes(self.coder.tokenizer.token_bytes(token))
+            if isinstance(content, list):  # a part of a character
+                entry["bytes"] = content
+            committed.append(entry)
         revoked = []
         if step.revoked is not None:
             revoked = step.revoked[0, start:].nonzero()[:, 0].tolist()
@@ -166,11 +177,20 @@ class Answer:
         return {**counts, "forward_passes": passes}
 
     def _token_logprobs(self, result: Generation) -> list[Json]:
-        """Each token of an answer with its log-probability when it was committed."""
+        """Each token of an answer with its log-probability when it was committed.
+
+        Their bytes together are those of the answer's text: special tokens, which it leaves out, have none.
+        """
+        tokenizer = self.coder.tokenizer
+        pieces = iter(tokenizer.pieces([token for token in result.tokens if token not in tokenizer.special_ids]))
         entries = []
         for token, log_prob in zip(result.tokens, result.trace.log_probs, strict=False):
             text = token_text(self.coder, token)
-            entries.append({"token": text, "logprob": log_prob, "bytes": list(text.encode()), "top_logprobs": []})
+            content = b""
+            if token not in tokenizer.special_ids:
+                text = next(pieces)
+                content = tokenizer.token_bytes(token)
+            entries.append({"token": text, "logprob": log_prob, "bytes": list(content), "top_logprobs": []})
         return entries
 
 
@@ -223,7 +243,8 @@ class CompletionAnswer(Answer):
             columns["token_logprobs"].append(entry["logprob"])
             columns["top_logprobs"].append({entry["token"]: entry["logprob"]})
             columns["text_offset"].append(offset)
-            offset += len(entry["token"])
+            if entry["bytes"]:
+                offset += len(entry["token"])
         if self.body.logprobs == 0:
             columns["top_logprobs"] = None
         return columns
@@ -265,13 +286,13 @@ def fit_into_context(coder: DiffuCoder, body: protocol.InfillRequest) -> tuple[s
 
     The text next to the cursor comes first. Text from elsewhere goes before the prefix if there is room.
     """
-    encode = coder.tokenizer.encode
+    tokenizer = coder.tokenizer
     room = coder.model.max_length - max(HOLE_LENGTHS) - 2
-    suffix = encode(body.input_suffix)[: room // 4]
-    before = encode("".join(extra.text for extra in body.input_extra)) + encode(body.input_prefix + body.prompt)
-    before = before[len(suffix) - room :]
-    text = coder.tokenizer.decode(before, skip_special=False)
-    return text or "\n", coder.tokenizer.decode(suffix, skip_special=False)
+    suffix = tokenizer.encode(body.input_suffix)[: room // 4]
+    before = tokenizer.encode("".join(extra.text for extra in body.input_extra))
+    before += tokenizer.encode(body.input_prefix + body.prompt)
+    text = tokenizer.decode(before[len(suffix) - room :]).lstrip("\ufffd")  # where a character was cut
+    return text or "\n", tokenizer.decode(suffix).rstrip("\ufffd")
 
 
 def infill_answer(coder: DiffuCoder, result: Generation, fields: Sequence[str]) -> Json:

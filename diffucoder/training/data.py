@@ -24,11 +24,11 @@ from numpy.typing import NDArray
 from diffucoder.diffusion import keyed_generator
 from diffucoder.errors import CheckpointError, ConfigError, DiffuCoderError, PromptError
 from diffucoder.files import Json, write_json
-from diffucoder.tokenizer import Tokenizer
+from diffucoder.tokenizer import Tokenizer, read_json
 from diffucoder.training.sources import SUFFIXES, Kind, Record, Skipped, find_files, read_records, usable
 
 MANIFEST = "manifest.json"
-_VERSION = 2  # of the table's columns
+_VERSION = 3  # of the table's columns
 _LISTED = 1000  # skipped rows that the manifest names; the others are only counted
 _CHUNK_RECORDS = 1024  # tokenised together, as characters: both limit the memory of `prepare`
 _CHUNK_CHARACTERS = 2**21
@@ -49,6 +49,11 @@ class TokenStore:
     def __len__(self) -> int:
         """Number of examples."""
         return len(self._answers)
+
+    @property
+    def manifest(self) -> Json:
+        """What was tokenised: `fingerprint`, `sources`, and the `skipped` rows, of which the `first` are listed."""
+        return read_json(self.folder / MANIFEST)
 
     @cached_property
     def lengths(self) -> NDArray[np.int64]:
@@ -79,13 +84,15 @@ def _int64(values: Any) -> NDArray[np.int64]:  # Any: pyarrow has no types
     return values.to_numpy().astype(np.int64)  # type: ignore[no-any-return]
 
 
-def prepare(sources: Sequence[str], tokenizer: Tokenizer, cache: str | Path, *, kind: Kind) -> TokenStore:
+def prepare(sources: str | Sequence[str], tokenizer: Tokenizer, cache: str | Path, *, kind: Kind) -> TokenStore:
     """The tokens of all `sources`, in `cache/<kind>-<fingerprint>`: opened, or tokenised first.
 
     Rows that cannot be used are reported on stderr and listed in the manifest. If several processes call this at once,
     one tokenises and the others wait. Raises ConfigError for a source that does not exist, has no usable row or changes
     meanwhile, CheckpointError for a damaged folder or a hub dataset that cannot be reached.
     """
+    if isinstance(sources, str):
+        sources = [sources]
     if not sources:
         raise ConfigError("data=() names no source; give a folder, a .jsonl file or hub:owner/name")
     fingerprint = _fingerprint(sources, tokenizer, kind)
@@ -199,13 +206,13 @@ def _encode(records: Sequence[Record], tokenizer: Tokenizer, kind: Kind) -> list
     prompts: list[list[int]] = [[]] * len(records)
     end = tokenizer.backend.token_to_id("<|endoftext|>")
     if kind == "chat":
-        prompts = tokenizer.encode_batch([tokenizer.chat(record.prompt) for record in records])
+        prompts = [tokenizer.encode_chat(record.prompt) for record in records]
         end = tokenizer.turn_end_id
     if end is None:
         end = tokenizer.eos_id
     if end is None:
         raise CheckpointError("tokenizer has no end of text; name its eos_token in tokenizer_config.json")
-    texts = tokenizer.encode_batch([record.text for record in records], special=False)
+    texts = tokenizer.encode_batch([record.text for record in records])
     examples = []
     for prompt, text in zip(prompts, texts, strict=True):
         examples.append({"ids": [*prompt, *text, end], "answer": len(prompt)})

@@ -120,21 +120,20 @@ class Rollouts:
 def prompt_ids(tokenizer: Tokenizer, request: str, longest: int, *, chat: bool = True) -> list[int]:
     """The prompt of `request` in at most `longest` tokens: a longer request keeps its end, and the chat's header.
 
-    Special tokens in a request are plain text. ConfigError if the header alone is longer than `longest`.
+    ConfigError if the header alone is longer than `longest`.
     """
-    plain = tokenizer.encode(request, special=False)
+    plain = tokenizer.encode(request)
     if not chat:
         return plain[-longest:]
+    whole = tokenizer.encode_chat(request)
+    if len(whole) <= longest:
+        return whole
     before, _, after = tokenizer.chat("\0").partition("\0")
-    header = tokenizer.encode(before)
-    footer = tokenizer.encode(after)
+    header = tokenizer.encode(before, special=True)
+    footer = tokenizer.encode(after, special=True)
     room = longest - len(header) - len(footer)
     if room < 1:
         raise ConfigError(f"prompt_tokens={longest} has no room beside the header of {longest - room}; raise it")
-    whole = tokenizer.encode(tokenizer.chat(request))
-    has_special = bool(set(tokenizer.encode(request)) & tokenizer.special_ids)
-    if len(whole) <= longest and not has_special:
-        return whole
     return [*header, *plain[-room:], *footer]
 
 
@@ -161,7 +160,7 @@ def write_samples(
             "detail": completion.reward.detail,
             "advantage": round(advantage, 6),
             "forward_passes": completion.generation.forward_passes,
-            "tokens": [tokenizer.decode([token], skip_special=False) for token in tokens],
+            "tokens": tokenizer.pieces(tokens),
             "steps": trace.steps[: completion.length],
         }
         for name, value in completion.figures.items():

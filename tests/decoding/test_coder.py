@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from diffucoder import DecodingParams, Denoiser, DiffuCoder, Generation
-from diffucoder.decoding.coder import HOLE_LENGTHS
+from diffucoder.decoding.coder import HOLE_LENGTHS, Span
 from diffucoder.errors import CheckpointError, ConfigError, PromptError, SandboxError
 from diffucoder.grading.extract import program_from
 from diffucoder.grading.grade import grade
@@ -56,7 +56,7 @@ class Writer(Denoiser):
 
     def __init__(self, model: Any, tokenizer: Tokenizer, text: str) -> None:  # Any: as Denoiser's
         super().__init__(model, mask_id=tokenizer.mask_id)
-        self.wanted = torch.tensor(tokenizer.encode(text) + [tokenizer.pad_id] * 64)
+        self.wanted = torch.tensor(tokenizer.encode(text, special=True) + [tokenizer.pad_id] * 64)
         self.starts: dict[int, int] = {}
 
     def forward(self, tokens: Tensor, *, rows: Tensor, reduce: Any, **_: Any) -> Any:  # Any: as Denoiser's
@@ -82,7 +82,7 @@ def answer(coder: DiffuCoder, result: Generation) -> list[int]:
 
 def test_the_prompt_stays_as_it_is_and_the_answer_stands_behind_it(coder: DiffuCoder) -> None:
     result = coder.generate(ASK, DecodingParams(new_tokens=12))
-    prompt = coder.tokenizer.encode(coder.tokenizer.chat(ASK))
+    prompt = coder.tokenizer.encode_chat(ASK)
     assert result.trace.tokens[: result.trace.prompt_length] == prompt
     assert len(answer(coder, result)) == 12
     assert result.text == coder.tokenizer.decode(result.tokens)
@@ -102,7 +102,7 @@ def test_a_conversation_is_answered_after_its_last_message(coder: DiffuCoder) ->
         {"role": "user", "content": "?"},
     ]
     result = coder.generate(talk, DecodingParams(new_tokens=5))
-    assert result.trace.tokens[: result.trace.prompt_length] == coder.tokenizer.encode(coder.tokenizer.chat(talk))
+    assert result.trace.tokens[: result.trace.prompt_length] == coder.tokenizer.encode_chat(talk)
 
 
 @pytest.mark.parametrize(
@@ -291,6 +291,29 @@ def test_no_special_token_stands_in_a_hot_fill(coder: DiffuCoder) -> None:
     assert all(coder.tokenizer.special_ids.isdisjoint(result.tokens) for result in results)
 
 
+# --- names of tokens in a text ---
+
+
+@pytest.mark.parametrize("name", ["<|mask|>", "<|im_end|>", "<|hole|>", "<|hole:3|>", "<|hole:x|>"])
+def test_text_may_spell_any_token(coder: DiffuCoder, name: str) -> None:
+    prefix, suffix = f"# {name}\n{PREFIX}", f"{SUFFIX}# {name}\n"
+    infilled = coder.infill(prefix, suffix, length=4)
+    plain = [*coder.tokenizer.encode(prefix), *infilled.tokens, *coder.tokenizer.encode(suffix)]
+    assert infilled.trace.tokens == plain
+    edited = coder.edit(f"{prefix}xs{suffix}", [Span(len(prefix), len(prefix) + 2, tokens=4)])
+    assert edited.text == f"{prefix}{infilled.text}{suffix}"
+    raw = coder.generate(prefix, DecodingParams(new_tokens=3), chat=False)
+    assert raw.trace.tokens[: raw.trace.prompt_length] == coder.tokenizer.encode(prefix)
+    chat = coder.generate(prefix, DecodingParams(new_tokens=3))
+    assert chat.trace.tokens[: chat.trace.prompt_length] == coder.tokenizer.encode_chat(prefix)
+
+
+def test_a_text_to_fill_may_spell_other_tokens(coder: DiffuCoder) -> None:
+    result = coder.fill(f"{PREFIX}<|mask|> + <|hole:3|>{SUFFIX}")
+    assert result.text == f"{PREFIX}<|mask|> + {result.pieces[0]}{SUFFIX}"
+    assert len(result.tokens) == 3
+
+
 # --- refusals --------------------------------------------------------------------------------------------------------
 
 
@@ -306,12 +329,7 @@ def test_no_special_token_stands_in_a_hot_fill(coder: DiffuCoder) -> None:
         (lambda coder: coder.generate([{"role": "robot", "content": "x"}]), "needs a text content and a role"),
         (lambda coder: coder.generate("x " * 200), "exceed the model's context of 128; shorten the prompt"),
         (lambda coder: coder.generate(ASK, DecodingParams(new_tokens=128)), "and 128 new ones exceed"),
-        (
-            lambda coder: coder.generate("Explain <|mask|>."),
-            "holds the mask <|mask|> itself; mark a hole with <|hole|>",
-        ),
         (lambda coder: coder.generate("half \udcff"), "is not Unicode; give it as UTF-8"),
-        (lambda coder: coder.fill("x = <|mask|> + <|hole|>"), "holds the mask <|mask|> itself"),
         (lambda coder: coder.fill("x = 1"), "has no hole to fill; mark one with <|hole|>"),
         (lambda coder: coder.fill(""), "has no hole to fill"),
         (lambda coder: coder.fill("<|hole|> = 1"), "begins with a hole"),
@@ -320,6 +338,11 @@ def test_no_special_token_stands_in_a_hot_fill(coder: DiffuCoder) -> None:
         (lambda coder: coder.infill("", SUFFIX), "prefix is empty"),
         (lambda coder: coder.infill(PREFIX, SUFFIX, length=0), "length=0 is not a hole; give at least 1 token"),
         (lambda coder: coder.infill(PREFIX, SUFFIX, length=-3), "length=-3 is not a hole"),
+        (lambda coder: coder.edit(PREFIX, [Span(1, 3, tokens=0)]), "length=0 is not a hole"),
+        (
+            lambda coder: coder.request_of_ids([coder.tokenizer.mask_id], DecodingParams()),
+            "has the mask's id 3; mark holes in a text with <|hole|>",
+        ),
     ],
 )
 def test_what_cannot_be_decoded_is_refused(

@@ -227,7 +227,6 @@ def test_a_trace_that_cannot_be_written_does_not_cost_the_answer(cli: Run, tmp_p
         (["generate", "-"], b"caf\xe9", ["standard input", "not UTF-8"]),
         (["generate", "half \udcff"], "", ["is not Unicode; give it as UTF-8"]),
         (["generate", "word " * 600], "", ["exceed the model's context of 512; shorten the prompt"]),
-        (["generate", "What is <|mask|>?"], "", ["the text holds the mask <|mask|> itself"]),
         (["infill", "/no/such/file.py"], "", ["file '/no/such/file.py' cannot be read", "check the path"]),
         (["infill", "-"], "x = 1\n", ["has no hole to fill; mark one with <|hole|>"]),
         (["infill", "-"], "<|hole|> = 1\n", ["begins with a hole", "put text before"]),

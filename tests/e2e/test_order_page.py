@@ -36,11 +36,11 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
         entropy = -np.log(np.clip(draw.random(256), 0.01, 1))
         trace = Trace(
             tokens=[
-                *tokenizer.encode(tokenizer.chat(f"Request {number} <b>")),
+                *tokenizer.encode_chat(f"Request {number} <b>"),
                 *program,
                 min(tokenizer.terminator_ids),
             ],
-            prompt_length=len(tokenizer.encode(tokenizer.chat(f"Request {number} <b>"))),
+            prompt_length=len(tokenizer.encode_chat(f"Request {number} <b>")),
             steps=order,
             confidence=(-entropy).tolist(),
             log_probs=(-entropy).tolist(),

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from diffucoder import DecodingParams, DiffuCoder
+from diffucoder.decoding.trace import read_traces
 from diffucoder.errors import ConfigError
 from diffucoder.evaluation.benchmarks import Task, load
 from diffucoder.evaluation.samples import Generator, read_samples
@@ -97,6 +98,16 @@ def test_base_models_continue_the_prompt(tmp_path: Path, coder: DiffuCoder, half
     generator = Generator(coder, DecodingParams(new_tokens=4, steps=1), raw=True)
     (sample,) = generator.samples([half], tmp_path / "samples.jsonl")
     assert sample["solution"].startswith(half.prompt)
+
+
+@pytest.mark.parametrize("raw", [True, False])
+def test_a_task_may_spell_special_tokens(tmp_path: Path, coder: DiffuCoder, half: Task, raw: bool) -> None:
+    task = replace(half, prompt="# <|mask|>\n", request="What is <|im_end|>?", prefill="Sure:\n")
+    Generator(coder, DecodingParams(new_tokens=4, steps=1), raw=raw, maps=1).samples([task], tmp_path / "samples.jsonl")
+    (trace,) = read_traces(tmp_path / "traces.jsonl")
+    tokenizer = coder.tokenizer
+    expected = tokenizer.encode(task.prompt) if raw else tokenizer.encode_chat(task.request, prefill=task.prefill)
+    assert trace.tokens[: trace.prompt_length] == expected
 
 
 def test_a_hole_is_filled_between_prompt_and_suffix(tmp_path: Path, coder: DiffuCoder, half: Task) -> None:

@@ -399,7 +399,7 @@ REQUESTS: list[Case] = [
     _post("infill-fields", "/infill", **INFILL, response_fields=["content", "timings/prompt_n", "tokens_predicted"]),
     _post("infill-nothing", "/infill", **{**INFILL, "n_predict": 0}),
     _post("tokenize", "/tokenize", content="def f(x):\n    return x<|mask|>", with_pieces=True),
-    _post("tokenize-plain", "/tokenize", content="<|mask|> é", add_special=False),
+    _post("tokenize-plain", "/tokenize", content="<|mask|> é", parse_special=False),
     # refused: the words of the messages are not compared
     _chat("error-model", model="gpt-4"),
     _chat("error-temperature", temperature=7),
@@ -408,7 +408,7 @@ REQUESTS: list[Case] = [
     _chat("error-own-name", decoding={"seed": 1}),
     _chat("error-two-rules", decoding={"threshold": 0.9, "factor": 1}),
     _chat("error-no-messages", messages=[]),
-    _chat("error-mask", messages=[{"role": "user", "content": "<|mask|>"}]),
+    _chat("spelled-mask", messages=[{"role": "user", "content": "<|mask|>"}]),
     _chat("error-too-long", max_tokens=10**6),
     _completion("error-best-of", best_of=3),
     _completion("error-stream-echo", stream=True, echo=True),

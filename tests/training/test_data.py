@@ -86,8 +86,11 @@ def test_documents_come_back_as_they_were(
 def test_special_tokens_written_in_data_are_text(tokenizer: Tokenizer, tmp_path: Path) -> None:
     text = "a<|endoftext|><|mask|><|im_end|>"
     documents = prepare([write(tmp_path / "d.jsonl", {"text": text})], tokenizer, tmp_path, kind="documents")
-    chats = prepare([write(tmp_path / "c.jsonl", {"prompt": "p", "answer": text})], tokenizer, tmp_path, kind="chat")
+    chats = prepare(write(tmp_path / "c.jsonl", {"prompt": text, "answer": text}), tokenizer, tmp_path, kind="chat")
+    assert chats.manifest["skipped"] == {"count": 0, "first": []}
     ids, answer = chats.example(0)
+    template = [id_ for id_ in tokenizer.encode_chat("p") if id_ in tokenizer.special_ids]
+    assert [id_ for id_ in ids[:answer].tolist() if id_ in tokenizer.special_ids] == template
     for found in (documents.example(0)[0][:-1], ids[answer:-1]):
         assert not tokenizer.special_ids & set(found.tolist())
         assert tokenizer.decode(found) == text
@@ -105,7 +108,7 @@ def test_a_chat_is_the_prompt_of_inference_then_the_answer_and_its_end(tokenizer
     store = prepare([source], tokenizer, tmp_path, kind="chat")
     for index, (messages, text) in enumerate([(spoken[:-1], "d e"), ("p", "qr")]):
         ids, answer = store.example(index)
-        assert ids[:answer].tolist() == tokenizer.encode(tokenizer.chat(messages))
+        assert ids[:answer].tolist() == tokenizer.encode_chat(messages)
         assert ids[answer:].tolist() == [*tokenizer.encode(text), tokenizer.turn_end_id]
     assert store.lengths.tolist() == [len(store.example(index)[0]) for index in range(2)]
 

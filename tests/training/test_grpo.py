@@ -580,7 +580,7 @@ def test_special_tokens_spelt_in_a_request_are_plain_text(adapted: Path) -> None
     tokenizer = load_tokenizer(str(adapted))
     spelt = f"Fill {tokenizer.mask_token} and <|im_end|> in."
     ids = prompt_ids(tokenizer, spelt, 60)
-    plain = tokenizer.encode(tokenizer.chat("x"))
+    plain = tokenizer.encode_chat("x")
     special = [token for token in ids if token in tokenizer.special_ids]
     assert special == [token for token in plain if token in tokenizer.special_ids]
     assert spelt in tokenizer.decode(ids)
@@ -591,10 +591,10 @@ def test_special_tokens_spelt_in_a_request_are_plain_text(adapted: Path) -> None
 
 def test_long_requests_lose_their_beginning_and_never_their_header(adapted: Path) -> None:
     tokenizer = load_tokenizer(str(adapted))
-    whole = tokenizer.encode(tokenizer.chat("add numbers " * 30))
+    whole = tokenizer.encode_chat("add numbers " * 30)
     cut = prompt_ids(tokenizer, "add numbers " * 30, 40)
     head, _, tail = tokenizer.chat("\0").partition("\0")
-    header, footer = tokenizer.encode(head), tokenizer.encode(tail)
+    header, footer = tokenizer.encode(head, special=True), tokenizer.encode(tail, special=True)
     assert len(cut) == 40 < len(whole)
     assert cut[: len(header)] == header
     assert cut[-len(footer) :] == footer

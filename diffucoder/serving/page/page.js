@@ -1,7 +1,7 @@
 // The page: asks the server that sent it, shows every commitment as it comes, and replays what came.
 // A run is { rows: [{ canvas, steps }], row, passes, seconds, answer }; all that is shown is computed from it.
 
-import { shades, spans, standing } from "../canvas/canvas.js";
+import { isControl, shades, spans, standing } from "../canvas/canvas.js";
 
 const $ = (selector, within = document) => within.querySelector(selector);
 const HOLE = /<\|hole(:\d+)?\|>/;
@@ -63,7 +63,7 @@ function figures(run) {
   const row = run.rows[run.row];
   const cells = standing(row, row.steps.length);
   const tokens = cells.filter((cell) => cell && !cell.known);
-  const end = tokens.findIndex((cell) => cell.text.startsWith("<|"));
+  const end = tokens.findIndex((cell) => isControl(cell.text));
   const count = end < 0 ? tokens.length : end;
   const passes = Math.max(...row.steps.map((step) => step.passes), 1);
   return `${count} tokens in ${passes} passes: ${(count / passes).toFixed(2)} a pass, ${(count / run.seconds).toFixed(0)} a second`;
