@@ -189,7 +189,8 @@ class Server:
         return body.params(self.settings.decoding)
 
     def _continuation(self, prompts: list[str | list[int]], params: DecodingParams) -> Request:
-        """What continues each of some prompts as it is. Raises PromptError."""
+        """What continues each of some prompts as it is. Raises PromptError, and ConfigError for many rows."""
+        self.engine.check_rows(len(prompts) * params.num_samples)  # before they are made
         requests = []
         for prompt in prompts:
             if isinstance(prompt, str):

@@ -216,10 +216,7 @@ class Engine:
 
         Unless it is `watched` its steps make no events, which saves waking the event loop.
         """
-        rows = len(request.canvas.tokens)
-        limit = self.settings.max_rows
-        if rows > limit:
-            raise ConfigError(f"{rows} rows (answers, times lengths tried) are over {limit}; ask for a smaller n")
+        self.check_rows(len(request.canvas.tokens))
         with self._changed:
             if not self.alive:
                 raise ClosingError("the server is shutting down, or its engine has stopped or hangs; try again later")
@@ -234,6 +231,14 @@ class Engine:
                 self._waiting.append(_Row(job, number, sequence))
             self._changed.notify()
         return job
+
+    def check_rows(self, rows: int) -> None:
+        """Raise ConfigError for a request of too many rows."""
+        limit = self.settings.max_rows
+        if rows > limit:
+            raise ConfigError(
+                f"{rows} rows (prompts, times answers, times lengths tried) are over {limit}; ask for fewer"
+            )
 
     def end(self, job: Job, error: DiffuCoderError | None = None) -> None:
         """End a job early, with what its client gets; None if no client waits. Does nothing to a job that has ended."""

@@ -280,6 +280,11 @@ def test_several_prompts_are_answered_as_if_sent_one_by_one(client: TestClient, 
             assert told["usage"][count] == sum(each["usage"][count] for each in alone)
 
 
+def test_prompts_times_answers_are_bounded(client: TestClient) -> None:
+    error = rejected(client, "/v1/completions", {"prompt": ["a"] * 33, "n": 2})
+    assert "66 rows" in error["message"]
+
+
 def test_each_choice_repeats_its_own_prompt(client: TestClient) -> None:
     prompts = ["def f(x):\n", "class Stack:\n"]
     ids = [answered(client, "/tokenize", {"content": prompt})["tokens"] for prompt in prompts]
