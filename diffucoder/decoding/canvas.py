@@ -71,6 +71,19 @@ class Canvas:
             proposable=proposable,
         )
 
+    @classmethod
+    def stacked(cls, canvases: "list[Canvas]") -> "Canvas":
+        """The rows of several canvases of one model, left-padded to the longest."""
+        longest = max(canvas.tokens.shape[1] for canvas in canvases)
+        tokens = []
+        valid = []
+        for canvas in canvases:
+            missing = (longest - canvas.tokens.shape[1], 0)
+            tokens.append(pad(canvas.tokens, missing, value=canvas.pad_id or 0))
+            valid.append(pad(canvas.valid, missing, value=False))
+        sample = torch.cat([canvas.sample for canvas in canvases])
+        return replace(canvases[0], tokens=torch.cat(tokens), valid=torch.cat(valid), sample=sample)
+
     @property
     def masked(self) -> Tensor:
         """(B, T) bool: what is to be filled in."""

@@ -27,13 +27,13 @@ class DecodingParams(Settings):
 
     # how many steps, and what a text ends with
 
-    steps: int | None = Field(default=None, ge=1)
+    steps: int | None = Field(default=None, ge=1, le=10**6)
     """denoising steps, each one forward pass; None = one for each masked token"""
 
     new_tokens: int = Field(default=64, ge=1)
     """masks after a prompt: the longest answer; for text-level generation (a canvas brings its own)"""
 
-    num_samples: int = Field(default=1, ge=1)
+    num_samples: int = Field(default=1, ge=1, le=10**6)
     """samples of each canvas row, which become consecutive rows"""
 
     stop: tuple[Annotated[str, Field(min_length=1)], ...] = ()

@@ -1,5 +1,6 @@
 """Requests: what is to be decoded for a text, and the `Generation`s that are made from the decoded rows."""
 
+from bisect import bisect_left
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -19,7 +20,7 @@ class Generation:
     index: int  # which result of its request it is, from 0
     text: str  # what was wanted: the answer, the middle of an infill, or the whole text of a fill
     pieces: tuple[str, ...]  # the text of each hole; for a generation the answer alone
-    tokens: tuple[int, ...]  # what was generated, up to the terminator
+    tokens: tuple[int, ...]  # what was generated, up to the terminator, or as far as it is in `text` with a stop string
     forward_passes: int
     seconds: float  # of the whole batch that the sample was in
     finish_reason: str  # "stop": a terminator or stop string; "length": the canvas is full
@@ -48,12 +49,21 @@ class Generation:
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Request:
-    """One prompt to answer: a canvas with a row for each sample. It has `params.num_samples` results."""
+    """Prompts to answer: a canvas with a row for each sample of each prompt, and a result for each row."""
 
     canvas: Canvas  # (B, T)
     params: DecodingParams
     tokenizer: Tokenizer
     model_name: str
+
+    @property
+    def result_count(self) -> int:
+        """The number of results, `params.num_samples` consecutive ones for each prompt."""
+        return len(self.canvas.tokens)
+
+    def prompt_tokens(self, index: int) -> int:
+        """The number of tokens that the result `index` is made from: those that are known before decoding."""
+        return int((self.canvas.valid & ~self.canvas.masked)[index].sum())
 
     @property
     def until(self) -> Until | None:
@@ -74,7 +84,7 @@ class Request:
         if self.params.revoke and sequence.finish_reason is None:
             return []
         masks = int(sequence.holes.sum())
-        end = min(sequence.first_masked, sequence.answer_end, sequence.first_hole + masks)
+        end = min(sequence.written_end, sequence.first_hole + masks)
         ids: list[int] = sequence.tokens[sequence.first_hole : end].tolist()
         return ids
 
@@ -83,10 +93,9 @@ class Request:
         return [self._result(index, sequence, seconds) for index, sequence in enumerate(sequences)]
 
     def _result(self, index: int, sequence: Sequence, seconds: float) -> Generation:
-        tokens = sequence.tokens[sequence.first_hole : sequence.answer_end].tolist()
-        whole = self.tokenizer.decode(tokens)
-        text = before_stops(whole, self.params.stop)
-        stopped = sequence.answer_end < len(sequence.tokens) or text != whole
+        written = sequence.tokens[sequence.first_hole : sequence.written_end].tolist()
+        text, tokens, stopped = self._before_stops(written)
+        stopped = stopped or sequence.answer_end < len(sequence.tokens)
         trace = sequence.trace(self.model_name)
         return Generation(
             index=index,
@@ -99,6 +108,15 @@ class Request:
             trace=trace,
         )
 
+    def _before_stops(self, ids: list[int]) -> tuple[str, list[int], bool]:
+        """The text of `ids` before the first stop string, the ids that have a part in it, and whether there is one."""
+        whole = self.tokenizer.decode(ids)
+        text = before_stops(whole, self.params.stop)
+        if text == whole:
+            return text, ids, False
+        count = bisect_left(range(len(ids)), True, key=lambda n: self.tokenizer.decode(ids[:n]).startswith(text))
+        return text, ids[:count], True
+
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class HoleRequest(Request):
@@ -108,6 +126,11 @@ class HoleRequest(Request):
     sizes: list[int]  # tokens of each piece of text; 0 for a hole
     lengths: tuple[int, ...]  # that open holes are tried at
     whole: bool  # whether the result's text is the whole, filled, or the first hole alone
+
+    @property
+    def result_count(self) -> int:
+        """The number of results: that of the samples, since one of the lengths is kept."""
+        return self.params.num_samples
 
     @property
     def until(self) -> Until | None:
@@ -140,15 +163,18 @@ class HoleRequest(Request):
             else:
                 text += piece
             position += size
-        middle = before_stops(holes[0], self.params.stop)
+        stopped = False
+        if not self.whole:  # one hole, which a stop string may cut
+            text, tokens, stopped = self._before_stops(tokens)
+            holes = [text]
         return Generation(
             index=index,
-            text=text if self.whole else middle,
+            text=text,
             pieces=tuple(holes),
             tokens=tuple(tokens),
             forward_passes=trace.forward_passes,
             seconds=seconds,
-            finish_reason="length" if middle == holes[0] else "stop",
+            finish_reason="stop" if stopped else "length",
             trace=trace,
         )
 

@@ -128,6 +128,11 @@ class Sequence:
         return leftmost(self.holes & torch.isin(self.tokens, terminators))
 
     @property
+    def written_end(self) -> int:
+        """Where the beginning of the answer ends that is written without a gap; a stop string may leave gaps."""
+        return min(leftmost(self.holes & (self._committed_by < 0)), self.answer_end)
+
+    @property
     def block(self) -> int:
         """The number of the block at work: the first one with a mask."""
         if self.params.block is None:

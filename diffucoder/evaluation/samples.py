@@ -98,7 +98,7 @@ class Generator:
     def _request(self, task: Task) -> "Request":
         """Return what answers a task, with `params.num_samples` results. Raises PromptError."""
         if task.suffix:
-            return self.coder.infill_request(task.prompt, task.suffix, self.params.replace(stop=()))
+            return self.coder.infill_request(task.prompt, task.suffix, self.params)
         if self.raw:
             return self.coder.request(task.prompt, self.params, chat=False)
         return self.coder.request(task.request, self.params, prefill=task.prefill)

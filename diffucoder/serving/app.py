@@ -8,8 +8,9 @@ the JSON of answers (`responses`), errors (`edge`), or batches (`engine`).
 """
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -20,11 +21,13 @@ from fastapi.responses import FileResponse, PlainTextResponse, StreamingResponse
 from fastapi.staticfiles import StaticFiles
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
 
+from diffucoder.decoding.canvas import Canvas
 from diffucoder.decoding.coder import DiffuCoder, Span
 from diffucoder.decoding.params import DecodingParams
 from diffucoder.decoding.requests import Generation, Request
+from diffucoder.errors import PromptError
 from diffucoder.serving import protocol, responses
-from diffucoder.serving.edge import ApiError, add_error_handlers, limit_body, require_key
+from diffucoder.serving.edge import ApiError, add_error_handlers, answer_head, limit_body, require_key
 from diffucoder.serving.engine import Engine
 from diffucoder.serving.responses import Json
 from diffucoder.serving.settings import ServerSettings
@@ -54,6 +57,7 @@ def create_app(coder: DiffuCoder, settings: ServerSettings | None = None) -> Fas
     app = FastAPI(title="DiffuCoder", summary="Code in any order", lifespan=lifespan, docs_url=None, redoc_url=None)
     app.state.server = server
     app.add_middleware(limit_body, max_bytes=settings.max_body)
+    app.add_middleware(answer_head)
     if settings.cors:
         app.add_middleware(CORSMiddleware, allow_origins=settings.cors, allow_methods=["*"], allow_headers=["*"])
     add_error_handlers(app)
@@ -68,7 +72,8 @@ def create_app(coder: DiffuCoder, settings: ServerSettings | None = None) -> Fas
     post_or_stream("/v1/chat/completions")(server.chat)
     post_or_stream("/v1/fill")(server.fill)
     post_or_stream("/v1/edit")(server.edit)
-    protected.post("/infill")(server.infill)
+    post_or_stream("/infill")(server.infill)
+    post_or_stream("/completion")(server.completion)
     protected.post("/tokenize")(server.tokenize)
     app.include_router(protected)
     app.get("/health")(server.health)
@@ -102,10 +107,11 @@ class Server:
 
     async def completions(self, body: protocol.CompletionRequest, http: fastapi.Request) -> Json | Response:
         params = self._params(body)
+        prompts = protocol.prompts_of(body.prompt)
         if body.suffix is None:
-            request = self.coder.request(body.prompt, params, chat=False)
+            request = self._continuation(prompts, params)
         else:
-            request = self.coder.infill_request(body.prompt, body.suffix, params, length=body.max_tokens)
+            request = self.coder.infill_request(str(prompts[0]), body.suffix, params, length=body.max_tokens)
         return await self._reply(responses.CompletionAnswer(self.coder, request, body), http)
 
     async def chat(self, body: protocol.ChatRequest, http: fastapi.Request) -> Json | Response:
@@ -116,7 +122,7 @@ class Server:
 
     async def fill(self, body: protocol.FillRequest, http: fastapi.Request) -> Json | Response:
         """Fill every hole of a text, all of them jointly; a stream has the text in its last chunk."""
-        request = self.coder.fill_request(body.text, self._params(body))
+        request = self.coder.fill_request(body.text, self._params(body).replace(stop=()))
         return await self._reply(responses.FillAnswer(self.coder, request, body), http)
 
     async def edit(self, body: protocol.EditRequest, http: fastapi.Request) -> Json | Response:
@@ -124,21 +130,24 @@ class Server:
         params = self._params(body)
         if body.instruction is None:
             spans = [Span(span.start, span.end, span.tokens) for span in body.spans]
-            request = self.coder.edit_request(body.text, spans, params)
+            request = self.coder.edit_request(body.text, spans, params.replace(stop=()))
         else:
             request = self.coder.request(f"{body.instruction}\n\n```python\n{body.text}\n```", params)
         return await self._reply(responses.EditAnswer(self.coder, request, body), http)
 
-    async def infill(self, body: protocol.InfillRequest, http: fastapi.Request) -> Json | list[Json]:
+    async def infill(self, body: protocol.InfillRequest, http: fastapi.Request) -> Json | list[Json] | Response:
         """Infill as llama.cpp does, for editor plug-ins."""
-        self._check_model(body.model)
-        results = [responses.EMPTY] * body.n_cmpl
-        if body.n_predict != 0:
+
+        def request(params: DecodingParams) -> Request:
             prefix, suffix = responses.fit_into_context(self.coder, body)
-            request = self.coder.infill_request(prefix, suffix, self._params(body), most=body.n_predict)
-            results = await self._results(request, http)
-        answers = [responses.infill_answer(self.coder, result, body.response_fields) for result in results]
-        return answers if body.n_cmpl > 1 else answers[0]
+            return self.coder.infill_request(prefix, suffix, params, most=body.n_predict)
+
+        return await self._llama_reply(request, body, http)
+
+    async def completion(self, body: protocol.ContinueRequest, http: fastapi.Request) -> Json | list[Json] | Response:
+        """Continue text as llama.cpp does, for plug-ins that write their prompts themselves."""
+        prompts = protocol.prompts_of(body.prompt)
+        return await self._llama_reply(partial(self._continuation, prompts), body, http)
 
     async def tokenize(self, body: protocol.TokenizeRequest) -> Json:
         """Tokens of a text, as llama.cpp's route gives them."""
@@ -183,6 +192,36 @@ class Server:
         """Return the decoding settings of a request. Raises ApiError for another model, and ConfigError."""
         self._check_model(body.model)
         return body.params(self.settings.decoding)
+
+    def _continuation(self, prompts: list[str | list[int]], params: DecodingParams) -> Request:
+        """What continues each of some prompts as it is. Raises PromptError, and ConfigError for many rows."""
+        self.engine.check_rows(len(prompts) * params.num_samples)  # before they are made
+        requests = []
+        for prompt in prompts:
+            if isinstance(prompt, str):
+                requests.append(self.coder.request(prompt, params, chat=False))
+                continue
+            known = min(self.coder.model.vocab_size, self.coder.tokenizer.vocab_size)
+            for token in prompt:
+                if not 0 <= token < known or token == self.coder.model.mask_id:
+                    raise PromptError(f"token id {token} is not one of 0 to {known - 1}, or is the mask; use /tokenize")
+            requests.append(self.coder.request_of_ids(prompt, params))
+        return replace(requests[0], canvas=Canvas.stacked([request.canvas for request in requests]))
+
+    async def _llama_reply(
+        self, request_of: Callable[[DecodingParams], Request], body: protocol.LlamaRequest, http: fastapi.Request
+    ) -> Json | list[Json] | Response:
+        """Decode a request, and answer it in llama.cpp's form."""
+        self._check_model(body.model)
+        answers = [responses.nothing_written(self.coder)] * (body.n_cmpl or self.settings.decoding.num_samples)
+        if body.n_predict != 0:
+            request = request_of(self._params(body))
+            results = await self._results(request, http)
+            answers = [responses.llama_answer(self.coder, request, result) for result in results]
+        if body.stream:
+            return Response(responses.llama_events(answers, body.response_fields), media_type="text/event-stream")
+        shown = [responses.only_fields(answer, body.response_fields) for answer in answers]
+        return shown if len(shown) > 1 else shown[0]
 
     async def _reply(self, answer: responses.Answer, http: fastapi.Request) -> Json | Response:
         """Decode a request, and answer it whole or as a stream."""

@@ -4,7 +4,7 @@ Not for: the fields of a request (`protocol`) or the routes (`app`).
 """
 
 import secrets
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -81,18 +81,67 @@ def api_error(error: Exception, route: str = "") -> ApiError:
 
 def _invalid_body(error: RequestValidationError) -> ApiError:
     """Describe the first field that does not fit."""
-    first = error.errors()[0]
-    # pydantic's location also names the types it tried, such as str, constrained-str or list[TextPart]
-    path = [str(part) for part in first["loc"][1:]]
-    field = ".".join([part for part in path if part.isdigit() or (part.isidentifier() and part != "str")])
+    details = error.errors()
+    # an unknown name first: if it is misspelt, it is the reason why another is missing
+    first = min(details, key=lambda detail: detail["type"] != "extra_forbidden")
+    field = ".".join(map(str, _path(first)))
     if first["type"] == "json_invalid":
         return ApiError(400, f"the body is not JSON from byte {first['loc'][-1]} on: {first['ctx']['error']}")
     if first["type"] == "extra_forbidden":
         return ApiError(400, f"{field} is not supported here; leave it out", param=field)
     if not field and first["type"] in ("missing", "model_attributes_type", "dict_type"):
         return ApiError(400, "the body must be a JSON object, sent with 'Content-Type: application/json'")
-    reason = first["msg"].removeprefix("Value error, ")
-    return ApiError(400, f"{field or 'the request'}: {reason}", param=field or None)
+    rivals = _closest(first, details)
+    field = ".".join(map(str, _path(rivals[0])))
+    reasons = dict.fromkeys(detail["msg"].removeprefix("Value error, ") for detail in rivals)
+    return ApiError(400, f"{field or 'the request'}: {', or '.join(reasons)}", param=field or None)
+
+
+Detail = dict[str, Any]  # Any: an error as pydantic describes it
+
+
+def _is_field(part: str | int) -> bool:
+    """Whether a part of a location is a field or an index, not a type that was tried, such as str or list[TextPart]."""
+    return isinstance(part, int) or (part.isidentifier() and part != "str")
+
+
+def _path(detail: Detail) -> list[str | int]:
+    return [part for part in detail["loc"][1:] if _is_field(part)]
+
+
+def _closest(first: Detail, details: Sequence[Detail]) -> list[Detail]:
+    """The errors of the type that fits best, if the field of the `first` error may have several types."""
+    tried = [number for number, part in enumerate(first["loc"]) if not _is_field(part)]
+    if not tried:
+        return [first]
+    where = first["loc"][: tried[0]]
+    rivals = [detail for detail in details if detail["loc"][: tried[0]] == where]
+
+    def reach(detail: Detail) -> tuple[int, list[int]]:
+        path = _path(detail)
+        return len(path), [part for part in path if isinstance(part, int)]
+
+    furthest = max(map(reach, rivals))
+    rivals = [detail for detail in rivals if reach(detail) == furthest]
+    return [detail for detail in rivals if not detail["type"].endswith("_type")] or rivals
+
+
+def answer_head(app: ASGIApp) -> ASGIApp:
+    """Wrap an application so that it answers HEAD as GET, without the body (RFC 9110, 9.3.2)."""
+
+    async def answered(scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or scope["method"] != "HEAD":
+            await app(scope, receive, send)
+            return
+
+        async def send_head(message: Message) -> None:
+            if message["type"] == "http.response.body":
+                message = {**message, "body": b""}
+            await send(message)
+
+        await app({**scope, "method": "GET"}, receive, send_head)
+
+    return answered
 
 
 def limit_body(app: ASGIApp, max_bytes: int) -> ASGIApp:

@@ -12,11 +12,13 @@ Clients call from an event loop, and the engine's thread never waits for them. O
 
 import asyncio
 import logging
+import re
 import threading
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import count
 from typing import NamedTuple
@@ -47,6 +49,7 @@ STATS = {
     "busy_seconds": "seconds spent in passes",
 }
 BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)  # seconds, of the requests' latency
+LONGEST_PASS = 30.0  # seconds; a pass that takes longer than this and the deadline hangs
 QUIET_PASSES = 100  # passes without running out of memory, after which a halved batch is doubled again
 
 
@@ -84,6 +87,31 @@ class FailedError(DiffuCoderError):
 _STAT_OF_END = {type(None): "cancelled", LateError: "late", FailedError: "failed"}
 
 
+_MEMORY = re.compile("out of memory|can't allocate memory|ALLOC_FAILED")  # as torch reports it in other errors
+_LOST = re.compile(  # errors after which every call to a GPU fails, until the process ends
+    "device-side assert|illegal (memory access|address|instruction)|misaligned address|launch (failure|timed out)"
+    "|hardware stack|unknown error|uncorrectable|ECC error|device (is )?lost|context is destroyed"
+)
+
+
+def ran_out_of_memory(error: BaseException) -> bool:
+    """Whether a smaller batch may help."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and bool(_MEMORY.search(str(error)))
+
+
+def device_is_lost(error: BaseException, device: torch.device) -> bool:
+    """Whether no later pass can succeed after this error of one."""
+    if isinstance(error, RuntimeError) and _LOST.search(str(error)):
+        return True
+    try:
+        torch.zeros(1, device=device).add(1).item()
+    except RuntimeError as probe:
+        return not ran_out_of_memory(probe)
+    return False
+
+
 class Event(NamedTuple):
     """A step of one row of a request."""
 
@@ -105,9 +133,7 @@ class Job:
         self._engine = engine
         self._events: asyncio.Queue[Event | DiffuCoderError | None] = asyncio.Queue()
         self._loop = asyncio.get_running_loop()
-        deadline = engine.settings.deadline
-        late = LateError(f"not finished after {deadline:.0f} s; ask for fewer tokens or samples")
-        self._timer = self._loop.call_later(deadline, engine.end, self, late)
+        self._timer = self._loop.call_later(engine.settings.deadline, self._time_out, engine.settings.deadline)
         # State of the queue: the engine changes it under its lock.
         self.ticket = ticket  # smaller numbers go first
         self.unfinished = len(self.sequences)
@@ -123,6 +149,11 @@ class Job:
         finally:
             self._timer.cancel()
             self._engine.end(self)
+
+    def _time_out(self, deadline: float) -> None:
+        late = LateError(f"not finished after {deadline:.0f} s; ask for fewer tokens or samples")
+        self._events.put_nowait(late)  # first, whatever has become of the engine
+        self._engine.end(self, late)
 
     async def results(self) -> list[Generation]:
         """Wait for the answers. Raises LateError or FailedError. Cancelling this cancels the job."""
@@ -171,6 +202,7 @@ class Engine:
         self._ended: list[Job] = []  # their cache rows are still to be released
         self._tickets = count()
         self._quiet_passes = 0  # since memory ran out
+        self._pass_began: float | None = None  # the pass that runs now
         self._mean_seconds = 1.0  # of recent requests
         self._closing = False
         self._changed = threading.Condition()
@@ -184,13 +216,10 @@ class Engine:
 
         Unless it is `watched` its steps make no events, which saves waking the event loop.
         """
-        rows = len(request.canvas.tokens)
-        limit = self.settings.max_rows
-        if rows > limit:
-            raise ConfigError(f"{rows} rows (answers, times lengths tried) are over {limit}; ask for a smaller n")
+        self.check_rows(len(request.canvas.tokens))
         with self._changed:
             if not self.alive:
-                raise ClosingError("the server is shutting down, or its engine has stopped; try again in a moment")
+                raise ClosingError("the server is shutting down, or its engine has stopped or hangs; try again later")
             waiting = self._count_waiting()
             free = max(0, self.batch_limit - len(self._running))  # slots, which requests get before the next pass
             if waiting >= self.settings.max_waiting + free:
@@ -202,6 +231,14 @@ class Engine:
                 self._waiting.append(_Row(job, number, sequence))
             self._changed.notify()
         return job
+
+    def check_rows(self, rows: int) -> None:
+        """Raise ConfigError for a request of too many rows."""
+        limit = self.settings.max_rows
+        if rows > limit:
+            raise ConfigError(
+                f"{rows} rows (prompts, times answers, times lengths tried) are over {limit}; ask for fewer"
+            )
 
     def end(self, job: Job, error: DiffuCoderError | None = None) -> None:
         """End a job early, with what its client gets; None if no client waits. Does nothing to a job that has ended."""
@@ -228,6 +265,10 @@ class Engine:
     @property
     def alive(self) -> bool:
         """Whether requests are accepted."""
+        if self._pass_began is not None and time.monotonic() - self._pass_began > max(
+            self.settings.deadline, LONGEST_PASS
+        ):
+            return False  # the device hangs
         return self._thread.is_alive() and not self._closing
 
     def close(self, *, drain: bool = True) -> None:
@@ -255,7 +296,8 @@ class Engine:
 
     def _end_all(self, error: DiffuCoderError) -> None:
         for job in tuple(self._jobs):
-            self.end(job, error)
+            with suppress(Exception):  # what breaks for one must not keep the others waiting
+                self.end(job, error)
 
     def _fill_slots(self) -> None:
         """Take slots from rows whose turn is over while others wait, then hand out the free slots."""
@@ -281,10 +323,12 @@ class Engine:
             while self._run_pass():
                 pass
         except BaseException:
-            log.exception("the engine stopped")
-        with self._changed:
             self._closing = True
-            self._end_all(FailedError("this request failed: the engine stopped; the server's log has the reason"))
+            log.exception("the engine stopped")
+        finally:
+            with self._changed:
+                self._closing = True
+                self._end_all(FailedError("this request failed: the engine stopped; the server's log has the reason"))
 
     def _run_pass(self) -> bool:
         """Wait for jobs, and run a forward pass; False once the engine is closed and no job is left."""
@@ -298,28 +342,40 @@ class Engine:
             rows = list(self._running)
             more = bool(self._jobs) or not self._closing
         if rows:
+            self._pass_began = time.monotonic()
             self._advance(rows)
+            self._pass_began = None
         return more
 
     def _advance(self, rows: list[_Row]) -> None:
-        """Run one forward pass for `rows`. If it fails, run one for each row alone."""
+        """Run one forward pass for `rows`. If it fails, run one for each row alone, or for fewer if memory ran out."""
         began = time.monotonic()
         passes_before = [row.sequence.forward_passes for row in rows]
         try:
-            steps = advance(self.coder.model, [row.sequence for row in rows])
-            self._deliver(rows, steps, began)
-        except (torch.OutOfMemoryError, MemoryError) as error:
-            self._halve_batch(rows, error)
-        except Exception:
-            log.exception("a forward pass over %d rows failed", len(rows))
-            if len(rows) == 1:
-                self._fail(rows[0].job, "decoding it broke; the server's log has the reason")
-                return
-            for row, passes in zip(rows, passes_before, strict=True):
-                if row.sequence.forward_passes == passes:
-                    self._advance([row])
-                else:  # the sequence went on, but its step is lost
-                    self._fail(row.job, "decoding broke in its company; try again")
+            self._deliver(rows, advance(self.coder.model, [row.sequence for row in rows]), began)
+            return
+        except Exception as error:
+            memory = ran_out_of_memory(error)
+            if not memory:
+                log.exception("a forward pass over %d rows failed", len(rows))
+                if device_is_lost(error, self.coder.model.device):
+                    raise
+        # Not within the handler, since the error holds the tensors of the pass
+        if len(rows) == 1:
+            reason = "decoding it broke; the server's log has the reason"
+            if memory:
+                reason = "there is not enough memory for it; ask for fewer tokens"
+            self._fail(rows[0].job, reason)
+            return
+        for row, passes in zip(rows, passes_before, strict=True):
+            if row.sequence.forward_passes != passes:  # the sequence went on, but its step is lost
+                self._fail(row.job, "decoding broke in its company; try again")
+        if memory:
+            self._halve_batch(len(rows))
+            return
+        for row in rows:
+            if row.job in self._jobs:
+                self._advance([row])
 
     def _deliver(self, rows: list[_Row], steps: list[Step], began: float) -> None:
         """Count a pass, send its steps, and finish the jobs whose rows are all finished."""
@@ -354,15 +410,12 @@ class Engine:
                         self._mean_seconds = 0.9 * self._mean_seconds + 0.1 * (now - job.accepted)
                         self._remove(job, None)
 
-    def _halve_batch(self, rows: list[_Row], error: BaseException) -> None:
-        """Run smaller batches after memory ran out. A row that does not fit alone fails."""
-        if len(rows) == 1:
-            self._fail(rows[0].job, "there is not enough memory for it; ask for fewer tokens")
-            return
-        log.warning("out of memory with %d rows, going on with half of them: %s", len(rows), error)
+    def _halve_batch(self, rows: int) -> None:
+        """Run smaller batches after memory ran out in a pass over so many rows."""
+        log.warning("out of memory with %d rows, going on with half of them", rows)
         with self._changed:
             self._quiet_passes = 0
-            self.batch_limit = max(1, len(rows) // 2)
+            self.batch_limit = max(1, rows // 2)
             self._waiting = self._running[self.batch_limit :] + self._waiting
             del self._running[self.batch_limit :]
 

@@ -2,33 +2,85 @@
 
 For: the fields of a request, and the decoding settings they stand for. Not for: answering requests (`app`). No torch.
 
-An unknown field is an error: a server that ignores a penalty gives another answer than the client asked for. Fields
-that clients always send are accepted with the value that changes nothing (`presence_penalty=0`). What the usual fields
-mean when tokens are written in any order is in docs/serving.md.
+An unknown field is an error: a server that ignores a penalty gives another answer than the client asked for. A field
+that asks for nothing is as if left out, in every body: null, a hint (`HINTS`), a value that changes nothing (`OFF`).
+What the usual fields mean when tokens are written in any order is in docs/serving.md.
 """
 
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StrictInt, model_validator
 
 from diffucoder.decoding.params import DecodingParams
 from diffucoder.errors import ConfigError
 
+# Fields that do not change what is written: labels, hints about speed, and settings of a sampler that is off.
+HINTS = frozenset(
+    """
+    user metadata safety_identifier prompt_cache_key prompt_cache_retention service_tier parallel_tool_calls
+    cache_control keep_alive cache_prompt id_slot samplers n_indent t_max_prompt_ms t_max_predict_ms
+    repeat_last_n penalty_last_n penalize_nl mirostat_tau mirostat_eta dynatemp_exponent xtc_threshold
+    dry_base dry_allowed_length dry_penalty_last_n dry_sequence_breakers
+    """.split()
+)
 
-def _as_list(stop: str | list[str] | None) -> list[str]:
-    if isinstance(stop, str):
-        return [stop]
-    return stop or []
+# Values by which clients leave a field out, besides null.
+OFF: dict[str, tuple[Any, ...]] = {  # Any: JSON
+    **dict.fromkeys(("presence_penalty", "frequency_penalty", "min_p", "top_logprobs", "n_probs", "min_keep"), (0,)),
+    **dict.fromkeys(("mirostat", "dynatemp_range", "xtc_probability", "dry_multiplier", "min_tokens"), (0,)),
+    **dict.fromkeys(("repeat_penalty", "repetition_penalty", "length_penalty", "typical_p", "typ_p", "tfs_z"), (1,)),
+    **dict.fromkeys(("max_tokens", "max_completion_tokens", "n_predict", "seed"), (-1,)),
+    **dict.fromkeys(("top_k", "n_keep", "top_n_sigma"), (0, -1)),
+    **dict.fromkeys(("store", "logprobs", "echo", "ignore_eos", "include_obfuscation", "return_tokens"), (False,)),
+    **dict.fromkeys(("timings_per_token", "return_progress", "post_sampling_probs", "use_beam_search"), (False,)),
+    **dict.fromkeys(("include_stop_str_in_output", "continue_final_message"), (False,)),
+    **dict.fromkeys(("skip_special_tokens", "add_generation_prompt"), (True,)),
+    **dict.fromkeys(("tools", "functions", "tool_calls", "annotations", "lora", "image_data", "stop_token_ids"), ([],)),
+    **dict.fromkeys(("tool_choice", "function_call"), ("none", "auto")),
+    **dict.fromkeys(("logit_bias", "json_schema", "chat_template_kwargs"), ({}, [])),
+    **dict.fromkeys(("model", "grammar", "refusal", "reasoning", "reasoning_content"), ("",)),
+    "modalities": (["text"],),
+    "response_format": ({"type": "text"},),
+    "reasoning_effort": ("none",),
+    "verbosity": ("medium",),
+}
+
+
+def _asks_nothing(field: str, value: Any) -> bool:  # Any: JSON
+    if value is None or field in HINTS:
+        return True
+    # in Python 0 equals False
+    return any(value == off and isinstance(value, bool) == isinstance(off, bool) for off in OFF.get(field, ()))
+
+
+def _as_list(stop: str | list[str] | None) -> list[str] | None:
+    return [stop] if isinstance(stop, str) else stop
 
 
 NonEmpty = Annotated[str, Field(min_length=1)]
 Stops = Annotated[NonEmpty | Annotated[list[NonEmpty], Field(max_length=16)] | None, AfterValidator(_as_list)]
+Ids = Annotated[list[StrictInt], Field(min_length=1)]
+Prompts = str | Ids | Annotated[list[str | Ids], Field(min_length=1, max_length=64)]
+
+
+def prompts_of(given: Prompts) -> list[str | list[int]]:
+    """The prompts of a field: each is text or token ids."""
+    if isinstance(given, str) or isinstance(given[0], int):
+        return [given]
+    return given
 
 
 class Body(BaseModel):
     """Base of everything clients send: unknown fields are errors."""
 
     model_config = ConfigDict(extra="forbid")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _leave_out_what_asks_nothing(cls, given: Any) -> Any:  # Any: JSON
+        if not isinstance(given, dict):
+            return given
+        return {field: value for field, value in given.items() if not _asks_nothing(field, value)}
 
 
 class StreamOptions(Body):
@@ -51,19 +103,23 @@ class DecodingRequest(Body):
     top_p: float | None = Field(
         default=None, gt=0, le=1, description="propose only the likeliest tokens that together reach this probability"
     )
-    seed: int | None = Field(default=None, ge=0, lt=2**63, description="fixes the answers; 0 if left out")
-    stop: Stops = Field(default_factory=list, description="end an answer before the first of these")
+    seed: int | None = Field(default=None, ge=0, lt=2**63, description="fixes the answers")
+    stop: Stops = Field(default=None, description="end an answer before the first of these; empty: none")
     decoding: dict[str, Any] = Field(default_factory=dict, description="other settings, see docs/decoding.md")
 
     def params(self, default: DecodingParams) -> DecodingParams:
         """Return the server's settings with those of this request on top. Raises ConfigError."""
         changes = {}
+        for setting, value in self.decoding.items():
+            known = DecodingParams.model_fields.get(setting)
+            if value is not None or known is None or known.default is None:  # null is a value of some settings
+                changes[setting] = value
         for setting, field in self.own_fields.items():
-            if setting in self.decoding:
+            if changes.get(setting) is not None:
                 raise ConfigError(f"decoding.{setting} is the request's own {field}; set it there")
             if getattr(self, field) is not None:
                 changes[setting] = getattr(self, field)
-        return default.replace(**changes, **self.decoding)
+        return default.replace(**changes)
 
 
 class SamplingRequest(DecodingRequest):
@@ -72,17 +128,13 @@ class SamplingRequest(DecodingRequest):
     own_fields = {**DecodingRequest.own_fields, "new_tokens": "max_tokens", "num_samples": "n"}
 
     max_tokens: int | None = Field(default=None, ge=1, description="length of the canvas; the server's if left out")
-    n: int = Field(default=1, ge=1, le=64, description="number of answers")
+    n: int | None = Field(default=None, ge=1, le=64, description="number of answers to each prompt")
     stream: bool = Field(default=False, description="send text as it settles, from the left, as server-sent events")
-    stream_options: StreamOptions | None = Field(default=None, description="only with stream")
-    user: str | None = Field(default=None, description="accepted and ignored")
-    presence_penalty: Literal[0] = Field(default=0, description="only 0: penalties are not supported")
-    frequency_penalty: Literal[0] = Field(default=0, description="only 0: penalties are not supported")
-    logit_bias: dict[str, float] | None = Field(default=None, max_length=0, description="only empty: not supported")
+    stream_options: StreamOptions = Field(default_factory=StreamOptions, description="only with stream")
 
     @model_validator(mode="after")
     def _options_need_a_stream(self) -> Self:
-        if self.stream_options is not None and not self.stream:
+        if self.stream_options != StreamOptions() and not self.stream:
             raise ValueError("stream_options are for streams; add stream=true, or leave them out")
         return self
 
@@ -90,7 +142,9 @@ class SamplingRequest(DecodingRequest):
 class CompletionRequest(SamplingRequest):
     """`/v1/completions`: text to be continued or, with a suffix, text with one hole."""
 
-    prompt: str = Field(description="the text before the answer, as it is, without a chat template")
+    prompt: Prompts = Field(
+        description="the text before the answer, as it is, without a chat template; or token ids, or several prompts"
+    )
     suffix: str | None = Field(
         default=None, description="the text after a hole of max_tokens tokens; lengths are tried if that is left out"
     )
@@ -100,12 +154,15 @@ class CompletionRequest(SamplingRequest):
 
     @model_validator(mode="after")
     def _fields_fit(self) -> Self:
-        if self.best_of not in (None, self.n):
-            raise ValueError(f"best_of={self.best_of} is not supported beyond n={self.n}; leave it out")
+        if self.best_of not in (None, self.n or 1):
+            raise ValueError(f"best_of={self.best_of} is not supported beyond n={self.n or 1}; leave it out")
         if self.stream and (self.echo or self.logprobs is not None):
             raise ValueError("echo and logprobs come with the whole answer; leave out stream")
         if self.suffix is not None and self.echo:
             raise ValueError("the answer to a prompt with a suffix is the hole alone; leave out echo")
+        prompts = prompts_of(self.prompt)
+        if self.suffix is not None and (len(prompts) > 1 or not isinstance(prompts[0], str)):
+            raise ValueError("a suffix belongs to one prompt of text; send a request for each hole")
         return self
 
 
@@ -120,12 +177,22 @@ class Message(Body):
     """A turn of a conversation."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[TextPart]
+    content: str | list[TextPart] | None = Field(default=None, description="may be null in an assistant's message")
     name: str | None = None
+
+    @model_validator(mode="after")
+    def _says_something(self) -> Self:
+        if self.content is None:
+            if self.role != "assistant":
+                raise ValueError(f"the {self.role} message has no content; give a string or a list of text parts")
+            self.content = ""
+        return self
 
     def plain(self) -> dict[str, str]:
         """Return role and text."""
-        text = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+        text = self.content or ""
+        if not isinstance(text, str):
+            text = "".join(part.text for part in text)
         return {"role": "system" if self.role == "developer" else self.role, "content": text}
 
 
@@ -135,9 +202,6 @@ class ChatRequest(SamplingRequest):
     messages: list[Message] = Field(min_length=1)
     max_completion_tokens: int | None = Field(default=None, ge=1, description="the newer name of max_tokens")
     logprobs: bool = Field(default=False, description="with each token's log-probability when it was committed")
-    top_logprobs: Literal[0] | None = Field(default=None, description="only 0: alternatives are not kept")
-    response_format: dict[Literal["type"], Literal["text"]] | None = Field(default=None, description="only text")
-    cache_prompt: Any = Field(default=None, description="a hint of llama.cpp about speed: accepted and ignored")
 
     @model_validator(mode="after")
     def _fields_fit(self) -> Self:
@@ -194,42 +258,33 @@ class Extra(Body):
     time: Any = None  # Vim sends a pair of numbers
 
 
-class InfillRequest(DecodingRequest):
-    """llama.cpp's `/infill`, as editor plug-ins send it. Hints about speed are accepted and ignored."""
+class LlamaRequest(DecodingRequest):
+    """Fields that llama.cpp's routes share."""
 
     own_fields = {**DecodingRequest.own_fields, "new_tokens": "n_predict", "num_samples": "n_cmpl", "top_k": "top_k"}
+
+    n_predict: int | None = Field(default=None, ge=0, description="the most tokens; 0 writes nothing")
+    n_cmpl: int | None = Field(default=None, ge=1, le=64, description="number of answers; several come as a list")
+    top_k: int | None = Field(default=None, ge=1, description="propose only this many of the likeliest tokens")
+    stream: bool = Field(default=False, description="as events: the text of each answer at once, then its figures")
+    response_fields: list[str] = Field(
+        default_factory=list, max_length=64, description="send only these fields, such as timings/prompt_n; empty: all"
+    )
+
+
+class InfillRequest(LlamaRequest):
+    """llama.cpp's `/infill`, as editor plug-ins send it."""
 
     input_prefix: str
     input_suffix: str
     prompt: str = Field(default="", description="what has been typed after the prefix already")
     input_extra: list[Extra] = Field(default_factory=list, description="put before the prefix as far as it fits")
-    n_predict: int | None = Field(
-        default=None, ge=-1, description="the most tokens that are tried; 0 writes nothing, -1 is as if left out"
-    )
-    n_cmpl: int = Field(default=1, ge=1, le=64, description="number of answers; more than one come as a list")
-    top_k: int | None = Field(default=None, ge=0, description="0 is as if left out")
-    seed: int | None = Field(default=None, ge=-1, lt=2**63, description="-1 is as if left out")
-    stream: Literal[False] = False
-    response_fields: list[str] = Field(
-        default_factory=list, max_length=64, description="send only these fields, such as timings/prompt_n; empty: all"
-    )
 
-    samplers: Any = None  # from here on: accepted and ignored
-    n_indent: Any = None
-    id_slot: Any = None
-    cache_prompt: Any = None
-    t_max_prompt_ms: Any = None
-    t_max_predict_ms: Any = None
 
-    @model_validator(mode="after")
-    def _leave_out_defaults(self) -> Self:
-        """Replace the values by which llama.cpp's clients leave a field out."""
-        if self.n_predict == -1:
-            self.n_predict = None
-        if self.seed == -1:
-            self.seed = None
-        self.top_k = self.top_k or None
-        return self
+class ContinueRequest(LlamaRequest):
+    """llama.cpp's `/completion`: text or token ids to be continued."""
+
+    prompt: Prompts
 
 
 class TokenizeRequest(Body):

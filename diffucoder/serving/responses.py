@@ -7,7 +7,9 @@ two agree. The index of a choice is that of its result, `Generation.index`.
 """
 
 import difflib
+import io
 import json
+import logging
 import time
 import uuid
 from collections.abc import AsyncIterator, Iterator, Sequence
@@ -15,12 +17,14 @@ from typing import Any, ClassVar
 
 from diffucoder.decoding.coder import HOLE_LENGTHS, DiffuCoder
 from diffucoder.decoding.requests import Generation, Request, before_stops
-from diffucoder.decoding.trace import Trace, as_json
+from diffucoder.decoding.trace import as_json
 from diffucoder.errors import DiffuCoderError
 from diffucoder.grading.extract import program_from
 from diffucoder.serving import protocol
 from diffucoder.serving.edge import api_error
 from diffucoder.serving.engine import Event, Job
+
+log = logging.getLogger(__name__)
 
 Json = dict[str, Any]  # Any: what is sent as JSON
 
@@ -64,7 +68,7 @@ class Answer:
         self.coder = coder
         self.request = request
         self.body = body
-        self.options = body.stream_options or protocol.StreamOptions()
+        self.options = body.stream_options
         self.id = f"{self.id_prefix}-{uuid.uuid4().hex}"
         self.created = int(time.time())
 
@@ -86,7 +90,7 @@ class Answer:
 
         An error is one of them, since it comes too late for a status.
         """
-        sent = [""] * self.request.params.num_samples  # the text of each choice until now
+        sent = [""] * self.request.result_count  # the text of each choice until now
         try:
             for chunk in self._first_chunks(job):
                 yield self._event(chunk)
@@ -95,7 +99,9 @@ class Answer:
                     yield self._event(chunk)
             for chunk in self._last_chunks(job, sent):
                 yield self._event(chunk)
-        except DiffuCoderError as error:
+        except Exception as error:  # whatever it is, the client must hear of it
+            if not isinstance(error, DiffuCoderError):
+                log.exception("a stream broke")
             yield f"data: {json.dumps(api_error(error).body)}\n\n"
         yield "data: [DONE]\n\n"
 
@@ -105,7 +111,7 @@ class Answer:
 
     def _first_chunks(self, job: Job) -> Iterator[Json]:
         if self.first_piece:
-            for index in range(self.request.params.num_samples):
+            for index in range(self.request.result_count):
                 yield {"choices": [_choice(index, self.first_piece)]}
         if self.options.denoise:
             for row in range(len(job.sequences)):
@@ -168,9 +174,9 @@ class Answer:
         return {"id": self.id, "object": kind, "created": self.created, "model": self.coder.name}
 
     def _usage(self, results: Sequence[Generation]) -> Json:
-        """Tokens of the prompt, once, and of the answers before their ends."""
-        canvas = self.request.canvas
-        prompt = int((canvas.valid[0] & ~canvas.masked[0]).sum())
+        """Tokens of each prompt, once, and of the answers before their ends."""
+        prompts = range(0, self.request.result_count, self.request.params.num_samples)
+        prompt = sum(map(self.request.prompt_tokens, prompts))
         completion = sum(len(result.tokens) for result in results)
         passes = sum(result.forward_passes for result in results)
         counts = {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
@@ -226,7 +232,7 @@ class CompletionAnswer(Answer):
     body: protocol.CompletionRequest
 
     def choice(self, result: Generation) -> Json:
-        echoed = self.body.prompt if self.body.echo else ""
+        echoed = self._prompt(result.index) if self.body.echo else ""
         logprobs = None
         if self.body.logprobs is not None:
             logprobs = self._logprob_columns(result, offset=len(echoed))
@@ -234,6 +240,11 @@ class CompletionAnswer(Answer):
 
     def piece(self, text: str) -> Json:
         return {"text": text, "logprobs": None}
+
+    def _prompt(self, index: int) -> str:
+        """The text of the prompt that the choice `index` answers."""
+        prompt = protocol.prompts_of(self.body.prompt)[index // self.request.params.num_samples]
+        return prompt if isinstance(prompt, str) else self.coder.tokenizer.decode(prompt, skip_special=False)
 
     def _logprob_columns(self, result: Generation, offset: int) -> Json:
         """The log-probabilities as `/v1/completions` has them; the answer begins at character `offset`."""
@@ -267,18 +278,20 @@ class EditAnswer(Answer):
 
     def choice(self, result: Generation) -> Json:
         text = result.text if self.body.instruction is None else program_from(result.text)
-        before = self.body.text.splitlines(keepends=True)
-        after = text.splitlines(keepends=True)
-        return {"text": text, "diff": "".join(difflib.unified_diff(before, after, "before", "after"))}
+        return {"text": text, "diff": unified_diff(self.body.text, text)}
 
 
-# --- llama.cpp's /infill ---------------------------------------------------------------------------------------------
+def unified_diff(before: str, after: str) -> str:
+    """What changes `before` into `after`, as `git apply` and `patch` read it: only a newline ends a line."""
+    old = list(io.StringIO(before, newline="\n"))
+    new = list(io.StringIO(after, newline="\n"))
+    diff = ""
+    for line in difflib.unified_diff(old, new, "before", "after"):
+        diff += line if line.endswith("\n") else f"{line}\n\\ No newline at end of file\n"
+    return diff
 
-_NO_TRACE = Trace(tokens=[], prompt_length=0, steps=[], confidence=[], log_probs=[], forward_passes=0)
-# the answer to a request that is to write nothing
-EMPTY = Generation(
-    index=0, text="", pieces=(), tokens=(), forward_passes=0, seconds=0.0, finish_reason="length", trace=_NO_TRACE
-)
+
+# --- llama.cpp's /infill and /completion -----------------------------------------------------------------------------
 
 
 def fit_into_context(coder: DiffuCoder, body: protocol.InfillRequest) -> tuple[str, str]:
@@ -295,23 +308,34 @@ def fit_into_context(coder: DiffuCoder, body: protocol.InfillRequest) -> tuple[s
     return text or "\n", tokenizer.decode(suffix).rstrip("\ufffd")
 
 
-def infill_answer(coder: DiffuCoder, result: Generation, fields: Sequence[str]) -> Json:
-    """An answer in llama.cpp's form. With `fields` only these; `timings/predicted_n` is a nested one.
+def llama_answer(coder: DiffuCoder, request: Request, result: Generation) -> Json:
+    """An answer in llama.cpp's form. Times of the prompt are 0: it is read again in every pass."""
+    return _llama_fields(
+        coder,
+        text=result.text,
+        stop_type="word" if result.finish_reason == "stop" else "limit",
+        known=request.prompt_tokens(result.index),
+        written=len(result.tokens),
+        seconds=result.seconds,
+    )
 
-    Times of the prompt are 0: it is read again in every pass.
-    """
-    written = len(result.tokens)
-    known = len(result.trace.tokens) - written
-    milliseconds = 1e3 * result.seconds
+
+def nothing_written(coder: DiffuCoder) -> Json:
+    """The answer to a request that is to write nothing."""
+    return _llama_fields(coder, text="", stop_type="limit", known=0, written=0, seconds=0.0)
+
+
+def _llama_fields(coder: DiffuCoder, *, text: str, stop_type: str, known: int, written: int, seconds: float) -> Json:
+    milliseconds = 1e3 * seconds
     timings = {"prompt_n": known, "prompt_ms": 0.0, "prompt_per_token_ms": 0.0, "prompt_per_second": 0.0}
     timings |= {"predicted_n": written, "predicted_ms": milliseconds}
     timings["predicted_per_token_ms"] = milliseconds / max(1, written)
-    timings["predicted_per_second"] = result.tokens_per_second
-    answer: Json = {
-        "content": result.text,
+    timings["predicted_per_second"] = written / max(1e-9, seconds)
+    return {
+        "content": text,
         "model": coder.name,
         "stop": True,
-        "stop_type": "word" if result.finish_reason == "stop" else "limit",
+        "stop_type": stop_type,
         "truncated": False,
         "tokens_predicted": written,
         "tokens_evaluated": known,
@@ -319,8 +343,23 @@ def infill_answer(coder: DiffuCoder, result: Generation, fields: Sequence[str]) 
         "generation_settings": {"n_ctx": coder.model.max_length},
         "timings": timings,
     }
+
+
+def only_fields(answer: Json, fields: Sequence[str]) -> Json:
+    """These fields of an answer, all without `fields`; `timings/predicted_n` is a nested one."""
     if not fields:
         return answer
+    flat = dict(answer)
     for group in ("generation_settings", "timings"):
-        answer |= {f"{group}/{name}": value for name, value in answer[group].items()}
-    return {name: answer[name] for name in fields if name in answer}
+        flat |= {f"{group}/{name}": value for name, value in answer[group].items()}
+    return {name: flat[name] for name in fields if name in flat}
+
+
+def llama_events(answers: Sequence[Json], fields: Sequence[str]) -> str:
+    """Answers as llama.cpp streams them: for each an event with the text, then one with the figures."""
+    events = ""
+    for index, answer in enumerate(answers):
+        text = {"index": index, "content": answer["content"], "stop": False}
+        end = only_fields({**answer, "index": index, "content": ""}, fields)
+        events += f"data: {json.dumps(text)}\n\ndata: {json.dumps(end)}\n\n"
+    return events

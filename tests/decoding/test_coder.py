@@ -364,7 +364,10 @@ def test_a_stop_string_cuts_what_is_written_between_and_changes_nothing_else(cod
     stop = whole.text[len(whole.text) // 2]
     cut = coder.infill(PREFIX, SUFFIX, params=DecodingParams(stop=(stop,)))
     assert (cut.text, cut.finish_reason) == (whole.text.partition(stop)[0], "stop")
-    assert cut.tokens == whole.tokens
+    assert cut.tokens == whole.tokens[: len(cut.tokens)]
+    assert coder.tokenizer.decode(cut.tokens[:-1]) != cut.text
+    assert coder.tokenizer.decode(cut.tokens).startswith(cut.text)
+    assert cut.pieces == (cut.text,)
     assert coder.infill(PREFIX, SUFFIX, params=DecodingParams(stop=("unheard",))).finish_reason == "length"
 
 
