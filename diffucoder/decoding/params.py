@@ -37,7 +37,7 @@ class DecodingParams(Settings):
     """samples of each canvas row, which become consecutive rows"""
 
     stop: tuple[Annotated[str, Field(min_length=1)], ...] = ()
-    """end a text before the first of these strings; for text-level generation"""
+    """end an answer, or the text of each hole, before the first of these strings; for text-level generation"""
 
     seed: int = Field(default=0, ge=0)
     """fixes the result, together with the number of the sample"""

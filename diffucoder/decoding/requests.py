@@ -1,5 +1,6 @@
 """Requests: what is to be decoded for a text, and the `Generation`s that are made from the decoded rows."""
 
+from bisect import bisect_left
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -19,7 +20,7 @@ class Generation:
     index: int  # which result of its request it is, from 0
     text: str  # what was wanted: the answer, the middle of an infill, or the whole text of a fill
     pieces: tuple[str, ...]  # the text of each hole; for a generation the answer alone
-    tokens: tuple[int, ...]  # what was generated, up to the terminator
+    tokens: tuple[int, ...]  # those of the pieces: up to the terminator, or to the token that a stop string begins in
     forward_passes: int
     seconds: float  # of the whole batch that the sample was in
     finish_reason: str  # "stop": a terminator or stop string; "length": the canvas is full
@@ -37,12 +38,12 @@ class Generation:
 
     @property
     def tokens_per_forward(self) -> float:
-        """TPF: tokens before the terminator for each forward pass."""
+        """TPF: `tokens` for each forward pass."""
         return len(self.tokens) / max(1, self.forward_passes)
 
     @property
     def tokens_per_second(self) -> float:
-        """TPS: tokens before the terminator; neither prompt nor padding counts."""
+        """TPS: `tokens` a second; neither prompt nor padding counts."""
         return len(self.tokens) / max(1e-9, self.seconds)
 
 
@@ -71,7 +72,7 @@ class Request:
 
     def settled_ids(self, sequence: Sequence) -> list[int]:
         """The ids of an answer that no later step can change, from its beginning; none while tokens may be revoked."""
-        if self.params.revoke and sequence.finish_reason is None:
+        if sequence.verifier is not None and sequence.finish_reason is None:
             return []
         masks = int(sequence.holes.sum())
         end = min(sequence.first_masked, sequence.answer_end, sequence.first_hole + masks)
@@ -84,20 +85,32 @@ class Request:
 
     def _result(self, index: int, sequence: Sequence, seconds: float) -> Generation:
         tokens = sequence.tokens[sequence.first_hole : sequence.answer_end].tolist()
-        whole = self.tokenizer.decode(tokens)
-        text = before_stops(whole, self.params.stop)
-        stopped = sequence.answer_end < len(sequence.tokens) or text != whole
+        text, kept = self.before_stop(tokens)
         trace = sequence.trace(self.model_name)
         return Generation(
             index=index,
             text=text,
             pieces=(text,),
-            tokens=tuple(tokens),
+            tokens=tuple(kept),
             forward_passes=trace.forward_passes,
             seconds=seconds,
-            finish_reason="stop" if stopped else "length",
+            finish_reason=sequence.finish_reason or "length",
             trace=trace,
         )
+
+    def before_stop(self, tokens: list[int]) -> tuple[str, list[int]]:
+        """The text of `tokens` up to the first stop string, and the tokens that it takes.
+
+        A stop string may begin within a token, which is then the last of them.
+        """
+        whole = self.tokenizer.decode(tokens)
+        text = before_stops(whole, self.params.stop)
+        if text == whole:
+            return text, tokens
+        needed = bisect_left(
+            range(len(tokens)), True, key=lambda count: self.tokenizer.decode(tokens[:count]).startswith(text)
+        )
+        return text, tokens[:needed]
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -111,7 +124,7 @@ class HoleRequest(Request):
 
     @property
     def until(self) -> Until | None:
-        """None: rows that ended early could not be compared. Stop strings cut the text afterwards."""
+        """None: rows are compared by all of their tokens. Stop strings cut the text of each hole afterwards."""
         return None
 
     def results(self, sequences: list[Sequence], seconds: float) -> list[Generation]:
@@ -129,26 +142,28 @@ class HoleRequest(Request):
         text = ""
         holes: list[str] = []
         tokens: list[int] = []
+        stopped = False
         position = 0
         for piece, size in zip(self.pieces, self.sizes, strict=True):
             if isinstance(piece, Hole):
                 size = piece.length or length
                 ids = trace.tokens[position : position + size]
-                tokens += ids
-                holes.append(self.tokenizer.decode(ids))
-                text += holes[-1]
+                hole, kept = self.before_stop(ids)
+                stopped = stopped or hole != self.tokenizer.decode(ids)
+                holes.append(hole)
+                tokens += kept
+                text += hole
             else:
                 text += piece
             position += size
-        middle = before_stops(holes[0], self.params.stop)
         return Generation(
             index=index,
-            text=text if self.whole else middle,
+            text=text if self.whole else holes[0],
             pieces=tuple(holes),
             tokens=tuple(tokens),
             forward_passes=trace.forward_passes,
             seconds=seconds,
-            finish_reason="length" if middle == holes[0] else "stop",
+            finish_reason="stop" if stopped else "length",
             trace=trace,
         )
 

@@ -98,7 +98,7 @@ class Generator:
     def _request(self, task: Task) -> "Request":
         """Return what answers a task, with `params.num_samples` results. Raises PromptError."""
         if task.suffix:
-            return self.coder.infill_request(task.prompt, task.suffix, self.params.replace(stop=()))
+            return self.coder.infill_request(task.prompt, task.suffix, self.params)
         prompt = task.prompt if self.raw else self.coder.tokenizer.chat(task.request) + task.prefill
         return self.coder.request(prompt, self.params, chat=False)
 

@@ -280,7 +280,7 @@ def infill_answer(coder: DiffuCoder, result: Generation, fields: Sequence[str]) 
     Times of the prompt are 0: it is read again in every pass.
     """
     written = len(result.tokens)
-    known = len(result.trace.tokens) - written
+    known = len(result.trace.tokens) - sum(step >= 0 for step in result.trace.steps)  # a stop may have cut `tokens`
     milliseconds = 1e3 * result.seconds
     timings = {"prompt_n": known, "prompt_ms": 0.0, "prompt_per_token_ms": 0.0, "prompt_per_second": 0.0}
     timings |= {"predicted_n": written, "predicted_ms": milliseconds}
