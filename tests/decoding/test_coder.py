@@ -376,8 +376,8 @@ def test_tokens_end_where_the_stop_string_begins_and_the_pad_need_not_end_an_ans
     params = DecodingParams(new_tokens=30, stop=("1\nd",))
     request = coder.request(ASK, params)
     never = replace(request.canvas, terminators=())  # so that nothing but the stop string ends the answer
-    for request in (request, replace(request, canvas=never)):
-        [[result]] = coder.run([request])
+    for asked in (request, replace(request, canvas=never)):
+        [[result]] = coder.run([asked])
         assert (result.text, result.finish_reason) == ("return ", "stop")
         assert_tokens_are_of_the_text(coder, result.tokens, result.text)
         assert result.tokens_per_forward == len(result.tokens) / result.forward_passes
