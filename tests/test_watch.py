@@ -107,9 +107,7 @@ def test_nothing_is_shown_behind_the_terminator_once_it_is_known(view: CanvasVie
     assert view.text().plain == "xy"
 
 
-def test_a_revoked_token_is_a_mask_again_and_counts_no_more(
-    view: CanvasView, canvas: Canvas, console: Console
-) -> None:
+def test_a_revoked_token_is_a_mask_again_and_counts_no_more(view: CanvasView, canvas: Canvas, console: Console) -> None:
     one, two = view.tokenizer.encode("xy")[:2]
     view.update(at(canvas, 0, {0: one, 1: two}))
     taken_back = torch.zeros_like(canvas.masked)

@@ -20,7 +20,9 @@ class Generation:
     index: int  # which result of its request it is, from 0
     text: str  # what was wanted: the answer, the middle of an infill, or the whole text of a fill
     pieces: tuple[str, ...]  # the text of each hole; for a generation the answer alone
-    tokens: tuple[int, ...]  # those of the pieces: up to the terminator, or to the token that a stop string begins in
+    tokens: tuple[
+        int, ...
+    ]  # what was generated, up to the terminator, or as far as it is in `pieces` with a stop string
     forward_passes: int
     seconds: float  # of the whole batch that the sample was in
     finish_reason: str  # "stop": a terminator or stop string; "length": the canvas is full
@@ -84,33 +86,28 @@ class Request:
         return [self._result(index, sequence, seconds) for index, sequence in enumerate(sequences)]
 
     def _result(self, index: int, sequence: Sequence, seconds: float) -> Generation:
-        tokens = sequence.tokens[sequence.first_hole : sequence.answer_end].tolist()
-        text, kept = self.before_stop(tokens)
+        written = sequence.tokens[sequence.first_hole : sequence.answer_end].tolist()
+        text, tokens, _ = self._before_stops(written)
         trace = sequence.trace(self.model_name)
         return Generation(
             index=index,
             text=text,
             pieces=(text,),
-            tokens=tuple(kept),
+            tokens=tuple(tokens),
             forward_passes=trace.forward_passes,
             seconds=seconds,
             finish_reason=sequence.finish_reason or "length",
             trace=trace,
         )
 
-    def before_stop(self, tokens: list[int]) -> tuple[str, list[int]]:
-        """The text of `tokens` up to the first stop string, and the tokens that it takes.
-
-        A stop string may begin within a token, which is then the last of them.
-        """
-        whole = self.tokenizer.decode(tokens)
+    def _before_stops(self, ids: list[int]) -> tuple[str, list[int], bool]:
+        """The text of `ids` before the first stop string, the ids that have a part in it, and whether there is one."""
+        whole = self.tokenizer.decode(ids)
         text = before_stops(whole, self.params.stop)
         if text == whole:
-            return text, tokens
-        needed = bisect_left(
-            range(len(tokens)), True, key=lambda count: self.tokenizer.decode(tokens[:count]).startswith(text)
-        )
-        return text, tokens[:needed]
+            return text, ids, False
+        count = bisect_left(range(len(ids)), True, key=lambda n: self.tokenizer.decode(ids[:n]).startswith(text))
+        return text, ids[:count], True
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -148,8 +145,8 @@ class HoleRequest(Request):
             if isinstance(piece, Hole):
                 size = piece.length or length
                 ids = trace.tokens[position : position + size]
-                hole, kept = self.before_stop(ids)
-                stopped = stopped or hole != self.tokenizer.decode(ids)
+                hole, kept, cut = self._before_stops(ids)
+                stopped = stopped or cut
                 holes.append(hole)
                 tokens += kept
                 text += hole
