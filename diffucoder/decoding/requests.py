@@ -20,9 +20,7 @@ class Generation:
     index: int  # which result of its request it is, from 0
     text: str  # what was wanted: the answer, the middle of an infill, or the whole text of a fill
     pieces: tuple[str, ...]  # the text of each hole; for a generation the answer alone
-    tokens: tuple[
-        int, ...
-    ]  # what was generated, up to the terminator, or as far as it is in `pieces` with a stop string
+    tokens: tuple[int, ...]  # what was generated, up to the terminator, or as far as it is in `text` with a stop string
     forward_passes: int
     seconds: float  # of the whole batch that the sample was in
     finish_reason: str  # "stop": a terminator or stop string; "length": the canvas is full
