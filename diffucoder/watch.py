@@ -43,6 +43,9 @@ class CanvasView:
         self.tokens = step.canvas[0, self.first :].tolist()
         for position in step.committed[0, self.first :].nonzero()[:, 0].tolist():
             self.step_of[position] = step.index
+        if step.revoked is not None:
+            for position in step.revoked[0, self.first :].nonzero()[:, 0].tolist():
+                self.step_of.pop(position, None)
         self.passes = step.forward_passes
 
     def text(self) -> Text:
@@ -111,7 +114,12 @@ def progress(request: Request, console: Console) -> Iterator[OnStep]:
     """Show a progress bar over the tokens of all rows of a request, which goes away at the end."""
     with Progress(console=console, transient=True) as bar:
         task = bar.add_task("decoding", total=int(request.canvas.masked.sum()))
-        yield lambda _, step: bar.advance(task, int(step.committed.sum()))
+
+        def show(_: Sequence, step: Step) -> None:
+            taken_back = 0 if step.revoked is None else int(step.revoked.sum())
+            bar.advance(task, int(step.committed.sum()) - taken_back)
+
+        yield show
 
 
 def _style(share: float) -> Style:

@@ -2,6 +2,7 @@
 
 import io
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -115,6 +116,19 @@ def test_nothing_is_shown_behind_the_terminator_once_it_is_known(view: CanvasVie
     assert view.text().plain == "xy"
 
 
+def test_a_revoked_token_is_a_mask_again_and_counts_no_more(view: CanvasView, canvas: Canvas, console: Console) -> None:
+    one, two = view.tokenizer.encode("xy")[:2]
+    view.update(at(canvas, 0, {0: one, 1: two}))
+    taken_back = torch.zeros_like(canvas.masked)
+    taken_back[0, int(canvas.masked[0].int().argmax()) + 1] = True
+    last = at(canvas, 1, {0: one})
+    view.update(replace(last, committed=torch.zeros_like(taken_back), revoked=taken_back))
+    assert view.text().plain == "x" + PLACEHOLDER * 7
+    assert view.step_of == {0: 0}
+    console.print(view.render())
+    assert "2 forward passes · 0.50 tokens per pass" in console.export_text()
+
+
 def test_figures_count_passes_and_the_tokens_before_the_terminator(
     view: CanvasView, canvas: Canvas, console: Console
 ) -> None:
@@ -152,14 +166,17 @@ def test_a_pipe_gets_the_finished_view_once(coder: DiffuCoder, request_of_two: R
     assert "\x1b" not in pipe.getvalue()
 
 
+@pytest.mark.parametrize("more", [{"steps": 4}, {"steps": 4, "revoke": 0.9}], ids=str)
 def test_a_progress_bar_counts_every_token_and_leaves_no_trace(
-    coder: DiffuCoder, request_of_two: Request, monkeypatch: pytest.MonkeyPatch
+    coder: DiffuCoder, monkeypatch: pytest.MonkeyPatch, more: dict[str, Any]
 ) -> None:
+    request = coder.request("def f(x):", DecodingParams(new_tokens=8, num_samples=2, **more), chat=False)
     counted: list[float] = []
     monkeypatch.setattr("rich.progress.Progress.advance", lambda self, task, advance: counted.append(advance))
     pipe = io.StringIO()
-    with progress(request_of_two, Console(file=pipe, width=80)) as on_step:
-        coder.run([request_of_two], on_step=on_step)
+    with progress(request, Console(file=pipe, width=80)) as on_step:
+        [results] = coder.run([request], on_step=on_step)
+    assert any(result.trace.revoked for result in results) == ("revoke" in more)
     assert sum(counted) == 2 * 8
     assert pipe.getvalue().strip() == ""
 

@@ -69,7 +69,8 @@ class Answer:
     def ar_ness(self, conventions: Conventions) -> tuple[list[float], list[float]]:
         """Local AR-ness@k and global AR-ness@k, for `LOCAL` and `GLOBAL` k."""
         length = self.length if conventions.span == "answer" else len(self.pieces)
-        return ar_ness(self.trace.steps[:length], conventions, self.trace.confidence[:length])
+        end = self.length if conventions.span == "interrupted" else None
+        return ar_ness(self.trace.steps[:length], conventions, self.trace.confidence[:length], end=end)
 
     @property
     def ranks(self) -> np.ndarray:
@@ -90,9 +91,16 @@ class Run:
 
 
 def ar_ness(
-    steps: Sequence[int], conventions: Conventions, confidence: Sequence[float] | None = None
+    steps: Sequence[int],
+    conventions: Conventions,
+    confidence: Sequence[float] | None = None,
+    *,
+    end: int | None = None,
 ) -> tuple[list[float], list[float]]:
-    """Return local and global AR-ness, from the step of each position from the first hole on; -1 where none did."""
+    """Return local and global AR-ness, from the step of each position from the first hole on; -1 where none did.
+
+    Commitments to positions from `end` on interrupt runs, and are not counted themselves.
+    """
     first = confidence if conventions.several == "surest_first" else None
     order = commit_order(steps, first)
     before: Sequence[int] = range(len(order))
@@ -108,8 +116,9 @@ def ar_ness(
         if conventions.boundary == "prompt":  # the k tokens to the left of the first hole were read in order
             run = [*range(-k, 0), *order]
             known = [*range(k), *(k + count for count in before)]
-        local_values.append(local_ar_ness(run, k, ordered=conventions.ordered, boundary=boundary, before=known))
-    return local_values, [global_ar_ness(order, k, before=before) for k in GLOBAL]
+        value = local_ar_ness(run, k, ordered=conventions.ordered, boundary=boundary, before=known, end=end)
+        local_values.append(value)
+    return local_values, [global_ar_ness(order, k, before=before, end=end) for k in GLOBAL]
 
 
 def read_runs(paths: Iterable[Path]) -> list[Run]:

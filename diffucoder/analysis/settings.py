@@ -23,6 +23,8 @@ class Conventions(Settings):
         default="left_to_right",
         description="tokens of a step come left_to_right, surest_first, or at_once (then none follows another)",
     )
-    span: Literal["answer", "canvas"] = Field(
-        default="answer", description="what is measured: the answer with its terminator, or all of the canvas"
+    span: Literal["answer", "interrupted", "canvas"] = Field(
+        default="answer",
+        description="what is measured: the answer with its terminator, as if no padding had been committed; the same "
+        "interrupted by the padding that was committed between its tokens; or all of the canvas",
     )

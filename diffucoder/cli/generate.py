@@ -53,7 +53,7 @@ def generate(
         write_traces(trace, [result.trace for result in results])
 
 
-@partial(with_options, without=("new_tokens", "stop"))  # holes have a length and an end of their own
+@partial(with_options, without=("new_tokens",))  # holes have a length of their own
 def infill(
     path: Annotated[str, typer.Argument(help="a file with holes, <|hole|> or <|hole:12|>; - for standard input")],
     *,

@@ -56,7 +56,7 @@ class BlockCache(NoCache):
 class DelayedCache(NoCache):
     """Compute a token as long as it is masked, and once more after it was committed or revoked.
 
-    dKV-Cache (arXiv 2505.15781).
+    After dKV-Cache (arXiv 2505.15781), which computes everything again at intervals. This one never does.
     """
 
     uses_cache = True

@@ -212,10 +212,6 @@ class DiffuCoder:
     def _holes(
         self, pieces: list[str | Hole], params: DecodingParams, *, whole: bool, most: int | None = None
     ) -> Request:
-        if params.stop and whole:
-            raise ConfigError(
-                f"stop={params.stop!r} ends an answer, but holes end where the text goes on; leave it out"
-            )
         encoded = [self.tokenizer.encode(piece) if isinstance(piece, str) else [] for piece in pieces]
         sizes = [len(ids) for ids in encoded]
         lengths: tuple[int, ...] = (0,)

@@ -46,7 +46,10 @@ class Verifier(Protocol):
 
 
 class LostProbability:
-    """Take back what lost most probability since it was scored last: at most `share` times what is committed."""
+    """Take back what lost most probability since it was scored last: at most `share` times what is committed.
+
+    The idea is Saber's (arXiv 2510.18165), whose rules are others (docs/decoding.md).
+    """
 
     def __init__(self, share: float) -> None:
         self.share = share

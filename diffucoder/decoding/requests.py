@@ -38,12 +38,12 @@ class Generation:
 
     @property
     def tokens_per_forward(self) -> float:
-        """TPF: tokens before the terminator for each forward pass."""
+        """TPF: `tokens` for each forward pass."""
         return len(self.tokens) / max(1, self.forward_passes)
 
     @property
     def tokens_per_second(self) -> float:
-        """TPS: tokens before the terminator; neither prompt nor padding counts."""
+        """TPS: `tokens` a second; neither prompt nor padding counts."""
         return len(self.tokens) / max(1e-9, self.seconds)
 
 
@@ -81,7 +81,7 @@ class Request:
 
     def settled_ids(self, sequence: Sequence) -> list[int]:
         """The ids of an answer that no later step can change, from its beginning; none while tokens may be revoked."""
-        if self.params.revoke and sequence.finish_reason is None:
+        if sequence.verifier is not None and sequence.finish_reason is None:
             return []
         masks = int(sequence.holes.sum())
         end = min(sequence.written_end, sequence.first_hole + masks)
@@ -95,7 +95,6 @@ class Request:
     def _result(self, index: int, sequence: Sequence, seconds: float) -> Generation:
         written = sequence.tokens[sequence.first_hole : sequence.written_end].tolist()
         text, tokens, stopped = self._before_stops(written)
-        stopped = stopped or sequence.answer_end < len(sequence.tokens)
         trace = sequence.trace(self.model_name)
         return Generation(
             index=index,
@@ -104,7 +103,7 @@ class Request:
             tokens=tuple(tokens),
             forward_passes=trace.forward_passes,
             seconds=seconds,
-            finish_reason="stop" if stopped else "length",
+            finish_reason="stop" if stopped or sequence.finish_reason == "stop" else "length",
             trace=trace,
         )
 
@@ -134,7 +133,7 @@ class HoleRequest(Request):
 
     @property
     def until(self) -> Until | None:
-        """None: rows that ended early could not be compared. Stop strings cut the text afterwards."""
+        """None: rows are compared by all of their tokens. Stop strings cut the text of each hole afterwards."""
         return None
 
     def results(self, sequences: list[Sequence], seconds: float) -> list[Generation]:
@@ -152,24 +151,23 @@ class HoleRequest(Request):
         text = ""
         holes: list[str] = []
         tokens: list[int] = []
+        stopped = False
         position = 0
         for piece, size in zip(self.pieces, self.sizes, strict=True):
             if isinstance(piece, Hole):
                 size = piece.length or length
                 ids = trace.tokens[position : position + size]
-                tokens += ids
-                holes.append(self.tokenizer.decode(ids))
-                text += holes[-1]
+                hole, kept, cut = self._before_stops(ids)
+                stopped = stopped or cut
+                holes.append(hole)
+                tokens += kept
+                text += hole
             else:
                 text += piece
             position += size
-        stopped = False
-        if not self.whole:  # one hole, which a stop string may cut
-            text, tokens, stopped = self._before_stops(tokens)
-            holes = [text]
         return Generation(
             index=index,
-            text=text,
+            text=text if self.whole else holes[0],
             pieces=tuple(holes),
             tokens=tuple(tokens),
             forward_passes=trace.forward_passes,

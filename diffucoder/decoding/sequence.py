@@ -97,8 +97,10 @@ class Sequence:
         self.finish_reason: Literal["stop", "length"] | None = None if masked else "length"
         self.forward_passes = 0
         self._until_saw = self.first_hole  # the first masked position when `until` was called last
-        # Depends on nothing else; SeedSequence mixes them, so that neighbouring seeds and samples share nothing
-        mixed = np.random.SeedSequence((params.seed, int(canvas.sample[row]))).generate_state(1, np.uint64)
+        # Depends on seed and sample alone. SeedSequence hashes them, so that neighbours share nothing; it reads words
+        # of 32 bits, so the sample follows the first word: else sample 1 of seed s would be sample 0 of seed s + 2**32
+        upper, lower = divmod(params.seed, 2**32)
+        mixed = np.random.SeedSequence((lower, int(canvas.sample[row]), upper)).generate_state(1, np.uint64)
         self._generator = torch.Generator().manual_seed(int(mixed[0]))
         self._uniform: Tensor | None = None
         self._cache: tuple[KVCache, int] | None = None
@@ -222,6 +224,7 @@ class Sequence:
             self._revoked.append([position - self.first_hole, token, made, self.forward_passes])
         self._committed_by[revoked] = -1
         self.tokens = self.tokens.masked_fill(revoked, self.canvas.mask_id)
+        self._until_saw = min(self._until_saw, self.first_masked)  # other tokens may come there
 
     def _finish_if_over(self) -> None:
         """Set `finish_reason` once nothing before the answer's end is masked, or `until` says so.

@@ -123,39 +123,48 @@ def local_ar_ness(
     ordered: bool = False,
     boundary: Literal["exclude", "include"] = "exclude",
     before: Sequence[int] | None = None,
+    end: int | None = None,
 ) -> float:
     """Share of commitments that continue a run: the `k` positions before a token are the k committed before it.
 
     DiffuCoder (arXiv 2506.20639) §4.1, local AR-ness@k, where sets are compared; `ordered` wants the run itself from
     left to right. The first k commitments have no k predecessors: they are left out, or fail with `boundary="include"`.
-    nan where that leaves nothing. `before` (`committed_before`) says which commitments share a step.
+    nan where that leaves nothing. `before` (`committed_before`) says which commitments share a step. Commitments to
+    positions from `end` on interrupt runs, and are not counted themselves.
     """
     before = range(len(order)) if before is None else before
     arrange = list if ordered else sorted
     runs = 0
-    followers = 0
+    counted = 0
     for known, position in zip(before, order, strict=True):
+        if end is not None and position >= end:
+            continue
         if known >= k:
-            followers += 1
+            counted += 1
             runs += arrange(order[known - k : known]) == list(range(position - k, position))
-    counted = followers if boundary == "exclude" else len(order)
+        else:
+            counted += boundary == "include"
     return runs / counted if counted > 0 else math.nan
 
 
-def global_ar_ness(order: Sequence[int], k: int, *, before: Sequence[int] | None = None) -> float:
+def global_ar_ness(
+    order: Sequence[int], k: int, *, before: Sequence[int] | None = None, end: int | None = None
+) -> float:
     """Share of commitments to one of the `k` leftmost masked positions (DiffuCoder §4.1); nan where there are none.
 
-    `before` as in `local_ar_ness`.
+    `before` and `end` as in `local_ar_ness`.
     """
-    if not order:
-        return math.nan
     before = range(len(order)) if before is None else before
     positions = np.asarray(order)
     early = 0
+    counted = 0
     for known, position in zip(before, order, strict=True):
+        if end is not None and position >= end:
+            continue
         masked_to_the_left = int((positions[known:] < position).sum())
         early += masked_to_the_left < k
-    return early / len(order)
+        counted += 1
+    return early / counted if counted > 0 else math.nan
 
 
 def committed_before(order: Sequence[int], steps: Sequence[int]) -> list[int]:

@@ -5,7 +5,9 @@ A task holds what a model is shown and what a program is checked by. Not for run
 
 import ast
 import json
+import re
 import sys
+import textwrap
 import zlib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -25,6 +27,10 @@ _BARE_REQUEST = "```\n{}\n```\n"  # Table 6
 
 _SHIPPED_DATA = Path(__file__).parents[1] / "data"
 _MBPP_V010_TASKS = 399  # MBPP+ v0.1.0; v0.2.0 withdrew 21 of them
+
+_CODE_LINE = re.compile(  # a line that prose does not have
+    r'^(?:(?:async )?def \w+\(|class \w+[(:]|import \w|from [\w.]+ import |@\w|\w+ = |#|["\']{3})', re.MULTILINE
+)
 
 _Row = Mapping[str, Any]  # one row of a published file
 
@@ -173,7 +179,10 @@ def _bigcodebench_instruct(row: _Row) -> Task:
 
 
 def _own_task(row: _Row) -> Task:
-    """A row of a user's file: a request, and optionally the asserts that judge an answer."""
+    """A row of a user's file: a request, and optionally the asserts that judge an answer.
+
+    A base model continues it as a comment, unless it is code itself.
+    """
     prompt, prefill, lines = row["prompt"], row.get("prefill", ""), row.get("tests", [])
     if not isinstance(prompt, str) or not isinstance(prefill, str):
         raise ValueError("prompt must be a string, and prefill too")
@@ -181,18 +190,14 @@ def _own_task(row: _Row) -> Task:
         raise ValueError("tests must be a list of asserts")
     tests = Asserts(tuple(lines)) if lines else None
     entry_point = row.get("entry_point", "")
-    return Task(str(row.get("id", "")), entry_point, prompt, prompt, row.get("solution", ""), tests, prefill)
+    text = prompt if _CODE_LINE.search(prompt) else textwrap.indent(prompt.strip(), "# ", lambda _: True) + "\n"
+    return Task(str(row.get("id", "")), entry_point, text, prompt, row.get("solution", ""), tests, prefill)
 
 
 def _gsm8k(row: _Row) -> Task:
     """A mathematics question, whose answer is not judged."""
     question = row["question"]
     return Task("", "", f"Question: {question}\nAnswer:", question, row["answer"])
-
-
-def _tiny(row: _Row) -> Task:
-    """A held-out problem of the shipped model: no training problem combines the same blocks."""
-    return replace(_own_task(row), prompt=f"# {row['prompt']}\n")
 
 
 def _libraries(*programs: str) -> tuple[str, ...]:
@@ -243,7 +248,7 @@ _BENCHMARKS = {  # the further inputs of EvalPlus count where a name ends in +
     "bigcodebench-instruct": _bigcode("BigCodeBench", _bigcodebench_instruct),
     "bigcodebench-hard": _bigcode("BigCodeBench-Hard", _bigcodebench),
     "bigcodebench-hard-instruct": _bigcode("BigCodeBench-Hard", _bigcodebench_instruct),
-    "tiny": _Benchmark(("tiny_problems.jsonl",), _tiny),
+    "tiny": _Benchmark(("tiny_problems.jsonl",), _own_task),  # no training problem combines the same blocks
 }
 
 

@@ -84,8 +84,8 @@ def grade(
     """Run each test in a fresh process of the program. `limits.seconds` is for all tests together.
 
     Tests that cannot be split have a run of their own, with the same seconds again. Seconds are processor seconds, so
-    that a busy machine causes no time-out. A program that sleeps has PATIENCE times as many on the clock, but at most a
-    minute more. Without `sandbox`, one is started for this program. Raises ConfigError if there are no tests.
+    that a busy machine causes few time-outs. On the clock a program has PATIENCE times as many, but at most a minute
+    more. Without `sandbox`, one is started for this program. Raises ConfigError if there are no tests.
     """
     if isinstance(tests, str) or not tests:
         raise ConfigError(f"tests={tests!r} must be a list of one or more asserts; leave out a problem without tests")

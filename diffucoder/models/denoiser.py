@@ -201,7 +201,8 @@ class Denoiser(nn.Module):
                 layout,
                 longest=int(positions.max()) + 1,
             )  # (N, H)
-            index_of = feed.flatten().cumsum(0) - 1  # (R * T,) of each fed position among the N
+            index_of = torch.zeros(feed.numel(), dtype=torch.long)  # of each fed position among the N
+            index_of[fed] = torch.arange(len(fed))
             row, position = self._sources(wanted, valid).unbind(-1)
             source = index_of[row * tokens.shape[1] + position]  # (M,)
             return self._reduced(hidden[source.to(device)], fast.head, reduce)

@@ -7,7 +7,7 @@ They read the same weights as transformers' layers (the projections of a layer s
 being views of them) and give the same numbers up to rounding.
 
 N is the number of tokens that a pass is fed, all rows together. Only attention needs rows: there the N queries are laid
-out as a rectangle (A rows, W wide), which `Layout` describes.
+out as rectangles (A rows, W wide), which `Layout` describes.
 """
 
 from collections.abc import Callable, Sequence
@@ -21,45 +21,64 @@ from torch.nn import functional as F
 from diffucoder.models.cache import KVCache
 
 STATIC_WIDTH = 32  # compiled layers are fed rectangles of multiples of this width
+NARROW = 16  # rows up to this width share a rectangle
 Project = Callable[[Tensor], Tensor]  # (..., in) -> (..., out)
+Attention = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]  # of queries, keys, values and a mask
 
 
 @dataclass(frozen=True, eq=False)
-class Layout:
-    """Where the N tokens of a pass are among the A x W queries of attention, and which keys those see."""
+class Rectangle:
+    """Where some of the N tokens of a pass are among A x W queries of attention, and which keys those see."""
 
+    tokens: slice  # which of the N
     rows: int  # A
     width: int  # W
-    cells: Tensor | None  # (N,) the query of each token, counted through the rows; None when it is all of them in order
+    cells: Tensor | None  # (n,) the query of each token, counted through the rows; None when it is all of them in order
     mask: Tensor | None  # (A, 1, 1, K) bool, True = visible, over the K keys; None when all are
-    cache: KVCache
     cache_rows: Tensor | None  # (A,) rows of the cache that are copied to be read; None: the first A are read in place
-    write: Tensor | None  # (N,) where keys and values go, counted through rows and slots of the cache; None: nowhere
     seen: int  # K: slots of each cache row that are read
 
     def spread(self, flat: Tensor) -> Tensor:
         """(N, ...) -> (A, W, ...), zeros where there is no token."""
+        flat = flat[self.tokens]
         if self.cells is not None:
             empty = flat.new_zeros(self.rows * self.width, *flat.shape[1:])
             flat = empty.index_copy_(0, self.cells, flat)
         return flat.view(self.rows, self.width, *flat.shape[1:])
 
     def gather(self, spread: Tensor) -> Tensor:
-        """(A, W, ...) -> (N, ...)."""
+        """(A, W, ...) -> (n, ...)."""
         flat = spread.flatten(0, 1)
         return flat if self.cells is None else flat.index_select(0, self.cells)
 
-    def keys_and_values(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """What the queries of a layer see, (A, K, heads, D) each, given the N new keys and values (N, heads, D)."""
-        if self.write is None:
-            return self.spread(key), self.spread(value)
-        cached_keys = self._update(self.cache.keys[layer], self.write, key)
-        return cached_keys, self._update(self.cache.values[layer], self.write, value)
-
-    def _update(self, cached: Tensor, places: Tensor, new: Tensor) -> Tensor:
-        cached.flatten(0, 1).index_copy_(0, places, new)
+    def read(self, cached: Tensor) -> Tensor:
+        """What is seen of a layer's cached keys or values (P, S, heads, D): (A, K, heads, D)."""
         rows = cached[: self.rows] if self.cache_rows is None else cached.index_select(0, self.cache_rows)
         return rows[:, : self.seen]
+
+
+@dataclass(frozen=True, eq=False)
+class Layout:
+    """How the N tokens of a pass are laid out for attention: a rectangle for the rows of about a width."""
+
+    rectangles: list[Rectangle]  # of consecutive tokens
+    cache: KVCache
+    write: Tensor | None  # (N,) where keys and values go, counted through rows and slots of the cache; None: nowhere
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, attention: Attention) -> Tensor:
+        """(N, heads * D) of a layer, given N queries (N, heads, D), and N new keys and values (N, key heads, D)."""
+        if self.write is not None:
+            self.cache.keys[layer].flatten(0, 1).index_copy_(0, self.write, key)
+            self.cache.values[layer].flatten(0, 1).index_copy_(0, self.write, value)
+        parts = []
+        for rectangle in self.rectangles:
+            if self.write is None:
+                keys, values = rectangle.spread(key), rectangle.spread(value)
+            else:
+                keys = rectangle.read(self.cache.keys[layer])
+                values = rectangle.read(self.cache.values[layer])
+            parts.append(rectangle.gather(attention(rectangle.spread(query), keys, values, rectangle.mask)))
+        return torch.cat(parts) if len(parts) > 1 else parts[0]
 
 
 def plan_layout(
@@ -74,45 +93,86 @@ def plan_layout(
 ) -> tuple[Tensor, Layout]:
     """The positions that a pass over R canvases is fed, counted through the rows (N,), and their layout.
 
-    They are those of `feed` (R, T) bool, the last one repeated up to a multiple of `step`: it computes the same again
-    and is written to the same place. `positions` (R, T) int64 are the places of the tokens in their canvases, which
-    have `cache_rows` in the `cache`; without, nothing is cached. `static` rounds sizes up, so that compiled layers meet
-    few of them. All of it is computed on the host: nothing waits for the device.
+    They are those of `feed` (R, T) bool, rectangle by rectangle, the last one repeated up to a multiple of `step`: it
+    computes the same again and is written to the same place. `positions` (R, T) int64 are the places of the tokens in
+    their canvases, which have `cache_rows` in the `cache`; without, nothing is cached. `static` rounds sizes up, so
+    that compiled layers meet few of them. All of it is computed on the host: nothing waits for the device.
     """
-    fed = feed.flatten().nonzero()[:, 0]
-    fed = torch.cat([fed, fed[-1:].expand(-len(fed) % step)])  # (N,)
-    row = fed // feed.shape[1]  # (N,) of the rectangle
-    column = (feed.long().cumsum(-1) - 1).flatten()[fed]  # (N,) left-aligned
-    lengths = feed.sum(-1)  # of what is seen in each row of the rectangle
+    length = feed.shape[1]
+    lengths = feed.sum(-1)  # (R,)
+    column = feed.long().cumsum(-1) - 1  # (R, T) left-aligned
+    missing = -int(lengths.sum()) % step
+    groups = [list(range(len(feed)))]
+    if device.type == "cpu" and not static:  # elsewhere one call more costs more than the padding
+        groups = _alike(lengths.tolist())
+    parts: list[Tensor] = []
+    rectangles: list[Rectangle] = []
+    start = 0
+    for rows in groups:
+        own = feed[rows].nonzero()  # (n, 2)
+        if rows is groups[-1]:
+            own = torch.cat([own, own[-1:].expand(missing, 2)])
+        row, at = own.unbind(-1)  # of the group
+        parts.append(torch.tensor(rows)[row] * length + at)
+        tokens = slice(start, start + len(own))
+        start = tokens.stop
+        cells = (row, column[rows][tuple(own.T)])
+        own_cache = None if cache_rows is None else [cache_rows[row] for row in rows]
+        rectangles.append(_rectangle(tokens, cells, lengths[rows], static, device, cache, own_cache))
+    fed = torch.cat(parts)  # (N,)
+    write = None
+    if cache_rows is not None:
+        write = (torch.tensor(cache_rows)[fed // length] * cache.slots + positions.flatten()[fed]).to(device)
+    return fed, Layout(rectangles, cache, write)
+
+
+def _alike(widths: Sequence[int]) -> list[list[int]]:
+    """The rows whose widths are within a factor of two of each other, together; those without any are left out."""
+    groups: dict[int, list[int]] = {}
+    for row, width in enumerate(widths):
+        if width:
+            groups.setdefault((max(width, NARROW) - 1).bit_length(), []).append(row)
+    return list(groups.values())
+
+
+def _rectangle(
+    tokens: slice,
+    cells: tuple[Tensor, Tensor],
+    lengths: Tensor,
+    static: bool,
+    device: torch.device,
+    cache: KVCache,
+    cache_rows: Sequence[int] | None,
+) -> Rectangle:
+    """The rectangle that has `tokens` in its `cells`, rows (n,) and columns (n,), for rows of `lengths` (A,)."""
+    row, column = cells
     width = int(lengths.max())
     if static:
         width += -width % STATIC_WIDTH
     seen = width
     copied = None
-    write = None
     if cache_rows is not None:
         read = list(range(cache.rows if static else max(cache_rows) + 1))
-        if not static and len(read) > 2 * len(cache_rows):  # attention over fewer unused rows is cheaper than a copy
-            read = sorted(cache_rows)
+        # Attention over a few unused rows is cheaper than a copy of the others
+        if not static and 3 * len(read) > 4 * len(cache_rows):
+            read = list(cache_rows)
             copied = torch.tensor(read, device=device)
         row = torch.tensor([read.index(cache_row) for cache_row in cache_rows])[row]
-        write = (torch.tensor(read)[row] * cache.slots + positions.flatten()[fed]).to(device)
         lengths = torch.tensor(cache.lengths(read))
         seen = cache.slots if static else int(lengths.max())
     elif static:
-        rows = 1 << (len(feed) - 1).bit_length()
-        lengths = F.pad(lengths, (0, rows - len(feed)), value=1)
+        rows = 1 << (len(lengths) - 1).bit_length()
+        lengths = F.pad(lengths, (0, rows - len(lengths)), value=1)
     rows = len(lengths)
-    cells = row * width + column
+    cell = row * width + column  # (n,)
     visible = torch.arange(seen) < lengths[:, None]  # (A, K)
-    return fed, Layout(
+    return Rectangle(
+        tokens=tokens,
         rows=rows,
         width=width,
-        cells=None if not static and cells.equal(torch.arange(rows * width)) else cells.to(device),
+        cells=None if not static and cell.equal(torch.arange(rows * width)) else cell.to(device),
         mask=None if not static and visible.all() else visible[:, None, None].to(device),
-        cache=cache,
         cache_rows=copied,
-        write=write,
         seen=seen,
     )
 
@@ -185,9 +245,7 @@ class FastLayers:
         for index, layer in enumerate(self.layers):
             normed = self._normed(hidden, layer.attention_norm)
             query, key, value = self._query_key_value(layer, normed, cos, sin)
-            keys, values = layout.keys_and_values(index, key, value)
-            attended = self._attention(layout.spread(query), keys, values, layout.mask)
-            hidden = hidden + layer.out(layout.gather(attended))
+            hidden = hidden + layer.out(layout.attend(index, query, key, value, self._attention))
             gate, up = layer.gate_up(self._normed(hidden, layer.feed_forward_norm)).chunk(2, -1)
             hidden = hidden + layer.down(F.silu(gate) * up)
         return self._normed(hidden, self.norm)

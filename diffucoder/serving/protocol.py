@@ -221,8 +221,8 @@ class FillRequest(SamplingRequest):
 
     @model_validator(mode="after")
     def _fields_fit(self) -> Self:
-        if self.stop or self.max_tokens:
-            raise ValueError("a hole says how long it is, <|hole:12|>, and ends there; leave out stop and max_tokens")
+        if self.max_tokens:
+            raise ValueError("a hole says how long it is, <|hole:12|>; leave out max_tokens")
         return self
 
 
@@ -245,8 +245,8 @@ class EditRequest(SamplingRequest):
     def _fields_fit(self) -> Self:
         if bool(self.spans) == (self.instruction is not None):
             raise ValueError("give either spans to rewrite or an instruction")
-        if self.spans and (self.stop or self.max_tokens):
-            raise ValueError("spans say how long they are; leave out stop and max_tokens")
+        if self.spans and self.max_tokens:
+            raise ValueError("spans say how long they are; leave out max_tokens")
         return self
 
 

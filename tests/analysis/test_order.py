@@ -32,7 +32,9 @@ CONVENTIONS = st.builds(
 )
 
 
-def obvious(steps: Sequences[int], sure: Sequences[float], how: Conventions) -> tuple[list[float], list[float]]:
+def obvious(
+    steps: Sequences[int], sure: Sequences[float], how: Conventions, end: int = 99
+) -> tuple[list[float], list[float]]:
     """AR-ness as the paper defines it, commitment by commitment, with sets and no cleverness."""
     committed = [at for at, step in enumerate(steps) if step >= 0]
     if how.several == "surest_first":
@@ -49,6 +51,8 @@ def obvious(steps: Sequences[int], sure: Sequences[float], how: Conventions) -> 
     for k in range(1, 10):
         counted = hits = 0
         for t, position in enumerate(order):
+            if position >= end:
+                continue
             past = ([*range(-k, 0)] if how.boundary == "prompt" else []) + earlier(t)
             if len(past) < k:
                 counted += how.boundary == "include"
@@ -60,17 +64,39 @@ def obvious(steps: Sequences[int], sure: Sequences[float], how: Conventions) -> 
     for k in range(1, 5):
         hits = 0
         for t, position in enumerate(order):
+            if position >= end:
+                continue
             masked = sorted(set(order) - set(earlier(t)))
             hits += position in masked[:k]
-        overall.append(hits / len(order) if order else math.nan)
+        own = [position for position in order if position < end]
+        overall.append(hits / len(own) if own else math.nan)
     return local, overall
 
 
 @given(STEPS, st.data(), CONVENTIONS)
 def test_ar_ness_equals_the_obvious_implementation(steps: list[int], data: st.DataObject, how: Conventions) -> None:
     sure = data.draw(st.lists(st.floats(0, 1), min_size=len(steps), max_size=len(steps)))
-    for found, expected in zip(ar_ness(steps, how, sure), obvious(steps, sure, how), strict=True):
-        assert found == pytest.approx(expected, nan_ok=True)
+    for end in (None, data.draw(st.integers(0, 24))):
+        expected = obvious(steps, sure, how, 99 if end is None else end)
+        for found, wanted in zip(ar_ness(steps, how, sure, end=end), expected, strict=True):
+            assert found == pytest.approx(wanted, nan_ok=True)
+
+
+def test_padding_is_skipped_interrupts_or_counts(tokenizer: Tokenizer) -> None:
+    """An answer of three tokens and a terminator, with a pad committed between each two of them."""
+    tokens = [*tokenizer.encode("xyz")[:3], tokenizer.encode("<|im_end|>")[0], *[tokenizer.pad_id] * 3]
+    recorded = Trace(
+        tokens=tokens,
+        prompt_length=0,
+        steps=[0, 2, 4, 6, 5, 3, 1],
+        confidence=[0.0] * 7,
+        log_probs=[0.0] * 7,
+        forward_passes=7,
+    )
+    answer = Answer.of(recorded, tokenizer, task="x")
+    local = {span: answer.ar_ness(Conventions(span=span))[0][0] for span in ("answer", "interrupted", "canvas")}
+    assert local == {"answer": 1, "interrupted": 0, "canvas": 0}
+    assert answer.ar_ness(Conventions(span="interrupted"))[1] == answer.ar_ness(Conventions())[1] == [1] * 4
 
 
 @given(st.permutations(range(12)))

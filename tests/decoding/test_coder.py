@@ -5,6 +5,7 @@ Where a test needs a model that knows what it wants, a `Writer` stands on the sa
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -354,21 +355,55 @@ def test_what_cannot_be_decoded_is_refused(
     assert "\n" not in str(refused.value)
 
 
-def test_stop_strings_are_not_for_the_holes_of_a_text(coder: DiffuCoder) -> None:
-    with pytest.raises(ConfigError, match="holes end where the text goes on"):
-        coder.fill(f"{PREFIX}<|hole|>{SUFFIX}", DecodingParams(stop=("\n",)))
+def assert_tokens_are_of_the_text(coder: DiffuCoder, tokens: tuple[int, ...], text: str) -> None:
+    """The tokens give the text; the last one may hold the beginning of the stop string."""
+    assert coder.tokenizer.decode(tokens).startswith(text)
+    assert not tokens or not coder.tokenizer.decode(tokens[:-1]).startswith(text)
 
 
-def test_a_stop_string_cuts_what_is_written_between_and_changes_nothing_else(coder: DiffuCoder) -> None:
-    whole = coder.infill(PREFIX, SUFFIX)
+@pytest.mark.parametrize("length", [None, 8])
+def test_a_stop_string_cuts_text_piece_and_tokens_of_a_hole(coder: DiffuCoder, length: int | None) -> None:
+    whole = coder.infill(PREFIX, SUFFIX, length=length)
     stop = whole.text[len(whole.text) // 2]
-    cut = coder.infill(PREFIX, SUFFIX, params=DecodingParams(stop=(stop,)))
+    cut = coder.infill(PREFIX, SUFFIX, length=length, params=DecodingParams(stop=(stop,)))
     assert (cut.text, cut.finish_reason) == (whole.text.partition(stop)[0], "stop")
-    assert cut.tokens == whole.tokens[: len(cut.tokens)]
-    assert coder.tokenizer.decode(cut.tokens[:-1]) != cut.text
-    assert coder.tokenizer.decode(cut.tokens).startswith(cut.text)
     assert cut.pieces == (cut.text,)
-    assert coder.infill(PREFIX, SUFFIX, params=DecodingParams(stop=("unheard",))).finish_reason == "length"
+    assert cut.tokens == whole.tokens[: len(cut.tokens)] != whole.tokens
+    assert_tokens_are_of_the_text(coder, cut.tokens, cut.text)
+    assert cut.trace.tokens == whole.trace.tokens
+    unheard = coder.infill(PREFIX, SUFFIX, length=length, params=DecodingParams(stop=("unheard",)))
+    assert (unheard.finish_reason, unheard.tokens) == ("length", whole.tokens)
+
+
+@pytest.mark.parametrize("cut_hole", [0, 1])
+def test_a_stop_string_cuts_each_hole_of_a_text_and_the_text_goes_on_behind_it(
+    coder: DiffuCoder, cut_hole: int
+) -> None:
+    text = f"{PREFIX}<|hole:6|> = xs<|hole:8|>{SUFFIX}"
+    whole = coder.fill(text)
+    stop = whole.pieces[cut_hole][3]
+    cut = coder.fill(text, DecodingParams(stop=(stop,)))
+    first, second = (piece.partition(stop)[0] for piece in whole.pieces)
+    assert (cut.pieces, cut.text, cut.finish_reason) == (
+        (first, second),
+        f"{PREFIX}{first} = xs{second}{SUFFIX}",
+        "stop",
+    )
+    assert len(cut.tokens) < len(whole.tokens) == 14
+
+
+def test_tokens_end_where_the_stop_string_begins_and_the_pad_need_not_end_an_answer(
+    writer: Callable[[str], DiffuCoder],
+) -> None:
+    coder = writer("return 1\ndef g(x):\n    return x\n")
+    params = DecodingParams(new_tokens=30, stop=("1\nd",))
+    request = coder.request(ASK, params)
+    never = replace(request.canvas, terminators=())  # so that nothing but the stop string ends the answer
+    for asked in (request, replace(request, canvas=never)):
+        [[result]] = coder.run([asked])
+        assert (result.text, result.finish_reason) == ("return ", "stop")
+        assert_tokens_are_of_the_text(coder, result.tokens, result.text)
+        assert result.tokens_per_forward == len(result.tokens) / result.forward_passes
 
 
 @pytest.mark.parametrize(("most", "longest"), [(1, 1), (5, 4), (100, 24)])

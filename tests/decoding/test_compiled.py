@@ -47,7 +47,8 @@ def test_compiled_layers_are_fed_few_shapes(tiny: Denoiser, way: dict[str, Any])
     run, shapes = layers._run, set()
 
     def watched(tokens: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, layout: Layout) -> torch.Tensor:
-        shapes.add((len(tokens), layout.rows, layout.width))
+        [rectangle] = layout.rectangles
+        shapes.add((len(tokens), rectangle.rows, rectangle.width))
         return run(tokens, cos, sin, layout)
 
     layers._run, tiny.compiled = watched, True  # as if they were

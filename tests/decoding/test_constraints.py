@@ -1,7 +1,7 @@
 """Constraints and verifiers: the hooks of a decoding step, by small ones written here."""
 
 import torch
-from scripted import MASK, VOCABULARY, Scripted, canvas, rugged, sure_of
+from scripted import MASK, PAD, VOCABULARY, Scripted, canvas, rugged, sure_of
 from torch import Tensor
 
 from diffucoder.decoding.constraints import Decision
@@ -83,3 +83,26 @@ def test_a_verifier_sees_committed_tokens_scored_again_and_takes_them_back() -> 
     assert MASK not in sequence.tokens
     assert sequence.trace().revoked == [[0, 2, 0, 1]]  # the first hole's token 2, of step 0, revoked by step 1
     assert sequence.trace().steps[0] > 1
+
+
+def test_a_row_ends_at_what_comes_in_place_of_a_revoked_token() -> None:
+    """Until once saw position 3; then another token comes there, and nothing after it is known yet."""
+    order = torch.tensor([0, 0, 0, 1, 5, 2, 3, 4])  # of positions 2 to 7: 2, 3, 5, 6, 7, 4
+
+    def score(tokens: Tensor, place: Tensor) -> Tensor:
+        changed = (place == 3) & (tokens[:, 5] != MASK)[:, None]
+        token = torch.where(changed, 10, place)
+        return torch.nn.functional.one_hot(token, VOCABULARY) * (8 - 0.05 * order[place])[..., None]
+
+    seen: list[list[int]] = []
+
+    def until(settled: Tensor) -> bool:
+        seen.append(settled.tolist())
+        return 10 in settled
+
+    sequence = Sequence(canvas([1, 1], new_tokens=6), DecodingParams(policy="max_prob"), until=until)
+    sequence.verifier = SecondThoughts(3)
+    finish(Scripted(score), sequence)
+    assert seen == [[2], [2, 3], [2, 10]]
+    assert (sequence.finish_reason, sequence.forward_passes) == ("stop", 4)
+    assert sequence.tokens.tolist() == [1, 1, 2, 10, PAD, 5, 6, PAD]

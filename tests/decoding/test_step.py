@@ -468,3 +468,15 @@ def test_a_model_of_other_layers_keeps_no_cache(tiny: Denoiser) -> None:
     tiny.model.config.hidden_act = "gelu"
     with pytest.raises(CheckpointError, match="no cache"):
         list(denoise(tiny, canvas([5], new_tokens=4, mask_id=66), DecodingParams(block=2, cache="dual")))
+
+
+def test_random_numbers_of_other_seeds_and_samples_are_others(tiny: Denoiser) -> None:
+    """Also of seeds beyond 32 bits, whose upper half must not be read as the number of a sample."""
+    seeds = [*range(8), 2**31, 2**32 - 1, 2**32, 2**32 + 5, 5 * 2**32, 2**40 + 3, 2**63 - 1]
+    start = canvas([5, 6], new_tokens=4, mask_id=tiny.mask_id).repeat(8)
+    drawn = set()
+    for seed in seeds:
+        for row in range(8):
+            drawn.add(tuple(Sequence(start, DecodingParams(temperature=1.0, seed=seed), row=row).uniform[0].tolist()))
+    assert len(drawn) == len(seeds) * 8
+    assert len({number for numbers in drawn for number in numbers}) > 0.999 * len(seeds) * 8 * 6

@@ -52,6 +52,17 @@ def test_a_run_may_be_a_set_or_in_order() -> None:
     assert local_ar_ness([6, 5, 7], 2, ordered=True) == 0
 
 
+def test_commitments_behind_the_end_interrupt_runs_and_are_not_counted() -> None:
+    order = [0, 1, 9, 2, 8, 7, 3]  # an answer of four tokens; 7 to 9 are padding
+    assert local_ar_ness([0, 1, 2, 3], 1) == 1
+    assert local_ar_ness(order, 1, end=4) == 1 / 3  # 1 follows 0; a pad is before 2 and 3
+    assert local_ar_ness(order, 1, end=4, boundary="include") == 1 / 4
+    assert local_ar_ness(order, 1) == 1 / 6
+    assert global_ar_ness(order, 1, end=4) == global_ar_ness([0, 1, 2, 3], 1) == 1
+    assert math.isnan(local_ar_ness([9, 8], 1, end=4))
+    assert math.isnan(global_ar_ness([9, 8], 1, end=4))
+
+
 def test_too_few_tokens_have_no_ar_ness() -> None:
     assert math.isnan(local_ar_ness([3], 1))
     assert math.isnan(local_ar_ness([], 1, boundary="include"))

@@ -260,3 +260,31 @@ def test_without_datasets_the_message_says_how_to_get_it(monkeypatch: pytest.Mon
     monkeypatch.setitem(sys.modules, "datasets", None)  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match=r"pip install \"diffucoder\[train\]\", or --data"):
         load("humaneval")
+
+
+@pytest.mark.parametrize(
+    ("prompt", "continued"),
+    [
+        ("Write f(x) that doubles x.", "# Write f(x) that doubles x.\n"),
+        ("Double x.\n\nName it f.\n", "# Double x.\n# \n# Name it f.\n"),
+        ("from a list, class by class, import what is odd", "# from a list, class by class, import what is odd\n"),
+        ('def f(x):\n    """Double x."""\n', None),
+        ("import math\n\ndef f(x):\n    if x:\n", None),
+        ('"""Write f that doubles."""\n', None),
+        ("# Double x.\n", None),
+    ],
+)
+def test_a_base_model_continues_a_request_in_words_as_a_comment(
+    tmp_path: Path, prompt: str, continued: str | None
+) -> None:
+    write(tmp_path / "own.jsonl", {"prompt": prompt})
+    [task] = load(str(tmp_path / "own.jsonl"))
+    assert task.request == prompt
+    assert task.prompt == (continued or prompt)
+    if continued:
+        ast.parse(task.program({"completion": "def f(x):\n    return 2 * x\n"}))
+
+
+def test_a_base_model_continues_the_shipped_problems_as_comments() -> None:
+    for task in load("tiny"):
+        assert task.prompt == f"# {task.request}\n"

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from diffucoder.models.checkpoint import load_denoiser, save_denoiser
 from diffucoder.models.denoiser import Denoiser
-from diffucoder.models.layers import FastLayers
+from diffucoder.models.layers import FastLayers, plan_layout
 
 MakeLM = Callable[..., Any]
 
@@ -212,6 +212,41 @@ def test_passes_over_any_rows_of_a_cache_equal_passes_over_their_own(
         expected = scores(alone, changed[row : row + 1, own], feed=feed[row : row + 1, own], cache_rows=[place])
         assert (~found[number, own].isnan()).equal(~expected[0].isnan())
         assert_scores(found[number : number + 1, own], expected)
+
+
+WIDTHS = torch.tensor([70, 3, 40, 0, 33, 16, 65, 17])
+
+
+@pytest.mark.parametrize("step", [1, 32])
+@pytest.mark.parametrize("cached", [False, True])
+def test_rows_of_many_widths_are_rectangles_of_their_own(
+    causal_lm: MakeLM, monkeypatch: pytest.MonkeyPatch, cached: bool, step: int
+) -> None:
+    plain, fast = pair(causal_lm)
+    monkeypatch.setattr(fast, "_feed_step", lambda _: step)
+    ids = tokens(8, 70)
+    late = torch.arange(70) >= 70 - WIDTHS[:, None]
+    valid, rows = late, None
+    if cached:  # whole canvases, of which parts of these widths are fed again
+        valid = torch.ones_like(late)
+        rows = [fast.cache.acquire(70) for _ in range(8)]
+        scores(fast, ids, valid=valid, cache_rows=rows)
+    found = scores(fast, ids, valid=valid, feed=late, cache_rows=rows)
+    assert_scores(found, plain(ids, valid=valid))
+    assert (~found.isnan().any(-1)).equal(fast.scorable(late))
+
+
+def test_rectangles_are_of_rows_within_a_factor_of_two_and_compiled_layers_have_one(causal_lm: MakeLM) -> None:
+    _, fast = pair(causal_lm)
+    late = torch.arange(70) >= 70 - WIDTHS[:, None]
+    more: dict[str, Any] = {"step": 1, "cache": fast.cache, "cache_rows": None}
+    widths = {}
+    for name, static, device in (("cpu", False, "cpu"), ("compiled", True, "cpu"), ("elsewhere", False, "meta")):
+        fed, layout = plan_layout(late, late.long(), static=static, device=torch.device(device), **more)
+        widths[name] = sorted((each.rows, each.width) for each in layout.rectangles)
+        assert sorted(fed.tolist()) == late.flatten().nonzero()[:, 0].tolist()
+    by_cpu = [(1, 17), (2, 16), (2, 40), (2, 70)]
+    assert widths == {"cpu": by_cpu, "compiled": [(8, 96)], "elsewhere": [(8, 70)]}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
