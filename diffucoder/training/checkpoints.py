@@ -19,14 +19,16 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 from torch.optim import Optimizer
 
-from diffucoder.errors import ConfigError
-from diffucoder.files import Json, read_whole_lines, write_json, write_jsonl
+from diffucoder.errors import CheckpointError, ConfigError
+from diffucoder.files import Json, disk_is_full, read_whole_lines, write_json, write_jsonl
 from diffucoder.training.settings import MAY_CHANGE, TrainSettings
 
 WHOLE = "whole.json"
+MAY_GROW = ("steps", "epochs")  # settings that a resumed run may raise: it is then trained further
 LOGS = ("metrics.jsonl", "samples.jsonl")  # files that grow with the steps; each line names its step
 
 
@@ -51,7 +53,9 @@ def open_run_folder(settings: TrainSettings, *, write: bool) -> None:
     try:
         if settings.resume and path.exists():
             _check_unchanged(fixed, json.loads(path.read_text(encoding="utf-8")), run)
-        elif checkpoint_steps(run):
+        elif settings.resume and checkpoint_steps(run):
+            raise ConfigError(f"run={str(run)!r} has checkpoints but no settings.json to check; name another folder")
+        elif not settings.resume and (checkpoint_steps(run) or (run / "model").exists()):
             raise ConfigError(f"run={str(run)!r} holds a run already; resume it with --resume, or name another folder")
         if write:
             run.mkdir(parents=True, exist_ok=True)
@@ -81,7 +85,7 @@ def _check_unchanged(wanted: Json, begun: Json, run: Path, table: str = "") -> N
         before = begun.get(name)
         if isinstance(value, dict) and isinstance(before, dict):
             _check_unchanged(value, before, run, f"{table}{name}.")
-        elif before != value:
+        elif before != value and not (f"{table}{name}" in MAY_GROW and before is not None and value > before):
             raise ConfigError(
                 f"{table}{name}={value} but the run in {str(run)!r} began with {before}; "
                 "set it back, or name another folder with run=..."
@@ -100,11 +104,21 @@ def save(run: Path, step: int, state: State, accelerator: Accelerator, *, keep: 
     folder = _folder(run, step)
     partial = folder.with_name(folder.name + ".partial")
     if accelerator.is_main_process:
-        shutil.rmtree(partial, ignore_errors=True)
+        for cut_short in folder.parent.glob("*.partial"):
+            shutil.rmtree(cut_short)
         partial.mkdir(parents=True)
     accelerator.wait_for_everyone()
-    with warnings.catch_warnings(action="ignore", category=UserWarning):  # that there is only one process
-        state_dict_saver.save(_tensors(state), checkpoint_id=partial)
+    try:
+        with warnings.catch_warnings(action="ignore", category=UserWarning):  # that there is only one process
+            state_dict_saver.save(_tensors(state), checkpoint_id=partial)
+    except CheckpointException as error:  # a BaseException that holds one of each process
+        if accelerator.is_main_process:
+            shutil.rmtree(partial, ignore_errors=True)
+        failure = next(iter(error.failures.values()))[0]
+        reason = "the disk is full" if disk_is_full(failure) else " ".join(str(failure).split())[:200]
+        raise CheckpointError(
+            f"checkpoint {folder} cannot be written ({reason}); free some space and continue with --resume"
+        ) from failure
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         files = {file.name: _size_and_checksum(file) for file in sorted(partial.iterdir())}
