@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 from diffucoder.errors import ConfigError
@@ -39,7 +40,8 @@ def add_adapters(denoiser: Denoiser, settings: TrainSettings) -> Any:  # Any: my
             adapters = get_peft_model(denoiser.model, config)
         except ValueError as error:
             raise ConfigError(f"lora_targets={settings.lora_targets} are not in this model: {error}") from error
-    adapters.peft_config["default"].base_model_name_or_path = getattr(settings, "model", None)
+    source = getattr(settings, "model", None) or denoiser.model.name_or_path
+    adapters.peft_config["default"].base_model_name_or_path = source
     ends = (denoiser.model.get_input_embeddings(), denoiser.model.get_output_embeddings())
     if getattr(settings, "tied", False) and any(hasattr(end, "base_layer") for end in ends):
         raise ConfigError(
@@ -51,8 +53,13 @@ def add_adapters(denoiser: Denoiser, settings: TrainSettings) -> Any:  # Any: my
 
 def save_adapters(adapters: Any, state: Mapping[str, Tensor], folder: Path) -> None:  # Any: peft's model
     """Write the adapters for `PeftModel.from_pretrained(model, folder)`; `state` has all weights, by their names."""
+    from peft import get_peft_model_state_dict
+
     whole = {f"base_model.model.{name}": tensor for name, tensor in state.items()}
-    adapters.save_pretrained(folder, state_dict=whole, save_embedding_layers=False)
+    tensors = get_peft_model_state_dict(adapters, state_dict=whole, save_embedding_layers=False)
+    folder.mkdir(exist_ok=True)
+    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    adapters.peft_config["default"].save_pretrained(folder)
 
 
 def merged(state: Mapping[str, Tensor], settings: TrainSettings) -> Iterator[tuple[str, Tensor, Tensor]]:
