@@ -55,8 +55,12 @@ def disk_is_full(error: BaseException | None) -> bool:
     if error is None:
         return False
     full = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-    if getattr(error, "errno", None) in full or any(os.strerror(number) in str(error) for number in full):
-        return True  # safetensors and datasets have errors of their own, with the system's text
+    texts = (
+        *map(os.strerror, full),
+        " requested and ",
+    )  # of safetensors and datasets; numpy: "9 requested and 3 written"
+    if getattr(error, "errno", None) in full or any(text in str(error) for text in texts):
+        return True
     return disk_is_full(error.__cause__) or disk_is_full(error.__context__)
 
 

@@ -5,8 +5,10 @@ end, `model/`. A checkpoint has torch's distributed format, the same for one pro
 with another number of processes. Its `whole.json` lists the files with sizes and checksums, and is written last.
 """
 
+import io
 import json
 import os
+import pickle
 import shutil
 import sys
 import warnings
@@ -18,8 +20,10 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
-from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
+from torch.distributed.checkpoint import FileSystemReader, Metadata, state_dict_loader, state_dict_saver
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+from torch.distributed.checkpoint.planner import ReadItem
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 from torch.optim import Optimizer
 
@@ -30,6 +34,22 @@ from diffucoder.training.settings import MAY_CHANGE, TrainSettings
 WHOLE = "whole.json"
 MAY_GROW = ("steps", "epochs")  # settings that a resumed run may raise: it is then trained further
 LOGS = ("metrics.jsonl", "samples.jsonl")  # files that grow with the steps; each line names its step
+
+_METADATA = {  # what the index of a checkpoint is made of, and the tensors' dtypes
+    "pathlib.PosixPath",
+    "pathlib._local.PosixPath",  # from Python 3.13 on
+    "torch.Size",
+    "torch.serialization._get_layout",
+    "torch.distributed.checkpoint.filesystem._StorageInfo",
+    "torch.distributed.checkpoint.metadata.BytesStorageMetadata",
+    "torch.distributed.checkpoint.metadata.ChunkStorageMetadata",
+    "torch.distributed.checkpoint.metadata.Metadata",
+    "torch.distributed.checkpoint.metadata.MetadataIndex",
+    "torch.distributed.checkpoint.metadata.StorageMeta",
+    "torch.distributed.checkpoint.metadata.TensorProperties",
+    "torch.distributed.checkpoint.metadata.TensorStorageMetadata",
+    "torch.distributed.checkpoint.metadata._MEM_FORMAT_ENCODING",
+}
 
 
 @dataclass(frozen=True)
@@ -114,11 +134,9 @@ def save(run: Path, step: int, state: State, accelerator: Accelerator, *, keep: 
     except CheckpointException as error:  # a BaseException that holds one of each process
         if accelerator.is_main_process:
             shutil.rmtree(partial, ignore_errors=True)
-        failure = next(iter(error.failures.values()))[0]
-        reason = "the disk is full" if disk_is_full(failure) else " ".join(str(failure).split())[:200]
         raise CheckpointError(
-            f"checkpoint {folder} cannot be written ({reason}); free some space and continue with --resume"
-        ) from failure
+            f"checkpoint {folder} cannot be written ({_reason(error)}); free some space and continue with --resume"
+        ) from error
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         files = {file.name: _size_and_checksum(file) for file in sorted(partial.iterdir())}
@@ -146,8 +164,12 @@ def load_newest(run: Path, state: State, accelerator: Accelerator) -> int:
     step = int(accelerator.reduce(torch.tensor(step, device=accelerator.device), "sum"))  # only the first looked
     if step:
         tensors = _tensors(state)
-        with warnings.catch_warnings(action="ignore", category=UserWarning):
-            state_dict_loader.load(tensors, checkpoint_id=_folder(run, step))
+        folder = _folder(run, step)
+        try:
+            with warnings.catch_warnings(action="ignore", category=UserWarning):
+                state_dict_loader.load(tensors, storage_reader=_PlainReader(folder), planner=_PlainPlanner())
+        except CheckpointException as error:
+            raise CheckpointError(f"checkpoint {folder} cannot be read ({_reason(error)}); delete it") from error
         set_state_dict(
             state.model,
             state.optimizer,
@@ -156,6 +178,34 @@ def load_newest(run: Path, state: State, accelerator: Accelerator) -> int:
             options=StateDictOptions(ignore_frozen_params=True, strict=False),
         )
     return step
+
+
+class _PlainUnpickler(pickle.Unpickler):
+    """Makes objects of the few classes that `.metadata` needs, and calls nothing else."""
+
+    def find_class(self, module: str, name: str) -> Any:  # Any: a class
+        is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
+        if f"{module}.{name}" not in _METADATA and not is_dtype:
+            raise pickle.UnpicklingError(f"its .metadata names {module}.{name}, which no checkpoint needs")
+        return super().find_class(module, name)
+
+
+class _PlainReader(FileSystemReader):
+    """Reads a checkpoint that anybody may have made, and runs no code of it: torch's own unpickles everything."""
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:  # Any: as torch has it
+        content = Path(self.path, ".metadata").read_bytes()
+        _PlainUnpickler(io.BytesIO(content)).load()  # raises, else torch may read it
+        return super().read_metadata(*args, **kwargs)
+
+
+class _PlainPlanner(DefaultLoadPlanner):
+    """Reads settings of the optimiser, which are pickled too, as torch reads weights."""
+
+    def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
+        torch.load(value, weights_only=True)  # raises, else torch may read it
+        value.seek(0)
+        super().load_bytes(read_item, value)
 
 
 def _newest_whole(run: Path) -> int:
@@ -171,6 +221,12 @@ def _newest_whole(run: Path) -> int:
             return step
         print(f"checkpoint {folder} is torn ({torn[0]}); using the one before it", file=sys.stderr)
     return 0
+
+
+def _reason(error: CheckpointException) -> str:
+    """What went wrong in the first of the processes that failed."""
+    failure = next(iter(error.failures.values()))[0]
+    return "the disk is full" if disk_is_full(failure) else " ".join(str(failure).split())[:200]
 
 
 def _folder(run: Path, step: int) -> Path:
