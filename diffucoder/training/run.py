@@ -138,7 +138,8 @@ def report_rounding(kept: float | None, settings: TrainSettings) -> None:
     """Print how much of the update the exported model has, and the way out if that is little."""
     if kept is None:
         return
-    message = f"export_dtype={settings.export_dtype} keeps {min(kept, 1):.0%} of what training changed in the weights"
+    share = max(0.0, min(kept, 1.0))
+    message = f"export_dtype={settings.export_dtype} keeps {share:.0%} of what training changed in the weights"
     if kept < 0.9:
         message += "; for all of it use --resume --set export_dtype=float32, and load the model with --dtype float32"
         if settings.lora_rank:
