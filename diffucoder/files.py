@@ -4,6 +4,7 @@ A file written here is whole or not there at all. One that grows (`append_jsonl`
 process is killed; `read_whole_lines` reads what is complete.
 """
 
+import errno
 import gzip
 import json
 import os
@@ -23,8 +24,11 @@ def write_text(path: str | Path, text: str) -> None:
     """Write a whole file, or leave it as it was. Raises OSError."""
     path = Path(path)
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")  # several processes may write the same file
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
+    try:
+        partial.write_text(text, encoding="utf-8")
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def write_json(path: str | Path, value: object) -> None:
@@ -44,6 +48,20 @@ def append_jsonl(path: str | Path, rows: Iterable[Json], *, sync: bool = True) -
         file.flush()
         if sync:
             os.fsync(file.fileno())
+
+
+def disk_is_full(error: BaseException | None) -> bool:
+    """Whether an error, or one that led to it, comes from a full disk, a quota or a limit on the size of files."""
+    if error is None:
+        return False
+    full = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    texts = (
+        *map(os.strerror, full),
+        " requested and ",
+    )  # of safetensors and datasets; numpy: "9 requested and 3 written"
+    if getattr(error, "errno", None) in full or any(text in str(error) for text in texts):
+        return True
+    return disk_is_full(error.__cause__) or disk_is_full(error.__context__)
 
 
 def read_whole_lines(path: str | Path) -> list[Json]:

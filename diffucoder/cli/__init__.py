@@ -14,6 +14,7 @@ from diffucoder.cli.models import bench, convert, models
 from diffucoder.cli.serve import serve
 from diffucoder.cli.train import stages
 from diffucoder.errors import DiffuCoderError
+from diffucoder.files import disk_is_full
 
 app = typer.Typer(
     add_completion=False,
@@ -38,6 +39,15 @@ def main() -> None:
         sys.exit(2)
     except DiffuCoderError as error:
         print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except Exception as error:
+        if not disk_is_full(error):
+            raise
+        reason = " ".join(str(error).split())[:200]
+        print(
+            f"error: the disk is full ({reason}); free some space and run it again, train with --resume",
+            file=sys.stderr,
+        )
         sys.exit(2)
     except BrokenPipeError:  # the reader of our output is gone
         sys.exit(1)

@@ -166,6 +166,10 @@ def find_checkpoint(source: Source, *, revision: str | None = None) -> Checkpoin
         return source
     folder = find(source, revision=revision)
     if not (folder / "config.json").exists():
+        if (folder / "settings.json").exists():
+            raise CheckpointError(
+                f"{folder} is the folder of a training run; name its finished model: {folder / 'model'}"
+            )
         raise CheckpointError(f"{folder} has no config.json; is it a model's folder?")
     fields = read_json(folder / "config.json")
     extras = read_json(folder / EXTRAS)
@@ -343,7 +347,8 @@ def _own_files(denoiser: Denoiser, dtype: torch.dtype) -> dict[str, Json]:
 def _write_weights(folder: Path, weights: dict[str, Tensor]) -> None:
     """Write `model.safetensors`, or shards and their index, in place of the files of an earlier save."""
     partial = folder / "partial"  # never write into an old file: these tensors may be mapped from it
-    partial.mkdir(exist_ok=True)
+    shutil.rmtree(partial, ignore_errors=True)  # of a save that was cut short
+    partial.mkdir()
     shards = split_torch_state_dict_into_shards(weights, max_shard_size="5GB")
     for file, names in shards.filename_to_tensors.items():
         save_file({name: weights[name] for name in names}, partial / file, metadata={"format": "pt"})

@@ -218,6 +218,8 @@ class FastLayers:
     def of(cls, model: Any, dtype: torch.dtype | None = None) -> "FastLayers | None":  # Any: a transformers causal LM
         """The fast layers of `model`; None if it has others than the plain ones (adapters, RoPE by length)."""
         body = model.base_model
+        if not (isinstance(model.get_output_embeddings(), nn.Linear) and isinstance(body.embed_tokens, nn.Embedding)):
+            return None
         for layer in body.layers:
             for module in (*_projections(layer.self_attn), *_projections(layer.mlp)):
                 if type(module) is not nn.Linear:

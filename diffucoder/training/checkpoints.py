@@ -5,8 +5,10 @@ end, `model/`. A checkpoint has torch's distributed format, the same for one pro
 with another number of processes. Its `whole.json` lists the files with sizes and checksums, and is written last.
 """
 
+import io
 import json
 import os
+import pickle
 import shutil
 import sys
 import warnings
@@ -19,15 +21,37 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.planner import ReadItem
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 from torch.optim import Optimizer
 
-from diffucoder.errors import ConfigError
-from diffucoder.files import Json, read_whole_lines, write_json, write_jsonl
+from diffucoder.errors import CheckpointError, ConfigError
+from diffucoder.files import Json, disk_is_full, read_whole_lines, write_json, write_jsonl
 from diffucoder.training.settings import MAY_CHANGE, TrainSettings
 
 WHOLE = "whole.json"
+MAY_GROW = ("steps", "epochs")  # settings that a resumed run may raise: it is then trained further
 LOGS = ("metrics.jsonl", "samples.jsonl")  # files that grow with the steps; each line names its step
+
+_METADATA = {  # what the index of a checkpoint is made of, and the tensors' dtypes
+    "pathlib.PosixPath",
+    "pathlib._local.PosixPath",  # from Python 3.13 on
+    "torch.Size",
+    "torch.serialization._get_layout",
+    "torch.distributed.checkpoint.filesystem._StorageInfo",
+    "torch.distributed.checkpoint.metadata.BytesStorageMetadata",
+    "torch.distributed.checkpoint.metadata.ChunkStorageMetadata",
+    "torch.distributed.checkpoint.metadata.Metadata",
+    "torch.distributed.checkpoint.metadata.MetadataIndex",
+    "torch.distributed.checkpoint.metadata.StorageMeta",
+    "torch.distributed.checkpoint.metadata.TensorProperties",
+    "torch.distributed.checkpoint.metadata.TensorStorageMetadata",
+    "torch.distributed.checkpoint.metadata._MEM_FORMAT_ENCODING",
+}
 
 
 @dataclass(frozen=True)
@@ -51,7 +75,9 @@ def open_run_folder(settings: TrainSettings, *, write: bool) -> None:
     try:
         if settings.resume and path.exists():
             _check_unchanged(fixed, json.loads(path.read_text(encoding="utf-8")), run)
-        elif checkpoint_steps(run):
+        elif settings.resume and checkpoint_steps(run):
+            raise ConfigError(f"run={str(run)!r} has checkpoints but no settings.json to check; name another folder")
+        elif not settings.resume and (checkpoint_steps(run) or (run / "model").exists()):
             raise ConfigError(f"run={str(run)!r} holds a run already; resume it with --resume, or name another folder")
         if write:
             run.mkdir(parents=True, exist_ok=True)
@@ -81,7 +107,7 @@ def _check_unchanged(wanted: Json, begun: Json, run: Path, table: str = "") -> N
         before = begun.get(name)
         if isinstance(value, dict) and isinstance(before, dict):
             _check_unchanged(value, before, run, f"{table}{name}.")
-        elif before != value:
+        elif before != value and not (f"{table}{name}" in MAY_GROW and before is not None and value > before):
             raise ConfigError(
                 f"{table}{name}={value} but the run in {str(run)!r} began with {before}; "
                 "set it back, or name another folder with run=..."
@@ -100,11 +126,19 @@ def save(run: Path, step: int, state: State, accelerator: Accelerator, *, keep: 
     folder = _folder(run, step)
     partial = folder.with_name(folder.name + ".partial")
     if accelerator.is_main_process:
-        shutil.rmtree(partial, ignore_errors=True)
+        for cut_short in folder.parent.glob("*.partial"):
+            shutil.rmtree(cut_short)
         partial.mkdir(parents=True)
     accelerator.wait_for_everyone()
-    with warnings.catch_warnings(action="ignore", category=UserWarning):  # that there is only one process
-        state_dict_saver.save(_tensors(state), checkpoint_id=partial)
+    try:
+        with warnings.catch_warnings(action="ignore", category=UserWarning):  # that there is only one process
+            state_dict_saver.save(_tensors(state), checkpoint_id=partial)
+    except CheckpointException as error:  # a BaseException that holds one of each process
+        if accelerator.is_main_process:
+            shutil.rmtree(partial, ignore_errors=True)
+        raise CheckpointError(
+            f"checkpoint {folder} cannot be written ({_reason(error)}); free some space and continue with --resume"
+        ) from error
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         files = {file.name: _size_and_checksum(file) for file in sorted(partial.iterdir())}
@@ -132,8 +166,12 @@ def load_newest(run: Path, state: State, accelerator: Accelerator) -> int:
     step = int(accelerator.reduce(torch.tensor(step, device=accelerator.device), "sum"))  # only the first looked
     if step:
         tensors = _tensors(state)
-        with warnings.catch_warnings(action="ignore", category=UserWarning):
-            state_dict_loader.load(tensors, checkpoint_id=_folder(run, step))
+        folder = _folder(run, step)
+        try:
+            with warnings.catch_warnings(action="ignore", category=UserWarning):
+                state_dict_loader.load(tensors, storage_reader=_PlainReader(folder), planner=_PlainPlanner())
+        except CheckpointException as error:
+            raise CheckpointError(f"checkpoint {folder} cannot be read ({_reason(error)}); delete it") from error
         set_state_dict(
             state.model,
             state.optimizer,
@@ -142,6 +180,34 @@ def load_newest(run: Path, state: State, accelerator: Accelerator) -> int:
             options=StateDictOptions(ignore_frozen_params=True, strict=False),
         )
     return step
+
+
+class _PlainUnpickler(pickle.Unpickler):
+    """Makes objects of the few classes that `.metadata` needs, and calls nothing else."""
+
+    def find_class(self, module: str, name: str) -> Any:  # Any: a class
+        is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
+        if f"{module}.{name}" not in _METADATA and not is_dtype:
+            raise pickle.UnpicklingError(f"its .metadata names {module}.{name}, which no checkpoint needs")
+        return super().find_class(module, name)
+
+
+class _PlainReader(FileSystemReader):
+    """Reads a checkpoint that anybody may have made, and runs no code of it: torch's own unpickles everything."""
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:  # Any: as torch has it
+        content = Path(self.path, ".metadata").read_bytes()
+        _PlainUnpickler(io.BytesIO(content)).load()  # raises, else torch may read it
+        return super().read_metadata(*args, **kwargs)
+
+
+class _PlainPlanner(DefaultLoadPlanner):
+    """Reads settings of the optimiser, which are pickled too, as torch reads weights."""
+
+    def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
+        torch.load(value, weights_only=True)  # raises, else torch may read it
+        value.seek(0)
+        super().load_bytes(read_item, value)
 
 
 def _newest_whole(run: Path) -> int:
@@ -157,6 +223,12 @@ def _newest_whole(run: Path) -> int:
             return step
         print(f"checkpoint {folder} is torn ({torn[0]}); using the one before it", file=sys.stderr)
     return 0
+
+
+def _reason(error: CheckpointException) -> str:
+    """What went wrong in the first of the processes that failed."""
+    failure = next(iter(error.failures.values()))[0]
+    return "the disk is full" if disk_is_full(failure) else " ".join(str(failure).split())[:200]
 
 
 def _folder(run: Path, step: int) -> Path:

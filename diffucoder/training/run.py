@@ -1,16 +1,20 @@
-"""What all stages have in common: load the model, add adapters, train, merge them, gather and write the weights."""
+"""What all stages have in common: load the model, add adapters, train, gather, merge, round and write the weights."""
 
+import sys
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
-from diffucoder.errors import ConfigError
-from diffucoder.models.checkpoint import load_with_tokenizer, save_denoiser
+from diffucoder.errors import CheckpointError, ConfigError
+from diffucoder.models.checkpoint import find_checkpoint, load_with_tokenizer, save_denoiser
 from diffucoder.models.denoiser import Denoiser
 from diffucoder.tokenizer import Tokenizer
+from diffucoder.training.adapters import add_adapters, merged, save_adapters
 from diffucoder.training.masked import Objective
 from diffucoder.training.settings import (
     DiffusionSettings,
@@ -25,10 +29,13 @@ from diffucoder.training.trainer import Stage, Trainer
 def load_start(settings: DiffusionSettings | GrpoSettings) -> tuple[Denoiser, Tokenizer]:
     """The model that a stage begins with, on the CPU, and its tokenizer.
 
-    Weights are in float32, or in bfloat16 if only adapters are trained. A parent gets the tokenizer's mask.
+    Weights are in float32, or in bfloat16 if they are stored so and only adapters are trained: the frozen weights are
+    never rounded. A parent gets the tokenizer's mask.
     """
-    dtype = torch.bfloat16 if settings.lora_rank and settings.bf16 else torch.float32
-    denoiser, tokenizer = load_with_tokenizer(settings.model, dtype=dtype, device="cpu", add_mask=True)
+    checkpoint = find_checkpoint(settings.model)
+    frozen_bf16 = settings.lora_rank and settings.bf16 and checkpoint.dtype == torch.bfloat16
+    dtype = torch.bfloat16 if frozen_bf16 else torch.float32
+    denoiser, tokenizer = load_with_tokenizer(checkpoint, dtype=dtype, device="cpu", add_mask=True)
     if isinstance(settings, DiffusionSettings) and settings.shifted is not None:
         denoiser.shifted = settings.shifted
     if settings.tied:  # one matrix again, as in the parent: Dream's format stores two
@@ -65,35 +72,83 @@ def train_and_export(
 ) -> Path:
     """Train, and write the model to `run/model`: a Dream checkpoint, or with `parent` a plain causal one.
 
-    Called again on a finished run it writes the model again. ConfigError if the settings do not fit the run folder.
+    Adapters are merged, and also written to `run/adapter` in peft's format. Called again on a finished run it writes
+    the model again. ConfigError if the settings do not fit the run folder.
     """
-    if settings.lora_rank:
-        adapters = _with_adapters(denoiser, settings)
+    adapters = add_adapters(denoiser, settings) if settings.lora_rank else None
     trainer = Trainer(denoiser, stage, settings)
     trained = trainer.train()
-    if settings.lora_rank:
-        adapters.merge_and_unload()
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)  # gathered if it is sharded
-    state: dict[str, Any] = get_model_state_dict(trained, options=options)  # tensors, though torch's type is wider
+    gathered: dict[str, Any] = get_model_state_dict(trained, options=options)  # tensors, though torch's type is wider
     folder = settings.run / "model"
     if trainer.accelerator.is_main_process:
-        dtype = getattr(torch, settings.export_dtype)
-        weights = {name.removeprefix("model."): tensor.to(dtype) for name, tensor in state.items()}
+        state = {name.removeprefix("model."): tensor for name, tensor in gathered.items()}
+        changes = compared_with_start(state, settings)
+        if adapters is not None:
+            save_adapters(adapters, state, settings.run / "adapter")
+            changes = merged(state, settings)
+            untie(trained)
+        weights, kept = rounded(changes, getattr(torch, settings.export_dtype))
         save_denoiser(trained, folder, state=weights, as_parent=parent)
         tokenizer.save(folder)
+        report_rounding(kept, settings)
     trainer.close()
     return folder
 
 
-def _with_adapters(denoiser: Denoiser, settings: TrainSettings) -> Any:  # Any: mypy does not follow peft
-    """Put low-rank adapters into the model's layers, in place, and freeze everything else (peft)."""
-    from peft import LoraConfig, get_peft_model
-
-    layers = list(settings.lora_targets)
-    config = LoraConfig(r=settings.lora_rank, lora_alpha=settings.lora_alpha, target_modules=layers)
-    with torch.random.fork_rng():
-        torch.manual_seed(settings.seed)  # peft draws from the global generator
+def compared_with_start(
+    state: Mapping[str, Tensor], settings: TrainSettings
+) -> Iterator[tuple[str, Tensor | None, Tensor]]:
+    """Name, weight before (None if it is not known) and weight after training of all weights."""
+    start: dict[str, Tensor] = {}
+    if isinstance(settings, DiffusionSettings | GrpoSettings) and settings.export_dtype != "float32":
         try:
-            return get_peft_model(denoiser.model, config)
-        except ValueError as error:
-            raise ConfigError(f"lora_targets={settings.lora_targets} are not in this model: {error}") from error
+            checkpoint = find_checkpoint(settings.model)
+            denoiser, _ = load_with_tokenizer(checkpoint, dtype=checkpoint.dtype, device="cpu", add_mask=True)
+            start = denoiser.model.state_dict()
+        except CheckpointError:  # removed meanwhile: the report is not worth the run
+            pass
+    for name, weight in state.items():
+        yield name, start.get(name), weight
+
+
+def rounded(
+    changes: Iterable[tuple[str, Tensor | None, Tensor]], dtype: torch.dtype
+) -> tuple[dict[str, Tensor], float | None]:
+    """The weights after training in `dtype`, and the share of the update that they keep; None if nothing changed.
+
+    The share is the component of the rounded update in the direction of the exact one: 1 if rounding only adds noise, 0
+    if all weights are what they were. Vocabulary that was added since the start does not count.
+    """
+    weights = {}
+    kept = 0.0
+    whole = 0.0
+    for name, before, after in changes:
+        weights[name] = after.to(dtype)
+        if before is not None and before is not after:
+            old = before.float()
+            update = after[: len(old)].float() - old
+            rounded_update = weights[name][: len(old)].float() - old.to(dtype).float()
+            kept += float((update * rounded_update).sum(dtype=torch.float64))
+            whole += float(update.square().sum(dtype=torch.float64))
+    return weights, kept / whole if whole else None
+
+
+def report_rounding(kept: float | None, settings: TrainSettings) -> None:
+    """Print how much of the update the exported model has, and the way out if that is little."""
+    if kept is None:
+        return
+    share = max(0.0, min(kept, 1.0))
+    message = f"export_dtype={settings.export_dtype} keeps {share:.0%} of what training changed in the weights"
+    if kept < 0.9:
+        message += "; for all of it use --resume --set export_dtype=float32, and load the model with --dtype float32"
+        if settings.lora_rank:
+            message += f", or load {settings.run / 'adapter'} with peft"
+    print(message, file=sys.stderr)
+
+
+def untie(denoiser: Denoiser) -> None:
+    """Let the head be a matrix of its own if it, or the embeddings, have an adapter: they are no longer equal."""
+    ends = (denoiser.model.get_input_embeddings(), denoiser.model.get_output_embeddings())
+    if any(hasattr(end, "base_layer") for end in ends):
+        denoiser.config.tie_word_embeddings = False

@@ -29,7 +29,7 @@ class TrainSettings(Settings):
     run: MayChange[Path] = Field(description="folder of settings, metrics, checkpoints and the finished model")
     resume: MayChange[bool] = Field(default=False, description="continue from the newest whole checkpoint of the run")
     seed: int = Field(default=0, ge=0, lt=2**63, description="of data order and noise")
-    steps: int = Field(ge=1, description="optimiser steps")
+    steps: int = Field(ge=1, description="optimiser steps; a resumed run may raise them")
     batch: int = Field(default=32, ge=1, description="rows of one optimiser step, over all processes")
     micro_batch: MayChange[int] = Field(default=0, ge=0, description="rows of one forward pass; 0: batch / processes")
     lr: float = Field(gt=0, description="peak learning rate")
@@ -85,6 +85,7 @@ class PretrainSettings(TextSettings):
     """An autoregressive parent from nothing: Qwen2-shaped, every token a target."""
 
     model: None = Field(default=None, description="nothing: a parent has no parent")
+    lora_rank: Literal[0] = Field(default=0, description="nothing: a parent is trained whole")
     steps: int = Field(ge=0, description="optimiser steps; 0 writes the untrained model")
     tokenizer: Path = Field(description="folder of the tokenizer, which must have a mask token")
     context: int = Field(default=256, ge=8, description="tokens of a row of packed documents")
@@ -187,6 +188,10 @@ class GrpoSettings(DataSettings):
                     f"{name}={value} is not a multiple of iterations={self.iterations}; completions are not saved, "
                     "so a run can only stop between two batches of them"
                 )
+        if self.pairs > 1 and self.estimator not in ("coupled", "decoupled"):
+            raise ValueError(
+                f"pairs={self.pairs} is for coupled and decoupled; {self.estimator} has one pass, leave it out"
+            )
         if not 0 < self.mask_ratio[0] <= self.mask_ratio[1]:
             raise ValueError(f"mask_ratio={self.mask_ratio} is not a range inside (0, 1); the paper uses [0.2, 0.8]")
         return self
@@ -202,7 +207,8 @@ class GrpoSettings(DataSettings):
                 )
         if self.lora_rank and decoding.cache != "none":
             raise ValueError(
-                f"decoding.cache={decoding.cache!r} does not work with lora_rank; use decoding.cache='none'"
+                f"decoding.cache={decoding.cache!r} does not work with the adapters of lora_rank={self.lora_rank}, "
+                "whose layers have no cache; use decoding.cache='none'"
             )
         return self
 

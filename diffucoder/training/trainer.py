@@ -103,6 +103,8 @@ class Trainer:
         self._logged_at = time.monotonic()
         if settings.resume:
             self.step = checkpoints.load_newest(settings.run, self._state, self.accelerator)
+            if self.accelerator.is_main_process:
+                print(_resumed(self.step, settings), file=sys.stderr)
 
     def train(self) -> Denoiser:
         """Run the remaining steps. Returns the trained model, averaged if `ema` is set.
@@ -236,6 +238,17 @@ class Trainer:
         if self.accelerator.is_main_process:
             rounded = {name: round(value, 6) for name, value in line.items()}
             append_jsonl(settings.run / "metrics.jsonl", [{"step": self.step, **rounded}], sync=False)
+
+
+def _resumed(step: int, settings: TrainSettings) -> str:
+    """One line about where a run goes on."""
+    if step == 0:
+        return f"run={str(settings.run)!r} has no checkpoint; it starts at step 0"
+    if step >= settings.steps:
+        return (
+            f"run={str(settings.run)!r} has all of its {step} steps; its model is written again (raise steps to go on)"
+        )
+    return f"run={str(settings.run)!r} goes on after step {step} of {settings.steps}"
 
 
 def schedule(step: int, settings: TrainSettings) -> float:

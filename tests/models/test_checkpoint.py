@@ -277,6 +277,9 @@ def test_unknown_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_folder_that_holds_no_model(tmp_path: Path) -> None:
     assert refusal(tmp_path) == f"{tmp_path} has no config.json; is it a model's folder?"
+    (tmp_path / "settings.json").write_text("{}")
+    told = f"{tmp_path} is the folder of a training run; name its finished model: {tmp_path / 'model'}"
+    assert refusal(tmp_path) == told
     (tmp_path / "config.json").write_text("{")
     assert "config.json cannot be read as JSON" in refusal(tmp_path)
     (tmp_path / "config.json").write_text("[]")

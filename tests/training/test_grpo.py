@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+import typer
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
@@ -625,8 +626,13 @@ def test_tests_that_a_program_could_tamper_with_are_left_out_and_counted(capsys:
         ({"decoding": {"seed": 3}}, "decoding.seed=3 cannot be set for training"),
         ({"decoding": {"num_samples": 2}}, "decoding.num_samples=2 cannot be set for training"),
         ({"decoding": {"stop": ("x",)}}, r"decoding.stop=\('x',\) cannot be set for training"),
-        ({"decoding": {"cache": "delayed"}, "lora_rank": 2}, "decoding.cache='delayed' does not work with lora_rank"),
-        ({"decoding": {"preset": "fast"}, "lora_rank": 2}, "decoding.cache='delayed' does not work with lora_rank"),
+        (
+            {"decoding": {"cache": "delayed"}, "lora_rank": 2},
+            "'delayed' does not work with the adapters of lora_rank=2",
+        ),
+        ({"estimator": "causal"}, "estimator='causal': input should be 'coupled', 'decoupled', 'full_mask' or 'd1'"),
+        ({"estimator": "d1", "pairs": 2}, "pairs=2 is for coupled and decoupled; d1 has one pass"),
+        ({"decoding": {"preset": "fast"}, "lora_rank": 2}, "'delayed' does not work with the adapters of lora_rank=2"),
         ({"temperature": 1.0}, "unknown setting 'temperature'; did you mean 'decoding.temperature'"),
         ({"decoding_steps": 8}, "unknown setting 'decoding_steps'; did you mean 'decoding.steps'"),
         ({"prompt_tokens": 4000}, r"prompt_tokens \+ decoding.new_tokens=4012 exceeds the model's context"),
@@ -656,6 +662,13 @@ def test_the_autoregressive_baseline_trains(fields: Fields, parent: Path, causal
     first = lines(fields["run"])[0]
     assert first["ratio"] == 1
     assert first["local_ar_ness"] == first["global_ar_ness"] == 1
+
+
+@pytest.mark.parametrize("change", ["estimator=full_mask", "pairs=2"])
+def test_the_autoregressive_baseline_has_no_estimator(fields: Fields, causal: Fields, change: str) -> None:
+    given = {"run": fields["run"], "data": json.dumps(fields["data"]), "steps": 2, "lr": 1e-3}
+    with pytest.raises(typer.BadParameter, match="the score of the parent is exact; leave them out"):
+        causal["main"](changes=[*(f"{name}={value}" for name, value in given.items()), change])
 
 
 def test_the_causal_score_is_that_of_the_plain_model(fields: Fields, parent: Path, causal: Fields) -> None:

@@ -3,11 +3,15 @@ are passed over. Runs are real: a process that is killed, two processes over glo
 
 import json
 import os
+import pickle
+import resource
+import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +22,7 @@ from safetensors.torch import load_file
 from torch.optim import AdamW
 from transformers import get_cosine_with_min_lr_schedule_with_warmup
 
-from diffucoder.errors import ConfigError
+from diffucoder.errors import CheckpointError, ConfigError
 from diffucoder.training import checkpoints
 from diffucoder.training.settings import TrainSettings
 from diffucoder.training.trainer import Trainer, schedule
@@ -217,6 +221,109 @@ def test_a_finished_run_resumed_writes_its_model_again(tmp_path: Path, whole: Pa
     assert same(weights(tmp_path / "run"), weights(whole))
 
 
+def test_a_finished_run_goes_on_with_more_steps(
+    tmp_path: Path, whole: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    worker.run({"run": run})
+    worker.run({"run": run, "steps": 14, "resume": True})
+    assert "goes on after step 10 of 14" in capsys.readouterr().err
+    assert [line["step"] for line in lines(run)] == list(range(1, 15))
+    assert losses(run)[:10] == losses(whole)
+    longer = TrainSettings(run=run, steps=14, lr=1e-2)
+    assert [line["lr"] for line in lines(run)[10:]] == pytest.approx(
+        [1e-2 * schedule(s, longer) for s in range(10, 14)], abs=1e-6
+    )
+    with pytest.raises(ConfigError, match=r"steps=12 but the run in .* began with 14"):
+        worker.run({"run": run, "steps": 12, "resume": True})
+    _reset()
+    worker.run({"run": run, "steps": 14, "resume": True})
+    assert "has all of its 14 steps" in capsys.readouterr().err
+
+
+def test_a_run_resumed_before_its_first_checkpoint_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    worker.run({"run": tmp_path / "run", "steps": 2, "resume": True})
+    assert "has no checkpoint; it starts at step 0" in capsys.readouterr().err
+
+
+def test_a_model_whose_checkpoints_are_gone_is_not_overwritten(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    worker.run({"run": run, "steps": 2})
+    shutil.rmtree(run / "checkpoints")
+    with pytest.raises(ConfigError, match="holds a run already"):
+        worker.run({"run": run, "steps": 2})
+    _reset()
+
+
+def test_checkpoints_of_unknown_settings_are_not_resumed(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    worker.run({"run": run, "steps": 2})
+    (run / "settings.json").unlink()
+    with pytest.raises(ConfigError, match=r"has checkpoints but no settings.json"):
+        worker.run({"run": run, "steps": 2, "resume": True})
+    _reset()
+
+
+def test_a_full_disk_is_one_line_and_leaves_no_part_of_a_checkpoint(tmp_path: Path) -> None:
+    """The limit on the size of a file stands for the disk."""
+    run = tmp_path / "run"
+    worker.run({"run": run})
+    (run / "checkpoints" / "step-00000099.partial").mkdir()  # of a process that was killed
+    with (
+        limited_files(100_000),
+        pytest.raises(CheckpointError, match=r"step-00000012 cannot be written \(the disk is full\)"),
+    ):
+        worker.run({"run": run, "steps": 14, "resume": True})
+    _reset()
+    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["step-00000008", "step-00000010"]
+    worker.run({"run": run, "steps": 14, "resume": True})
+    assert [line["step"] for line in lines(run)] == list(range(1, 15))
+
+
+class Harmful:
+    """Touches a file when it is unpickled."""
+
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, (str(self.marker),)
+
+
+@pytest.mark.parametrize("place", ["metadata", "optimizer", "dotted"])
+def test_a_checkpoint_from_elsewhere_runs_no_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str) -> None:
+    run = tmp_path / "run"
+    marker = tmp_path / "marker"
+    if place == "optimizer":  # torch's writer pickles what is not a tensor
+        monkeypatch.setattr(checkpoints, "_tensors", lambda state: {"optimizer": {"lr": Harmful(marker)}})
+    worker.run({"run": run, "steps": 2})
+    monkeypatch.undo()
+    folder = run / "checkpoints" / "step-00000002"
+    if place == "optimizer":
+        monkeypatch.setattr(checkpoints, "_tensors", lambda state: {"optimizer": {"lr": 1.0}})
+    else:
+        harmful = pickle.dumps(Harmful(marker))
+        if place == "dotted":  # a function that is reached through an allowed name
+            harmful = b"\x80\x04\x8c\x25torch.distributed.checkpoint.metadata\x8c\x0bos.getcwdbX\x93)R."
+        (folder / ".metadata").write_bytes(harmful)
+        whole = json.loads((folder / "whole.json").read_text())
+        whole["files"][".metadata"] = checkpoints._size_and_checksum(folder / ".metadata")
+        (folder / "whole.json").write_text(json.dumps(whole))
+    with pytest.raises(CheckpointError, match=r"step-00000002 cannot be read \(.*\); delete it"):
+        worker.run({"run": run, "steps": 2, "resume": True})
+    assert not marker.exists()
+    _reset()
+
+
+def test_an_export_that_was_cut_short_leaves_nothing_in_the_next(tmp_path: Path, whole: Path) -> None:
+    run = tmp_path / "run"
+    worker.run({"run": run})
+    (run / "model" / "partial").mkdir()
+    (run / "model" / "partial" / "model-00001-of-00002.safetensors").write_bytes(b"half")
+    worker.run({"run": run, "resume": True})
+    assert {path.name for path in (run / "model").glob("model*")} == {"model.safetensors"}
+
+
 def test_a_run_folder_is_not_overwritten(tmp_path: Path) -> None:
     worker.run({"run": tmp_path / "run", "steps": 2})
     with pytest.raises(ConfigError, match="holds a run already; resume it with --resume"):
@@ -296,6 +403,19 @@ def test_adapters_learn_and_are_merged(tmp_path: Path) -> None:
     assert all(name.endswith("proj.weight") for name in changed)
 
 
+@pytest.mark.parametrize("config", ["ddp.yaml", "fsdp2.yaml"])
+def test_adapters_of_two_processes_are_those_of_one(tmp_path: Path, config: str) -> None:
+    fields: Fields = {"lora_rank": 4, "micro_batch": 2}
+    worker.run({"run": tmp_path / "one", **fields})
+    done = launch({"run": tmp_path / "two", **fields}, config=config)
+    assert done.returncode == 0, done.stderr
+    for file in ("model/model.safetensors", "adapter/adapter_model.safetensors"):
+        one, two = (load_file(tmp_path / run / file) for run in ("one", "two"))
+        assert one.keys() == two.keys()
+        for name, weight in one.items():
+            assert torch.allclose(weight, two[name], rtol=1e-3, atol=1e-4), name
+
+
 def test_adapters_for_layers_that_are_not_there_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"lora_targets=.* are not in this model"):
         worker.run({"run": tmp_path / "run", "lora_rank": 4, "lora_targets": ("qkv",)})
@@ -323,6 +443,17 @@ def test_trackers_get_the_metrics(tmp_path: Path) -> None:
 def test_what_cannot_work_is_one_line(tmp_path: Path, fields: Fields, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         worker.run({"run": tmp_path / "run", **fields})
+
+
+@contextmanager
+def limited_files(size: int) -> Iterator[None]:
+    """Let this process write no file longer than so many bytes."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def wait_for(condition: Callable[[], bool], seconds: float = 60) -> None:
