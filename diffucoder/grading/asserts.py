@@ -16,6 +16,7 @@ import ast
 import math
 import operator
 import re
+from collections import UserString
 from collections.abc import Callable, Iterable, Sized
 from dataclasses import dataclass
 from fractions import Fraction
@@ -260,7 +261,11 @@ def _types(node: ast.expr) -> tuple[type, ...]:
 
 def _multiply(left: Any, right: Any) -> Any:
     for sequence, count in ((left, right), (right, left)):
-        if isinstance(sequence, Sized) and len(sequence) * int(count) > _LARGEST:
+        if (
+            isinstance(sequence, Sized)
+            and not isinstance(sequence, np.ndarray)
+            and len(sequence) * int(count) > _LARGEST
+        ):
             raise OverflowError("the product is too large")
     return left * right
 
@@ -274,7 +279,7 @@ def _power(base: Any, exponent: Any) -> Any:
 
 
 def _modulo(left: Any, right: Any) -> Any:
-    if isinstance(left, str | bytes):
+    if isinstance(left, str | bytes | bytearray | UserString):
         raise TypeError("formatting is left out: a format may ask for any width")
     return left % right
 

@@ -346,10 +346,10 @@ CONTENTS: dict[Any, Callable[[Any], Any]] = {  # Any: abstract classes too
 EXACT = (int, float, str, list, tuple, set, frozenset, dict, bytes, bytearray, complex)
 
 
-def numpy_to_json(value: Any) -> Any:
+def numpy_to_json(value: Any) -> dict[str, Any]:
     """A number of numpy, tagged with the character of its type, or an array of one."""
     if type(value).__name__ == "ndarray":
-        return {"array": [value.ndim, numpy_to_json(value.reshape(-1)[0])]}
+        return {"array": [value.ndim, *numpy_to_json(value.reshape(-1)[0]).popitem()]}
     item = value.item()
     if type(item) is type(value):  # a longdouble is not a number of Python
         return {value.dtype.char: value.tobytes().hex()}

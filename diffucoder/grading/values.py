@@ -97,8 +97,8 @@ def from_json(data: Any) -> Any:
             kind, length = content
             return Opaque(str(kind), length if type(length) is int else None)
         case "array":
-            dimensions, number = content
-            return np.array(from_json(number), ndmin=dimensions)
+            dimensions, character, number = content
+            return np.array(_numpy(character, number), ndmin=dimensions)
     return _numpy(kind, content)
 
 
