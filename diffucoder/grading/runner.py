@@ -42,6 +42,15 @@ class Answer(NamedTuple):
     content: bytes  # JSON: the value, or a message
 
 
+def schedule(process: int | str) -> list[float]:
+    """Seconds in which a process ran, and in which it waited for a processor. Zeros where they are not counted."""
+    try:
+        with open(f"/proc/{process}/schedstat") as file:
+            return [int(number) / 1e9 for number in file.read().split()[:2]]
+    except OSError:
+        return [0.0, 0.0]
+
+
 def main() -> None:
     """Read the job, put its questions to children, write a line `[index, status, seconds, content]` for every answer.
 
@@ -93,6 +102,7 @@ class Child:
         self.begin = time.monotonic()
         self.asleep = 0.0
         self.used = 0.0
+        self.is_counted = schedule("self")[0] > 0  # False where this is not Linux, or the kernel does not count
         self.pipe, child_pipe = os.pipe()
         self.process = os.fork()
         if self.process == 0:
@@ -167,19 +177,17 @@ class Child:
 
     def spent(self) -> float:
         """Seconds of the child on an idle machine: on the clock, without those in which it waited for a processor."""
-        if self.exit_code is not None:
-            return self.used
-        self.used = time.monotonic() - self.begin
-        with suppress(OSError, ValueError):  # where this is not Linux
-            with open(f"/proc/{self.process}/stat") as file:
-                state = file.read().rpartition(")")[2].split()[0]
+        if self.exit_code is None:
             elapsed = time.monotonic() - self.begin
-            with open(f"/proc/{self.process}/schedstat") as file:
-                ran, waited, _ = [int(number) / 1e9 for number in file.read().split()]
-            if ran and state != "R":  # of one that waits now, `waited` lacks this time
-                self.asleep = elapsed - ran - waited
-            if ran:  # else this kernel does not count
-                self.used = ran + self.asleep
+            if not self.is_counted:
+                self.used = elapsed
+                return elapsed
+            with open(f"/proc/{self.process}/stat", "rb") as file:
+                state = file.read().rpartition(b")")[2].split()[0]
+            ran, waited = schedule(self.process)
+            if state != b"R":  # of one that waits now, `waited` lacks this time
+                self.asleep = max(self.asleep, elapsed - ran - waited)
+            self.used = ran + self.asleep
         return self.used
 
     def has_ended(self, options: int = os.WNOHANG) -> bool:
