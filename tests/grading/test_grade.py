@@ -13,7 +13,7 @@ from machine import in_time
 from diffucoder.errors import ConfigError, SandboxError
 from diffucoder.grading.grade import Call, call, grade, grade_many
 from diffucoder.grading.runner import Child
-from diffucoder.grading.sandbox import Limits, Sandbox, isolation
+from diffucoder.grading.sandbox import Limits, Sandbox, isolation, run
 from diffucoder.grading.values import Opaque, from_json, to_json
 
 GOOD = "def add(a, b):\n    return a + b\n"
@@ -104,6 +104,34 @@ def test_tests_that_run_together_end_at_the_first_failure() -> None:
     assert (verdict.passed_tests, verdict.total_tests) == (1, 3)
     assert verdict.detail == "test 2: ZeroDivisionError: integer division or modulo by zero"
     assert "did not run" in verdict.tests[2].detail
+
+
+STATEFUL = """
+import itertools
+count = itertools.count()
+cache = {}
+def f(x, seen=[]):
+    cache[x] = cache.get(x, 0) + 1
+    seen.append(next(count))
+    return seen if x else cache
+"""
+
+
+@pytest.mark.parametrize(
+    "tests",
+    [
+        ["f(1) == [0]", "f(1) == [0, 1]", "f(0) == {1: 2, 0: 1}"],
+        ["f(1) == [0]", "f(1) == [1]"],
+        ["f(1) == [0]", "f(0) is cache", "f(1) == [0, 1, 2]", "len(f(0)) == 2"],
+        ["f(1) == [0]", "f(0) is not cache", "f(1) == [0, 1, 2]"],
+        ["f(1)[0] == 0", "len(set(f(1))) == 2", "sum(f(2)) == 3", "f(0).keys() == {0, 1, 2}", "not f(0).get"],
+        ["f(0) == {0: 1}", "f(0).items() == {(0, 2)}", "f(0) == {0: 3}", "sorted(f([])) == [0]"],
+    ],
+)
+def test_tests_that_run_together_pass_where_plain_python_passes(tests: list[str]) -> None:
+    asserts = [f"assert {test}" for test in tests]
+    plain = run("\n".join([STATEFUL, *asserts]))
+    assert grade(STATEFUL, asserts, together=True).status == plain.status
 
 
 @pytest.mark.parametrize(("seconds", "status"), [(1.0, "ok"), (4.0, "timeout")])
