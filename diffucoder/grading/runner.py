@@ -25,7 +25,7 @@ from collections import Counter, UserList, UserString
 from collections.abc import Callable, ItemsView, Iterator, Mapping, Set
 from contextlib import suppress
 from decimal import Decimal
-from fractions import Fraction
+from numbers import Rational  # Fraction, and what sympy registers
 from types import CodeType
 from typing import Any, NamedTuple, NoReturn
 
@@ -302,7 +302,7 @@ def to_json(value: Any) -> Any:
     kind = type(value)
     if value is None or kind in (bool, str, float):
         return value
-    if getattr(kind, "__module__", "") == "numpy" and getattr(value, "size", 0) == 1 and value.dtype.kind in "?biufc":
+    if getattr(kind, "__module__", "") == "numpy" and getattr(value, "size", 0) == 1 and value.dtype.kind in "biufc":
         return numpy_to_json(value)
     for base in CONTENTS:
         if isinstance(value, base):
@@ -343,7 +343,7 @@ CONTENTS: dict[Any, Callable[[Any], Any]] = {  # Any: abstract classes too
     bytearray: of_bytes("bytearray"),
     memoryview: of_bytes("memoryview"),
     complex: lambda number: {"complex": [number.real, number.imag]},
-    Fraction: lambda number: {"ratio": [hex(number.numerator), hex(number.denominator)]},
+    Rational: lambda number: {"ratio": [hex(number.numerator), hex(number.denominator)]},
     Decimal: lambda number: {"decimal": str(number)},
     ItemsView: lambda pairs: {"items": [[to_json(key), to_json(item)] for key, item in pairs]},
     Set: of_members("keys"),  # dict.keys() and others that equal a set
