@@ -12,6 +12,8 @@ verdicts. A result that is not plain data arrives here as an object that equals 
 
 import math
 from collections.abc import Callable, Iterable, Sequence
+from fractions import Fraction
+from numbers import Complex
 from typing import Any  # an argument or result: None, bool, number, str, bytes, list, tuple, set, frozenset or dict
 
 from diffucoder.grading.values import set_of
@@ -131,12 +133,19 @@ def _close(expected: Any, result: Any, atol: float) -> bool:
         if not isinstance(result, list | tuple) or len(result) != len(expected):
             return False
         return all(_close(*pair, atol) for pair in zip(expected, result, strict=True))
-    if not isinstance(expected, int | float | complex) or not isinstance(result, int | float | complex):
+    if not _is_number(expected) or not _is_number(result):
         return False
     if result == expected or (expected != expected and result != result):
         return True
     # without the first test any result would be within the relative tolerance of an infinite `expected`
-    return abs(expected) < math.inf and abs(result - expected) <= atol + _RTOL * abs(expected)
+    return bool(abs(expected) < math.inf and abs(result - expected) <= atol + _RTOL * abs(expected))
+
+
+def _is_number(value: object) -> bool:
+    """Whether numpy takes it for a number: one of Python's or its own."""
+    if isinstance(value, int | float | complex):
+        return True
+    return isinstance(value, Complex) and not isinstance(value, Fraction)
 
 
 def _pyramid(base: float, height: float) -> int:

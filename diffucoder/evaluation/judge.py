@@ -9,7 +9,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ _REFERENCE_SECONDS = 60.0  # for one call of a published solution
 _ASSERT_LIMITS = Limits(seconds=10.0)
 # the limit of BigCodeBench itself; some of its tests do wait that long
 _SCRIPT_LIMITS = Limits(seconds=240.0, memory=MEMORY, files=64 << 20, processes=32)
+_CHECK_LIMITS = replace(_SCRIPT_LIMITS, seconds=3.0)  # the limit of human-eval and human-eval-infilling
 _RUN_TEST_CASES = """
 import unittest as _unittest
 _result = _unittest.TestResult()
@@ -140,11 +141,9 @@ def judge(task: Task, program: str, reference: Reference | None, sandbox: Sandbo
     if isinstance(task.tests, Calls):
         assert reference is not None
         return _judge_calls(task, task.tests, program, reference, sandbox)
-    if isinstance(task.tests, Asserts):
-        verdict = grade(program, task.tests.lines, _ASSERT_LIMITS, sandbox=sandbox)
-    else:
-        assert task.tests is not None
-        verdict = grade(program, _script_tests(task, task.tests), _SCRIPT_LIMITS, sandbox=sandbox)
+    assert task.tests is not None
+    tests, limits = _tests_of(task, task.tests)
+    verdict = grade(program, tests, limits, sandbox=sandbox, together=True)
     return Judged(verdict.passed, verdict.passed, None, verdict.status, verdict.detail, verdict.trusted)
 
 
@@ -184,10 +183,13 @@ def _run_calls(
     return None
 
 
-def _script_tests(task: Task, script: Script) -> list[str]:
-    if "class TestCases" in script.code:
-        return [script.code + _RUN_TEST_CASES]
-    return check_asserts(script.code, task.entry_point) or [script.code]
+def _tests_of(task: Task, tests: Asserts | Script) -> tuple[Sequence[str], Limits]:
+    """The tests of a task, and the limits that its authors give all of them together."""
+    if isinstance(tests, Asserts):
+        return tests.lines, _ASSERT_LIMITS
+    if "class TestCases" in tests.code:
+        return [tests.code + _RUN_TEST_CASES], _SCRIPT_LIMITS
+    return check_asserts(tests.code, task.entry_point) or [tests.code], _CHECK_LIMITS
 
 
 def check_asserts(code: str, entry_point: str) -> list[str]:

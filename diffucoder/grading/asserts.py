@@ -2,7 +2,7 @@
 
     assert f(2) == 4                       the program evaluates f(2); the condition is answer == 4
     assert abs(f(2) - 2 / 3) < 1e-6        f(2); abs(answer - 2 / 3) < 1e-6
-    assert set(f(2)) == set((4, 5))        [*f(2)]; set(answer) == {4, 5}
+    assert set(f(2)) == set((4, 5))        {*f(2)}; set(answer) == {4, 5}
     assert math.isclose(f(2), 0.5)         f(2); math.isclose(answer, 0.5)
     assert not f(2)                        not (f(2)); answer is True
 
@@ -16,11 +16,14 @@ import ast
 import math
 import operator
 import re
-from collections.abc import Callable, Iterable
+from collections import UserString
+from collections.abc import Callable, Iterable, Sized
 from dataclasses import dataclass
 from fractions import Fraction
 from itertools import pairwise
 from typing import Any  # plain data
+
+import numpy as np
 
 from diffucoder.grading.values import set_of
 
@@ -28,7 +31,8 @@ _LARGEST = 100_000  # items of a sequence or bits of a number that an operator m
 
 # Calls of these with literals are literals themselves. Any other function may be one of the program's.
 _LITERAL_FUNCTIONS = {"dict", "float", "frozenset", "list", "set", "sorted", "tuple"}
-# Functions of all members of the answer. The program lists the members, because its answer may be a generator.
+# Functions of all members of the answer. The program lists the members, because its answer may be a generator, or
+# makes the set, because some members are equal and are not plain data.
 _OF_MEMBERS = {"all", "any", "frozenset", "list", "max", "min", "set", "sorted", "sum", "tuple"}
 _KEYWORDS = {"reverse", "rel_tol", "abs_tol"}
 
@@ -55,6 +59,7 @@ class Assert:
     condition: ast.expr
     question: ast.expr  # the part of the condition that the program's value replaces
 
+    @np.errstate(all="ignore")
     def holds(self, value: Any) -> bool:
         """Whether the condition holds for the program's value. A condition that raises fails, as in an assert."""
         if self.expression.startswith("not ") and not isinstance(value, bool):
@@ -95,18 +100,25 @@ def _find_question(node: ast.expr) -> tuple[ast.expr, str]:
             return node, f"not not ({ast.unparse(operand)})"
         case ast.Call(ast.Name(name), [operand]) if name in _OF_MEMBERS and _is_question(operand):
             _check_call(node)
-            return operand, f"[*{ast.unparse(operand)}]"
+            members = f"*{ast.unparse(operand)}"
+            return operand, f"{{{members}}}" if name in ("set", "frozenset") else f"[{members}]"
         case ast.UnaryOp(sign, operand) if type(sign) in _OPERATORS:
             parts = [operand]
+        case ast.BinOp(ast.Constant(str() | bytes()), ast.Mod(), _):
+            raise _NotSplitError  # a value is printed otherwise where it stands for another
         case ast.BinOp(left, infix, right) if type(infix) in _OPERATORS:
             parts = [left, right]
         case ast.Compare(left, orders, others):
             parts = [left, *others]
-            for order, container in zip(orders, others, strict=True):
-                if isinstance(order, ast.In | ast.NotIn) and not _is_literal(container):
+            for order, (one, other) in zip(orders, pairwise(parts), strict=True):
+                if isinstance(order, ast.In | ast.NotIn) and not _is_literal(other):
                     raise _NotSplitError  # an object can hold the expected value without being plain data
+                if isinstance(order, ast.Is | ast.IsNot) and not (_is_singleton(one) or _is_singleton(other)):
+                    raise _NotSplitError  # which equal strings and numbers are one object depends on the interpreter
         case ast.Call():
             parts = _check_call(node)
+            if not _orders_no_set(node):
+                raise _NotSplitError
         case _:
             raise _NotSplitError
     unknown = [part for part in parts if not _is_literal(part)]
@@ -142,11 +154,29 @@ def _is_literal(node: ast.expr) -> bool:
     for part in ast.walk(node):
         if isinstance(part, ast.Call) and (part.keywords or ast.unparse(part.func) not in _LITERAL_FUNCTIONS):
             return False
+        if isinstance(part, ast.Call) and not _orders_no_set(part):
+            return False
     try:
         _evaluate(node)
     except (TypeError, ValueError, ArithmeticError, LookupError):
         return False
     return True
+
+
+def _orders_no_set(call: ast.Call) -> bool:
+    """Whether this is not `list` or `tuple` of what may be a set: its order depends on the process."""
+    match call:
+        case ast.Call(ast.Name("list" | "tuple"), [ast.List() | ast.Tuple() | ast.Dict() | ast.Constant()]):
+            return True
+        case ast.Call(ast.Name("list" | "tuple"), [ast.Call(ast.Name("list" | "tuple" | "sorted"))]):
+            return True
+        case ast.Call(ast.Name("list" | "tuple"), [_]):
+            return False
+    return True
+
+
+def _is_singleton(node: ast.expr) -> bool:
+    return isinstance(node, ast.Constant) and (node.value is None or isinstance(node.value, bool))
 
 
 def _is_question(node: ast.expr) -> bool:
@@ -196,7 +226,7 @@ def _evaluate(node: ast.expr, question: ast.expr | None = None, answer: Any = No
     if node is question:
         return answer
     match node:
-        case ast.Constant(value):
+        case ast.Constant(value) if value is not ...:
             return value
         case ast.List(items) | ast.Tuple(items) | ast.Set(items):
             kind = {ast.List: list, ast.Tuple: tuple, ast.Set: set}[type(node)]
@@ -209,10 +239,12 @@ def _evaluate(node: ast.expr, question: ast.expr | None = None, answer: Any = No
             return _OPERATORS[type(infix)](value_of(left), value_of(right))
         case ast.Compare(left, orders, others):
             values = list(map(value_of, [left, *others]))
+            result = None
             for order, (one, other) in zip(orders, pairwise(values), strict=True):
-                if not _OPERATORS[type(order)](one, other):
-                    return False
-            return True
+                result = _OPERATORS[type(order)](one, other)
+                if not result:
+                    break
+            return result
         case ast.Call(ast.Name("isinstance"), [operand, types], []):
             return isinstance(value_of(operand), _types(types))
         case ast.Call(function, arguments, keywords):
@@ -229,7 +261,11 @@ def _types(node: ast.expr) -> tuple[type, ...]:
 
 def _multiply(left: Any, right: Any) -> Any:
     for sequence, count in ((left, right), (right, left)):
-        if isinstance(sequence, str | bytes | list | tuple) and len(sequence) * int(count) > _LARGEST:
+        if (
+            isinstance(sequence, Sized)
+            and not isinstance(sequence, np.ndarray)
+            and len(sequence) * int(count) > _LARGEST
+        ):
             raise OverflowError("the product is too large")
     return left * right
 
@@ -243,16 +279,19 @@ def _power(base: Any, exponent: Any) -> Any:
 
 
 def _modulo(left: Any, right: Any) -> Any:
-    if isinstance(left, str | bytes):
+    if isinstance(left, str | bytes | bytearray | UserString):
         raise TypeError("formatting is left out: a format may ask for any width")
     return left % right
 
 
 def _sum(members: Iterable[Any]) -> Any:
     total: Any = 0
+    digits = 0
     for member in members:
-        if not isinstance(member, int | float | complex):
-            raise TypeError(f"{type(member).__name__} is left out: a sum of many fractions takes very long")
+        if isinstance(member, Fraction):
+            digits += member.denominator.bit_length()
+            if digits > _LARGEST // 10:
+                raise OverflowError("a sum of many fractions takes very long")
         total += member
     return total
 

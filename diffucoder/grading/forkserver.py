@@ -92,8 +92,9 @@ def supervise(control: socket.socket, isolated: bool) -> bytes:
     source: bytes = job["program"]
     os.setsid()
     if isolated:
-        enter_namespaces(job["files"], len(job["stdin"]))
+        enter_namespaces(job["files"], len(job["stdin"]), job["home"].encode())
     os.chdir(job["folder"])
+    os.environ["HOME"] = job["home"]
     write_file("program.py", source)  # for tracebacks
     write_file(".stdin", job.pop("stdin"))
     stdin = os.open(".stdin", os.O_RDONLY)
@@ -134,9 +135,12 @@ def watch(program: int, streams: list[int], control: socket.socket, seconds: flo
     ending = None
     pause = MIN_PAUSE
     while ending is None and limit == "none":
+        late = time.monotonic() - begin > seconds  # first: this process may have to wait before it sees the end
         ending = reap(program)
         if ending:
             pause = 0.0  # there may be output left
+        elif late:
+            limit = "timeout"
         ready = select.select([control.fileno(), *streams], [], [], pause)[0]
         pause = min(2 * pause, MAX_PAUSE)
         if control.fileno() in ready:  # the host has hung up
@@ -151,8 +155,6 @@ def watch(program: int, streams: list[int], control: socket.socket, seconds: flo
                     limit = "output"
                 if not chunk:
                     streams.remove(stream)
-        if ending is None and limit == "none" and time.monotonic() - begin > seconds:
-            limit = "timeout"
     stdout, stderr = outputs.values()
     code, memory = ending or (0, 0)
     report = f"{limit} {code} {memory} {time.monotonic() - begin:f} {len(stdout)} {len(stderr)}\n"
@@ -169,12 +171,12 @@ def reap(program: int) -> tuple[int, int] | None:
             return os.waitstatus_to_exitcode(status), usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def enter_namespaces(tmpfs_bytes: int, stdin_bytes: int) -> None:
+def enter_namespaces(tmpfs_bytes: int, stdin_bytes: int, home: bytes) -> None:
     """In the new namespaces: stay the same user, mount what belongs to the job, forbid further namespaces."""
     same_user = b"%d %d 1" % (user, user)
     for name, content in (("setgroups", b"deny"), ("gid_map", same_user), ("uid_map", same_user)):
         write_file(f"/proc/self/{name}", content)
-    for folder, size in ((b"/tmp", tmpfs_bytes + stdin_bytes), (b"/dev/shm", tmpfs_bytes)):
+    for folder, size in ((b"/tmp", tmpfs_bytes + stdin_bytes), (b"/dev/shm", tmpfs_bytes), (home, tmpfs_bytes)):
         bounds = b"size=%d,nr_inodes=4096,mode=755" % size
         call("mount", b"tmpfs", folder, b"tmpfs", MS_NOSUID | MS_NODEV, bounds)
     call("mount", b"proc", b"/proc", b"proc", MS_NOSUID | MS_NODEV | MS_NOEXEC, None)
@@ -264,6 +266,8 @@ def run_as_main(source: bytes) -> None:
     main.__file__ = path
     sys.modules["__main__"] = main
     sys.argv = [path]
+    user_name = os.environ["USER"]
+    os.getlogin = lambda: user_name  # without a terminal it fails
     for name in ("exit", "quit"):
         setattr(builtins, name, _sitebuiltins.Quitter(name, "Ctrl-D"))
     code = 0

@@ -17,12 +17,13 @@ from typing import Any, Literal, cast
 
 from diffucoder.errors import ConfigError
 from diffucoder.grading.asserts import Assert, parse
-from diffucoder.grading.runner import PATIENCE, Question
+from diffucoder.grading.runner import Question
 from diffucoder.grading.sandbox import DEFAULT_LIMITS, Limits, Sandbox, Status, source_of
 from diffucoder.grading.values import from_json, readable, short
 
 _GRACE = 1.0  # seconds for the runner to start and to report
-_MAX_SLEEP = 60.0  # seconds on the clock that tests may take beyond their processor seconds
+_PATIENCE = 5  # a program that waits for a processor has so many times its seconds on the clock, and 20 more
+_ANSWER_BYTES = 1 << 20  # of one answer; a list of all primes below a million takes half of it
 _LINE_BYTES = 1024  # of a line of the runner's report, without a value
 
 
@@ -78,20 +79,34 @@ class Outcome:
     detail: str = ""
 
 
-def grade(
-    program: str, tests: Sequence[str], limits: Limits = DEFAULT_LIMITS, *, sandbox: Sandbox | None = None
-) -> Verdict:
-    """Run each test in a fresh process of the program. `limits.seconds` is for all tests together.
+_NOT_RUN = Outcome("failed", None, 0.0, "did not run, because a test before it failed")
 
-    Tests that cannot be split have a run of their own, with the same seconds again. Seconds are processor seconds, so
-    that a busy machine causes few time-outs. On the clock a program has PATIENCE times as many, but at most a minute
-    more. Without `sandbox`, one is started for this program. Raises ConfigError if there are no tests.
+
+def grade(
+    program: str,
+    tests: Sequence[str],
+    limits: Limits = DEFAULT_LIMITS,
+    *,
+    sandbox: Sandbox | None = None,
+    together: bool = False,
+) -> Verdict:
+    """Run each test in a fresh process of the program, or all of them `together`.
+
+    Together they are graded as published benchmarks are: one process, in order, until the first failure. A test sees
+    what the ones before it left, such as a default argument that has grown.
+
+    `limits.seconds` is for all tests together, on the clock, without the time in which a program waits for a processor.
+    Tests that cannot be split have a run of their own, with the same seconds again. Without `sandbox`, one is started
+    for this program. Raises ConfigError if there are no tests.
     """
     if isinstance(tests, str) or not tests:
         raise ConfigError(f"tests={tests!r} must be a list of one or more asserts; leave out a problem without tests")
     if not program.strip():
         return Verdict(False, 0, len(tests), "no program", 0.0, "the program is empty")
     asserts = [parse(test) for test in tests]
+    if together and not all(asserts):  # one that runs beside the program must see what the others leave
+        tests = ["\n".join(tests)]
+        asserts = [None]
     split: dict[int, Question] = {}
     whole: dict[int, Question] = {}
     for index, split_assert in enumerate(asserts):
@@ -99,17 +114,18 @@ def grade(
             split[index] = (split_assert.expression, (), limits.seconds)
         else:
             whole[index] = (tests[index], (), limits.seconds)
+    limits = replace(limits, output=max(limits.output, _ANSWER_BYTES))
     outcomes: dict[int, Outcome] = {}
     seconds = 0.0
     with nullcontext(sandbox) if sandbox else Sandbox(1) as box:
         # Two runs, because a program can read what a whole test expects in the run of that test.
         for kind, questions in (("value", split), ("test", whole)):
             if questions:
-                job = {"kind": kind, "questions": [*questions.values()], "fresh": True, "stop_at_failure": False}
-                answers, run_seconds = _ask(box, program, job, limits)
-                outcomes.update(zip(questions, answers, strict=True))
+                job = {"kind": kind, "questions": [*questions.values()], "fresh": not together}
+                answers, run_seconds = _ask(box, program, job | {"stop_at_failure": together}, limits)
+                outcomes.update(zip(questions, answers, strict=False))
                 seconds += run_seconds
-    verdicts = tuple(_judge(test, asserts[index], outcomes[index]) for index, test in enumerate(tests))
+    verdicts = tuple(_judge(test, asserts[index], outcomes.get(index, _NOT_RUN)) for index, test in enumerate(tests))
     passed = sum(verdict.passed for verdict in verdicts)
     for number, verdict in enumerate(verdicts, start=1):
         if not verdict.passed:
@@ -136,8 +152,8 @@ def call(
 ) -> list[Outcome]:
     """Evaluate the calls one after the other in one process of the program, or in a new one where that ends.
 
-    `limits.seconds` is for all calls together. Seconds are processor seconds; a program that sleeps has PATIENCE times
-    as many on the clock. With `until_failure` the first call without a value is the last one, and the list ends there.
+    `limits.seconds` is for all calls together. As in `grade`, no seconds count in which the program waits for a
+    processor. With `until_failure` the first call without a value is the last one, and the list ends there.
     """
     if not calls:
         return []
@@ -150,10 +166,9 @@ def call(
 def _ask(sandbox: Sandbox, program: str, job: dict[str, Any], limits: Limits) -> tuple[list[Outcome], float]:
     """An outcome for every question of a job (see `runner.main`), and the seconds of the run."""
     count = len(job["questions"])
-    clock = PATIENCE * limits.seconds
+    clock = _PATIENCE * limits.seconds + 20
     output = _LINE_BYTES * count + limits.output
     if job["fresh"]:  # then every answer may be as long as the limit
-        clock = min(clock, limits.seconds + _MAX_SLEEP)
         output = (_LINE_BYTES + limits.output) * count
     job |= {"program": program, "seconds": limits.seconds, "clock": clock, "output": limits.output}
     roomier = replace(limits, seconds=clock + _GRACE, processes=limits.processes + 1, output=output)

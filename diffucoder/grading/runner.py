@@ -21,44 +21,58 @@ import select
 import signal
 import sys
 import time
-from collections.abc import Iterator, KeysView
+from collections import Counter, UserList, UserString
+from collections.abc import Callable, ItemsView, Iterator, Mapping, Set
 from contextlib import suppress
+from decimal import Decimal
+from numbers import Rational  # Fraction, and what sympy registers
 from types import CodeType
 from typing import Any, NamedTuple, NoReturn
 
-PATIENCE = 5  # a question may take so many times its processor seconds on the clock
 POLL = 0.02  # seconds between two looks at a silent child
+DEPTH = 500  # calls within calls that read an answer; no literal is nested so deep
 DIGEST_CELLS = 20_000_000  # a list of lists with more items is reported by its digest
 
-Question = tuple[str, tuple[Any, ...], float]  # source, arguments (an expression knows them as `_`), processor seconds
+Question = tuple[str, tuple[Any, ...], float]  # source, arguments (an expression knows them as `_`), seconds
 
 
 class Answer(NamedTuple):
     status: str  # "ok", "failed", "timeout" or "killed"
-    seconds: float  # on the clock
+    seconds: float  # as `Child.spent` counts
     content: bytes  # JSON: the value, or a message
+
+
+def schedule(process: int | str) -> list[float]:
+    """Seconds in which a process ran, and in which it waited for a processor. Zeros where they are not counted."""
+    try:
+        with open(f"/proc/{process}/schedstat") as file:
+            return [int(number) / 1e9 for number in file.read().split()[:2]]
+    except OSError:
+        return [0.0, 0.0]
 
 
 def main() -> None:
     """Read the job, put its questions to children, write a line `[index, status, seconds, content]` for every answer.
 
-    All questions together may take `seconds` of the processor and `clock` on the clock. In a `fresh` job every question
-    has a child of its own and an equal share of the time. One that takes longer gets a second try, with the time that
-    the others left. In other jobs a child answers as many questions as it lives for.
+    All questions together may take `seconds`, without those in which they wait for a processor, and `clock` with them.
+    In a `fresh` job every question has a child of its own and an equal share of the time. One that takes longer gets a
+    second try, with the time that the others left. In other jobs a child answers as many questions as it lives for.
     """
     job = marshal.loads(sys.stdin.buffer.read())
+    # in place of this file: what a program finds at `__file__`
+    with suppress(OSError), open("program.py", "w", encoding="utf-8", errors="surrogatepass") as file:
+        file.write(job["program"])
     deadline = time.monotonic() + job["clock"]
+    left = job["seconds"]
     waiting = list(range(len(job["questions"])))
     slow: list[int] = []
     last_try = not job["fresh"]
     while waiting:
         children = len(waiting) if job["fresh"] else 1
         batch = waiting[: len(waiting) // children]
-        used = os.times()
-        seconds = (job["seconds"] - used.children_user - used.children_system) / children
         child = Child(job, [job["questions"][index] for index in batch])
         now = time.monotonic()
-        for answer in child.answers(seconds, now + (deadline - now) / children):
+        for answer in child.answers(left / children, now + (deadline - now) / children):
             index = waiting.pop(0)
             if answer.status == "timeout" and not last_try:
                 slow.append(index)
@@ -69,6 +83,7 @@ def main() -> None:
                 waiting.clear()
                 break
         os.close(child.pipe)
+        left -= child.spent()
         child.kill()
         if not waiting and not last_try:
             waiting = slow
@@ -85,6 +100,9 @@ class Child:
         self.lost: tuple[str, str] | None = None  # status and message, once no more answers will come
         self.exit_code: int | None = None
         self.begin = time.monotonic()
+        self.asleep = 0.0
+        self.used = 0.0
+        self.is_counted = schedule("self")[0] > 0  # False where this is not Linux, or the kernel does not count
         self.pipe, child_pipe = os.pipe()
         self.process = os.fork()
         if self.process == 0:
@@ -101,16 +119,15 @@ class Child:
             return
         token = ready.content  # empty unless the question is a test
         for _, _, limit in self.questions:
-            left = seconds - self.processor_seconds()
-            yield self.receive(b"=" + token, min(limit, left), until)
+            yield self.receive(b"=" + token, min(limit, seconds - self.spent()), until)
             if self.lost:
                 return
 
     def receive(self, prefix: bytes, seconds: float, until: float) -> Answer:
         """The answer in the next line. It begins with `prefix`, or with b"-" for a failure."""
-        begin = time.monotonic()
+        begin = self.spent()
         line = self.read_line(seconds, until)
-        spent = time.monotonic() - begin
+        spent = self.spent() - begin
         if line.startswith(prefix):
             return Answer("ok", spent, line[len(prefix) :])
         if line.startswith(b"-"):
@@ -119,18 +136,17 @@ class Child:
         return Answer(self.lost[0], spent, message(self.lost[1]))
 
     def read_line(self, seconds: float, until: float) -> bytes:
-        """The next line, which may take so many seconds of the processor; b"" if the child is lost.
+        """The next line, which may take so many seconds, and come until then; b"" if the child is lost.
 
-        A child that waits for a processor gets longer: PATIENCE times the seconds, but not past `until`.
+        A line that is there is an answer in time, also where this process had to wait for a processor before it looked.
         """
-        end = min(until, time.monotonic() + PATIENCE * seconds)
-        processor_end = 0.0  # set after the first look, so that no answer is charged for a pause of the whole machine
+        end = 0.0  # set after the first look, so that no answer is charged for a pause of the whole machine
         searched = 0
         while (length := self.received.find(b"\n", searched)) < 0:
             searched = len(self.received)
             # a process that the program started may hold the pipe open for longer than the child lives
             ended = self.has_ended()
-            late = time.monotonic() >= end
+            late = time.monotonic() >= until
             ready = select.select([self.pipe], [], [], 0.0 if ended or late else POLL)[0]
             chunk = b""
             if ready:
@@ -140,11 +156,15 @@ class Child:
                 self.lost = ("killed", f"output: gave more than {self.max_output} bytes")
             elif not chunk and (ready or ended):
                 self.lost = self.ending()
-            elif late or (processor_end and self.processor_seconds() >= processor_end):
+            elif b"\n" in chunk:
+                continue
+            elif end and self.spent() >= end:
                 self.lost = ("timeout", "seconds: no time left")
+            elif late:
+                self.lost = ("timeout", "clock: it waited too long for a processor")
             if self.lost:
                 return b""
-            processor_end = processor_end or self.processor_seconds() + seconds
+            end = end or self.spent() + seconds
         line = bytes(self.received[:length])
         del self.received[: length + 1]
         return line
@@ -155,12 +175,20 @@ class Child:
             return "killed", f"signal: {signal.strsignal(-self.exit_code) or -self.exit_code}"
         return "failed", "ended before its test did"
 
-    def processor_seconds(self) -> float:
-        """What the child has used of the processor."""
-        try:
-            return time.clock_gettime(~self.process << 3 | 2)  # the number of the clock as in clock_getcpuclockid(3)
-        except OSError:  # the child is gone, or this is not Linux
-            return time.monotonic() - self.begin
+    def spent(self) -> float:
+        """Seconds of the child on an idle machine: on the clock, without those in which it waited for a processor."""
+        if self.exit_code is None:
+            elapsed = time.monotonic() - self.begin
+            if not self.is_counted:
+                self.used = elapsed
+                return elapsed
+            with open(f"/proc/{self.process}/stat", "rb") as file:
+                state = file.read().rpartition(b")")[2].split()[0]
+            ran, waited = schedule(self.process)
+            if state != b"R":  # of one that waits now, `waited` lacks this time
+                self.asleep = max(self.asleep, elapsed - ran - waited)
+            self.used = ran + self.asleep
+        return self.used
 
     def has_ended(self, options: int = os.WNOHANG) -> bool:
         if self.exit_code is None:
@@ -191,8 +219,9 @@ def run_child(job: dict[str, Any], questions: list[Question], pipe: int) -> NoRe
         os.dup2(nowhere, stream)
     os.close(nowhere)
     module = sys.modules["program"] = type(sys)("program")
+    module.__file__ = sys.argv[0]
     try:
-        program = compile(job["program"], "<program>", "exec", dont_inherit=True)
+        program = compile(job["program"], sys.argv[0], "exec", dont_inherit=True)
         if job["kind"] == "test":
             run_test(program, questions[0][0], vars(module), pipe)
         else:
@@ -234,7 +263,7 @@ def answer_values(program: CodeType, questions: list[Question], names: dict[str,
     for source, arguments, _ in questions:
         try:
             value = eval(compile(source, "<test>", "eval", dont_inherit=True), names, {"_": arguments})
-            line = b"=" + json.dumps(digest_if_large(value) or to_json(value)).encode()
+            line = b"=" + json.dumps(digest_if_large(value) or data_of(value)).encode()
         except BaseException as error:
             line = b"-" + describe(error)
         write(pipe, line)
@@ -252,36 +281,91 @@ def digest_if_large(value: Any) -> dict[str, str] | None:
     return {"digest": digest.hexdigest()}
 
 
+def data_of(value: Any) -> Any:
+    """The JSON of an answer. What holds itself, or is nested too deep for JSON, is sent as its type and length."""
+    limit = sys.getrecursionlimit()  # the program may have raised it beyond what the stack can take
+    sys.setrecursionlimit(DEPTH)
+    try:
+        return to_json(value)
+    except RecursionError:
+        return list(map(opaque, value)) if isinstance(value, list) else opaque(value)
+    finally:
+        sys.setrecursionlimit(limit)
+
+
 def to_json(value: Any) -> Any:
     """A value as JSON: None, bools, strings, floats, small integers and lists as they are, anything else by a tag.
 
-    Of an instance of a subclass only the data is sent. A value that is not plain data becomes the name of its type.
+    The other side has the same type again, so the value behaves there as it does here. Of an instance of a subclass
+    only the data is sent, marked as such. A value that is not plain data becomes the name of its type.
     """
-    if value is None or isinstance(value, (bool, str, float)):
+    kind = type(value)
+    if value is None or kind in (bool, str, float):
         return value
-    if isinstance(value, int):
-        value = int.__index__(value)
-        return value if abs(value) < 1 << 63 else {"int": hex(value)}
-    if isinstance(value, list):
-        return list(map(to_json, value))
-    kind: Any
-    for kind in (tuple, frozenset, set, KeysView):  # the last equals a set
-        if isinstance(value, kind):
-            return {"set" if kind is KeysView else kind.__name__: list(map(to_json, value))}
-    if isinstance(value, dict):
-        return {"dict": [[to_json(key), to_json(item)] for key, item in value.items()]}
-    if isinstance(value, (bytes, bytearray)):
-        return {"bytes": bytes(value).hex()}
-    if isinstance(value, complex):
-        return {"complex": [value.real, value.imag]}
-    if type(value).__module__ == "numpy" and getattr(value, "shape", None) == ():
-        item = value.item()
-        if type(item) is not type(value):  # it is for a longdouble
-            return to_json(item)
-    try:
-        return {"ratio": list(map(hex, value.as_integer_ratio()))}  # Fraction, Decimal
-    except (AttributeError, TypeError, ValueError, OverflowError):
-        return {"object": [type(value).__name__, length_of(value)]}
+    if getattr(kind, "__module__", "") == "numpy" and getattr(value, "size", 0) == 1 and value.dtype.kind in "biufc":
+        return numpy_to_json(value)
+    for base in CONTENTS:
+        if isinstance(value, base):
+            content = CONTENTS[base](value)
+            return {"subclass": content} if base in EXACT and kind is not base else content
+    return opaque(value)
+
+
+def of_members(tag: str) -> Callable[[Any], Any]:
+    return lambda members: {tag: list(map(to_json, members))}
+
+
+def of_pairs(tag: str) -> Callable[[Any], Any]:
+    return lambda mapping: {tag: [[to_json(key), to_json(item)] for key, item in mapping.items()]}
+
+
+def of_bytes(tag: str) -> Callable[[Any], Any]:
+    return lambda data: {tag: bytes(data).hex()}
+
+
+def of_integer(number: int) -> Any:
+    number = int.__index__(number)
+    return number if abs(number) < 1 << 63 else {"int": hex(number)}
+
+
+# What is sent of an instance: the first base that fits decides.
+CONTENTS: dict[Any, Callable[[Any], Any]] = {  # Any: abstract classes too
+    int: of_integer,
+    float: float.__float__,
+    str: str.__str__,
+    list: lambda members: list(map(to_json, members)),
+    tuple: of_members("tuple"),
+    set: of_members("set"),
+    frozenset: of_members("frozenset"),
+    Counter: of_pairs("Counter"),
+    dict: of_pairs("dict"),
+    bytes: of_bytes("bytes"),
+    bytearray: of_bytes("bytearray"),
+    memoryview: of_bytes("memoryview"),
+    complex: lambda number: {"complex": [number.real, number.imag]},
+    Rational: lambda number: {"ratio": [hex(number.numerator), hex(number.denominator)]},
+    Decimal: lambda number: {"decimal": str(number)},
+    ItemsView: lambda pairs: {"items": [[to_json(key), to_json(item)] for key, item in pairs]},
+    Set: of_members("keys"),  # dict.keys() and others that equal a set
+    Mapping: of_pairs("mapping"),  # those that equal a dict
+    UserList: of_members("UserList"),
+    UserString: lambda text: {"UserString": str(text)},
+}
+EXACT = (int, float, str, list, tuple, set, frozenset, dict, bytes, bytearray, complex)
+
+
+def numpy_to_json(value: Any) -> dict[str, Any]:
+    """A number of numpy, tagged with the character of its type, or an array of one."""
+    if type(value).__name__ == "ndarray":
+        return {"array": [value.ndim, *numpy_to_json(value.reshape(-1)[0]).popitem()]}
+    item = value.item()
+    if type(item) is type(value):  # a longdouble is not a number of Python
+        return {value.dtype.char: value.tobytes().hex()}
+    return {value.dtype.char: to_json(item)}
+
+
+def opaque(value: Any) -> Any:
+    return {"object": [type(value).__name__, length_of(value)]}
 
 
 def length_of(value: Any) -> int | None:

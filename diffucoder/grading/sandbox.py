@@ -1,6 +1,6 @@
 """Run generated programs in isolation: program → ExecutionResult.
 
-Needs Linux and bubblewrap 0.8 or later. A program has no network, home, environment or capabilities, sees no other
+Needs Linux and bubblewrap 0.8 or later. A program has no network, no capabilities and an empty home, sees no other
 process, and has limits on time, memory, output, files and processes. A system call filter denies tracing, mounting and
 new namespaces (`docs/sandbox.md`). `unsafe=True` is not a sandbox: a plain process with rlimits.
 
@@ -34,11 +34,18 @@ _NOBODY = 65534
 _PYTHONS = ("/usr/bin/python3", "/usr/local/bin/python3")  # that of a venv may be in a private home, out of reach
 _PAGE = 4096  # bytes; the smallest file takes so many of a tmpfs
 _START = 30.0  # seconds that a program may take to start, on a busy machine
-_GRACE = 5.0  # seconds that a supervisor may be late before its worker is killed
+_GRACE = 30.0  # seconds that a supervisor, on a busy machine, may be late before its worker is killed
 _CLOSE = 2.0  # seconds in which a worker ends by itself
 _MAX_JOBS = 5000  # programs that a worker runs before it is replaced
 # A fixed hash seed: the same program ends the same way every time, even if it prints a set.
 _ENVIRONMENT = {"PATH": "/usr/bin:/bin", "LANG": "C.UTF-8", "PYTHONHASHSEED": "0"}
+_HOME = "/home/nobody"
+_ENVIRONMENT |= {"USER": "nobody", "LOGNAME": "nobody", "SHELL": "/bin/sh"}  # HOME is that of a job
+_ACCOUNTS = {
+    "passwd": f"nobody:x:{_NOBODY}:{_NOBODY}:nobody:{_HOME}:/bin/sh\n",
+    "group": f"nogroup:x:{_NOBODY}:\n",
+    "hosts": "127.0.0.1 localhost\n127.0.1.1 sandbox\n",
+}  # files of /etc
 
 
 @dataclass(frozen=True)
@@ -180,8 +187,8 @@ def _refusal(bwrap: str) -> str:
     return ""
 
 
-def _bubblewrap(packages: Sequence[Path]) -> list[str]:
-    """The command that runs the system's Python in bubblewrap."""
+def _bubblewrap(packages: Sequence[Path], files: dict[str, int]) -> list[str]:
+    """The command that runs the system's Python in bubblewrap. `files` of /etc are read from descriptors."""
     command = [shutil.which("bwrap") or "bwrap", "--unshare-user", "--unshare-ipc", "--unshare-pid", "--unshare-net"]
     command += ["--unshare-uts", "--unshare-cgroup-try", "--uid", str(_NOBODY), "--gid", str(_NOBODY)]
     command += ["--hostname", "sandbox", "--die-with-parent", "--new-session", "--as-pid-1"]
@@ -189,8 +196,10 @@ def _bubblewrap(packages: Sequence[Path]) -> list[str]:
         command += ["--ro-bind-try", path, path]
     for number, folder in enumerate(packages):
         command += ["--ro-bind", str(folder), f"/packages/{number}"]
-    # each job mounts its own /proc, /tmp, /dev/shm and /dev/pts over these
-    command += ["--proc", "/proc", "--dev", "/dev", "--tmpfs", "/tmp"]
+    for name, descriptor in files.items():
+        command += ["--file", str(descriptor), f"/etc/{name}"]
+    # each job mounts its own /proc, /tmp, /dev/shm, /dev/pts and home over these
+    command += ["--proc", "/proc", "--dev", "/dev", "--tmpfs", "/tmp", "--dir", _HOME]
     # The root, /dev and /tmp are tmpfs without a bound: a program that writes there could fill the machine's memory.
     command += ["--remount-ro", "/dev", "--remount-ro", "/", "--remount-ro", "/tmp", "--chdir", "/tmp", "--"]
     return [*command, next(filter(os.path.exists, _PYTHONS), _PYTHONS[0])]
@@ -206,8 +215,10 @@ class _Worker:
         user: dict[str, Any] = {}  # Any: keywords of Popen, which differ in type
         command = [sys.executable]
         folders = [*map(str, packages)]
+        files: dict[str, int] = {}
         if not unsafe:
-            command = _bubblewrap(packages)
+            files = {name: _pipe_with(text) for name, text in _ACCOUNTS.items()}
+            command = _bubblewrap(packages, files)
             folders = [f"/packages/{number}" for number in range(len(packages))]
             if os.geteuid() == 0:  # root escapes RLIMIT_NPROC even in bubblewrap, and an escape should end as nobody
                 user = {"user": _NOBODY, "group": _NOBODY, "extra_groups": []}
@@ -225,19 +236,24 @@ class _Worker:
                     stderr=subprocess.PIPE,
                     cwd="/",
                     env=_ENVIRONMENT,
+                    pass_fds=[*files.values()],
                     start_new_session=True,
                     **user,
                 )
         except (OSError, subprocess.SubprocessError) as error:
             self.control.close()
             raise SandboxError(f"cannot start {command[0]}: {_last_line(str(error))}; is it installed?") from error
+        finally:
+            for descriptor in files.values():
+                os.close(descriptor)
 
     def run(self, program: bytes, limits: Limits, stdin: bytes) -> ExecutionResult:
         """Run one program. Raises SandboxError if it did not start. A worker that is not `healthy` must be closed."""
         self.healthy = False
         self.jobs += 1
         with tempfile.TemporaryDirectory(prefix="diffucoder-") if self.unsafe else nullcontext("/tmp") as folder:
-            job = {"folder": folder, "program": program, "stdin": stdin, **asdict(limits)}
+            home = folder if self.unsafe else _HOME
+            job = {"folder": folder, "home": home, "program": program, "stdin": stdin, **asdict(limits)}
             self._send(job)
             return self._receive(limits)
 
@@ -282,6 +298,14 @@ class _Worker:
                 os.killpg(self.process.pid, signal.SIGKILL)
             errors = self.process.communicate()[1]
         return str(errors, errors="replace")
+
+
+def _pipe_with(text: str) -> int:
+    """A descriptor from which a process can read a short text."""
+    reading, writing = os.pipe()
+    with open(writing, "w") as file:
+        file.write(text)
+    return reading
 
 
 def _ending(limit: str, code: int, stderr: str, limits: Limits) -> tuple[Status, str]:

@@ -4,11 +4,16 @@ The program's side is `runner.to_json`. A program chooses what it answers, so re
 its length suggests: no fraction that is slow to reduce, no set of values that all have one hash.
 """
 
-from collections.abc import Iterable
+from collections import Counter, UserList, UserString
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from decimal import Decimal
 from fractions import Fraction
 from itertools import chain
-from typing import Any  # None, bool, numbers, str, bytes, list, tuple, set, frozenset, dict, Digest or Opaque
+from types import MappingProxyType
+from typing import Any  # what `runner.CONTENTS` names, numbers of numpy, a Digest or an Opaque
+
+import numpy as np
 
 from diffucoder.grading import runner
 
@@ -23,12 +28,22 @@ class Digest:
     sha256: str
 
 
+_WITHOUT_TRUTH = {"ndarray", "DataFrame", "Series", "Index"}  # whose comparisons are arrays
+
+
 @dataclass(frozen=True, eq=False)
 class Opaque:
     """Stands for a value that is not plain data. It equals only itself, and has the length of the value."""
 
     kind: str
     length: int | None = None
+
+    def __eq__(self, other: object) -> bool:
+        if self.kind in _WITHOUT_TRUTH:
+            raise ValueError(f"whether {self!r} equals something is not one answer")
+        return self is other
+
+    __hash__ = object.__hash__
 
     def __len__(self) -> int:
         if self.length is None:
@@ -55,33 +70,69 @@ def from_json(data: Any) -> Any:
         return data
     ((kind, content),) = data.items()
     match kind:
-        case "tuple":
-            return tuple(map(from_json, content))
-        case "set":
-            return set_of(map(from_json, content))
-        case "frozenset":
-            return frozenset(set_of(map(from_json, content)))
-        case "dict":
+        case "tuple" | "UserList":
+            return _MAKERS[kind](map(from_json, content))
+        case "set" | "frozenset" | "keys":
+            return _MAKERS[kind](set_of(map(from_json, content)))
+        case "dict" | "Counter" | "items" | "mapping":
             pairs = [(from_json(key), from_json(value)) for key, value in content]
             set_of(key for key, _ in pairs)  # raises ValueError for keys of one hash
-            return dict(pairs)
-        case "bytes":
-            return bytes.fromhex(content)
+            return _MAKERS[kind](dict(pairs))
+        case "bytes" | "bytearray" | "memoryview":
+            return _MAKERS[kind](bytes.fromhex(content))
+        case "UserString":
+            return UserString(str(content))
         case "complex":
             return complex(*content)
         case "int":
             return int(content, 16)
-        case "ratio":
-            if max(map(len, content)) > _MAX_DIGITS:
-                raise ValueError(f"a part of a fraction has more than {_MAX_DIGITS} digits")
-            numerator, denominator = content
-            return Fraction(int(numerator, 16), int(denominator, 16))
+        case "ratio" | "decimal":
+            return _exact(content)
+        case "subclass":
+            base = from_json(content)
+            return _SUBCLASSES[type(base)](base)
         case "digest":
             return Digest(str(content))
         case "object":
             kind, length = content
             return Opaque(str(kind), length if type(length) is int else None)
-    raise ValueError(f"{kind!r} is not a kind of plain data")
+        case "array":
+            dimensions, character, number = content
+            return np.array(_numpy(character, number), ndmin=dimensions)
+    return _numpy(kind, content)
+
+
+_MAKERS: dict[str, Callable[[Any], Any]] = {
+    "tuple": tuple, "UserList": UserList, "set": set, "frozenset": frozenset, "dict": dict, "bytes": bytes,
+    "keys": lambda members: dict.fromkeys(members).keys(), "items": lambda pairs: pairs.items(),
+    "Counter": Counter, "mapping": MappingProxyType, "bytearray": bytearray, "memoryview": memoryview,
+}  # fmt: skip
+_SUBCLASSES: dict[type, Any] = {base: type(base.__name__, (base,), {}) for base in runner.EXACT}
+
+
+def _exact(content: str | list[str]) -> Fraction | Decimal:
+    """A fraction or a decimal number. Raises ValueError for one that takes long to compute with."""
+    if isinstance(content, str):
+        number = Decimal(content)
+        if number.is_finite() and (len(content) > _MAX_DIGITS or abs(number.adjusted()) > _MAX_DIGITS):
+            raise ValueError(f"a decimal number has more than {_MAX_DIGITS} digits")
+        return number
+    if max(map(len, content)) > _MAX_DIGITS:
+        raise ValueError(f"a part of a fraction has more than {_MAX_DIGITS} digits")
+    numerator, denominator = content
+    return Fraction(int(numerator, 16), int(denominator, 16))
+
+
+def _numpy(character: str, content: Any) -> Any:
+    """A number of the type of numpy that has this character. Raises ValueError for any other."""
+    if len(character) != 1 or character not in "?bhilqpBHILQPefdgFDG":
+        raise ValueError(f"{character!r} is not a kind of plain data")
+    if character in "gG":
+        return np.frombuffer(bytes.fromhex(content), character)[0]
+    number = from_json(content)
+    if not isinstance(number, int | float | complex):  # a list would become an array
+        raise ValueError(f"{number!r} is not a number")
+    return np.dtype(character).type(number)
 
 
 def set_of(members: Iterable[Any] = ()) -> set[Any]:

@@ -139,6 +139,9 @@ def test_lists_of_floats_are_compared_as_numpy_does(expected: list[float], data:
         (None, 0.0, 1e-4, False),
         (0.5, 10**400, 1e-4, False),
         (True, 1, 0.0, True),
+        (0.5, np.float64(0.5), 0.0, True),
+        (0.5, np.float64(0.5 + 1e-9), 0.0, False),  # `type(out) == type(exp)` in EvalPlus
+        ([0.5, 2.0], [np.float64(0.5 + 1e-9), np.int64(2)], 0.0, True),
     ],
 )
 def test_tolerance(expected: Any, got: Any, atol: float, right: bool) -> None:

@@ -92,6 +92,16 @@ def test_a_check_made_of_asserts_is_judged_from_outside(half: Task, sandbox: San
     assert not judged(task, liar, sandbox).passed
 
 
+def test_a_check_runs_in_one_process_for_three_seconds(half: Task, sandbox: Sandbox) -> None:
+    """As human-eval does, whose `timeout` is 3.0."""
+    task = replace(half, tests=Script(CHECK))
+    grown = "def half(x, seen=[]):\n    seen.append(x)\n    return sum(seen) / 2\n"
+    assert judged(task, grown, sandbox).status == "failed"
+    slow = "import time\ndef half(x):\n    time.sleep(2)\n    return x / 2\n"  # twice
+    assert judged(task, slow, sandbox).status == "timeout"
+    assert judged(task, slow.replace("(2)", "(0.5)"), sandbox).passed
+
+
 def test_a_check_that_does_more_runs_whole_and_is_not_trusted(half: Task, sandbox: Sandbox) -> None:
     tests = CHECK.replace(
         "    assert candidate(3)", "    for x in (1, 3): assert candidate(x) == x / 2\n    assert candidate(3)"

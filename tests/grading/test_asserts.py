@@ -1,15 +1,20 @@
 """An assert is split into a question and a check, which together mean what the assert means."""
 
+import json
 import math
 import re
 from fractions import Fraction
+from functools import cache
 from pathlib import Path
+from types import CodeType
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from diffucoder.grading.asserts import parse
+from diffucoder.grading.asserts import Assert, parse
+from diffucoder.grading.runner import data_of
+from diffucoder.grading.values import from_json
 
 PLAIN = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=5),
@@ -42,7 +47,7 @@ def test_an_equality_holds_for_equal_values_and_no_others(expected: object, got:
         ("assert f(2) is None", "f(2)", None, 0),
         ("assert f(2) is not None", "f(2)", 0, None),
         ("assert f(2) == -1.5", "f(2)", -1.5, 1.5),
-        ("assert set(f(2)) == set((4, 5))", "[*f(2)]", [5, 4, 4], [4]),
+        ("assert set(f(2)) == set((4, 5))", "{*f(2)}", {5, 4}, {4}),
         ("assert f(2) in [1, 2]", "f(2)", 2, 3),
         ("assert f(2) > 3", "f(2)", 4, 3),
         ("assert 3 < f(2)", "f(2)", 4, 3),
@@ -66,7 +71,7 @@ def test_an_equality_holds_for_equal_values_and_no_others(expected: object, got:
         ("assert round(abs(f(2) - 4.0), 3) == 0", "f(2)", 4.0001, 4.1),
         ("assert 1 < f(2) < 3", "f(2)", 2, 3),
         ("assert len(f(2)) == 2", "f(2)", "ab", "abc"),
-        ("assert len(set(f(2)) ^ {1, 2}) == 0", "[*f(2)]", [2, 1], [1]),
+        ("assert len(set(f(2)) ^ {1, 2}) == 0", "{*f(2)}", {2, 1}, {1}),
         ("assert sorted(f(2), reverse=True) == [2, 1]", "[*f(2)]", [1, 2], [2]),
         ("assert sorted(f(2)) == sorted([2, 1])", "[*f(2)]", [1, 2], [2]),
         ("assert any(f(2))", "[*f(2)]", [0, 1], [0]),
@@ -120,6 +125,15 @@ def test_an_assert_is_split(test: str, expression: str, good: object, bad: objec
         "assert f(2) == {**{'a': 1}, 'b': 2}",
         "assert f(2) == {'b': 2, **g(2)}",
         "assert f(2) == dict(**{'a': 1})",
+        "assert f(2) == [*[1], 2]",
+        "assert f(2) is 4",
+        "assert f(2) is not 'a'",
+        "assert f(2) is ()",
+        "assert f(2) == ...",
+        "assert '%s' % f(2) == '4'",
+        "assert list(set(f(2))) == [1]",
+        "assert f(2) == list({'a', 'b'})",
+        "assert f(2) == tuple(set([1, 2]))",
         "assert round(4, f(2)) == 4",
         "assert f(2) == 10 ** 10 ** 10",
         "assert f(2) == 'a' * 10 ** 10",
@@ -202,3 +216,106 @@ def test_no_arithmetic_with_an_answer_takes_long() -> None:
         split = parse(test)
         assert split is not None
         assert not split.holds(answer)
+
+
+# Results of many types, as a program writes them. On their way to the condition they must not change in any way that a
+# condition can see.
+RESULTS = """
+None True False 0 1 -1 2 2**70 10**30 0.5 -0.0 1e400 float('nan') 1j 2+0j '' 'a' 'ab' b'' b'ab' bytearray(b'ab')
+memoryview(b'ab') [] [1,2] [2,1] [[1],[1]] [nan,nan] [0,None] (1,2) ((1,),) set() {1,2} {(1,2)} frozenset({1,2}) {}
+{1:2} {'a':1} {1:[2]} {1:2}.keys() {1:2}.items() {1:[2]}.items() {1:2}.values() {2:0,1:0}.keys() range(3)
+iter([1,2]) generated() map(abs,[1,-2]) zip([1],[2]) reversed([1,2]) enumerate('a') slice(1,2) Fraction(1,2)
+Fraction(2) Decimal('0.5') Decimal('2') Decimal('NaN') Decimal('-Infinity') Decimal('0.67') [Decimal(1),Fraction(1)]
+np.int64(2) np.int8(1) np.uint8(255) np.float64(0.5) np.float32(0.1) np.float16(2) np.longdouble('0.5')
+np.bool_(True) np.bool_(False) np.complex64(1j) np.complex128(2) np.array(2) np.array([2]) np.array([[0.5]])
+np.str_('ab') np.float64('nan') [np.int64(1),np.int64(2)] {np.int64(1):np.float64(2)} {np.int64(1),np.int64(2)}
+(np.float64(0.5),) np.array([1,2]) np.arange(3.0) P(1,2) E.a S.a C.a L([1,2]) D({1:2}) Z({1,2}) T('ab') B(b'ab')
+N(2) F(0.5) Counter('ab') Counter({1:2}) OrderedDict({1:2}) OrderedDict({1:2}).keys() defaultdict(int,{1:2})
+ChainMap({1:2},{1:3}) MappingProxyType({1:2}) UserDict({1:2}) UserList([1,2]) UserString('ab') deque([1,2])
+array('i',[1,2]) date(2020,1,2) timedelta(1) SimpleNamespace(x=1) Exception('a') int len ... NotImplemented [...]
+object() [date(2020,1,2)]*3 [E.a,E.a] [(1,),(1,)] ['b','a'] [True,1,1.0] {True:2} nested(50) nested(900) selfish()
+""".split()  # fmt: skip
+
+PRELUDE = """
+import enum
+from array import array
+from collections import ChainMap, Counter, OrderedDict, UserDict, UserList, UserString, defaultdict, deque, namedtuple
+from datetime import date, timedelta
+from decimal import Decimal
+from fractions import Fraction
+from types import MappingProxyType, SimpleNamespace
+import numpy as np
+nan = float('nan')
+P = namedtuple('P', 'x y')
+E = enum.Enum('E', {'a': 1})
+S = enum.Enum('S', {'a': 'ab'}, type=str)
+C = enum.IntEnum('C', {'a': 2})
+L, D, Z, T, B, N, F = (type(b.__name__, (b,), {}) for b in (list, dict, set, str, bytes, int, float))
+def generated():
+    yield from (1, 2)
+def nested(depth):
+    value = []
+    for _ in range(depth):
+        value = [value]
+    return value
+def selfish():
+    value = []
+    value.append(value)
+    return value
+"""
+
+CONDITIONS = """
+f() == {} | f() != {} | {} == f() | f() is {} | f() is not {} | f() in [{}, 7] | f() not in ({},)
+f() in {{1, 2, 'ab'}} | f() < {} | f() >= {} | 0 <= f() < {} | not f() == {} | (f() == {}) is True
+(f() == {}) == True | (f() != {}) is False | abs(f() - {}) < 1e-6 | abs({} - f()) <= 0.5 | f() + {} == 4
+f() * 2 == {} | 2 * f() == {} | f() ** 2 == {} | f() / 2 == {} | f() // 2 == {} | f() % 2 == {} | f() | {{1}} == {}
+f() - {{1}} == {} | f() & {{1, 2}} == {} | -f() == {} | +f() == {} | isinstance(f(), int)
+isinstance(f(), (float, complex)) | isinstance(f(), str) | isinstance(f(), (list, tuple))
+isinstance(f(), (set, frozenset)) | isinstance(f(), dict) | isinstance(f(), bytes) | isinstance(f(), bool) | f()
+not f() | bool(f()) | bool(f()) == {} | len(f()) == 2 | len(f()) == 1 | round(f(), 1) == {} | round(f()) == {}
+int(f()) == {} | float(f()) == {} | abs(f()) == {} | math.isclose(f(), {}) | math.floor(f()) == {}
+math.ceil(f()) == 1 | math.fabs(f()) == {} | list(f()) == {} | tuple(f()) == {} | set(f()) == {}
+frozenset(f()) == {} | sorted(f()) == {} | sum(f()) == {} | max(f()) == {} | min(f()) == {} | any(f()) | all(f())
+len(set(f())) == 1 | len(set(f())) == 2 | len(list(f())) == 2 | list(set(f())) == {} | sorted(set(f())) == {}
+sorted(f(), reverse=True) == {} | set(f()) | {{7}} == {} | sum(set(f())) == {} | '%s' % f() == {} | f() == ...
+f()[0] == {} | f()[1] == {} | f().real == {} | f().value == {} | f().keys() == {} | f() == {{**{{}}}}
+f() == [*[1], 2] | f() is ()
+""".replace("\n", " | ").strip(" |").split(" | ")  # fmt: skip
+
+LITERALS = """
+None True False 1 2 0.5 0.1 0.67 -0.0 'ab' 'a' b'ab' [] [1,2] [2,1] (1,2) {1,2} {1} {(1,2)} {1:2} {'a':1,'b':1} {}
+2+0j float('nan') frozenset({1,2}) [[1],[1]] ['a','b'] set() list({1,2}) [1,2,3][:2] (None,) 10**30 255
+dict([(1,2)])
+""".split()  # fmt: skip
+
+
+@cache
+def split_conditions() -> list[tuple[Assert, CodeType, CodeType]]:
+    """All conditions that are split, with the code of the question and of the whole."""
+    found = []
+    for condition in CONDITIONS:
+        for literal in LITERALS if "{}" in condition else [""]:
+            filled = condition.format(literal)
+            split = parse(f"assert {filled}")
+            if split is not None:
+                question = compile(split.expression, filled, "eval")
+                found.append((split, question, compile(f"True if {filled} else False", filled, "eval")))
+    return found
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("result", RESULTS)
+def test_a_value_behaves_in_a_condition_as_in_python(result: str) -> None:
+    names: dict[str, object] = {"math": math}
+    exec(PRELUDE, names)
+    exec(f"def f(): return {result}", names)
+    for split, question, whole in split_conditions():
+        try:
+            meant = bool(eval(whole, names))
+        except Exception:
+            meant = False
+        try:
+            held = split.holds(from_json(json.loads(json.dumps(data_of(eval(question, names))))))
+        except Exception:
+            held = False
+        assert held == meant, whole.co_filename

@@ -173,12 +173,13 @@ def test_the_network_cannot_be_reached(listener: int) -> None:
 def test_the_environment_is_not_passed_on(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("API_TOKEN", "secret")
     names = printed("import os\nprint(*sorted(os.environ))").split()
-    assert set(names) <= {"PATH", "LANG", "PYTHONHASHSEED", "PWD"}
+    assert set(names) <= {"PATH", "LANG", "PYTHONHASHSEED", "PWD", "HOME", "USER", "LOGNAME", "SHELL"}
 
 
 def test_the_home_and_the_repository_are_not_there() -> None:
-    paths = [str(Path.home()), str(Path(__file__).resolve()), "/etc/passwd", "/root", "/home", "/var", "/sys"]
+    paths = [str(Path.home()), str(Path(__file__).resolve()), "/etc/shadow", "/root", "/var", "/sys"]
     assert printed(f"import os\nprint([p for p in {paths!r} if os.path.exists(p)])") == "[]"
+    assert printed("import os, pwd\nprint(os.listdir('/home'), len(pwd.getpwall()))") == "['nobody'] 1"
 
 
 def test_nothing_can_be_written_but_the_tmpfs() -> None:
@@ -583,3 +584,29 @@ def test_unsafe_runs_without_isolation_but_with_limits(monkeypatch: pytest.Monke
     assert unsafe("print(input())").stdout == "in\n"
     assert unsafe("x = bytearray(300 << 20)").detail == "MemoryError"
     assert unsafe("while True: pass", seconds=1).status == "timeout"
+
+
+@pytest.mark.parametrize(
+    "expression",
+    [
+        "str(pathlib.Path.home()), os.path.expanduser('~nobody')", "getpass.getuser(), os.getlogin()",
+        "pwd.getpwuid(os.getuid()).pw_name, pathlib.Path('/tmp').owner()", "grp.getgrgid(os.getgid()).gr_name",
+        "os.listdir(pathlib.Path.home())", "(pathlib.Path.home() / 'a').write_text('a')",
+        "tempfile.gettempdir(), bool(tempfile.mkstemp())", "os.cpu_count() > 0", "time.tzname",
+        "locale.setlocale(locale.LC_ALL, '')", "socket.gethostname(), socket.gethostbyname('localhost')",
+        "len(sys.argv), open(__file__).readline()", "sys.stdin.read(), sys.stdin.isatty()",
+    ],
+)  # fmt: skip
+def test_a_program_finds_what_every_process_has(expression: str) -> None:
+    program = f"import getpass, grp, locale, os, pathlib, pwd, socket, sys, tempfile, time\nprint({expression})\n"
+    assert printed(program)
+
+
+def test_the_home_is_empty_for_every_program() -> None:
+    program = "import pathlib\nhome = pathlib.Path.home()\nprint(list(home.iterdir()))\n(home / 'a').write_text('a')"
+    assert {printed(program) for _ in range(3)} == {"[]"}
+
+
+def test_a_home_is_as_small_as_the_other_folders() -> None:
+    program = "import pathlib\n(pathlib.Path.home() / 'a').write_bytes(bytes(2 << 20))\n"
+    assert run(program, patient(files=1 << 20)).status == "failed"
