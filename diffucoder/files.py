@@ -67,6 +67,16 @@ def read_lines(path: str | Path) -> Iterator[tuple[int, bytes]]:
         yield from enumerate(file, start=1)
 
 
+def read_text(path: str | Path) -> str:
+    """The text of a UTF-8 file, every character as it is, but no byte-order mark. Raises OSError, or ValueError."""
+    return decode_text(Path(path).read_bytes())
+
+
+def without_nulls(fields: Json) -> Json:
+    """The fields that have a value: `datasets` writes null into each column that a row lacks."""
+    return {name: value for name, value in fields.items() if value is not None}
+
+
 def decode_text(content: bytes) -> str:
     """UTF-8 text, with or without a byte-order mark. Raises ValueError with the reason."""
     try:
