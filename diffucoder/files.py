@@ -7,7 +7,7 @@ process is killed; `read_whole_lines` reads what is complete.
 import gzip
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +72,7 @@ def read_text(path: str | Path) -> str:
     return decode_text(Path(path).read_bytes())
 
 
-def without_nulls(fields: Json) -> Json:
+def without_nulls(fields: Mapping[str, Any]) -> Json:
     """The fields that have a value: `datasets` writes null into each column that a row lacks."""
     return {name: value for name, value in fields.items() if value is not None}
 

@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 
 from diffucoder.errors import CheckpointError, ConfigError
-from diffucoder.training.sources import SUFFIXES, Kind, Record, Skipped, find_files, read_records
+from diffucoder.training.sources import SUFFIXES, Kind, Record, Skipped, find_files, records
 
 
 def read(*sources: str | Path, kind: Kind = "documents") -> list[Record | Skipped]:
-    return list(read_records([str(s) for s in sources], kind))
+    return list(records(sources, kind))
 
 
 def texts(found: list[Record | Skipped]) -> list[str]:
