@@ -314,7 +314,7 @@ def _read_config(folder: Path) -> Json:
 
 
 def _read_backend(folder: Path, config: Json) -> tokenizers.Tokenizer:
-    """The vocabulary in `folder`, from `tokenizer.json` or from `vocab.json` and `merges.txt`, with all added tokens."""
+    """The vocabulary in `folder`, from `tokenizer.json` or from `vocab.json` and `merges.txt`, and all added tokens."""
     whole = folder / "tokenizer.json"
     vocabulary = folder / "vocab.json"
     merges = folder / "merges.txt"

@@ -15,7 +15,15 @@ from typing import TYPE_CHECKING
 from diffucoder.errors import ConfigError, PromptError
 from diffucoder.evaluation.benchmarks import Task
 from diffucoder.evaluation.judge import Progress, matching_lines, silent
-from diffucoder.files import Json, append_jsonl, parse_json_line, read_lines, read_whole_lines, without_nulls, write_jsonl
+from diffucoder.files import (
+    Json,
+    append_jsonl,
+    parse_json_line,
+    read_lines,
+    read_whole_lines,
+    without_nulls,
+    write_jsonl,
+)
 from diffucoder.grading.extract import completed, program_from
 
 if TYPE_CHECKING:

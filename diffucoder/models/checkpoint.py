@@ -168,7 +168,7 @@ def find_checkpoint(source: Source, *, revision: str | None = None) -> Checkpoin
         return source
     folder = find(source, revision=revision)
     if (folder / "adapter_config.json").exists():  # transformers would add it to the model
-        raise CheckpointError(f"{folder} holds an adapter (adapter_config.json); merge it into its model, or move it away")
+        raise CheckpointError(f"{folder} holds an adapter (adapter_config.json); merge it, or move it elsewhere")
     if not (folder / "config.json").exists():
         raise CheckpointError(f"{folder} has no config.json; is it a model's folder?")
     fields = read_json(folder / "config.json")
@@ -225,7 +225,7 @@ def _named_dtype(fields: Json, folder: Path) -> torch.dtype | None:
     if name is None:
         return None
     if str(name).removeprefix("torch.") not in DTYPES:
-        raise CheckpointError(f"{folder}/config.json: dtype {name!r} is not one of {', '.join(DTYPES)}; write one of these")
+        raise CheckpointError(f"{folder}/config.json: dtype {name!r} is not one of {', '.join(DTYPES)}; write one")
     return getattr(torch, str(name).removeprefix("torch."))  # type: ignore[no-any-return]  # of a module
 
 

@@ -125,10 +125,10 @@ def _read_metadata(path: Path) -> tuple[dict[str, Any], set[str]]:
 
 
 def _check_metadata(path: Path, architecture: str, fields: Mapping[str, Any], config: Any) -> None:  # Any: transformers
-    """CheckpointError unless the config that transformers made says all that the metadata say about the model.
+    """CheckpointError unless the config that transformers made contains all that the metadata say about the model.
 
-    transformers ignores keys that it does not know (parts of the RoPE, scaling, windows, experts) and replaces keys that
-    are missing by defaults.
+    transformers ignores keys that it does not know (part of the RoPE, scaling, windows, experts), and replaces missing
+    keys by defaults.
     """
     head_size = config.hidden_size // config.num_attention_heads
     if f"{architecture}.attention.key_length" in fields:

@@ -51,13 +51,15 @@ def find(source: str | Path | None, *, revision: str | None = None, weights: boo
             raise CheckpointError("no model ships with this installation; name a folder or a Hub id")
         return SHIPPED
     folder = Path(os.path.expanduser(source))  # unlike Path.expanduser it leaves an unknown ~user as it is
-    hub_ids = {known.name: known.hub_id for known in KNOWN_MODELS}
-    is_known = isinstance(source, str) and source in hub_ids
+    known = {model.name: model.hub_id for model in KNOWN_MODELS} | {"tiny": str(SHIPPED)}
+    is_known = isinstance(source, str) and source in known
     if is_known and (folder / "config.json").exists():
         raise CheckpointError(
             f"model {source!r} is both a known name and a folder here; write './{source}' for the folder, or "
-            f"{hub_ids[str(source)]!r} for the known model"
+            f"{known[str(source)]!r} for the known model"
         )
+    if source == "tiny":
+        return find(None)
     if folder.is_dir() and not is_known:
         return folder
     if folder.suffix == ".gguf":
@@ -66,9 +68,9 @@ def find(source: str | Path | None, *, revision: str | None = None, weights: boo
         )
     if folder.is_file():
         raise CheckpointError(f"model {str(source)!r} is a file; name the folder that it is in")
-    hub_id = hub_ids.get(str(source), str(source))
+    hub_id = known.get(str(source), str(source))
     if isinstance(source, Path) or hub_id.count("/") != 1 or hub_id[0] in "/.~":
-        names = ", ".join(hub_ids)
+        names = ", ".join(known)
         raise CheckpointError(f"model {str(source)!r} is not a folder, a Hub id (owner/name) or one of {names}")
     return _download(hub_id, revision, TEXT_FILES + WEIGHT_FILES if weights else TEXT_FILES)
 
