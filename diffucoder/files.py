@@ -8,7 +8,7 @@ import errno
 import gzip
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +83,16 @@ def read_lines(path: str | Path) -> Iterator[tuple[int, bytes]]:
         zipped = file.read(2) == b"\x1f\x8b"
     with gzip.open(path) if zipped else path.open("rb") as file:
         yield from enumerate(file, start=1)
+
+
+def read_text(path: str | Path) -> str:
+    """The text of a UTF-8 file, every character as it is, but no byte-order mark. Raises OSError, or ValueError."""
+    return decode_text(Path(path).read_bytes())
+
+
+def without_nulls(fields: Mapping[str, Any]) -> Json:
+    """The fields that have a value: `datasets` writes null into each column that a row lacks."""
+    return {name: value for name, value in fields.items() if value is not None}
 
 
 def decode_text(content: bytes) -> str:

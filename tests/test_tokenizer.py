@@ -216,6 +216,139 @@ def test_added_tokens_must_fit_the_vocabulary(instruct_folder: Path) -> None:
         Tokenizer.load(instruct_folder)
 
 
+# ---- files as others write them: transformers is the oracle ----
+
+FLAGS = {"lstrip": False, "rstrip": False, "single_word": False, "normalized": False}
+HIDDEN = {"content": "<hidden>", "special": True, **FLAGS}
+FORMS: dict[str, dict[str, dict[str, object]]] = {  # files beside a tokenizer.json of 260 tokens
+    "config lists it": {"tokenizer_config.json": {"mask_token": "<hidden>", "added_tokens_decoder": {"260": HIDDEN}}},
+    "config lists two, which strip": {
+        "tokenizer_config.json": {
+            "mask_token": "<hidden>",
+            "added_tokens_decoder": {"261": {**HIDDEN, "lstrip": True}, "260": {**HIDDEN, "content": "<one>"}},
+        }
+    },
+    "config names it": {"tokenizer_config.json": {"pad_token": "<own pad>", "mask_token": "<hidden>"}},
+    "an object names it": {"tokenizer_config.json": {"mask_token": {"__type": "AddedToken", **HIDDEN, "rstrip": True}}},
+    "after additional tokens": {
+        "tokenizer_config.json": {"mask_token": "<hidden>", "additional_special_tokens": ["<|im_start|>", "<one>"]}
+    },
+    "before extra tokens": {"tokenizer_config.json": {"extra_special_tokens": ["<one>"], "mask_token": "<hidden>"}},
+    "extra tokens have names": {
+        "tokenizer_config.json": {"extra_special_tokens": {"image_token": "<one>"}, "mask_token": "<hidden>"}
+    },
+    "a role of its own": {"tokenizer_config.json": {"image_token": "<one>", "mask_token": "<hidden>"}},
+    "the map names it": {
+        "tokenizer_config.json": {"mask_token": "<|endoftext|>"},
+        "special_tokens_map.json": {"mask_token": {"content": "<hidden>", **FLAGS, "lstrip": True}},
+    },
+    "the map is overruled": {
+        "tokenizer_config.json": {"mask_token": "<hidden>", "added_tokens_decoder": {"260": HIDDEN}},
+        "special_tokens_map.json": {"mask_token": "<|endoftext|>"},
+    },
+    "a list of old": {"tokenizer_config.json": {"mask_token": "<hidden>"}, "added_tokens.json": {"<hidden>": 260}},
+    "a word of the vocabulary": {"tokenizer_config.json": {"mask_token": "z"}},
+    "bos is asked for": {"tokenizer_config.json": {"add_bos_token": True, "mask_token": "<|mask|>"}},
+}
+
+
+def write_files(folder: Path, tokenizer: Tokenizer, files: dict[str, dict[str, object]]) -> Path:
+    """The vocabulary of `tokenizer` and other files; a value that is a string is not written as JSON."""
+    tokenizer.backend.save(str(folder / "tokenizer.json"))
+    for name, content in files.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text(content if isinstance(content, str) else json.dumps(content), encoding="utf-8")
+    return folder
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_added_tokens_are_those_of_transformers(small: Tokenizer, tmp_path: Path, form: str) -> None:
+    from transformers import PreTrainedTokenizerFast
+
+    theirs = PreTrainedTokenizerFast.from_pretrained(write_files(tmp_path, small, FORMS[form]))
+    own = Tokenizer.load(tmp_path)
+    assert (own.mask_token, own.mask_id) == (theirs.mask_token, theirs.mask_token_id)
+    assert str(own.backend.get_added_tokens_decoder()) == str(theirs.added_tokens_decoder)
+    for text in ("a <hidden> b<one>", "z<|im_end|> <own pad>  <hidden>"):
+        assert own.encode(text) == theirs.encode(text, add_special_tokens=False)
+
+
+TEMPLATES: dict[str, dict[str, object]] = {
+    "text": {"tokenizer_config.json": {"chat_template": "A"}},
+    "list": {"tokenizer_config.json": {"chat_template": [{"name": n, "template": n} for n in ("rag", "default")]}},
+    "table": {"tokenizer_config.json": {"chat_template": {"content": "B", "default": "A"}}},
+    "null and a file": {"tokenizer_config.json": {"chat_template": None}, "chat_template.jinja": "B"},
+    "a file goes first": {"tokenizer_config.json": {"chat_template": "A"}, "chat_template.jinja": "B\r\nb"},
+    "a folder of files": {"chat_template.jinja": "A", "additional_chat_templates/rag.jinja": "B"},
+    "a folder goes before": {"chat_template.jinja": "A", "additional_chat_templates/default.jinja": "B"},
+    "none": {},
+}
+
+
+@pytest.mark.parametrize("form", TEMPLATES)
+def test_the_chat_template_is_that_of_transformers(small: Tokenizer, tmp_path: Path, form: str) -> None:
+    from transformers import PreTrainedTokenizerFast
+
+    theirs = PreTrainedTokenizerFast.from_pretrained(write_files(tmp_path, small, TEMPLATES[form]))  # type: ignore[arg-type]
+    expected = theirs.get_chat_template() if form != "none" else None
+    assert Tokenizer.load(tmp_path).chat_template == expected
+
+
+def test_templates_without_a_default_are_refused_when_a_chat_is_written(small: Tokenizer, tmp_path: Path) -> None:
+    write_files(tmp_path, small, {"tokenizer_config.json": {"chat_template": {"rag": "A", "tool_use": "B"}}})
+    loaded = Tokenizer.load(tmp_path)
+    assert loaded.encode("a")
+    with pytest.raises(CheckpointError, match=r"of several chat templates \(rag, tool_use\) none is 'default'"):
+        loaded.chat("hi")
+    with pytest.raises(CheckpointError, match="chat_template=7 is not text"):
+        Tokenizer(small.backend, config={"chat_template": 7}).chat("hi")
+
+
+def test_the_template_of_a_processor_is_read_if_there_is_no_other(small: Tokenizer, tmp_path: Path) -> None:
+    write_files(tmp_path, small, {"chat_template.json": {"chat_template": "{{ messages[0].content }}?"}})
+    assert Tokenizer.load(tmp_path).chat("hi") == "hi?"
+
+
+def test_byte_order_marks_are_skipped(small: Tokenizer, tmp_path: Path) -> None:
+    write_files(tmp_path, small, {"tokenizer_config.json": {"eos_token": "<|endoftext|>"}, "chat_template.jinja": "A"})  # type: ignore[dict-item]
+    for path in tmp_path.iterdir():
+        path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    loaded = Tokenizer.load(tmp_path)
+    assert (loaded.eos_id, loaded.chat("hi")) == (small.backend.token_to_id("<|endoftext|>"), "A")
+
+
+def test_settings_of_a_training_run_neither_cut_nor_pad(small: Tokenizer, tmp_path: Path) -> None:
+    backend = tokenizers.Tokenizer.from_str(small.backend.to_str())
+    backend.enable_truncation(4)
+    backend.enable_padding(length=9)
+    loaded = Tokenizer.load(write_files(tmp_path, Tokenizer(backend), {}))
+    texts = ["a", "a long text"]
+    assert loaded.encode_batch(texts) == [loaded.encode(text) for text in texts] == small.encode_batch(texts)
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ({"tokenizer_config.json": {"added_tokens_decoder": {"400": HIDDEN}}}, "should be token 400, is 260"),
+        ({"tokenizer_config.json": {"added_tokens_decoder": {"260": 3}}}, "tokenizer cannot be read"),
+        ({"tokenizer_config.json": {"mask_token": 7}}, "special token 7 in tokenizer_config.json is not text"),
+        ({"tokenizer_config.json": {"additional_special_tokens": [7]}}, "special token 7"),
+    ],
+)
+def test_lists_of_tokens_that_make_no_sense(
+    small: Tokenizer, tmp_path: Path, files: dict[str, dict[str, object]], message: str
+) -> None:
+    with pytest.raises(CheckpointError, match=message):
+        Tokenizer.load(write_files(tmp_path, small, files))
+
+
+def test_a_vocabulary_of_another_kind_is_not_read_as_qwens(instruct_folder: Path) -> None:
+    config = instruct_folder / "tokenizer_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"tokenizer_class": "GPT2Tokenizer"}))
+    with pytest.raises(CheckpointError, match="is read as Qwen2's, not as GPT2Tokenizer's; save it with"):
+        Tokenizer.load(instruct_folder)
+
+
 # ---- prompts ----
 
 

@@ -33,7 +33,7 @@ def _character_classes(text: str) -> list[str]:
         start = 0
         program = text
     line_starts = [start]
-    for line in program.splitlines(keepends=True):
+    for line in io.StringIO(program):  # ends lines where Python does, not at form feeds
         line_starts.append(line_starts[-1] + len(line))
     classes = ["text"] * len(text)
     for token in _python_tokens(program):
@@ -53,7 +53,7 @@ def _python_tokens(program: str) -> Iterator[tokenize.TokenInfo]:
             yield token
             read_lines = token.end[0]
     except (tokenize.TokenError, SyntaxError):
-        lines = program.splitlines(keepends=True)
+        lines = list(io.StringIO(program))
         if len(lines) == 1:
             return
         for row in range(read_lines, len(lines)):

@@ -2,7 +2,9 @@
 
 import json
 import sys
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -12,10 +14,13 @@ import typer
 from diffucoder.cli.common import AsJson, Device, DType, Model, load_model, with_options
 from diffucoder.decoding.params import DecodingParams
 from diffucoder.errors import ConfigError, PromptError
+from diffucoder.tokenizer import split_holes
 
 if TYPE_CHECKING:
     from diffucoder.decoding.coder import DiffuCoder, OnStep
     from diffucoder.decoding.requests import Generation, Request
+
+BYTE_ORDER_MARK = "\ufeff"  # some editors begin a UTF-8 file with it
 
 Watch = Annotated[bool, typer.Option("--watch", help="show the canvas filling in, coloured by step")]
 
@@ -42,7 +47,7 @@ def generate(
 ) -> None:
     """Answer a request with code."""
     if prompt == "-":
-        prompt = _read_text("-")
+        prompt = _read_text("-").removeprefix(BYTE_ORDER_MARK).replace("\r\n", "\n")
     coder = load_model(model, dtype, device)
     results = _decode(coder, coder.request(prompt, params, chat=not raw), watched=watch)
     for result in results:
@@ -69,10 +74,12 @@ def infill(
         raise ConfigError("--in-place needs a file to write to, and '-' is standard input; give a path")
     text = _read_text(path)
     coder = load_model(model, dtype, device)
-    result = coder.fill(text, params)
+    plain = text.removeprefix(BYTE_ORDER_MARK).replace("\r\n", "\n")  # as models know text
+    result = coder.fill(plain, params)
+    result = replace(result, text=_filled(text, result.pieces))
     if in_place:
         try:
-            Path(path).write_text(result.text, encoding="utf-8")
+            Path(path).write_bytes(result.text.encode())
         except OSError as error:
             raise ConfigError(f"file {path!r} cannot be written ({error.strerror}); leave out --in-place") from None
     if as_json or not in_place:
@@ -107,12 +114,21 @@ def chat(
         messages.append({"role": "assistant", "content": result.text})
 
 
+def _filled(text: str, answers: Sequence[str]) -> str:
+    """Return `text` with its holes filled and everything else as it is. Answers get the line ends of the text."""
+    line_end = "\r\n" if "\r\n" in text else "\n"
+    remaining = iter(answers)
+    filled = ""
+    for piece in split_holes(text):
+        filled += piece if isinstance(piece, str) else next(remaining).replace("\r\n", "\n").replace("\n", line_end)
+    return filled
+
+
 def _read_text(path: str) -> str:
-    """Return the text of a file, or of standard input for "-". Raises PromptError."""
+    """Return the text of a file, or of standard input for "-", every character as it is. Raises PromptError."""
     try:
-        if path == "-":
-            return sys.stdin.read()
-        return Path(path).read_text(encoding="utf-8")
+        content = sys.stdin.buffer.read() if path == "-" else Path(path).read_bytes()
+        return content.decode()
     except UnicodeDecodeError:
         name = "standard input" if path == "-" else path
         raise PromptError(f"{name} is not UTF-8 text; convert it") from None

@@ -18,7 +18,7 @@ from typing import Any
 
 from diffucoder.errors import ConfigError
 from diffucoder.evaluation.evalplus import Arguments, read_arguments
-from diffucoder.files import decode_text, read_lines
+from diffucoder.files import decode_text, read_lines, without_nulls
 from diffucoder.grading.extract import parsed
 
 PREFILL = "Here is the code to solve this problem:\n```python\n"  # begins the answer of instruct models: Tables 5 and 6
@@ -110,7 +110,7 @@ def load(name: str, data: Path | None = None) -> list[Task]:
         data = _SHIPPED_DATA
     rows = _rows_from_hub(name, benchmark) if data is None else _rows_from_folder(name, benchmark, data)
     try:
-        tasks = [benchmark.task(row) for row in rows]
+        tasks = [benchmark.task(without_nulls(row)) for row in rows]
     except (KeyError, TypeError, ValueError, SyntaxError, AttributeError) as error:
         raise ConfigError(
             f"rows of {name!r} from {data or benchmark.repository} are not in their published form "

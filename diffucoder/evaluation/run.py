@@ -56,8 +56,7 @@ def record_orders(settings: OrderSettings, progress: Progress = silent) -> list[
     with Sandbox(unsafe=settings.unsafe) as sandbox:
         evaluation = Evaluation(settings.prompts, tasks, sandbox, settings.limit, progress)
         shown = task_settings(settings.prompts, settings.limit, ())
-        for name in settings.model or ("tiny",):
-            source = None if name == "tiny" else name
+        for source in settings.model or (None,):
             for generator, run_settings in _generators(settings, source, shown, maps=settings.maps):
                 folders.append(default_folder(settings.folder, run_settings))
                 evaluation.of_model(generator, folders[-1], run_settings)

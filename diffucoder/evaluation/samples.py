@@ -15,7 +15,15 @@ from typing import TYPE_CHECKING
 from diffucoder.errors import ConfigError, PromptError
 from diffucoder.evaluation.benchmarks import Task
 from diffucoder.evaluation.judge import Progress, matching_lines, silent
-from diffucoder.files import Json, append_jsonl, parse_json_line, read_lines, read_whole_lines, write_jsonl
+from diffucoder.files import (
+    Json,
+    append_jsonl,
+    parse_json_line,
+    read_lines,
+    read_whole_lines,
+    without_nulls,
+    write_jsonl,
+)
 from diffucoder.grading.extract import completed, program_from
 
 if TYPE_CHECKING:
@@ -153,7 +161,7 @@ def read_samples(path: Path, tasks: Sequence[Task]) -> list[Json]:
 
 def _parse_sample(line: bytes, where: str, tasks: Mapping[str, object]) -> Json:
     try:
-        sample = parse_json_line(line)
+        sample = without_nulls(parse_json_line(line))
     except ValueError as error:
         raise ConfigError(f"{where} is {error}; write one object a line, as EvalPlus does") from None
     task_id = sample.get("task_id")

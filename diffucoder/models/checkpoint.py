@@ -8,6 +8,7 @@ represent are written as Dream; Llama parents get zero q/k/v biases. Other model
 unshifted rows) keep their type, and `diffucoder.json` has the rest.
 """
 
+import dataclasses
 import json
 import platform
 import shutil
@@ -23,7 +24,7 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedConfig
 from transformers.utils import logging as transformers_logging
 
 from diffucoder.errors import CheckpointError, ConfigError
@@ -36,7 +37,8 @@ from diffucoder.tokenizer import Tokenizer, read_json
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 EXTRAS = "diffucoder.json"
-_NOT_CONFIG = ("model_type", "mask_token_id", "auto_map", "architectures", "transformers_version")
+DTYPES = ("float32", "bfloat16", "float16", "float64")
+_STORED_DTYPES = ("F32", "BF16", "F16", "F64")  # as safetensors calls them
 _DREAM_SIZES = (
     *("attention_dropout", "bos_token_id", "eos_token_id", "hidden_act", "hidden_size", "initializer_range"),
     *("intermediate_size", "max_position_embeddings", "num_attention_heads", "num_hidden_layers"),
@@ -165,6 +167,8 @@ def find_checkpoint(source: Source, *, revision: str | None = None) -> Checkpoin
     if isinstance(source, Checkpoint):
         return source
     folder = find(source, revision=revision)
+    if (folder / "adapter_config.json").exists():  # transformers would add it to the model
+        raise CheckpointError(f"{folder} holds an adapter (adapter_config.json); merge it, or move it elsewhere")
     if not (folder / "config.json").exists():
         if (folder / "settings.json").exists():
             raise CheckpointError(
@@ -174,26 +178,66 @@ def find_checkpoint(source: Source, *, revision: str | None = None) -> Checkpoin
     fields = read_json(folder / "config.json")
     extras = read_json(folder / EXTRAS)
     family = family_of(fields, folder)
-    mask_id: int | None = extras.get("mask_token_id", fields.get("mask_token_id", family.mask_id))
+    mask_id = _whole(extras.get("mask_token_id", fields.get("mask_token_id")))
+    if mask_id is None:
+        mask_id = family.mask_id
     if mask_id is None and family.diffusion:
         kind = family.model_type
         raise CheckpointError(f"{folder}/config.json: {kind} needs a mask_token_id; add it (DiffuCoder's is 151666)")
     config = _transformers_config(family, fields, folder)
-    if mask_id is not None and mask_id not in range(config.vocab_size):  # a string is in no range either
+    if mask_id is not None and (type(mask_id) is not int or mask_id not in range(config.vocab_size)):
         raise CheckpointError(f"{folder}: mask_token_id={mask_id!r} is not an id below vocab_size={config.vocab_size}")
     shifted = bool(extras.get("shifted", family.shifted))
     return Checkpoint(source, revision, folder, config, mask_id, shifted, family)
 
 
 def _transformers_config(family: Family, fields: Json, folder: Path) -> Any:
-    """The config as transformers has it, without fields about other things than layers. Remote code is never run."""
-    names = family.config_names
-    described = {names.get(name, name): value for name, value in fields.items() if name not in _NOT_CONFIG}
+    """The config as transformers has it. CheckpointError if it does not describe a model that can be loaded.
+
+    Only fields that describe layers are passed on. Others set up remote code, attention kernels or other classes.
+    """
+    quantised = fields.get("quantization_config")
+    if quantised:
+        raise CheckpointError(
+            f"{folder}/config.json: the weights are quantised (quantization_config={_one_line(quantised)}), which is "
+            "not supported; use the model with dense weights"
+        )
+    kind = CONFIG_MAPPING[family.architecture]
+    of_every_kind = {field.name for field in dataclasses.fields(PreTrainedConfig)}
+    of_layers = {field.name for field in dataclasses.fields(kind)} - of_every_kind
+    described: Json = {"dtype": _named_dtype(fields, folder)}
+    for theirs, value in fields.items():
+        name = family.config_names.get(theirs, theirs)
+        if name.endswith("_token_id"):
+            value = _whole(value)
+        if name in of_layers or (name in ("head_dim", "rope_theta", "rope_scaling") and value is not None):
+            described[name] = value
     try:
-        return AutoConfig.for_model(family.architecture, **described)
+        config = kind(**described)
     except (TypeError, ValueError, KeyError, StrictDataclassError) as error:
-        kind = fields["model_type"]
-        raise CheckpointError(f"{folder}/config.json is not a {kind} config: {_one_line(error)}") from error
+        name = fields["model_type"]
+        raise CheckpointError(f"{folder}/config.json is not a {name} config: {_one_line(error)}") from error
+    turned = fields.get("partial_rotary_factor", config.rope_parameters.get("partial_rotary_factor"))
+    if turned not in (None, 1):
+        raise CheckpointError(f"{folder}/config.json: partial_rotary_factor={turned!r} is not supported; it must be 1")
+    return config
+
+
+def _named_dtype(fields: Json, folder: Path) -> torch.dtype | None:
+    """The dtype that a config.json names, None if it names none. CheckpointError if weights cannot have it."""
+    name = fields.get("dtype") or fields.get("torch_dtype")
+    if name is None:
+        return None
+    if str(name).removeprefix("torch.") not in DTYPES:
+        raise CheckpointError(f"{folder}/config.json: dtype {name!r} is not one of {', '.join(DTYPES)}; write one")
+    return getattr(torch, str(name).removeprefix("torch."))  # type: ignore[no-any-return]  # of a module
+
+
+def _whole(value: Any) -> Any:  # Any: from a file
+    """`value`, an id or a list of ids, with whole numbers such as 2.0 as integers."""
+    if isinstance(value, list):
+        return [_whole(each) for each in value]
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def _check_weights(folder: Path, config: Any, family: Family) -> None:
@@ -230,7 +274,10 @@ def _stored_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
     """Shapes of all tensors in the folder's safetensors files. CheckpointError if a file is missing or damaged."""
     file_names = {WEIGHTS}
     if not (folder / WEIGHTS).exists() and (folder / INDEX).exists():
-        file_names = set(read_json(folder / INDEX).get("weight_map", {}).values())
+        weight_map = read_json(folder / INDEX).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise CheckpointError(f"{folder / INDEX} has no weight_map; fetch it again")
+        file_names = set(map(str, weight_map.values()))
     shapes: dict[str, tuple[int, ...]] = {}
     for path in sorted(folder / name for name in file_names):
         if not path.is_file():
@@ -238,7 +285,11 @@ def _stored_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
         try:
             with safe_open(path, framework="pt") as file:
                 for name in file.keys():  # noqa: SIM118  # not a dict
-                    shapes[name] = tuple(file.get_slice(name).get_shape())
+                    tensor = file.get_slice(name)
+                    shapes[name] = tuple(tensor.get_shape())
+                    if tensor.get_dtype() not in _STORED_DTYPES:
+                        kind = tensor.get_dtype()
+                        raise CheckpointError(f"{path}: {name} is {kind}, quantised; use the model with dense weights")
         except SafetensorError as error:
             raise CheckpointError(f"{path} is damaged or cut short ({_one_line(error)}); fetch it again") from error
     return shapes
@@ -363,7 +414,7 @@ def _write_weights(folder: Path, weights: dict[str, Tensor]) -> None:
     partial.rmdir()
 
 
-def _one_line(error: Exception) -> str:
+def _one_line(error: object) -> str:
     return " ".join(str(error).split())[:200] or type(error).__name__
 
 

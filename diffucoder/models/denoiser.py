@@ -56,19 +56,22 @@ class Denoiser(nn.Module):
         """Make `model`, a transformers causal LM, bidirectional in place and wrap it.
 
         If the model has no row for `mask_id`, its embeddings grow to hold it. CheckpointError if the architecture is
-        not one of `SUPPORTED_TYPES` or attends through a sliding window.
+        not one of `SUPPORTED_TYPES` or does not attend to all positions. Attention is torch's own from then on,
+        whatever the model was loaded with: eager attention would add our masks of truth values as numbers.
         """
         kind = model.config.model_type
         if kind not in SUPPORTED_TYPES:
             raise CheckpointError(
                 f"architecture {kind!r} cannot be made bidirectional here; use one of {', '.join(SUPPORTED_TYPES)}"
             )
-        if "sliding_attention" in (getattr(model.config, "layer_types", None) or ()):
-            raise CheckpointError(f"{kind!r} with sliding_attention layers cannot see a canvas; use full attention")
+        narrow = set(getattr(model.config, "layer_types", None) or ()) - {"full_attention"}
+        if narrow:
+            raise CheckpointError(f"{kind!r} with {min(narrow)} layers cannot see a canvas; use full attention")
         if mask_id < 0:
             raise CheckpointError(f"mask_id={mask_id} is not a token id; use a free id of the tokenizer")
         grow_vocabulary(model, mask_id + 1)
         set_causal(model, False)
+        model.set_attn_implementation("sdpa")
         # transformers keeps the gradient of a pad's embedding at zero; here pads are tokens that are learnt
         model.get_input_embeddings().padding_idx = None
         return cls(model, mask_id=mask_id, shifted=shifted)
@@ -247,7 +250,11 @@ class Denoiser(nn.Module):
         mask, positions = _mask_and_positions(valid, attention)
         body = self.model.base_model  # the layers and final norm, without the head
         hidden = body(
-            input_ids=tokens.to(device), attention_mask=mask, position_ids=positions, use_cache=False
+            input_ids=tokens.to(device),
+            attention_mask=mask,
+            position_ids=positions,
+            use_cache=False,
+            return_dict=True,
         ).last_hidden_state  # (B, T, H)
         wanted = rows
         if wanted is None:

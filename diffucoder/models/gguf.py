@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, GgufConfig
+from transformers import AutoConfig, AutoModelForCausalLM, GgufConfig
 
 from diffucoder.errors import CheckpointError, ConfigError
 from diffucoder.models.checkpoint import dream_can_represent, dream_weights, transformers_silenced
@@ -43,12 +43,11 @@ def read_gguf(path: str | Path, *, dtype: torch.dtype = torch.float32) -> tuple[
     if architecture not in ARCHITECTURES:
         known = " or ".join(ARCHITECTURES)
         raise CheckpointError(f"{path}: architecture {architecture!r} is not supported as a parent; use {known}")
-    for key in (f"{architecture}.rope.scaling.type", f"{architecture}.attention.sliding_window"):
-        if fields.get(key) not in (None, "none"):  # transformers would ignore it
-            raise CheckpointError(f"{path}: {key}={fields[key]!r} is not read from GGUF; use the parent's own folder")
     tokenizer = read_tokenizer(path, fields)
     try:
         with transformers_silenced():
+            config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
+            _check_metadata(path, architecture, fields, config)
             model = AutoModelForCausalLM.from_pretrained(
                 path.parent, gguf_file=path.name, quantization_config=GgufConfig(dequantize=True), dtype=dtype
             )
@@ -123,6 +122,49 @@ def _read_metadata(path: Path) -> tuple[dict[str, Any], set[str]]:
     except (ValueError, IndexError, KeyError, OverflowError) as error:  # from numpy, wherever the file ends
         raise CheckpointError(f"{path} is damaged, cut short or not a GGUF file ({error}); fetch it again") from error
     return fields, {tensor.name for tensor in reader.tensors}
+
+
+def _check_metadata(path: Path, architecture: str, fields: Mapping[str, Any], config: Any) -> None:  # Any: transformers
+    """CheckpointError unless the config that transformers made contains all that the metadata say about the model.
+
+    transformers ignores keys that it does not know (part of the RoPE, scaling, windows, experts), and replaces missing
+    keys by defaults.
+    """
+    head_size = config.hidden_size // config.num_attention_heads
+    if f"{architecture}.attention.key_length" in fields:
+        head_size = getattr(config, "head_dim", head_size)
+    needed = {
+        "block_count": config.num_hidden_layers,
+        "context_length": config.max_position_embeddings,
+        "embedding_length": config.hidden_size,
+        "feed_forward_length": config.intermediate_size,
+        "attention.head_count": config.num_attention_heads,
+        "attention.layer_norm_rms_epsilon": config.rms_norm_eps,
+    }
+    further = {
+        "attention.head_count_kv": config.num_key_value_heads,
+        "attention.key_length": head_size,
+        "attention.value_length": head_size,
+        "attention.causal": True,
+        "rope.dimension_count": head_size,
+        "rope.freq_base": config.rope_parameters["rope_theta"],
+        "rope.scaling.factor": 1,
+        "vocab_size": config.vocab_size,
+    }
+    for name in needed:
+        if f"{architecture}.{name}" not in fields:
+            raise CheckpointError(f"{path} lacks {architecture}.{name}; use the parent's own folder")
+    described = needed | further
+    for key, value in fields.items():
+        name = key.removeprefix(f"{architecture}.")
+        if name == key:  # about other things than the model
+            continue
+        switched_off = name not in described and (not value or value == "none")
+        if not switched_off and value != described.get(name):
+            raise CheckpointError(f"{path}: {key}={value!r} is not read from GGUF; use the parent's own folder")
+    heads = fields.get(f"{architecture}.attention.head_count_kv", config.num_attention_heads)
+    if heads != config.num_key_value_heads:
+        raise CheckpointError(f"{path} lacks {architecture}.attention.head_count_kv; use the parent's own folder")
 
 
 def _check_tensors(path: Path, model: Any, stored: set[str]) -> None:

@@ -83,6 +83,8 @@ def _read_bpe(fields: Mapping[str, Any]) -> tokenizers.Tokenizer:
         types.pop()
     tokens = fields["tokenizer.ggml.tokens"][: len(types)]
     vocabulary = {token: id_ for id_, token in enumerate(tokens)}
+    if len(vocabulary) < len(tokens):
+        raise ValueError("two tokens have the same name")
     merges = [tuple(merge.split(" ")) for merge in fields["tokenizer.ggml.merges"]]
     backend = tokenizers.Tokenizer(models.BPE(vocab=vocabulary, merges=merges))
     backend.decoder = decoders.ByteLevel()

@@ -44,19 +44,33 @@ KNOWN_MODELS = (
 def find(source: str | Path | None, *, revision: str | None = None, weights: bool = False) -> Path:
     """The folder of `source`, or of the shipped model (None); files of the Hub are downloaded if need be.
 
-    CheckpointError if there is no such model or the Hub cannot be reached.
+    CheckpointError if there is no such model, the name has two meanings here, or the Hub cannot be reached.
     """
     if source is None:
         if not SHIPPED.is_dir():
             raise CheckpointError("no model ships with this installation; name a folder or a Hub id")
         return SHIPPED
     folder = Path(os.path.expanduser(source))  # unlike Path.expanduser it leaves an unknown ~user as it is
-    if folder.is_dir():
+    known = {model.name: model.hub_id for model in KNOWN_MODELS} | {"tiny": str(SHIPPED)}
+    is_known = isinstance(source, str) and source in known
+    if is_known and (folder / "config.json").exists():
+        raise CheckpointError(
+            f"model {source!r} is both a known name and a folder here; write './{source}' for the folder, or "
+            f"{known[str(source)]!r} for the known model"
+        )
+    if source == "tiny":
+        return find(None)
+    if folder.is_dir() and not is_known:
         return folder
-    hub_ids = {known.name: known.hub_id for known in KNOWN_MODELS}
-    hub_id = hub_ids.get(str(source), str(source))
+    if folder.suffix == ".gguf":
+        raise CheckpointError(
+            f"model {str(source)!r} is a GGUF file, which has to be converted first: diffucoder convert {source} FOLDER"
+        )
+    if folder.is_file():
+        raise CheckpointError(f"model {str(source)!r} is a file; name the folder that it is in")
+    hub_id = known.get(str(source), str(source))
     if isinstance(source, Path) or hub_id.count("/") != 1 or hub_id[0] in "/.~":
-        names = ", ".join(hub_ids)
+        names = ", ".join(known)
         raise CheckpointError(f"model {str(source)!r} is not a folder, a Hub id (owner/name) or one of {names}")
     return _download(hub_id, revision, TEXT_FILES + WEIGHT_FILES if weights else TEXT_FILES)
 

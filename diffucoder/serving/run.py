@@ -18,7 +18,7 @@ def read_api_key(file: Path | None) -> str | None:
     if file is None:
         return os.environ.get("DIFFUCODER_API_KEY") or None
     try:
-        key = file.read_text(encoding="utf-8").strip()
+        key = file.read_text(encoding="utf-8-sig").strip()
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"API key file {str(file)!r} cannot be read ({error}); check the path") from None
     if not key:

@@ -24,8 +24,18 @@ from numpy.typing import NDArray
 from diffucoder.diffusion import keyed_generator
 from diffucoder.errors import CheckpointError, ConfigError, DiffuCoderError, PromptError
 from diffucoder.files import Json, write_json
-from diffucoder.tokenizer import Tokenizer, read_json
-from diffucoder.training.sources import SUFFIXES, Kind, Record, Skipped, find_files, read_records, usable
+from diffucoder.tokenizer import Tokenizer
+from diffucoder.training.sources import (
+    SUFFIXES,
+    Kind,
+    Record,
+    Skipped,
+    Sources,
+    find_files,
+    source_names,
+    usable,
+)
+from diffucoder.training.sources import records as read_records
 
 MANIFEST = "manifest.json"
 _VERSION = 3  # of the table's columns
@@ -52,8 +62,9 @@ class TokenStore:
 
     @property
     def manifest(self) -> Json:
-        """What was tokenised: `fingerprint`, `sources`, and the `skipped` rows, of which the `first` are listed."""
-        return read_json(self.folder / MANIFEST)
+        """What the table was made of: `fingerprint`, `sources`, and of `skipped` rows the `count` and the `first`."""
+        content: Json = json.loads((self.folder / MANIFEST).read_text(encoding="utf-8"))
+        return content
 
     @cached_property
     def lengths(self) -> NDArray[np.int64]:
@@ -84,15 +95,14 @@ def _int64(values: Any) -> NDArray[np.int64]:  # Any: pyarrow has no types
     return values.to_numpy().astype(np.int64)  # type: ignore[no-any-return]
 
 
-def prepare(sources: str | Sequence[str], tokenizer: Tokenizer, cache: str | Path, *, kind: Kind) -> TokenStore:
+def prepare(sources: Sources, tokenizer: Tokenizer, cache: str | Path, *, kind: Kind) -> TokenStore:
     """The tokens of all `sources`, in `cache/<kind>-<fingerprint>`: opened, or tokenised first.
 
     Rows that cannot be used are reported on stderr and listed in the manifest. If several processes call this at once,
     one tokenises and the others wait. Raises ConfigError for a source that does not exist, has no usable row or changes
     meanwhile, CheckpointError for a damaged folder or a hub dataset that cannot be reached.
     """
-    if isinstance(sources, str):
-        sources = [sources]
+    sources = source_names(sources)
     if not sources:
         raise ConfigError("data=() names no source; give a folder, a .jsonl file or hub:owner/name")
     fingerprint = _fingerprint(sources, tokenizer, kind)

@@ -3,14 +3,15 @@
 A line of their JSONL is {"id": "mbpp/601", "prompt": "Write a function ...", "tests": ["assert f(2) == 4"]}.
 """
 
-from collections.abc import Iterable, Sequence
+import ast
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from diffucoder.errors import ConfigError
 from diffucoder.files import Json, write_jsonl
-from diffucoder.training.sources import first_name, read_usable, text_field, text_of
+from diffucoder.training.sources import Sources, first_name, read_usable, text_field, text_of
 
 
 @dataclass(frozen=True)
@@ -23,7 +24,7 @@ class Exercise:
     source: str = ""
 
 
-def read_exercises(sources: Sequence[str]) -> list[Exercise]:
+def read_exercises(sources: Sources) -> list[Exercise]:
     """The exercises of `sources`: JSONL files, folders of them, or `hub:owner/name[/config][@split]`.
 
     Rows that cannot be used are counted on stderr, with the first one. Raises ConfigError if there is none or a source
@@ -42,16 +43,38 @@ def write_exercises(path: Path, exercises: Iterable[Exercise]) -> None:
 
 
 def parse_exercise(where: str, fields: Json) -> Exercise:
-    """An exercise with our field names, AceCode's or MBPP's. Raises ValueError."""
-    prompt = text_field(fields, first_name(("prompt", "question"), fields))
+    """An exercise with our field names, AceCode's, MBPP's or HumanEval's. Raises ValueError."""
+    prompt = text_field(fields, first_name(("prompt", "question", "text"), fields))
+    if str(fields.get("test_setup_code", "")).strip():
+        raise ValueError("field 'test_setup_code' has code that its tests need before them, which is not supported")
     exercise_id = fields.get("id", fields.get("task_id", Path(where).name))  # else file and line
     return Exercise(str(exercise_id), prompt, tests_of(fields), str(fields.get("source", "")))
 
 
 def tests_of(fields: Json) -> tuple[str, ...]:
-    """The tests of a row with our field name, AceCode's or MBPP's. Raises ValueError."""
-    name = first_name(("tests", "test_cases", "test_list"), fields)
+    """The tests of a row with our field name, AceCode's, MBPP's or HumanEval's. Raises ValueError."""
+    name = first_name(("tests", "test_cases", "test_list", "test"), fields)
     tests: Any = fields[name]  # Any: from a file
+    if name == "test" and isinstance(tests, str):
+        tests = _asserts_of_check(tests, str(fields.get("entry_point")))
     if not isinstance(tests, list) or not tests:
         raise ValueError(f"field {name!r} is not a list of asserts")
     return tuple(text_of(test, f"a test of {name!r}") for test in tests)
+
+
+def _asserts_of_check(code: str, function: str) -> list[str]:
+    """The asserts in the body of HumanEval's `check(candidate)`, with the name of the function as the candidate."""
+    try:
+        definitions = ast.parse(code).body
+    except SyntaxError as error:
+        raise ValueError(f"field 'test' is not Python ({error.msg})") from None
+    asserts = []
+    for definition in definitions:
+        if isinstance(definition, ast.FunctionDef) and definition.name == "check":
+            for statement in definition.body:
+                names = [node for node in ast.walk(statement) if isinstance(node, ast.Name) and node.id == "candidate"]
+                for name in names:
+                    name.id = function
+                if names and isinstance(statement, ast.Assert):
+                    asserts.append(ast.unparse(statement))
+    return asserts

@@ -3,6 +3,7 @@
 No row is dropped in silence: one that cannot be used becomes a `Skipped`, which names its file and line.
 """
 
+import os
 import re
 import sys
 import zlib
@@ -13,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from diffucoder.errors import CheckpointError, ConfigError
-from diffucoder.files import Json, decode_text, parse_json_line, read_lines
+from diffucoder.files import Json, decode_text, parse_json_line, read_lines, without_nulls
 
 Kind = Literal["documents", "chat"]
 T = TypeVar("T")
@@ -21,6 +22,8 @@ Parse = Callable[[str, Json], T]  # (where, fields) -> row; raises ValueError wi
 
 JSONL = (".jsonl", ".jsonl.gz")
 SUFFIXES: Mapping[Kind, tuple[str, ...]] = {"documents": (".py", ".txt", ".md"), "chat": JSONL}  # read from folders
+Sources = str | Path | Sequence[str | Path]
+"""One source or several: a folder, a file, or `hub:owner/name[/config][@split]`."""
 _HUB = re.compile(r"hub:(?P<name>[^/@]+/[^/@]+)(?:/(?P<config>[^@]+))?(?:@(?P<split>.+))?")
 
 
@@ -44,19 +47,26 @@ class Skipped:
         return f"{self.where}: {self.reason}"
 
 
-def read_records(sources: Sequence[str], kind: Kind) -> Iterator[Record | Skipped]:
-    """The documents or chats of `sources`, one source after the other. Errors of `read_rows`."""
+def records(sources: Sources, kind: Kind, suffixes: Sequence[str] | None = None) -> Iterator[Record | Skipped]:
+    """The documents or chats of `sources`, one source after the other; `suffixes` as in `SUFFIXES`, as are errors."""
     parse = parse_chat if kind == "chat" else parse_document
-    return read_rows(sources, parse, SUFFIXES[kind])
+    return read_rows(sources, parse, SUFFIXES[kind] if suffixes is None else suffixes)
 
 
-def read_rows(sources: Sequence[str], parse: Parse[T], suffixes: Sequence[str] = JSONL) -> Iterator[T | Skipped]:
+def source_names(sources: Sources) -> list[str]:
+    """`sources` as a list of names."""
+    if isinstance(sources, (str, Path)):
+        sources = [sources]
+    return list(map(str, sources))
+
+
+def read_rows(sources: Sources, parse: Parse[T], suffixes: Sequence[str] = JSONL) -> Iterator[T | Skipped]:
     """What `parse` makes of each row; of a folder, the files with `suffixes` are read in the order of their names.
 
-    A file that is not JSONL is one row, {"text": its content}. Raises ConfigError for a source that does not exist,
-    CheckpointError for a hub dataset that cannot be reached or read.
+    A file that is not JSONL is one row, {"text": its content}. Fields that are null are left out of a row. Raises
+    ConfigError for a source that does not exist, CheckpointError for a hub dataset that cannot be reached or read.
     """
-    for source in sources:
+    for source in source_names(sources):
         if source.startswith("hub:"):
             yield from _hub_rows(source, parse)
         for path in find_files(source, suffixes):  # none of a hub dataset
@@ -84,19 +94,26 @@ def usable(rows: Iterable[T | Skipped], name: str, skipped: list[Skipped]) -> It
         print(f"skipped {records}; the first: {skipped[0]}", file=sys.stderr)
 
 
-def read_usable(sources: Sequence[str], parse: Parse[T]) -> list[T]:
+def read_usable(sources: Sources, parse: Parse[T]) -> list[T]:
     """The usable rows of `sources`. Errors of `read_rows` and `usable`."""
-    return list(usable(read_rows(sources, parse), ", ".join(sources), []))
+    return list(usable(read_rows(sources, parse), ", ".join(source_names(sources)), []))
 
 
 def find_files(source: str, suffixes: Sequence[str]) -> list[Path]:
-    """The file `source`, or the sorted files of a folder with these suffixes; [] for a hub name. Raises ConfigError."""
+    """The file `source`, or the sorted files of a folder with these suffixes; [] for a hub name. Raises ConfigError.
+
+    Hidden files and folders (.git, .venv), virtual environments and `node_modules` within the folder are left out.
+    """
     if source.startswith("hub:"):
         _hub_parts(source)
         return []
     path = Path(source)
     if path.is_dir():
-        files = sorted(p for p in path.rglob("*") if p.name.endswith(tuple(suffixes)) and p.is_file())
+        files = []
+        for folder, inner, names in os.walk(path):
+            inner[:] = [name for name in inner if not _is_foreign(Path(folder, name))]
+            files += [Path(folder, name) for name in names if name.endswith(tuple(suffixes)) and name[0] != "."]
+        files = sorted(file for file in files if file.is_file())
         if not files:
             raise ConfigError(f"source {source!r} holds no file with suffix {' '.join(suffixes)}; name another folder")
         return files
@@ -106,6 +123,11 @@ def find_files(source: str, suffixes: Sequence[str]) -> list[Path]:
         allowed = " ".join(sorted({*JSONL, *suffixes}))
         raise ConfigError(f"source {source!r} has none of the suffixes {allowed}; convert it, or name its folder")
     return [path]
+
+
+def _is_foreign(folder: Path) -> bool:
+    """Whether a folder within a source holds what tools put there, not the user's own files."""
+    return folder.name[0] == "." or folder.name == "node_modules" or (folder / "pyvenv.cfg").exists()
 
 
 def _file_rows(path: Path, parse: Parse[T]) -> Iterator[T | Skipped]:
@@ -124,7 +146,7 @@ def _file_rows(path: Path, parse: Parse[T]) -> Iterator[T | Skipped]:
 
 def _row(where: str, content: Any, read: Callable[[Any], Json], parse: Parse[T]) -> T | Skipped:
     try:
-        return parse(where, read(content))
+        return parse(where, without_nulls(read(content)))
     except ValueError as error:
         return Skipped(where, str(error))
 
@@ -164,7 +186,7 @@ def parse_document(where: str, fields: Json) -> Record:
 
 def parse_chat(where: str, fields: Json) -> Record:
     """A chat from `messages`, or from a request and its answer; Alpaca's `input` belongs to the request."""
-    if "messages" in fields:
+    if fields.get("messages"):
         *prompt, last = check_messages(fields["messages"])
         return Record(where, last["content"], tuple(prompt))
     for request_name, answer_name in (("prompt", "answer"), ("instruction", "output")):
@@ -195,11 +217,11 @@ def check_messages(messages: Any) -> list[dict[str, str]]:  # Any: from a file
 
 
 def first_name(names: Sequence[str], fields: Json) -> str:
-    """The first of `names` that is a field. Raises ValueError."""
-    for name in names:
-        if name in fields:
-            return name
-    raise ValueError(f"has no field {' or '.join(map(repr, names))}")
+    """The first of `names` that is a field, and not an empty one if another is not. Raises ValueError."""
+    present = [name for name in names if name in fields]
+    if not present:
+        raise ValueError(f"has no field {' or '.join(map(repr, names))}")
+    return next((name for name in present if fields[name]), present[0])
 
 
 def text_field(fields: Json, name: str) -> str:

@@ -290,6 +290,10 @@ def test_recording_entropies_changes_nothing_else(causal_lm: Callable[..., Any])
             ["if", " x", ":\n", "\t\ty\n", " ", "(", "z", " ="],
             [*"keyword name operator name".split(), "indentation", *"operator name operator".split()],
         ),
+        (
+            ["x", " = ", "1", "\n\f\n", "y", " = ", "'\u2028'"],
+            [*"name operator literal".split(), "indentation", *"name operator literal".split()],
+        ),
         ([], []),
     ],
 )

@@ -132,6 +132,25 @@ def test_infill_in_place_writes_the_file_and_prints_nothing(cli: Run, tmp_path: 
     assert path.read_text() == wanted
 
 
+@pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"])
+@pytest.mark.parametrize("line_end", [b"\r\n", b"\n", b"\r"])
+@pytest.mark.parametrize("last", [b"", b"\n"])
+def test_infill_in_place_changes_the_holes_alone(
+    cli: Run, tmp_path: Path, mark: bytes, line_end: bytes, last: bytes
+) -> None:
+    path = tmp_path / "code.py"
+    before = mark + line_end.join([b"x = 'e\xcc\x81\x0c\xe2\x80\xa8'", b"def f(xs):", b"    return "])
+    after = b" + y" + line_end + b"z = 1" + last
+    path.write_bytes(before + b"<|hole:3|>" + after)
+    assert cli("infill", path, "--dtype", "float32", "--in-place") == (0, "", "")
+    content = path.read_bytes()
+    assert content.startswith(before)
+    assert content.endswith(after)
+    filled = content.removeprefix(before).removesuffix(after)
+    if line_end == b"\r\n":
+        assert filled.count(b"\n") == filled.count(b"\r\n")
+
+
 def test_infill_reports_json(cli: Run, tmp_path: Path) -> None:
     (tmp_path / "code.py").write_text("def f(xs):\n    <|hole:3|>\n")
     result = json.loads(cli("infill", tmp_path / "code.py", "--json", "--dtype", "float32").out)

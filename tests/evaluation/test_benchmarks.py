@@ -13,6 +13,7 @@ import pytest
 
 from diffucoder.errors import ConfigError
 from diffucoder.evaluation.benchmarks import PREFILL, Asserts, Calls, Script, Task, load
+from diffucoder.evaluation.samples import read_samples
 from diffucoder.grading.extract import parsed
 
 ROW = {
@@ -188,6 +189,17 @@ def test_a_users_file_may_say_how_an_answer_begins(tmp_path: Path) -> None:
     plain, prefilled = load(str(tmp_path / "own.jsonl"))
     assert (plain.task_id, plain.prefill, plain.tests) == ("7", "", None)
     assert (prefilled.task_id, prefilled.prefill) == ("own/1", PREFILL)
+
+
+def test_null_columns_are_as_good_as_absent(tmp_path: Path) -> None:
+    row = {"prompt": "p", "tests": ["assert f(1) == 1"]}
+    empty = {"id": None, "entry_point": None, "solution": None, "prefill": None}
+    (tmp_path / "own.jsonl").write_text(json.dumps(row) + "\n")
+    plain = load(str(tmp_path / "own.jsonl"))
+    (tmp_path / "own.jsonl").write_text(json.dumps(empty | row) + "\n")
+    assert load(str(tmp_path / "own.jsonl")) == plain
+    (tmp_path / "s.jsonl").write_text('{"task_id": "own/0", "solution": null, "completion": "c"}\n')
+    assert read_samples(tmp_path / "s.jsonl", plain)[0]["completion"] == "c"
 
 
 def test_a_sample_is_a_solution_or_a_completion() -> None:

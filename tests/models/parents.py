@@ -69,21 +69,25 @@ def write_parent(
     architecture: str | None = None,
     without: str | None = None,
     tokenizer_model: str = "gpt2",
-    extra: Mapping[str, str] | None = None,
+    extra: Mapping[str, str | float] | None = None,
+    omitted: str = "",
 ) -> Path:
     """Model and tokenizer as llama.cpp's converter writes them, matrices quantised to `kind`.
 
-    The last four arguments spoil the file: another architecture, a tensor left out, another kind of tokenizer, keys.
+    The last five arguments spoil the file: another architecture, a tensor left out, another kind of tokenizer, further
+    keys, a key left out.
     """
     import gguf
 
     config = model.config
     writer = gguf.GGUFWriter(path, architecture or config.model_type)
     writer.add_name(path.stem)
-    _write_sizes(writer, config)
+    _write_sizes(writer, config, omitted)
     _write_tokenizer(writer, backend, pre, tokenizer_model, config.vocab_size)
+    types = gguf.GGUFValueType
+    kinds = {str: types.STRING, bool: types.BOOL, int: types.UINT32, float: types.FLOAT32}
     for key, value in (extra or {}).items():
-        writer.add_string(key, value)
+        writer.add_key_value(key, value, kinds[type(value)])
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.QWEN2, config.num_hidden_layers)
     for name, tensor in model.state_dict().items():
         renamed = names.get_name(name, try_suffixes=(".weight", ".bias"))
@@ -104,7 +108,7 @@ def _heads(config: Any, name: str) -> int:
     return int(config.num_attention_heads if "q_proj" in name else config.num_key_value_heads)
 
 
-def _write_sizes(writer: Any, config: Any) -> None:
+def _write_sizes(writer: Any, config: Any, omitted: str) -> None:
     sizes = {
         "context_length": config.max_position_embeddings,
         "embedding_length": config.hidden_size,
@@ -115,8 +119,10 @@ def _write_sizes(writer: Any, config: Any) -> None:
         "vocab_size": config.vocab_size,
     }
     for name, size in sizes.items():
-        writer.add_uint32(f"{config.model_type}.{name}", size)
-    writer.add_float32(f"{config.model_type}.attention.layer_norm_rms_epsilon", config.rms_norm_eps)
+        if name != omitted:
+            writer.add_uint32(f"{config.model_type}.{name}", size)
+    if omitted != "attention.layer_norm_rms_epsilon":
+        writer.add_float32(f"{config.model_type}.attention.layer_norm_rms_epsilon", config.rms_norm_eps)
     writer.add_float32(f"{config.model_type}.rope.freq_base", config.rope_parameters["rope_theta"])
 
 

@@ -266,13 +266,34 @@ def refusal(source: str | Path | None, **options: Any) -> str:
 def test_unknown_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert refusal("nonsense") == (
         "model 'nonsense' is not a folder, a Hub id (owner/name) or one of "
-        "base, instruct, cpgrpo, dream-base, dream, dream-coder"
+        "base, instruct, cpgrpo, dream-base, dream, dream-coder, tiny"
     )
     assert "is not a folder" in refusal(tmp_path / "absent")
     assert "is not a folder" in refusal("./a/b")
     assert "not a valid Hub id; write owner/name" in refusal("what is/this?")
     monkeypatch.setattr(hub_module, "SHIPPED", tmp_path / "absent")
     assert refusal(None) == "no model ships with this installation; name a folder or a Hub id"
+
+
+def test_a_name_with_two_meanings_is_refused(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(saved.parent)
+    assert find_checkpoint("tiny").folder == hub_module.SHIPPED
+    (saved.parent / "base").mkdir()  # not a model: the name means the known one
+    assert "model 'apple/DiffuCoder-7B-Base' is not on this machine" in refusal("base")
+    for name, known in (("dream", "Dream-org/Dream-v0-Instruct-7B"), ("tiny", str(hub_module.SHIPPED))):
+        (saved.parent / name).symlink_to(saved)
+        assert refusal(name) == (
+            f"model {name!r} is both a known name and a folder here; write './{name}' for the folder, or "
+            f"{known!r} for the known model"
+        )
+        assert load(f"./{name}").mask_id == load(Path(name)).mask_id == 66  # type: ignore[arg-type]
+
+
+def test_files_in_place_of_a_folder(saved: Path) -> None:
+    weights = saved / "model.safetensors"
+    assert refusal(str(weights)) == f"model {str(weights)!r} is a file; name the folder that it is in"
+    for name in ("m.gguf", saved / "other/m.Q4_K_M.gguf"):
+        assert f"model {str(name)!r} is a GGUF file, which has to be converted first: diffucoder" in refusal(name)
 
 
 def test_a_folder_that_holds_no_model(tmp_path: Path) -> None:
@@ -298,6 +319,98 @@ def test_configs_that_make_no_sense(saved: Path) -> None:
     assert "is not a Dream config" in refusal(saved)
     edit_config(saved, hidden_size=32, hidden_act="unheard of")
     assert "impossible model: " in refusal(saved)
+
+
+SETTINGS_OF_OTHERS = [  # in a config.json, about other things than layers
+    *({"attn_implementation": name} for name in ("flash_attention_2", "eager", {"": "flash_attention_3"})),
+    {"_attn_implementation": "flash_attention_2"},
+    {"_attn_implementation_internal": "flex_attention", "experts_implementation": "none"},
+    {"auto_map": {"AutoConfig": "elsewhere.Config"}, "architectures": "X", "trust_remote_code": True},
+    {"return_dict": False, "output_attentions": True, "output_hidden_states": True, "use_return_dict": False},
+    {"quantization_config": None, "torch_dtype": None, "head_dim": None, "rope_theta": None},
+    {"id2label": {"a": "b"}, "num_labels": 1, "sub_configs": 1, "attribute_map": {"hidden_size": "x"}, "to_dict": 3},
+    {"pad_token_id": 1.0, "eos_token_id": [1.0, 2], "bos_token_id": None, "mask_token_id": 66.0},
+    {"text_config": {}, "per_layer_config": [], "transformers_weights": "other.safetensors", "is_causal": True},
+    {"temperature": "hot", "max_length": 7, "name_or_path": None, "transformers_version": 7},
+    {"layer_types": ["full_attention"] * 2, "sliding_window": 8, "use_sliding_window": False, "use_cache": True},
+    {"rope_scaling": {"type": "default"}, "torch_dtype": "torch.bfloat16"},
+]
+
+
+@pytest.mark.parametrize("changes", SETTINGS_OF_OTHERS, ids=lambda changes: next(iter(changes)))
+def test_settings_of_other_programs_change_nothing(saved: Path, changes: dict[str, Any]) -> None:
+    before = scores(load(saved))
+    edit_config(saved, **changes)
+    loaded = load(saved)
+    assert torch.equal(scores(loaded), before)
+    assert loaded.mask_id == 66
+    assert type(loaded.mask_id) is int
+    assert find_checkpoint(saved).dtype in (torch.float32, torch.bfloat16)
+
+
+@pytest.mark.parametrize(
+    "rope",
+    [
+        {"rope_scaling": {"type": "linear", "factor": 2.0}},
+        {"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}},
+        {"rope_theta": 500.0},
+        {"rope_theta": "absent", "rope_parameters": {"rope_type": "default", "rope_theta": 500.0}},
+    ],
+)
+def test_every_form_of_rope_is_read_as_by_transformers(causal_lm: MakeLM, tmp_path: Path, rope: dict[str, Any]) -> None:
+    from transformers import AutoModelForCausalLM
+
+    causal_lm().save_pretrained(tmp_path)
+    edit_config(tmp_path, rope_parameters="absent", attn_implementation="eager")
+    edit_config(tmp_path, **rope)
+    tokens = torch.randint(2, 60, (1, 48), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        theirs = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)(tokens).logits
+        own = load(tmp_path, mask_id=66)(tokens, attention=torch.ones(48, 48, dtype=torch.bool).tril())
+    torch.testing.assert_close(own[:, 1:], theirs[:, :-1], rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"quantization_config": {"load_in_4bit": True, "quant_method": "bitsandbytes"}}, "the weights are quantised"),
+        ({"torch_dtype": "auto"}, "dtype 'auto' is not one of float32, bfloat16, float16, float64; write one"),
+        ({"dtype": "int8"}, "dtype 'int8' is not one of"),
+        ({"dtype": {"": "float32"}}, "is not one of float32"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5 is not supported"),
+        ({"rope_scaling": {"type": "linear", "factor": 2.0, "partial_rotary_factor": 0.5}}, "factor=0.5 is not"),
+        ({"layer_types": ["chunked_attention"] * 2}, "with chunked_attention layers cannot see a canvas"),
+        ({"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1}, "with sliding_attention layers"),
+        ({"mask_token_id": True}, "mask_token_id=True is not an id below"),
+        ({"mask_token_id": 66.5}, "mask_token_id=66.5 is not an id below"),
+        ({"mask_token_id": [66]}, r"mask_token_id=\[66\] is not an id below"),
+        ({"pad_token_id": [1]}, "is not a Dream config"),
+    ],
+)
+def test_configs_that_cannot_be_followed(saved: Path, changes: dict[str, Any], message: str) -> None:
+    edit_config(saved, **changes)
+    with pytest.raises(CheckpointError, match=message) as caught:
+        load(saved)
+    assert "\n" not in str(caught.value)
+
+
+def test_an_adapter_beside_a_model_is_not_added_in_silence(saved: Path) -> None:
+    (saved / "adapter_config.json").write_text('{"peft_type": "LORA", "base_model_name_or_path": "other/model"}')
+    assert "holds an adapter (adapter_config.json); merge it, or move it elsewhere" in refusal(saved)
+
+
+def test_weights_in_numbers_that_are_not_read(saved: Path) -> None:
+    weights = load_file(saved / "model.safetensors")
+    weights["lm_head.weight"] = weights["lm_head.weight"].to(torch.int8)
+    save_file(weights, saved / "model.safetensors")
+    assert "model.safetensors: lm_head.weight is I8, quantised; use the model with dense weights" in refusal(saved)
+
+
+def test_an_index_without_files(saved: Path) -> None:
+    (saved / "model.safetensors").unlink()
+    for content in ("{}", '{"weight_map": ["model.safetensors"]}'):
+        (saved / "model.safetensors.index.json").write_text(content)
+        assert "model.safetensors.index.json has no weight_map; fetch it again" in refusal(saved)
 
 
 def test_missing_weight_files(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:

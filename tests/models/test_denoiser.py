@@ -70,6 +70,21 @@ def test_attending_left_only_is_the_autoregressive_parent(causal_lm: MakeLM, kin
     torch.testing.assert_close(denoiser(tokens)[:, 1:], plain[:, :-1], rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("implementation", ["eager", "flex_attention", "sdpa"])
+@pytest.mark.parametrize("kind", ["qwen2", "qwen3", "llama"])
+def test_padding_is_not_seen_whatever_attention_a_model_was_loaded_with(
+    causal_lm: MakeLM, kind: str, implementation: str
+) -> None:
+    model = causal_lm(kind)
+    model.config._attn_implementation = implementation
+    denoiser = Denoiser.from_causal_lm(model, mask_id=66)
+    tokens, valid = random_tokens(1, 9), left_padded(9, 6)[1:]
+    alone = denoiser(tokens[:, 3:])
+    torch.testing.assert_close(denoiser(tokens, valid=valid)[:, 4:], alone[:, 1:], rtol=0, atol=1e-5)
+    own = Denoiser.from_causal_lm(causal_lm(kind), mask_id=66)
+    assert torch.equal(denoiser(tokens), own(tokens))
+
+
 def test_attention_may_differ_by_row(tiny: Denoiser) -> None:
     tokens = random_tokens(2, 7)
     full, triangle = torch.ones(7, 7, dtype=torch.bool), torch.ones(7, 7, dtype=torch.bool).tril()

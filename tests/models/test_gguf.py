@@ -104,6 +104,16 @@ def test_a_quantised_parent_is_dense_and_near(causal_lm: MakeLM, tmp_path: Path)
             "tokenizer.ggml.model='llama' with tokenizer.ggml.pre='smollm' is not supported",
         ),
         ({"extra": {"llama.rope.scaling.type": "yarn"}}, "llama.rope.scaling.type='yarn' is not read from GGUF"),
+        ({"extra": {"llama.rope.scaling.factor": 2.0}}, "llama.rope.scaling.factor=2.0 is not read from GGUF"),
+        ({"extra": {"llama.rope.dimension_count": 4}}, "llama.rope.dimension_count=4 is not read from GGUF"),
+        ({"extra": {"llama.attention.key_length": 16}}, "llama.attention.key_length=16 is not read"),
+        ({"extra": {"llama.attention.sliding_window": 64}}, "llama.attention.sliding_window=64 is not read"),
+        ({"extra": {"llama.attention.causal": False}}, "llama.attention.causal=False is not read"),
+        ({"extra": {"llama.expert_count": 8}}, "llama.expert_count=8 is not read"),
+        ({"extra": {"llama.attention.layer_norm_epsilon": 1e-5}}, "llama.attention.layer_norm_epsilon="),
+        ({"extra": {"llama.logit_scale": 0.5}}, "llama.logit_scale=0.5 is not read"),
+        ({"omitted": "attention.layer_norm_rms_epsilon"}, "lacks llama.attention.layer_norm_rms_epsilon"),
+        ({"omitted": "context_length"}, "lacks llama.context_length; use the parent's own folder"),
         ({"without": "blk.1.ffn_up.weight"}, "lacks tensor blk.1.ffn_up.weight; use the parent's own folder"),
     ],
 )
@@ -115,6 +125,23 @@ def test_what_cannot_be_read_is_refused(
         read_gguf(path)
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_keys_that_change_nothing_are_let_pass(causal_lm: MakeLM, tmp_path: Path) -> None:
+    extra = {
+        "llama.rope.scaling.type": "none",
+        "llama.rope.scaling.finetuned": False,
+        "llama.rope.dimension_count": 8,
+        "llama.attention.key_length": 8,
+        "llama.attention.causal": True,
+        "llama.expert_count": 0,
+        "general.license": "mit",
+    }
+    model = causal_lm("llama", **IDS)
+    read, _ = read_gguf(write_parent(tmp_path / "parent.gguf", model, tokenizer(), extra=extra))
+    tokens = torch.randint(0, 300, (2, 12), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        assert torch.equal(read(tokens).logits, model(tokens).logits)
 
 
 @pytest.mark.parametrize(

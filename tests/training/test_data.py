@@ -206,6 +206,14 @@ def test_what_is_skipped_is_counted_named_and_shown(
     assert listed == f"{store.folder / 'manifest.json'} lists all of the skipped records"
 
 
+def test_a_source_may_be_one_name(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    source = write(tmp_path / "x.jsonl", "{", {"text": "a"})
+    store = prepare(source, tokenizer, str(tmp_path), kind="documents")
+    assert store.manifest == manifest(prepare([source], tokenizer, tmp_path, kind="documents"))
+    assert store.manifest["sources"] == [source]
+    assert store.manifest["skipped"]["first"][0]["where"] == f"{source}:1"
+
+
 def test_the_manifest_names_a_thousand_and_counts_all(
     tokenizer: Tokenizer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

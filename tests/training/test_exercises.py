@@ -53,6 +53,31 @@ def test_rows_go_by_the_names_of_several_data_sets(tmp_path: Path) -> None:
     ]
 
 
+def test_published_rows_are_read_as_they_are(shared: Path, tmp_path: Path) -> None:
+    published = read_exercises(shared / "data/Mbpp-TrainVal.jsonl.gz")
+    assert len(published) > 450
+    assert published[0].id == "511"
+    assert published[0].prompt.startswith("Write a python function to find minimum sum of factors")
+    assert published[0].tests[0] == "assert find_Min_Sum(12) == 7"
+    first, *others = read_exercises(str(shared / "data/HumanEval.jsonl.gz"))
+    assert (first.id, len(others)) == ("HumanEval/0", 160)  # three have loops in place of asserts
+    assert first.prompt.startswith("from typing import List")
+    assert first.tests[0] == "assert has_close_elements([1.0, 2.0, 3.9, 4.0, 5.0, 2.2], 0.3) == True"
+
+
+def test_null_columns_and_setup_code(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    empty = dict.fromkeys(("id", "prompt", "question", "text", "tests", "test_cases", "test_list", "source"))
+    rows = [{"text": "T", "test_list": ["assert f()"]}, {"question": "Q", "test_cases": ["assert g()"]}]
+    full = write(tmp_path / "x.jsonl", *(empty | row for row in rows))
+    assert read_exercises(full) == [
+        Exercise("x.jsonl:1", "T", ("assert f()",)),
+        Exercise("x.jsonl:2", "Q", ("assert g()",)),
+    ]
+    mbpp = {"text": "T", "test_list": ["assert f(root) == 1"], "test_setup_code": "root = Node(1)"}
+    read_exercises(write(tmp_path / "y.jsonl", mbpp, {**mbpp, "test_setup_code": " "}))
+    assert "y.jsonl:1: field 'test_setup_code' has code that its tests need" in capsys.readouterr().err
+
+
 def test_what_cannot_be_used_is_counted_and_the_first_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     good = {"prompt": "P", "tests": ["assert f()"]}
     source = write(
@@ -72,8 +97,8 @@ def test_what_cannot_be_used_is_counted_and_the_first_named(tmp_path: Path, caps
 
 
 def test_nothing_usable_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"none of 1 records of .*:1: has no field 'prompt' or 'question'"):
-        read_exercises([write(tmp_path / "x.jsonl", {"text": "P"})])
+    with pytest.raises(ConfigError, match=r"none of 1 records of .*:1: has no field 'prompt' or 'question' or 'text'"):
+        read_exercises([write(tmp_path / "x.jsonl", {"content": "P"})])
     with pytest.raises(ConfigError, match="holds no record; name another source"):
         read_exercises([write(tmp_path / "y.jsonl")])
     with pytest.raises(ConfigError, match="is not a folder or a file"):

@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 
 from diffucoder.errors import CheckpointError, ConfigError
-from diffucoder.training.sources import SUFFIXES, Kind, Record, Skipped, find_files, read_records
+from diffucoder.training.sources import SUFFIXES, Kind, Record, Skipped, find_files, records
 
 
 def read(*sources: str | Path, kind: Kind = "documents") -> list[Record | Skipped]:
-    return list(read_records([str(s) for s in sources], kind))
+    return list(records(sources, kind))
 
 
 def texts(found: list[Record | Skipped]) -> list[str]:
@@ -41,6 +41,59 @@ def test_a_folder_is_read_in_the_order_of_its_names(tmp_path: Path) -> None:
         (tmp_path / name).write_bytes(text.encode())
     assert texts(read(tmp_path)) == ["# é\n", "a\r\n", "z = 1\n"]
     assert texts(read(tmp_path / "b", tmp_path / "a.md")) == ["a\r\n", "z = 1\n", "# é\n"]
+
+
+def test_what_tools_put_into_a_folder_is_not_read(tmp_path: Path) -> None:
+    for name in ("a.py", ".git/hook.py", ".venv/lib/b.py", "src/.hidden.py", "env/lib/c.py", "js/node_modules/d.md"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(f"# {name}\n")
+    (tmp_path / "env/pyvenv.cfg").touch()
+    (tmp_path / "src/venv").mkdir()
+    (tmp_path / "src/venv/own.py").write_text("# own\n")  # only a name
+    assert texts(read(tmp_path)) == ["# a.py\n", "# own\n"]
+    assert texts(read(tmp_path / ".git")) == ["# .git/hook.py\n"]  # asked for
+    with pytest.raises(ConfigError, match="holds no file with suffix"):
+        read(tmp_path / "js")
+
+
+def test_a_source_may_be_one_name_or_path(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "x.jsonl", {"text": "a"})
+    assert list(records(str(path), "documents")) == list(records(path, "documents")) == read(path)
+    (tmp_path / "x.text").write_text("b")
+    assert texts(list(records(tmp_path, "documents", suffixes=(".jsonl", ".text")))) == ["a", "b"]
+
+
+def test_lines_of_jsonl_end_at_line_feeds_alone(tmp_path: Path) -> None:
+    text = "a\u2028b\u2029c\u0085d\fe\v\x1cf\r"
+    rows = [json.dumps({"text": text}, ensure_ascii=False).encode(), b'{"text": "g"}\r']
+    for name, mark in (("plain", b""), ("marked", b"\xef\xbb\xbf")):
+        path = tmp_path / f"{name}.jsonl"
+        path.write_bytes(mark + b"\n".join(rows))  # and no line feed at the end
+        assert texts(read(path)) == [text, "g"]
+
+
+def test_a_field_that_is_null_is_as_good_as_absent(tmp_path: Path) -> None:
+    """`datasets` gives every row all columns of a table, and null where a row has nothing."""
+    empty = {"messages": None, "prompt": None, "answer": None, "instruction": None, "input": None, "output": None}
+    chats = [
+        {"messages": [USER, ASSISTANT]},
+        {"prompt": "p", "answer": "q"},
+        {"instruction": "i", "output": "o"},
+        {"instruction": "i", "input": "n", "output": "o"},
+    ]
+    bare = read(write_jsonl(tmp_path / "bare.jsonl", *chats), kind="chat")
+    full = read(write_jsonl(tmp_path / "full.jsonl", *(empty | chat for chat in chats)), kind="chat")
+    assert [(r.text, r.prompt) for r in full] == [(r.text, r.prompt) for r in bare]  # type: ignore[union-attr]
+    assert len(full) == 4
+    path = write_jsonl(
+        tmp_path / "text.jsonl",
+        {"text": None, "content": "a"},
+        {"text": "", "content": "b"},
+        {"messages": [], "text": "c"},
+        {"text": None, "content": None},
+    )
+    assert texts(read(path)) == ["a", "b", "c"]
+    assert reasons(read(path)) == {f"{path}:4": "has no field 'text' or 'content'"}
 
 
 def test_unusable_files_are_named(tmp_path: Path) -> None:
@@ -160,7 +213,7 @@ USER, ASSISTANT = {"role": "user", "content": "a"}, {"role": "assistant", "conte
         ({"prompt": ["x"], "answer": "y"}, "field 'prompt' is list, not text"),
         ({"messages": "x"}, "not a list of messages"),
         ({"messages": ["x"]}, "not a list of messages"),
-        ({"messages": []}, "roles none are not"),
+        ({"messages": []}, "has neither 'messages'"),
         ({"messages": [USER]}, "roles user are not"),
         ({"messages": [ASSISTANT]}, "roles assistant are not"),
         ({"messages": [USER, ASSISTANT, USER]}, "roles user, assistant, user are not"),
