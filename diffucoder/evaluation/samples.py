@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from diffucoder.errors import ConfigError, PromptError
-from diffucoder.evaluation.benchmarks import Task
+from diffucoder.evaluation.benchmarks import Asserts, Task
 from diffucoder.evaluation.judge import Progress, matching_lines, silent
 from diffucoder.files import Json, append_jsonl, parse_json_line, read_lines, read_whole_lines, write_jsonl
-from diffucoder.grading.extract import completed, program_from
+from diffucoder.grading.extract import answered, called_names, completed, program_from
 
 if TYPE_CHECKING:
     from diffucoder.decoding.coder import DiffuCoder
@@ -108,7 +108,7 @@ class Generator:
         elif self.raw:
             answer = {"solution": completed(task.prompt, result.text, task.entry_point), "text": result.text}
         else:
-            answer = {"solution": program_from(result.text), "text": result.text}
+            answer = {"solution": _solution(task, task.prefill + result.text), "text": result.text}
         return {
             "task_id": task.task_id,
             "sample": result.index,
@@ -118,6 +118,13 @@ class Generator:
             "finish_reason": result.finish_reason,
             "seconds": round(seconds, 4),
         }
+
+
+def _solution(task: Task, reply: str) -> str:
+    """Return the program in an instruct model's reply, which begins with what the prompt has of it."""
+    if isinstance(task.tests, Asserts):  # which may be about several names
+        return program_from(reply, names=[task.entry_point, *called_names(task.tests.lines)])
+    return answered(task.prompt, reply, task.entry_point) if task.entry_point else program_from(reply)
 
 
 def _trace_id(sample: Json) -> str:
