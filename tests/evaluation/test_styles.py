@@ -33,6 +33,7 @@ HELPER = "def gap(low: int, high: int) -> int:\n    return high OPERATOR low"
 MAIN = 'def spread(xs: list[int]) -> str:\n    return f"apart: {gap(min(xs), max(xs))}"'
 CLASS = "class Gap:\n    def __init__(self, low, high):\n        self.width = high OPERATOR low"
 WITH_CLASS = 'def spread(xs):\n    return f"apart: {Gap(min(xs), max(xs)).width}"'
+WITH_MATH = BARE.replace("max", "math.floor(1) * max")
 TESTS = "```python\ndef test_spread():\n    assert spread([1, 4]) == 'apart: 3'\n\n\ntest_spread()\n```"
 
 FENCED = {  # whatever the prompt's end is
@@ -63,7 +64,7 @@ FENCED = {  # whatever the prompt's end is
     "helper first": f"```python\n{HELPER}\n```\nand\n```python\n{MAIN}\n```",
     "helper last": f"```python\n{MAIN}\n```\nwith\n```python\n{HELPER}\n```",
     "class of its own": f"First:\n```python\n{CLASS}\n```\nThen:\n```python\n{WITH_CLASS}\n```\n{USAGE}",
-    "imports of their own": f"```python\nimport math\n```\n```python\n{BARE.replace('max', 'math.floor(1) * max')}\n```",
+    "imports of its own": f"```python\nimport math\n```\n```python\n{WITH_MATH}\n```",
     "thinking": f"<think>\nFirst try:\n{DRAFT}\nwrong</think>\n```python\n{BARE}\n```",
     "thinking that the prompt opened": f"First try:\n{DRAFT}\nwrong\n</think>\n\nSo:\n```python\n{BARE}\n```",
     "thinking that is not closed": f"<think>\nIt's max and min.\n```python\n{BARE}\n```",
