@@ -35,6 +35,7 @@ class Generator:
     params: "DecodingParams"
     raw: bool = False
     batch: int = 8  # tasks decoded together
+    hole: str | int | None = None  # tokens of holes: a number, "oracle" or "likeliest"; None: likeliest
     maps: int | None = None  # keep traces; those of so many tasks have the entropies of all steps, others of the first
 
     def samples(self, tasks: Sequence[Task], path: Path, progress: Progress = silent) -> list[Json]:
@@ -97,13 +98,16 @@ class Generator:
 
     def _request(self, task: Task) -> "Request":
         """Return what answers a task, with `params.num_samples` results. Raises PromptError."""
-        if task.suffix:
-            return self.coder.infill_request(task.prompt, task.suffix, self.params.replace(stop=()))
+        if task.suffix is not None:
+            length = self.hole if isinstance(self.hole, int) else None  # None: the likeliest of several
+            if self.hole == "oracle":
+                length = len(self.coder.tokenizer.encode(task.middle))
+            return self.coder.infill_request(task.prompt, task.suffix, self.params.replace(stop=()), length=length)
         prompt = task.prompt if self.raw else self.coder.tokenizer.chat(task.request) + task.prefill
         return self.coder.request(prompt, self.params, chat=False)
 
     def _sample(self, task: Task, result: "Generation", seconds: float) -> Json:
-        if task.suffix:
+        if task.suffix is not None:
             answer = {"completion": result.text}
         elif self.raw:
             answer = {"solution": completed(task.prompt, result.text, task.entry_point), "text": result.text}
