@@ -18,9 +18,10 @@ from functools import cached_property
 from diffucoder.tokenizer import TERMINATORS
 
 _TERMINATORS = re.compile("|".join(map(re.escape, TERMINATORS)))
-_TAG = r"(?:think(?:ing)?|thought|reasoning)>"
-_THINKING = re.compile(rf"^[ \t]*<{_TAG}", re.MULTILINE | re.IGNORECASE)
-_END_OF_THINKING = re.compile(rf"</{_TAG}", re.IGNORECASE)
+_TAG = r"(?:think(?:ing)?|thought|reasoning)[>\]▷]"
+_THINKING = re.compile(rf"^[ \t]*[<\[◁]{_TAG}", re.MULTILINE | re.IGNORECASE)
+_END_OF_THINKING = re.compile(rf"[<\[◁]/{_TAG}", re.IGNORECASE)
+_QUOTED_FENCE = re.compile(r"^>[ \t]*(?:```|~~~)", re.MULTILINE)
 
 # A fence begins a line. Within a line it closes a block, or opens one that is named: the method's own prompt does that.
 _PYTHON = r"[^\w`\n]*i?(?:python|py)[\d.]*(?![\w.+-])"
@@ -107,7 +108,8 @@ def parsed(program: str) -> ast.Module:
 
 
 def _until_terminator(reply: str) -> str:
-    return re.sub(r"\r\n?", "\n", _TERMINATORS.split(reply, maxsplit=1)[0])
+    text = re.sub(r"\r\n?", "\n", _TERMINATORS.split(reply, maxsplit=1)[0])
+    return re.sub(r"^> ?", "", text, flags=re.MULTILINE) if _QUOTED_FENCE.search(text) else text
 
 
 def _without_thinking(text: str) -> list[str]:

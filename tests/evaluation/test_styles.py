@@ -67,6 +67,8 @@ FENCED = {  # whatever the prompt's end is
     "imports of its own": f"```python\nimport math\n```\n```python\n{WITH_MATH}\n```",
     "thinking": f"<think>\nFirst try:\n{DRAFT}\nwrong</think>\n```python\n{BARE}\n```",
     "thinking that the prompt opened": f"First try:\n{DRAFT}\nwrong\n</think>\n\nSo:\n```python\n{BARE}\n```",
+    "thinking in other tags": f"[THINK]{DRAFT}[/THINK]\n◁think▷{DRAFT}\n◁/think▷\n```python\n{BARE}\n```",
+    "quoted": "> Sure:\n>\n" + f"```python\n{BARE}\n```".replace("\n", "\n> ").replace("```py", "> ```py"),
     "thinking that is not closed": f"<think>\nIt's max and min.\n```python\n{BARE}\n```",
     "fences in a docstring": f"Sure:\n```python\n{IN_DOC}\n```\nDone.",
     "fences in strings": f"Sure:\n```python\n{IN_STRINGS}\n```\nDone.",
