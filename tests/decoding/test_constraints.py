@@ -1,5 +1,6 @@
 """Constraints and verifiers: the hooks of a decoding step, by small ones written here."""
 
+
 import torch
 from scripted import MASK, VOCABULARY, Scripted, canvas, rugged, sure_of
 from torch import Tensor

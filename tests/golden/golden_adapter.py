@@ -66,7 +66,6 @@ def _row(result: Generation) -> Json:
 
 # --- training --------------------------------------------------------------------------------------------------------
 
-
 def train(case: Json, folder: Path) -> list[Json]:
     """The lines of metrics.jsonl of a run in `folder`, an empty one."""
     from diffucoder.models.hub import SHIPPED
