@@ -1,5 +1,6 @@
-"""Figures from verdicts: pass@k, and bootstrap intervals."""
+"""Figures from verdicts: pass@k, and 95 % intervals: Wilson's of a share, and bootstrap intervals of other means."""
 
+import math
 import warnings
 from collections.abc import Sequence
 
@@ -20,6 +21,21 @@ def pass_at_k(samples: int, passed: int, k: int) -> float:
         raise ConfigError(f"passed={passed} must be 0 to {samples}, the samples of a task; count each sample once")
     failed = samples - passed
     return 1.0 - float(np.prod([max(0, failed - drawn) / (samples - drawn) for drawn in range(k)]))
+
+
+def wilson(passed: float, count: int) -> tuple[float, float]:
+    """Return the 95 % interval of a share, `passed` of `count` (Wilson 1927); at 0 and at 1 it is not a point."""
+    z = 1.959964
+    share = passed / count
+    scale = 1 + z * z / count
+    centre = (share + z * z / (2 * count)) / scale
+    half = z * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count)) / scale
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def is_share(values: Sequence[float]) -> bool:
+    """Return whether every task passed (1) or failed (0), so that their mean is a share with Wilson's interval."""
+    return len(values) > 0 and all(value in (0, 1) for value in values)
 
 
 def bootstrap(

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from diffucoder.errors import ConfigError
-from diffucoder.metrics import bootstrap, pass_at_k
+from diffucoder.metrics import bootstrap, is_share, pass_at_k, wilson
 
 
 @pytest.mark.parametrize("samples", range(1, 8))
@@ -36,6 +36,22 @@ def test_an_interval_holds_the_true_mean_about_as_often_as_it_says() -> None:
         low, high = bootstrap(draw.random(100) < 0.3, draw, share=0.9, rounds=200)
         held += low <= 0.3 <= high
     assert 0.82 <= held / 200 <= 0.97  # 0.9 expected, 0.02 its deviation
+
+
+@pytest.mark.parametrize(("passed", "count"), [(0, 60), (60, 60), (3, 20), (1595, 2000)])
+def test_wilsons_interval_ends_where_the_observed_share_is_just_plausible(passed: int, count: int) -> None:
+    share = passed / count
+    for end in wilson(passed, count):  # Wilson 1927: |share - p| = z * sqrt(p (1 - p) / n)
+        assert end in (0, 1) or abs(share - end) == pytest.approx(1.959964 * np.sqrt(end * (1 - end) / count))
+    low, high = wilson(passed, count)
+    assert low <= share <= high
+    assert low < high
+
+
+def test_only_passes_and_failures_make_a_share() -> None:
+    assert is_share([0.0, 1.0])
+    assert not is_share([0.0, 0.5])
+    assert not is_share([])
 
 
 def test_the_generator_fixes_the_interval() -> None:

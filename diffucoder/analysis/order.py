@@ -1,7 +1,8 @@
 """The order in which a model writes, in figures: AR-ness, what is committed first, how unsure it is where, diversity.
 
-The figure of a prompt is the mean over its samples. The figure of a run is the mean over its prompts, its interval a
-95 % bootstrap that draws prompts again. Two runs are compared prompt by prompt, over the prompts that both have.
+The figure of a prompt is the mean over its samples. The figure of a run is the mean over its prompts. Its interval is a
+95 % bootstrap that draws prompts again, or Wilson's for pass@k if every prompt passes or fails. Two runs are compared
+prompt by prompt, over the prompts that both have.
 """
 
 import math
@@ -15,7 +16,7 @@ from diffucoder.analysis.runs import GLOBAL, LOCAL, Answer, Run
 from diffucoder.analysis.settings import Conventions
 from diffucoder.analysis.tokens import CLASSES
 from diffucoder.files import Json
-from diffucoder.metrics import bootstrap, pass_at_k
+from diffucoder.metrics import bootstrap, is_share, pass_at_k, wilson
 
 ROUNDS = 2000  # of the bootstrap
 _SEED = 2506
@@ -36,7 +37,7 @@ def analyse(runs: Sequence[Run], conventions: Conventions) -> Json:
         differences.append(pair | _difference(tables[one], tables[other]))
     return {
         "conventions": conventions.model_dump(),
-        "interval": f"95 %, bootstrap over prompts, {ROUNDS} rounds",
+        "interval": f"95 %, bootstrap over prompts, {ROUNDS} rounds; Wilson for shares of prompts",
         "runs": reports,
         "differences": differences,
     }
@@ -63,11 +64,21 @@ def _report_of(run: Run, table: Mapping[str, Figures]) -> Json:
         "samples": len(run.answers),
         "graded": graded,
         "tokens_of_class": dict(classes),
-        "figures": _summary(list(table.values())),
+        "figures": _with_wilson(_summary(list(table.values())), table),
         "rank_by_position": list(_summary(list(map(_mean_figures, ranks.values()))).values()),
         "first_pass_entropy_by_position": list(_summary(list(map(_mean_figures, entropies.values()))).values()),
         "by_prompt": by_prompt,
     }
+
+
+def _with_wilson(summary: dict[str, Json], table: Mapping[str, Figures]) -> dict[str, Json]:
+    """Return a summary with Wilson's interval of each pass@k that is a share of the prompts."""
+    for name in summary:
+        values = [figures[name] for figures in table.values() if name in figures]
+        if name.startswith("pass@") and is_share(values):
+            low, high = wilson(sum(values), len(values))
+            summary[name] |= {"low": _plain(low), "high": _plain(high)}
+    return summary
 
 
 def _difference(one: Mapping[str, Figures], other: Mapping[str, Figures]) -> Json:

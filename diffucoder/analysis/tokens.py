@@ -5,7 +5,7 @@ import keyword
 import tokenize
 from collections.abc import Iterator, Sequence
 
-from diffucoder.grading.extract import program_from
+from diffucoder.grading.extract import program_blocks
 
 CLASSES = ("keyword", "name", "operator", "literal", "indentation", "comment", "text", "end")
 
@@ -27,21 +27,20 @@ def token_classes(pieces: Sequence[str]) -> list[str]:
 
 def _character_classes(text: str) -> list[str]:
     """Return the class of each character, by Python's own tokenizer."""
-    program = program_from(text)
-    start = text.find(program)
-    if start < 0:
-        start = 0
-        program = text
-    line_starts = [start]
-    for line in io.StringIO(program):  # ends lines where Python does, not at form feeds
-        line_starts.append(line_starts[-1] + len(line))
+    blocks = program_blocks(text)
+    if not all(block in text for block in blocks):  # indented as a whole, or with other line ends
+        blocks = [text]
     classes = ["text"] * len(text)
-    for token in _python_tokens(program):
-        kind = _class_of(token)
-        if kind is not None:
-            begin = line_starts[token.start[0] - 1] + token.start[1]
-            end = line_starts[token.end[0] - 1] + token.end[1]
-            classes[begin:end] = [kind] * (end - begin)
+    for block in blocks:
+        line_starts = [text.find(block)]
+        for line in block.split("\n"):
+            line_starts.append(line_starts[-1] + len(line) + 1)
+        for token in _python_tokens(block):
+            kind = _class_of(token)
+            if kind is not None:
+                begin = line_starts[token.start[0] - 1] + token.start[1]
+                end = line_starts[token.end[0] - 1] + token.end[1]
+                classes[begin:end] = [kind] * (end - begin)
     return classes
 
 

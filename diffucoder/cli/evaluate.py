@@ -59,6 +59,8 @@ def _print_report(report: dict[str, Any], folder: Path | None) -> None:
     for what in ("missing", "skipped"):
         if report[what]:
             counts.append(f"{len(report[what])} {what}")
+    if "hole" in report["settings"]:
+        counts.append(f"hole: {report['settings']['hole']}")
     print(f"{report['benchmark']}: {', '.join(counts)}")
     for name, figure in report.items():
         if name.startswith(("pass@", "base_pass@")) and isinstance(figure, float):

@@ -4,6 +4,7 @@ A task holds what a model is shown and what a program is checked by. Not for run
 """
 
 import ast
+import hashlib
 import json
 import re
 import sys
@@ -26,7 +27,7 @@ _REQUEST = "Please complete the following problem:\n```\n{}\n```\n"  # Table 5
 _BARE_REQUEST = "```\n{}\n```\n"  # Table 6
 
 _SHIPPED_DATA = Path(__file__).parents[1] / "data"
-_MBPP_V010_TASKS = 399  # MBPP+ v0.1.0; v0.2.0 withdrew 21 of them
+_MBPP_V010_IDS = "9d4da6f2122db161"  # hash of the 399 ids of MBPP+ v0.1.0; v0.2.0 withdrew 21 of them
 
 _CODE_LINE = re.compile(  # a line that prose does not have
     r'^(?:(?:async )?def \w+\(|class \w+[(:]|import \w|from [\w.]+ import |@\w|\w+ = |#|["\']{3})', re.MULTILINE
@@ -76,8 +77,13 @@ class Task:
     tests: Calls | Asserts | Script | None = None  # None: answers cannot be judged
     prefill: str = ""  # beginning of an instruct model's answer, which the model continues
     head: str = ""  # code to run before every program (BigCodeBench): its imports and an empty function
-    suffix: str = ""  # text after the hole, in infilling tasks
+    suffix: str | None = None  # text after the hole, in infilling tasks
     libraries: tuple[str, ...] = ()  # packages beyond the standard library that the task's own code imports
+
+    @property
+    def middle(self) -> str:
+        """What the published solution has in the hole of an infilling task."""
+        return self.canonical.removeprefix(self.prompt).removesuffix(self.suffix or "")
 
     def program(self, sample: Mapping[str, str]) -> str:
         """Return the program that is judged. Raises ConfigError for a sample that has none.
@@ -87,7 +93,7 @@ class Task:
         if "solution" in sample:
             return self.head + sample["solution"]
         if "completion" in sample:
-            return self.head + self.prompt + sample["completion"] + self.suffix
+            return self.head + self.prompt + sample["completion"] + (self.suffix or "")
         raise ConfigError(f"sample of {self.task_id} has keys {sorted(sample)}; it needs 'completion' or 'solution'")
 
 
@@ -116,12 +122,13 @@ def load(name: str, data: Path | None = None) -> list[Task]:
             f"rows of {name!r} from {data or benchmark.repository} are not in their published form "
             f"({type(error).__name__}: {error}); fetch {benchmark.files[0]} again"
         ) from None
+    ids = " ".join(sorted(task.task_id for task in tasks))
+    in_order = hashlib.sha256(ids.encode()).hexdigest().startswith(_MBPP_V010_IDS)
     for number, task in enumerate(tasks):
         tests = task.tests
         if isinstance(tests, Calls):
             plus = tests.plus if name.endswith("+") else None
-            in_order = name.startswith("mbpp") and len(tasks) == _MBPP_V010_TASKS
-            tests = replace(tests, plus=plus, in_order=in_order)
+            tests = replace(tests, plus=plus, in_order=in_order and name.startswith("mbpp"))
         tasks[number] = replace(task, task_id=task.task_id or f"{Path(name).stem}/{number}", tests=tests)
     return tasks
 
@@ -134,7 +141,7 @@ def _humaneval(row: _Row) -> Task:
 
     It is judged by the inputs of EvalPlus if the row has them, else by its own test code.
     """
-    suffix = row.get("suffix", "")
+    suffix = row.get("suffix")
     tests: Calls | Script
     if "base_input" in row:
         base = read_arguments(row["task_id"], row["base_input"])
@@ -146,8 +153,8 @@ def _humaneval(row: _Row) -> Task:
         task_id=row["task_id"],
         entry_point=row["entry_point"],
         prompt=row["prompt"],
-        request="" if "suffix" in row else _REQUEST.format(row["prompt"]),
-        canonical=row["prompt"] + row["canonical_solution"] + suffix,
+        request=_REQUEST.format(row["prompt"]) if suffix is None else "",
+        canonical=row["prompt"] + row["canonical_solution"] + (suffix or ""),
         tests=tests,
         prefill=PREFILL,
         suffix=suffix,

@@ -12,7 +12,7 @@ import numpy as np
 
 from diffucoder.evaluation.benchmarks import Task
 from diffucoder.files import Json
-from diffucoder.metrics import bootstrap, pass_at_k
+from diffucoder.metrics import bootstrap, is_share, pass_at_k, wilson
 
 _KS = (1, 5, 10, 100)
 _SEED = 2506  # of the bootstrap
@@ -26,7 +26,10 @@ def report(
     settings: Json,
     skipped: Mapping[str, str],
 ) -> Json:
-    """Return the report of a run. pass@k is unbiased; its interval is a 95 % bootstrap over the tasks."""
+    """Return the report of a run. pass@k is unbiased.
+
+    Its 95 % interval is Wilson's if every task passes or fails, else a bootstrap over the tasks.
+    """
     by_task: dict[str, list[Json]] = {}
     shown: dict[str, Any] = {}  # the verdict of a task, or a list of several
     for verdict in verdicts:
@@ -56,7 +59,10 @@ def _shares_passed(by_task: Mapping[str, Sequence[Json]], *, with_plus: bool) ->
         if k <= fewest:
             shares = _pass_at_k(by_task, "passed", k)
             figures[f"pass@{k}"] = sum(shares) / len(shares)
-            figures[f"pass@{k}_interval"] = bootstrap(shares, np.random.default_rng(_SEED))
+            if is_share(shares):
+                figures[f"pass@{k}_interval"] = wilson(sum(shares), len(shares))
+            else:
+                figures[f"pass@{k}_interval"] = bootstrap(shares, np.random.default_rng(_SEED))
     if with_plus:
         shares = _pass_at_k(by_task, "base", 1)
         figures["base_pass@1"] = sum(shares) / len(shares)

@@ -6,6 +6,7 @@ twice, and a run that was killed ends with the same report.
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 
 from diffucoder.errors import ConfigError
@@ -37,10 +38,12 @@ def evaluate(settings: EvaluateSettings, progress: Progress = silent) -> Iterato
             yield evaluation.of_samples(settings.samples, settings.run, shown), None
             return
         several = len(settings.sweep()) > 1
-        for generator, run_settings in _generators(settings, settings.model, shown):
+        for generator, run_settings in _generators(settings, settings.model, tasks, shown):
             folder = settings.run or default_folder(Path("runs/evaluate"), run_settings)
             if settings.run and several:
                 folder /= f"steps-{generator.params.steps}-temperature-{generator.params.temperature:g}"
+            if settings.run and generator.hole is not None and len(settings.holes()) > 1:
+                folder /= f"hole-{generator.hole}"
             yield evaluation.of_model(generator, folder, run_settings), folder
 
 
@@ -57,14 +60,14 @@ def record_orders(settings: OrderSettings, progress: Progress = silent) -> list[
         evaluation = Evaluation(settings.prompts, tasks, sandbox, settings.limit, progress)
         shown = task_settings(settings.prompts, settings.limit, ())
         for source in settings.model or (None,):
-            for generator, run_settings in _generators(settings, source, shown, maps=settings.maps):
+            for generator, run_settings in _generators(settings, source, tasks, shown, maps=settings.maps):
                 folders.append(default_folder(settings.folder, run_settings))
                 evaluation.of_model(generator, folders[-1], run_settings)
     return folders
 
 
 def _generators(
-    settings: RunSettings, source: str | None, shown: Json, *, maps: int | None = None
+    settings: RunSettings, source: str | None, tasks: Sequence[Task], shown: Json, *, maps: int | None = None
 ) -> Iterator[tuple[Generator, Json]]:
     """Load a model. Yield what answers with each of the decoding settings, and all settings of that run."""
     import torch  # here, because grading does without it
@@ -72,11 +75,18 @@ def _generators(
     from diffucoder.decoding.coder import DiffuCoder
 
     sweep = settings.sweep()
+    holes: Sequence[str | int | None] = settings.holes()
+    if all(task.suffix is None for task in tasks):
+        if settings.hole is not None:
+            raise ConfigError(
+                f"hole={settings.hole!r} is for infilling benchmarks, and this one has no holes; leave it out"
+            )
+        holes = [None]
     dtype = getattr(torch, settings.dtype) if settings.dtype else None
     coder = DiffuCoder.load(source, dtype=dtype, device=settings.device)
     weights = weights_hash(source)
-    for params in sweep:
-        generator = Generator(coder, params, settings.raw, settings.batch, maps)
+    for params, hole in product(sweep, holes):
+        generator = Generator(coder, params, settings.raw, settings.batch, hole, maps)
         yield generator, shown | model_settings(generator, weights)
 
 
@@ -135,6 +145,8 @@ def task_settings(benchmark: str, limit: int | None, packages: Sequence[Path]) -
 def model_settings(generator: Generator, weights: str) -> Json:
     """Return the settings that decide the answers of a model, whose weights have the hash `weights`."""
     settings: Json = {} if generator.maps is None else {"maps": generator.maps}
+    if generator.hole is not None:
+        settings["hole"] = generator.hole
     return settings | {
         "model": generator.coder.name,
         "weights": weights,

@@ -7,7 +7,7 @@ from pathlib import Path
 from diffucoder.decoding.params import DecodingParams
 from diffucoder.errors import ConfigError
 from diffucoder.files import Json, write_json
-from diffucoder.models.hub import SHIPPED
+from diffucoder.models.hub import TEXT_FILES, WEIGHT_FILES, find
 
 KEY_VERSION = 2  # raise it when a setting, or its default, changes its meaning: older runs are not continued then
 
@@ -62,11 +62,15 @@ def content_hash(path: Path) -> str:
 
 
 def weights_hash(source: str | None) -> str:
-    """Return a hash of the weights in a model's folder (None: the shipped model's); "" for a hub id."""
-    folder = SHIPPED if source in (None, "tiny") else Path(source)
-    if not folder.is_dir():
-        return ""
+    """Return a hash of all files that decide what a model answers: weights, config and tokenizer, every byte.
+
+    None is the shipped model. A model of the Hub is known by its commit. Raises CheckpointError if there is no model.
+    """
+    folder = find(source, weights=True)
+    if folder.parent.name == "snapshots":
+        return folder.name[:16]
     digest = hashlib.sha256()
-    for path in sorted(folder.glob("*.safetensors")):
-        digest.update(content_hash(path).encode())
+    paths = {path for pattern in TEXT_FILES + WEIGHT_FILES for path in folder.glob(pattern)}
+    for path in sorted(paths):
+        digest.update(f"{path.name}:{content_hash(path)}\n".encode())
     return digest.hexdigest()[:16]

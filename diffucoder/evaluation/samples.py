@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from diffucoder.errors import ConfigError, PromptError
-from diffucoder.evaluation.benchmarks import Task
+from diffucoder.evaluation.benchmarks import Asserts, Task
 from diffucoder.evaluation.judge import Progress, matching_lines, silent
 from diffucoder.files import (
     Json,
@@ -24,7 +24,7 @@ from diffucoder.files import (
     without_nulls,
     write_jsonl,
 )
-from diffucoder.grading.extract import completed, program_from
+from diffucoder.grading.extract import answered, called_names, completed, program_from
 
 if TYPE_CHECKING:
     from diffucoder.decoding.coder import DiffuCoder
@@ -43,6 +43,7 @@ class Generator:
     params: "DecodingParams"
     raw: bool = False
     batch: int = 8  # tasks decoded together
+    hole: str | int | None = None  # tokens of holes: a number, "oracle" or "likeliest"; None: likeliest
     maps: int | None = None  # keep traces; those of so many tasks have the entropies of all steps, others of the first
 
     def samples(self, tasks: Sequence[Task], path: Path, progress: Progress = silent) -> list[Json]:
@@ -105,19 +106,22 @@ class Generator:
 
     def _request(self, task: Task) -> "Request":
         """Return what answers a task, with `params.num_samples` results. Raises PromptError."""
-        if task.suffix:
-            return self.coder.infill_request(task.prompt, task.suffix, self.params)
+        if task.suffix is not None:
+            length = self.hole if isinstance(self.hole, int) else None  # None: the likeliest of several
+            if self.hole == "oracle":
+                length = len(self.coder.tokenizer.encode(task.middle))
+            return self.coder.infill_request(task.prompt, task.suffix, self.params, length=length)
         if self.raw:
             return self.coder.request(task.prompt, self.params, chat=False)
         return self.coder.request(task.request, self.params, prefill=task.prefill)
 
     def _sample(self, task: Task, result: "Generation", seconds: float) -> Json:
-        if task.suffix:
+        if task.suffix is not None:
             answer = {"completion": result.text}
         elif self.raw:
             answer = {"solution": completed(task.prompt, result.text, task.entry_point), "text": result.text}
         else:
-            answer = {"solution": program_from(result.text), "text": result.text}
+            answer = {"solution": _solution(task, task.prefill + result.text), "text": result.text}
         return {
             "task_id": task.task_id,
             "sample": result.index,
@@ -127,6 +131,13 @@ class Generator:
             "finish_reason": result.finish_reason,
             "seconds": round(seconds, 4),
         }
+
+
+def _solution(task: Task, reply: str) -> str:
+    """Return the program in an instruct model's reply, which begins with what the prompt has of it."""
+    if isinstance(task.tests, Asserts):  # which may be about several names
+        return program_from(reply, names=[task.entry_point, *called_names(task.tests.lines)])
+    return answered(task.prompt, reply, task.entry_point) if task.entry_point else program_from(reply)
 
 
 def _trace_id(sample: Json) -> str:

@@ -23,6 +23,11 @@ class RunSettings(Settings):
     raw: bool = Field(default=False, description="continue the prompt as it is, without a chat template (base models)")
     steps: str | None = Field(default=None, description="denoising steps; several, as in 512,256, make a run each")
     temperature: str | None = Field(default=None, description="randomness of the tokens; several make a run each")
+    hole: str | None = Field(
+        default=None,
+        description="tokens of the hole in infilling benchmarks: oracle (the default; the published solution's), "
+        "likeliest (of several lengths), or lengths as in 4,8,16,32,64, which make a run each",
+    )
     batch: int = Field(default=8, ge=1, description="tasks decoded together")
     unsafe: bool = Field(default=False, description="run programs WITHOUT a sandbox, as yourself")
     dtype: Literal["float32", "bfloat16", "float16"] | None = Field(
@@ -39,6 +44,15 @@ class RunSettings(Settings):
             if text:
                 choices[name] = _values(name, text, kind)
         return [self.decoding.replace(**dict(zip(choices, row, strict=True))) for row in product(*choices.values())]
+
+    def holes(self) -> list[str | int]:
+        """Return the lengths of holes of each run. Raises ConfigError for a value that cannot be one."""
+        if self.hole in (None, "oracle", "likeliest"):
+            return [self.hole or "oracle"]
+        lengths = _values("hole", self.hole or "", int)
+        if min(lengths) < 1:
+            raise ConfigError(f"hole={self.hole!r} must be oracle, likeliest, or lengths of 1 or more, as in 4,8,16")
+        return lengths
 
 
 class EvaluateSettings(RunSettings):

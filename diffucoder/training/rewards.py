@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from diffucoder.grading.extract import parsed, program_from
+from diffucoder.grading.extract import called_names, parsed, program_from
 from diffucoder.grading.grade import grade
 from diffucoder.grading.sandbox import DEFAULT_LIMITS, Limits, Sandbox
 
@@ -45,17 +45,20 @@ class Reward:
         return self.pass_rate == 1
 
 
-def read_program(completion: str, style: Style = "robust") -> tuple[float, str]:
-    """The reward of the format, and the program: 1.0 where the style wants it, 0.5 with a syntax error, else 0.0."""
+def read_program(completion: str, style: Style = "robust", tests: Sequence[str] = ()) -> tuple[float, str]:
+    """The reward of the format, and the program: 1.0 where the style wants it, 0.5 with a syntax error, else 0.0.
+
+    `robust` reads the blocks that define what `tests` call.
+    """
     if style == "paper":
         block = _RELEASED.fullmatch(completion)
         if block is None:
             return 0.0, ""
         return 1.0 if _parses(block[1].strip()) else 0.5, block[1]
-    program = program_from(completion)
+    program = program_from(completion, names=called_names(tests))
     if _parses(program):
         return float(_does_something(program)), program
-    is_fenced = "```" in completion and program.strip()
+    is_fenced = ("```" in completion or "~~~" in completion) and program.strip()
     return 0.5 if is_fenced else 0.0, program
 
 
@@ -63,7 +66,7 @@ def reward(
     completion: str, tests: Sequence[str], sandbox: Sandbox, *, style: Style = "robust", limits: Limits = DEFAULT_LIMITS
 ) -> Reward:
     """Judge one completion; its program is run only if its format is right."""
-    form, program = read_program(completion, style)
+    form, program = read_program(completion, style, tests)
     if form < 1:
         detail = "syntax error" if form else "no program in the required form"
         return Reward(FORMAT_WEIGHT * form, form, 0.0, "format", detail, 0.0)

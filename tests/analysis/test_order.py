@@ -359,6 +359,15 @@ def test_figures_are_means_over_prompts_with_counts(tokenizer: Tokenizer) -> Non
     assert figures["local_ar_ness@9"] == {"mean": None, "low": None, "high": None, "prompts": 0}  # six tokens
 
 
+def test_a_run_that_solves_nothing_has_wilsons_interval_and_its_other_figures_a_bootstrap(tokenizer: Tokenizer) -> None:
+    own = answers(tokenizer, {"a": [False], "b": [False], "c": [False]}, lambda: [0, 1, 2, 3])
+    report = analyse(labelled([Run({"model": "m"}, own)] * 2), Conventions())
+    figures = report["runs"][0]["figures"]
+    assert figures["pass@1"] == {"mean": 0, "low": 0, "high": pytest.approx(0.5615, abs=1e-4), "prompts": 3}
+    assert figures["revisions"] == {"mean": 0, "low": 0, "high": 0, "prompts": 3}
+    assert report["differences"][0]["figures"]["pass@1"]["high"] == 0  # not a share
+
+
 def test_runs_are_compared_prompt_by_prompt(tokenizer: Tokenizer) -> None:
     one = answers(tokenizer, {"a": [True], "b": [True], "c": [False]}, lambda: [0, 1, 2, 3])
     other = answers(tokenizer, {"b": [True], "c": [True], "d": [True]}, lambda: [3, 2, 1, 0])

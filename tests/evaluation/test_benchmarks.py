@@ -172,12 +172,16 @@ def test_the_projects_own_problems_are_a_benchmark_too() -> None:
         exec("\n".join([f"def {first.entry_point}(*_): return object()", *first.tests.lines]), {})
 
 
-def test_only_the_older_mbpp_compares_in_order(tmp_path: Path) -> None:
-    rows = [ROW | {"task_id": "Mbpp/1", "base_input": [[1]], "plus_input": [[2]]}] * 399
+def test_only_the_older_mbpp_compares_in_order(tmp_path: Path, shared: Path) -> None:
+    with gzip.open(shared / "data/MbppPlus.jsonl.gz", "rt") as lines:
+        ids = [json.loads(line)["task_id"] for line in lines]
+    rows = [ROW | {"task_id": name, "base_input": [], "plus_input": []} for name in ids]
     write(tmp_path / "MbppPlus.jsonl", *rows)
     write(tmp_path / "HumanEvalPlus.jsonl", *rows)
     in_order = [inputs(load(name, tmp_path)[0], "in_order") for name in ("mbpp", "mbpp+", "humaneval+")]
     assert in_order == [True, True, False]
+    write(tmp_path / "MbppPlus.jsonl", *rows[:398], rows[398] | {"task_id": "Mbpp/9999"})  # as many, but others
+    assert not inputs(load("mbpp+", tmp_path)[0], "in_order")
     write(tmp_path / "MbppPlus.jsonl", *rows[:378])
     assert not inputs(load("mbpp+", tmp_path)[0], "in_order")
     write(tmp_path / "own.jsonl", *({"prompt": "x", "tests": ["assert f(1) == 1"]} for _ in range(399)))

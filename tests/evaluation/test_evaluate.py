@@ -12,9 +12,10 @@ from diffucoder.decoding.params import DecodingParams
 from diffucoder.errors import ConfigError
 from diffucoder.evaluation.benchmarks import Task
 from diffucoder.evaluation.judge import grade_samples
-from diffucoder.evaluation.run import Evaluation, model_settings, task_settings
+from diffucoder.evaluation.run import Evaluation, evaluate, model_settings, task_settings
 from diffucoder.evaluation.run_folder import default_folder, open_run_folder, run_key, weights_hash
 from diffucoder.evaluation.samples import Generator, read_samples
+from diffucoder.evaluation.settings import EvaluateSettings
 from diffucoder.files import Json
 from diffucoder.grading.sandbox import Sandbox
 
@@ -61,6 +62,16 @@ def test_tasks_without_samples_and_tasks_that_cannot_run_are_told(
     told = Evaluation("test", more, sandbox).of_samples(file, None, {})
     assert (told["tasks"], told["missing"]) == (2, ["Test/3"])
     assert told["skipped"] == {"Test/1": "needs nobody_made_this"}
+
+
+@pytest.mark.parametrize(("program", "low", "high"), [(GOOD, 0.4385, 1.0), (BAD, 0.0, 0.5615)])
+def test_all_right_and_all_wrong_leave_some_doubt(
+    tasks: list[Task], tmp_path: Path, sandbox: Sandbox, program: str, low: float, high: float
+) -> None:
+    path = tmp_path / "s.jsonl"
+    path.write_text("\n".join(json.dumps({"task_id": task.task_id, "solution": program}) for task in tasks))
+    report = Evaluation("test", tasks, sandbox).of_samples(path, None, {})
+    assert report["pass@1_interval"] == pytest.approx((low, high), abs=1e-4)
 
 
 def test_a_limit_takes_the_first_tasks(tasks: list[Task], file: Path, sandbox: Sandbox) -> None:
@@ -143,17 +154,45 @@ def test_runs_of_an_older_kind_of_key_are_not_gone_on_with(tmp_path: Path) -> No
         open_run_folder(tmp_path, run_key({"benchmark": "tiny", "params": {}}))
 
 
-def test_weights_are_told_apart_by_their_last_byte(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+@pytest.mark.parametrize("shard", ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"])
+@pytest.mark.parametrize("position", [0, 2 << 20, -1])
+def test_a_model_is_identified_by_every_byte_of_every_shard(tmp_path: Path, shard: str, position: int) -> None:
+    for number in (1, 2):
+        (tmp_path / f"model-0000{number}-of-00002.safetensors").write_bytes(bytes(3 << 20))
+    before = weights_hash(str(tmp_path))
+    content = bytearray(3 << 20)
+    content[position] = 1
+    (tmp_path / shard).write_bytes(content)
+    assert weights_hash(str(tmp_path)) != before
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "chat_template.jinja", "merges.txt"])
+def test_a_model_is_identified_by_its_config_and_tokenizer_too(tmp_path: Path, name: str) -> None:
+    (tmp_path / "model.safetensors").write_bytes(b"x")
+    hashes = {weights_hash(str(tmp_path))}
+    for content in ("a", "b"):
+        (tmp_path / name).write_text(content)
+        hashes.add(weights_hash(str(tmp_path)))
+    (tmp_path / "README.md").write_text("decides nothing")
+    assert weights_hash(str(tmp_path)) in hashes
+    assert len(hashes) == 3
+
+
+def test_a_model_of_the_hub_is_identified_by_its_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "models--owner--name" / "snapshots" / ("0123456789abcdef" + "0" * 24)
+    folder.mkdir(parents=True)
+    monkeypatch.setattr("diffucoder.models.hub.snapshot_download", lambda *_, **__: str(folder))
+    assert weights_hash("owner/name") == weights_hash("instruct") == "0123456789abcdef"
+
+
+def test_weights_are_told_apart_by_their_last_byte(tmp_path: Path) -> None:
     size = 3 << 20
     hashes = set()
     for name, last in (("a", b"x"), ("b", b"y"), ("c", b"x")):
         (tmp_path / name).mkdir()
         (tmp_path / name / "model.safetensors").write_bytes(bytes(size) + last)
         hashes.add(weights_hash(str(tmp_path / name)))
-        assert weights_hash(str(tmp_path / name)) in hashes  # from the cache
     assert len(hashes) == 2
-    assert weights_hash("nobody/nothing") == ""
 
 
 def test_a_run_folder_belongs_to_its_settings(tmp_path: Path) -> None:
@@ -161,3 +200,15 @@ def test_a_run_folder_belongs_to_its_settings(tmp_path: Path) -> None:
     open_run_folder(tmp_path, {"steps": 4, "batch": 2})
     with pytest.raises(ConfigError, match=r"belongs to steps=4, not 5; give another --run"):
         open_run_folder(tmp_path, {"steps": 5, "batch": 2})
+
+
+def test_a_report_names_the_length_of_holes(tmp_path: Path, sandbox: Sandbox) -> None:
+    row = {"task_id": "SingleLineInfilling/HumanEval/0/L0", "entry_point": "half", "test": "def check(f): pass"}
+    row |= {"prompt": "def half(x):\n", "canonical_solution": "    return x / 2", "suffix": "\n"}
+    (tmp_path / "HumanEval-SingleLineInfilling.jsonl").write_text(json.dumps(row))
+    settings = EvaluateSettings(benchmark="humaneval-infilling", data=tmp_path, run=tmp_path / "run", hole="4,8")
+    reports = list(evaluate(settings))
+    assert [report["settings"]["hole"] for report, _ in reports] == [4, 8]
+    assert [folder and folder.name for _, folder in reports] == ["hole-4", "hole-8"]
+    with pytest.raises(ConfigError, match="hole='4' is for infilling benchmarks"):
+        list(evaluate(EvaluateSettings(benchmark="tiny", limit=1, hole="4")))

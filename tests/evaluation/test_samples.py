@@ -118,6 +118,35 @@ def test_a_hole_is_filled_between_prompt_and_suffix(tmp_path: Path, coder: Diffu
     assert all("completion" in sample for sample in samples)
 
 
+@pytest.mark.parametrize("suffix", ["\n    return y\n", ""])
+@pytest.mark.parametrize(("hole", "length"), [("oracle", None), (5, 5), (1, 1)])
+def test_a_hole_has_the_length_that_is_asked_for(
+    tmp_path: Path, coder: DiffuCoder, half: Task, suffix: str, hole: str | int, length: int | None
+) -> None:
+    middle = "    y = x / 2"
+    task = replace(half, request="", suffix=suffix, canonical=half.prompt + middle + suffix)
+    (sample,) = Generator(coder, DecodingParams(), hole=hole).samples([task], tmp_path / "samples.jsonl")
+    assert sample["tokens"] == (length or len(coder.tokenizer.encode(middle)))
+    assert "completion" in sample
+
+
+def test_every_published_middle_fits_between_prompt_and_suffix(shared: Path) -> None:
+    for task in load("humaneval-infilling", shared / "data"):
+        assert task.prompt + task.middle + (task.suffix or "") == task.canonical
+        assert task.middle
+
+
+@pytest.mark.parametrize(("hole", "holes"), [(None, ["oracle"]), ("likeliest", ["likeliest"]), ("4,8", [4, 8])])
+def test_lengths_of_holes_are_a_sweep(hole: str | None, holes: list[str | int]) -> None:
+    assert EvaluateSettings(benchmark="humaneval-infilling", hole=hole).holes() == holes
+
+
+@pytest.mark.parametrize("hole", ["0", "4,-1", "best", ""])
+def test_a_length_that_cannot_be_is_rejected(hole: str) -> None:
+    with pytest.raises(ConfigError, match="hole="):
+        EvaluateSettings(benchmark="humaneval-infilling", hole=hole).holes()
+
+
 def test_a_sweep_is_every_pair() -> None:
     settings = EvaluateSettings(benchmark="tiny", steps="512,256", temperature="0.2,0.4")
     pairs = [(params.steps, params.temperature) for params in settings.sweep()]
