@@ -32,7 +32,8 @@ from diffucoder.files import Json, write_json
 from diffucoder.models.denoiser import Denoiser
 from diffucoder.models.families import Family, family_of
 from diffucoder.models.hub import find
-from diffucoder.tokenizer import Tokenizer, read_json
+from diffucoder.tokenizer import Tokenizer
+from diffucoder.tokenizer_files import read_json
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"

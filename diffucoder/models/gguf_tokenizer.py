@@ -13,7 +13,8 @@ import tokenizers
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 
 from diffucoder.errors import CheckpointError
-from diffucoder.tokenizer import MASK_TOKEN, Tokenizer, add_special, qwen2_words
+from diffucoder.tokenizer import MASK_TOKEN, Tokenizer
+from diffucoder.tokenizer_files import add_special, qwen2_words
 
 NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5  # llama.cpp's token types
 _ROLES = {"bos_token": "bos", "eos_token": "eos", "pad_token": "padding", "unk_token": "unknown"}

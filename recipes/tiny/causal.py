@@ -49,12 +49,8 @@ def main(
     """Train the parent by GRPO, or resume it."""
     overrides = [*(changes or ()), f"resume={str(resume).lower()}", "decoding.block=1"]
     settings = load_settings(GrpoSettings, recipe, overrides)
-    if settings.score_padding:
-        raise typer.BadParameter("score_padding=true needs masks, and the parent writes no pads; leave it out")
-    if {"estimator", "pairs"} & settings.model_fields_set:
-        raise typer.BadParameter(
-            "estimator and pairs are for masks, and the score of the parent is exact; leave them out"
-        )
+    if settings.score_padding or {"estimator", "pairs"} & settings.model_fields_set:
+        raise typer.BadParameter("score_padding, estimator and pairs need masks; leave them out")
     exercises = usable(read_exercises(settings.data), "data")
     held_out = usable(read_exercises(settings.held_out), "held_out") if settings.held_out else []
     denoiser, tokenizer = load_start(settings)

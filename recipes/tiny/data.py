@@ -19,7 +19,7 @@ import typer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from diffucoder.files import write_json, write_jsonl
-from diffucoder.tokenizer import qwen2_words
+from diffucoder.tokenizer_files import qwen2_words
 
 sys.path.append(str(Path(__file__).parents[2]))  # last, so that PYTHONPATH may name another copy of the package
 
