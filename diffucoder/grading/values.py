@@ -13,8 +13,6 @@ from itertools import chain
 from types import MappingProxyType
 from typing import Any  # what `runner.CONTENTS` names, numbers of numpy, a Digest or an Opaque
 
-import numpy as np
-
 from diffucoder.grading import runner
 
 _MAX_DIGITS = 20_000  # hexadecimal digits of a part of a fraction, which is then reduced in milliseconds
@@ -97,6 +95,8 @@ def from_json(data: Any) -> Any:
             kind, length = content
             return Opaque(str(kind), length if type(length) is int else None)
         case "array":
+            import numpy as np  # late, as in `_numpy`
+
             dimensions, character, number = content
             return np.array(_numpy(character, number), ndmin=dimensions)
     return _numpy(kind, content)
@@ -125,6 +125,8 @@ def _exact(content: str | list[str]) -> Fraction | Decimal:
 
 def _numpy(character: str, content: Any) -> Any:
     """A number of the type of numpy that has this character. Raises ValueError for any other."""
+    import numpy as np  # late: slow to import, and few programs answer with its numbers
+
     if len(character) != 1 or character not in "?bhilqpBHILQPefdgFDG":
         raise ValueError(f"{character!r} is not a kind of plain data")
     if character in "gG":

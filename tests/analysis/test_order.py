@@ -84,7 +84,7 @@ def test_ar_ness_equals_the_obvious_implementation(steps: list[int], data: st.Da
 
 def test_padding_is_skipped_interrupts_or_counts(tokenizer: Tokenizer) -> None:
     """An answer of three tokens and a terminator, with a pad committed between each two of them."""
-    tokens = [*tokenizer.encode("xyz")[:3], tokenizer.encode("<|im_end|>")[0], *[tokenizer.pad_id] * 3]
+    tokens = [*tokenizer.encode("xyz")[:3], tokenizer.encode("<|im_end|>", special=True)[0], *[tokenizer.pad_id] * 3]
     recorded = Trace(
         tokens=tokens,
         prompt_length=0,

@@ -84,7 +84,7 @@ def test_the_commands_of_a_page_run(page: Path, folder: Path, monkeypatch: pytes
             continue
         fed = run(["bash", *STRICT, feeder], folder) if piped else ""
         monkeypatch.setattr(sys, "argv", ["diffucoder", *arguments])
-        monkeypatch.setattr(sys, "stdin", io.StringIO(fed))
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(fed.encode()), encoding="utf-8"))
         with pytest.raises(SystemExit) as ended:
             main()
         assert not ended.value.code, line

@@ -119,8 +119,8 @@ class Scripted:
         self.replies = list(replies)
         self.prompts: list[str] = []
 
-    def request(self, prompt: str, params: object, *, chat: bool) -> str:
-        self.prompts.append(prompt)
+    def request(self, prompt: str, params: object, *, prefill: str) -> str:
+        self.prompts.append(prompt + prefill)
         return prompt
 
     def run(self, requests: Sequence[str], *, entropies: int) -> list[list[Any]]:

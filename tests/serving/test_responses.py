@@ -1,14 +1,15 @@
 """The JSON of answers, made from results that are given."""
 
-from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from diffucoder.decoding.requests import Generation
+from diffucoder.decoding.trace import Trace
 from diffucoder.models.checkpoint import load_tokenizer
 from diffucoder.serving.protocol import ChatRequest, CompletionRequest, InfillRequest
-from diffucoder.serving.responses import EMPTY, ChatAnswer, CompletionAnswer, fit_into_context
+from diffucoder.serving.responses import ChatAnswer, CompletionAnswer, fit_into_context
 
 TEXT = "x = 'é日'"
 
@@ -22,8 +23,18 @@ def coder() -> Any:  # a stand-in, since no model is needed
 def result(coder: Any) -> Any:
     """An answer with characters of two and three tokens, and a special token that its text leaves out."""
     ids = coder.tokenizer.encode("x = 'é<|im_start|>日'", special=True)
-    trace = replace(EMPTY.trace, log_probs=[-0.5] * len(ids))
-    return replace(EMPTY, text=coder.tokenizer.decode(ids), tokens=tuple(ids), trace=trace)
+    trace = Trace(tokens=[], prompt_length=0, steps=[], confidence=[], log_probs=[-0.5] * len(ids), forward_passes=0)
+    text = coder.tokenizer.decode(ids)
+    return Generation(
+        index=0,
+        text=text,
+        pieces=(text,),
+        tokens=tuple(ids),
+        forward_passes=0,
+        seconds=0.0,
+        finish_reason="length",
+        trace=trace,
+    )
 
 
 def test_bytes_of_tokens_are_together_those_of_the_text(coder: Any, result: Any) -> None:
@@ -38,7 +49,8 @@ def test_bytes_of_tokens_are_together_those_of_the_text(coder: Any, result: Any)
 
 def test_offsets_are_into_the_text(coder: Any, result: Any) -> None:
     body = CompletionRequest(prompt="日", logprobs=1, echo=True)
-    choice = CompletionAnswer(coder, None, body).choice(result)  # type: ignore[arg-type]  # as above
+    request: Any = SimpleNamespace(params=SimpleNamespace(num_samples=1))
+    choice = CompletionAnswer(coder, request, body).choice(result)
     columns = choice["logprobs"]
     assert choice["text"] == f"日{TEXT}"
     for token, offset in zip(columns["tokens"], columns["text_offset"], strict=True):
