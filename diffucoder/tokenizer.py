@@ -320,7 +320,10 @@ class Tokenizer:
         from jinja2.exceptions import TemplateError
         from transformers.utils.chat_template_utils import render_jinja_template
 
-        names = self._tokens_of("bos_token", "eos_token")
+        names = {}
+        for name, value in self.config.items():
+            if name.endswith("_token") and isinstance(value, (str, Mapping)):
+                names[name] = token_name(value)
         try:
             prompts, _ = render_jinja_template(
                 [turns], chat_template=self.chat_template, add_generation_prompt=True, **names

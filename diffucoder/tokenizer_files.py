@@ -55,6 +55,7 @@ def read_config(folder: Path) -> Json:
     config = read_json(folder / "tokenizer_config.json")
     tokens = read_json(folder / "special_tokens_map.json")
     if "added_tokens_decoder" in config:
+        tokens.pop("additional_special_tokens", None)
         config = tokens | config
     else:
         config |= tokens

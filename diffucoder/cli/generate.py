@@ -98,6 +98,8 @@ def chat(
             line = input("> " if sys.stdin.isatty() else "")
         except EOFError:
             return
+        except UnicodeDecodeError as error:
+            raise PromptError(f"standard input is not UTF-8 ({error.reason}); write it as UTF-8") from None
         if not line.strip():
             return
         messages.append({"role": "user", "content": line})

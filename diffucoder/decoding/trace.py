@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
 from diffucoder.errors import ConfigError
@@ -113,7 +114,19 @@ def _parse(line: bytes, place: str) -> Trace:
         raise ConfigError(f"{place} is {kind!r} version {version!r}, not {FORMAT!r} version {VERSION}; write it again")
     if content.keys() != {field.name for field in fields(Trace)}:
         raise ConfigError(f"{place} does not have the fields of {FORMAT} version {version}; write it again")
-    return Trace(**content)
+    try:
+        trace = TypeAdapter(Trace).validate_python(content)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise ConfigError(f"{place}: {where} is {str(first['input'])[:40]!r}: {first['msg']}") from None
+    if not 0 <= trace.prompt_length == len(trace.tokens) - len(trace.steps):
+        raise ConfigError(
+            f"{place}: prompt_length={trace.prompt_length} and {len(trace.steps)} steps are not all tokens"
+        )
+    if not all(0 <= token < 2**31 for token in trace.tokens):
+        raise ConfigError(f"{place}: a token is not from 0 to 2**31 - 1")
+    return trace
 
 
 def local_ar_ness(

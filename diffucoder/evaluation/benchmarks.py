@@ -11,7 +11,7 @@ import sys
 import textwrap
 import zlib
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from importlib import import_module
 from pathlib import Path
@@ -79,6 +79,7 @@ class Task:
     head: str = ""  # code to run before every program (BigCodeBench): its imports and an empty function
     suffix: str | None = None  # text after the hole, in infilling tasks
     libraries: tuple[str, ...] = ()  # packages beyond the standard library that the task's own code imports
+    content: str = field(default="", compare=False)  # a hash of the row that it was made of
 
     @property
     def middle(self) -> str:
@@ -116,7 +117,10 @@ def load(name: str, data: Path | None = None) -> list[Task]:
         data = _SHIPPED_DATA
     rows = _rows_from_hub(name, benchmark) if data is None else _rows_from_folder(name, benchmark, data)
     try:
-        tasks = [benchmark.task(without_nulls(row)) for row in rows]
+        tasks = []
+        for row in rows:
+            content = hashlib.sha256(json.dumps(row, default=str).encode()).hexdigest()
+            tasks.append(replace(benchmark.task(without_nulls(row)), content=content))
     except (KeyError, TypeError, ValueError, SyntaxError, AttributeError) as error:
         raise ConfigError(
             f"rows of {name!r} from {data or benchmark.repository} are not in their published form "

@@ -197,8 +197,14 @@ def check_asserts(code: str, entry_point: str) -> list[str]:
     tree = ast.parse(code)
     checks = [node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == "check"]
     others = [node for node in tree.body if not isinstance(node, ast.FunctionDef | ast.Assign | ast.Expr)]
-    if not checks or others:
+    if len(checks) != 1 or others or len(ast.unparse(checks[0].args).split(",")) != 1:
         return []
+    own_names = {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            own_names.add(node.id)
+    if any(isinstance(node, ast.Name) and node.id in own_names for node in ast.walk(checks[0])):
+        return []  # an assert needs what the test code defines
     candidate = checks[0].args.args[0].arg
     for node in ast.walk(checks[0]):
         if isinstance(node, ast.Name) and node.id == candidate:

@@ -4,6 +4,7 @@ Each stage reads what the stage before it wrote, and continues where it was stop
 twice, and a run that was killed ends with the same report.
 """
 
+import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
@@ -32,7 +33,7 @@ def evaluate(settings: EvaluateSettings, progress: Progress = silent) -> Iterato
         )
     with Sandbox(settings.workers, packages=settings.packages, unsafe=settings.unsafe) as sandbox:
         evaluation = Evaluation(settings.benchmark, tasks, sandbox, settings.limit, progress)
-        shown = task_settings(settings.benchmark, settings.limit, settings.packages)
+        shown = task_settings(settings.benchmark, tasks, settings.limit, settings.packages)
         if settings.samples is not None:
             shown["samples"] = content_hash(settings.samples)
             yield evaluation.of_samples(settings.samples, settings.run, shown), None
@@ -58,7 +59,7 @@ def record_orders(settings: OrderSettings, progress: Progress = silent) -> list[
     tasks = load(settings.prompts, settings.data)
     with Sandbox(unsafe=settings.unsafe) as sandbox:
         evaluation = Evaluation(settings.prompts, tasks, sandbox, settings.limit, progress)
-        shown = task_settings(settings.prompts, settings.limit, ())
+        shown = task_settings(settings.prompts, tasks, settings.limit, ())
         for source in settings.model or (None,):
             for generator, run_settings in _generators(settings, source, tasks, shown, maps=settings.maps):
                 folders.append(default_folder(settings.folder, run_settings))
@@ -132,11 +133,11 @@ class Evaluation:
         return content
 
 
-def task_settings(benchmark: str, limit: int | None, packages: Sequence[Path]) -> Json:
+def task_settings(benchmark: str, tasks: Sequence[Task], limit: int | None, packages: Sequence[Path]) -> Json:
     """Return the settings that decide which tasks are asked, for the report and the key of the run."""
-    settings: Json = {"benchmark": benchmark, "limit": limit}
-    if benchmark.endswith(".jsonl"):
-        settings["content"] = content_hash(Path(benchmark))
+    content = " ".join(task.content for task in tasks)
+    content_key = hashlib.sha256(content.encode()).hexdigest()[:16]
+    settings: Json = {"benchmark": benchmark, "limit": limit, "content": content_key}
     if packages:
         settings["packages"] = [str(folder) for folder in packages]
     return settings

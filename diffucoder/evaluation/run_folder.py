@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 from pathlib import Path
 
 from diffucoder.decoding.params import DecodingParams
@@ -67,7 +68,8 @@ def weights_hash(source: str | None) -> str:
     None is the shipped model. A model of the Hub is known by its commit. Raises CheckpointError if there is no model.
     """
     folder = find(source, weights=True)
-    if folder.parent.name == "snapshots":
+    in_hub_cache = folder.parent.name == "snapshots" and folder.parent.parent.name.startswith("models--")
+    if in_hub_cache and re.fullmatch("[0-9a-f]{40}", folder.name):
         return folder.name[:16]
     digest = hashlib.sha256()
     paths = {path for pattern in TEXT_FILES + WEIGHT_FILES for path in folder.glob(pattern)}

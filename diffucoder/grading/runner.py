@@ -304,6 +304,8 @@ def to_json(value: Any) -> Any:
         return value
     if getattr(kind, "__module__", "") == "numpy" and getattr(value, "size", 0) == 1 and value.dtype.kind in "biufc":
         return numpy_to_json(value)
+    if kind.__name__ == "timedelta64":  # numpy has it for an integer
+        return opaque(value)
     for base in CONTENTS:
         if isinstance(value, base):
             content = CONTENTS[base](value)
@@ -341,7 +343,7 @@ CONTENTS: dict[Any, Callable[[Any], Any]] = {  # Any: abstract classes too
     dict: of_pairs("dict"),
     bytes: of_bytes("bytes"),
     bytearray: of_bytes("bytearray"),
-    memoryview: of_bytes("memoryview"),
+    memoryview: lambda view: of_bytes("memoryview")(view) if (view.format, view.ndim) == ("B", 1) else opaque(view),
     complex: lambda number: {"complex": [number.real, number.imag]},
     Rational: lambda number: {"ratio": [hex(number.numerator), hex(number.denominator)]},
     Decimal: lambda number: {"decimal": str(number)},

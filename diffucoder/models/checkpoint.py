@@ -10,6 +10,7 @@ unshifted rows) keep their type, and `diffucoder.json` has the rest.
 
 import dataclasses
 import json
+import math
 import platform
 import shutil
 from collections.abc import Iterator, Mapping
@@ -211,6 +212,8 @@ def _transformers_config(family: Family, fields: Json, folder: Path) -> Any:
         name = family.config_names.get(theirs, theirs)
         if name.endswith("_token_id"):
             value = _whole(value)
+        if isinstance(value, float) and not math.isfinite(value):
+            raise CheckpointError(f"{folder}/config.json: {theirs}={value} is not a finite number; fetch it again")
         if name in of_layers or (name in ("head_dim", "rope_theta", "rope_scaling") and value is not None):
             described[name] = value
     try:
@@ -243,12 +246,18 @@ def _whole(value: Any) -> Any:  # Any: from a file
 
 def _check_weights(folder: Path, config: Any, family: Family) -> None:
     """CheckpointError unless the files hold exactly the weights that `config` describes. Reads headers only."""
+    present = _stored_shapes(folder)
+    if not 0 < config.num_hidden_layers <= len(present):  # checked first, because layers are made one by one
+        layers = config.num_hidden_layers
+        raise CheckpointError(
+            f"{folder}/config.json has num_hidden_layers={layers}, but there are {len(present)} weights"
+        )
     try:
         expected = _expected_shapes(config)
-    except (TypeError, ValueError, KeyError, RuntimeError, AssertionError, ZeroDivisionError) as error:
+    except (TypeError, ValueError, KeyError, RuntimeError, AssertionError, ArithmeticError) as error:
         raise CheckpointError(f"{folder}/config.json describes an impossible model: {_one_line(error)}") from error
     stored = {}
-    for name, shape in _stored_shapes(folder).items():
+    for name, shape in present.items():
         if not name.endswith("rotary_emb.inv_freq"):  # a buffer of old checkpoints, which follows from the config
             stored[family.weight_name(name)] = shape
     missing = expected.keys() - stored.keys()

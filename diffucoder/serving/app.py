@@ -213,7 +213,10 @@ class Server:
     ) -> Json | list[Json] | Response:
         """Decode a request, and answer it in llama.cpp's form."""
         self._check_model(body.model)
-        answers = [responses.nothing_written(self.coder)] * (body.n_cmpl or self.settings.decoding.num_samples)
+        count = body.n_cmpl or self.settings.decoding.num_samples
+        if isinstance(body, protocol.ContinueRequest):
+            count *= len(protocol.prompts_of(body.prompt))
+        answers = [responses.nothing_written(self.coder)] * count
         if body.n_predict != 0:
             request = request_of(self._params(body))
             results = await self._results(request, http)

@@ -62,6 +62,18 @@ def tests_of(fields: Json) -> tuple[str, ...]:
     return tuple(text_of(test, f"a test of {name!r}") for test in tests)
 
 
+def _check_complete(statement: ast.Assert, definitions: list[ast.stmt]) -> None:
+    """ValueError if an assert needs a name that other statements of the test code define."""
+    inside = [node for node in ast.walk(statement) if isinstance(node, ast.Name)]
+    used = {node.id for node in inside}
+    for definition in definitions:
+        for node in ast.walk(definition):
+            if not isinstance(node, ast.Name) or not isinstance(node.ctx, ast.Store) or node in inside:
+                continue
+            if node.id in used:
+                raise ValueError(f"{ast.unparse(statement)!r} in field 'test' needs {node.id!r}, defined beside it")
+
+
 def _asserts_of_check(code: str, function: str) -> list[str]:
     """The asserts in the body of HumanEval's `check(candidate)`, with the name of the function as the candidate."""
     try:
@@ -77,4 +89,5 @@ def _asserts_of_check(code: str, function: str) -> list[str]:
                     name.id = function
                 if names and isinstance(statement, ast.Assert):
                     asserts.append(ast.unparse(statement))
+                    _check_complete(statement, definitions)
     return asserts

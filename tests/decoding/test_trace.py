@@ -13,7 +13,7 @@ from diffucoder.decoding.canvas import Canvas
 from diffucoder.decoding.params import DecodingParams
 from diffucoder.decoding.sequence import Sequence
 from diffucoder.decoding.step import decode, denoise
-from diffucoder.decoding.trace import Trace, global_ar_ness, local_ar_ness, read_traces, write_traces
+from diffucoder.decoding.trace import Trace, as_json, global_ar_ness, local_ar_ness, read_traces, write_traces
 from diffucoder.errors import ConfigError
 
 MIXED = [5, 6, 7, 2, 3, 4, 1]
@@ -151,6 +151,19 @@ def test_other_formats_and_versions_are_refused(tmp_path: Path, change: dict[str
     path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
     with pytest.raises(ConfigError, match=f":1 .*{said}"):
         read_traces(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("steps", [None]), ("tokens", [10**20]), ("tokens", ["a"]), ("prompt_length", -5), ("steps", [1e400])],
+)
+def test_values_that_no_trace_has_are_one_line(tmp_path: Path, name: str, value: object) -> None:
+    trace = Trace(tokens=[5], prompt_length=0, steps=[0], confidence=[1.0], log_probs=[0.0], forward_passes=1)
+    content = json.dumps(as_json(trace) | {name: value})
+    (tmp_path / "t.jsonl").write_text(content + "\n")
+    with pytest.raises(ConfigError, match=r"t\.jsonl:1: ") as refused:
+        read_traces(tmp_path / "t.jsonl")
+    assert "\n" not in str(refused.value)
 
 
 def test_what_is_no_trace_is_refused(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import pytest
 
 from diffucoder.decoding.params import DecodingParams
 from diffucoder.errors import ConfigError
-from diffucoder.evaluation.benchmarks import Task
+from diffucoder.evaluation.benchmarks import Task, load
 from diffucoder.evaluation.judge import grade_samples
 from diffucoder.evaluation.run import Evaluation, evaluate, model_settings, task_settings
 from diffucoder.evaluation.run_folder import default_folder, open_run_folder, run_key, weights_hash
@@ -121,10 +121,26 @@ def test_verdicts_of_other_tasks_are_not_taken_for_those_of_these(
 
 
 def test_packages_belong_to_what_decides_the_tasks(tmp_path: Path) -> None:
-    assert task_settings("tiny", 3, ()) == {"benchmark": "tiny", "limit": 3}
-    open_run_folder(tmp_path, task_settings("tiny", 3, ()))
+    open_run_folder(tmp_path, task_settings("tiny", [], 3, ()))
     with pytest.raises(ConfigError, match=r"belongs to packages=None, not \['site'\]"):
-        open_run_folder(tmp_path, task_settings("tiny", 3, [Path("site")]))
+        open_run_folder(tmp_path, task_settings("tiny", [], 3, [Path("site")]))
+
+
+def test_a_run_is_not_continued_with_another_release_of_its_benchmark(tmp_path: Path) -> None:
+    row = {
+        "task_id": "HumanEval/0",
+        "entry_point": "twice",
+        "prompt": "def twice(n):\n",
+        "canonical_solution": "    return n * 2\n",
+    }
+    for wanted in (4, 6):
+        test = f"def check(candidate):\n    assert candidate(2) == {wanted}\n"
+        (tmp_path / "HumanEval.jsonl").write_text(json.dumps(row | {"test": test}) + "\n")
+        settings = task_settings("humaneval", load("humaneval", tmp_path), None, ())
+        if wanted == 4:
+            open_run_folder(tmp_path / "run", settings)
+    with pytest.raises(ConfigError, match="belongs to content="):
+        open_run_folder(tmp_path / "run", settings)
 
 
 def test_a_run_is_identified_by_the_decoding_settings_that_differ_from_their_defaults() -> None:

@@ -92,6 +92,21 @@ def test_a_check_made_of_asserts_is_judged_from_outside(half: Task, sandbox: San
     assert not judged(task, liar, sandbox).passed
 
 
+@pytest.mark.parametrize(
+    "tests",
+    [
+        "DATA = 2\ndef check(candidate):\n    assert candidate(DATA) == 1\n",
+        "def same(a, b):\n    return a == b\ndef check(candidate):\n    assert same(candidate(2), 1)\n",
+        "def check(candidate, n=2):\n    assert candidate(n) == 1\n",
+        "def check(candidate):\n    assert candidate(2) == 3\ndef check(candidate):\n    assert candidate(2) == 1\n",
+    ],
+)
+def test_a_check_that_needs_the_code_around_it_runs_whole(half: Task, sandbox: Sandbox, tests: str) -> None:
+    task = replace(half, tests=Script(tests + "check(half)\n"))
+    assert judged(task, task.canonical, sandbox).passed
+    assert not judged(task, "def half(x): return 7", sandbox).passed
+
+
 def test_a_check_runs_in_one_process_for_three_seconds(half: Task, sandbox: Sandbox) -> None:
     """As human-eval does, whose `timeout` is 3.0."""
     task = replace(half, tests=Script(CHECK))

@@ -28,6 +28,12 @@ def isolated() -> None:
         pytest.skip(str(error))
 
 
+def test_results_that_only_look_like_plain_data() -> None:
+    view = "def f():\n    return memoryview(b'abcd').cast('H')\n"
+    assert not grade(view, ["assert f() == b'abcd'"]).passed
+    assert grade(view, ["assert len(f()) == 2"]).passed
+
+
 def test_a_good_program_passes() -> None:
     verdict = grade(GOOD, TESTS)
     assert (verdict.passed, verdict.passed_tests, verdict.total_tests) == (True, 3, 3)

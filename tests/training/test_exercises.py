@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from diffucoder.errors import ConfigError
-from diffucoder.training.exercises import Exercise, read_exercises, write_exercises
+from diffucoder.training.exercises import Exercise, parse_exercise, read_exercises, write_exercises
 
 DOUBLE = Exercise("1", "Double the number n.", ("assert f(2) == 4", "assert f(0) == 0"), "ours")
 
@@ -60,7 +60,7 @@ def test_published_rows_are_read_as_they_are(shared: Path, tmp_path: Path) -> No
     assert published[0].prompt.startswith("Write a python function to find minimum sum of factors")
     assert published[0].tests[0] == "assert find_Min_Sum(12) == 7"
     first, *others = read_exercises(str(shared / "data/HumanEval.jsonl.gz"))
-    assert (first.id, len(others)) == ("HumanEval/0", 160)  # three have loops in place of asserts
+    assert (first.id, len(others)) == ("HumanEval/0", 159)  # three have loops, one needs a variable
     assert first.prompt.startswith("from typing import List")
     assert first.tests[0] == "assert has_close_elements([1.0, 2.0, 3.9, 4.0, 5.0, 2.2], 0.3) == True"
 
@@ -94,6 +94,12 @@ def test_what_cannot_be_used_is_counted_and_the_first_named(tmp_path: Path, caps
     assert capsys.readouterr().err == (
         f"skipped 5 of 7 records; the first: {source}:2: field 'tests' is not a list of asserts\n"
     )
+
+
+def test_an_assert_that_needs_other_lines_of_a_check_is_not_used() -> None:
+    check = "def check(candidate):\n    lst = [1]\n    assert candidate(lst) == 1\n"
+    with pytest.raises(ValueError, match="needs 'lst'"):
+        parse_exercise("x", {"prompt": "def f(x):\n", "entry_point": "f", "test": check})
 
 
 def test_nothing_usable_is_refused(tmp_path: Path) -> None:
