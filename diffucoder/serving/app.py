@@ -122,17 +122,17 @@ class Server:
 
     async def fill(self, body: protocol.FillRequest, http: fastapi.Request) -> Json | Response:
         """Fill every hole of a text, all of them jointly; a stream has the text in its last chunk."""
-        request = self.coder.fill_request(body.text, self._params(body).replace(stop=()))
+        request = self.coder.fill_request(body.text, self._params_of_holes(body))
         return await self._reply(responses.FillAnswer(self.coder, request, body), http)
 
     async def edit(self, body: protocol.EditRequest, http: fastapi.Request) -> Json | Response:
         """Rewrite spans of a text while the rest is frozen, or change it by an instruction."""
-        params = self._params(body)
         if body.instruction is None:
             spans = [Span(span.start, span.end, span.tokens) for span in body.spans]
-            request = self.coder.edit_request(body.text, spans, params.replace(stop=()))
+            request = self.coder.edit_request(body.text, spans, self._params_of_holes(body))
         else:
-            request = self.coder.request(f"{body.instruction}\n\n```python\n{body.text}\n```", params)
+            prompt = f"{body.instruction}\n\n```python\n{body.text}\n```"
+            request = self.coder.request(prompt, self._params(body))
         return await self._reply(responses.EditAnswer(self.coder, request, body), http)
 
     async def infill(self, body: protocol.InfillRequest, http: fastapi.Request) -> Json | list[Json] | Response:
@@ -192,6 +192,11 @@ class Server:
         """Return the decoding settings of a request. Raises ApiError for another model, and ConfigError."""
         self._check_model(body.model)
         return body.params(self.settings.decoding)
+
+    def _params_of_holes(self, body: protocol.DecodingRequest) -> DecodingParams:
+        """As `_params`, but without the server's own `stop`, which is for answers: the text goes on after a hole."""
+        params = self._params(body)
+        return params.replace(stop=()) if body.stop is None else params
 
     def _continuation(self, prompts: list[str | list[int]], params: DecodingParams) -> Request:
         """What continues each of some prompts as it is. Raises PromptError, and ConfigError for many rows."""
