@@ -20,7 +20,7 @@ from typing import Any
 from diffucoder.errors import ConfigError
 from diffucoder.evaluation.evalplus import Arguments, read_arguments
 from diffucoder.files import decode_text, read_lines, without_nulls
-from diffucoder.grading.extract import parsed
+from diffucoder.grading.extract import future_first, parsed
 
 PREFILL = "Here is the code to solve this problem:\n```python\n"  # begins the answer of instruct models: Tables 5 and 6
 _REQUEST = "Please complete the following problem:\n```\n{}\n```\n"  # Table 5
@@ -92,9 +92,9 @@ class Task:
         As in EvalPlus, `solution` is a whole program and `completion` continues the prompt.
         """
         if "solution" in sample:
-            return self.head + sample["solution"]
+            return future_first(self.head + sample["solution"])
         if "completion" in sample:
-            return self.head + self.prompt + sample["completion"] + (self.suffix or "")
+            return future_first(self.head + self.prompt + sample["completion"] + (self.suffix or ""))
         raise ConfigError(f"sample of {self.task_id} has keys {sorted(sample)}; it needs 'completion' or 'solution'")
 
 

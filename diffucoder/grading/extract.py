@@ -18,9 +18,9 @@ from functools import cached_property
 from diffucoder.tokenizer import TERMINATORS
 
 _TERMINATORS = re.compile("|".join(map(re.escape, TERMINATORS)))
-_TAG = r"(?:think(?:ing)?|thought|reasoning)[>\]▷]"
-_THINKING = re.compile(rf"^[ \t]*[<\[◁]{_TAG}", re.MULTILINE | re.IGNORECASE)
-_END_OF_THINKING = re.compile(rf"[<\[◁]/{_TAG}", re.IGNORECASE)
+_TAG = r"(?:(?:\w+:)?think(?:ing)?|thoughts?|reasoning)[>\]▷]"
+_THINKING = re.compile(rf"^[ \t]*(?:[<\[◁]{_TAG}|<\|begin_of_thought\|>)", re.MULTILINE | re.IGNORECASE)
+_END_OF_THINKING = re.compile(rf"[<\[◁]/{_TAG}|<\|end_of_thought\|>", re.IGNORECASE)
 _QUOTED_FENCE = re.compile(r"^>[ \t]*(?:```|~~~)", re.MULTILINE)
 
 # A fence begins a line. Within a line it closes a block, or opens one that is named: the method's own prompt does that.
@@ -38,7 +38,7 @@ _PYTHON_LABEL = re.compile(_PYTHON, re.IGNORECASE)
 
 _DEFINITION = re.compile(r"(?:async )?def |class |@\w")
 _DEFINED_NAME = re.compile(r"^(?:async +)?(?:def|class) +(\w+)", re.MULTILINE)
-_TEST_NAME = re.compile(r"test|Test")
+_TEST_NAME = re.compile(r"[Tt]est|(?:\w*_tests?|\w*Tests?|check)$")
 # a line of code; prose may begin with spaces if it is an item of a list
 _CODE = re.compile(
     rf"\s(?!\s*(?:[-*•]|\d+[.)])\s)|{_DEFINITION.pattern}"
@@ -46,6 +46,7 @@ _CODE = re.compile(
 )
 
 _Function = ast.FunctionDef | ast.AsyncFunctionDef
+_Import = ast.Import | ast.ImportFrom
 _parsing = threading.Lock()  # warning filters belong to the process: two threads would restore each other's
 
 
@@ -56,7 +57,7 @@ def program_from(reply: str, *, names: Iterable[str] = ()) -> str:
     first block of Python statements, else the first block. A draft in a thinking section is not an answer. Around code
     without a fence, prose is removed. The reply ends at the first terminator.
     """
-    return "\n\n\n".join(program_blocks(reply, names=names))
+    return future_first("\n\n\n".join(program_blocks(reply, names=names)))
 
 
 def program_blocks(reply: str, *, names: Iterable[str] = ()) -> list[str]:
@@ -78,7 +79,8 @@ def answered(prompt: str, reply: str, entry_point: str) -> str:
     The prompt's imports and helpers are added. Of what follows the function, only what it needs
     is kept, as in `completed`.
     """
-    return _answered(prompt, reply, entry_point) or program_from(reply, names=[entry_point])
+    program = _answered(prompt, reply, entry_point)
+    return future_first(program) if program else program_from(reply, names=[entry_point])
 
 
 def completed(prompt: str, completion: str, entry_point: str) -> str:
@@ -89,7 +91,8 @@ def completed(prompt: str, completion: str, entry_point: str) -> str:
     tests to fail on.
     """
     text = _until_terminator(completion)
-    return _cut(prompt + text, entry_point) or _answered(prompt, text, entry_point) or prompt + text
+    program = _cut(prompt + text, entry_point) or _answered(prompt, text, entry_point)
+    return future_first(program or prompt + text)
 
 
 def called_names(tests: Iterable[str]) -> list[str]:
@@ -98,6 +101,21 @@ def called_names(tests: Iterable[str]) -> list[str]:
     for test in tests:
         names |= _needed_names(_Block(test).statements)
     return sorted(names)
+
+
+def future_first(program: str) -> str:
+    """The program with its `from __future__` imports at its beginning, where alone Python allows them."""
+    statements = (_Block(program).statements if "__future__" in program else None) or []
+    futures = [node for node in statements if isinstance(node, ast.ImportFrom) and node.module == "__future__"]
+    start = 1 if statements and isinstance(statements[0], ast.Expr) else 0  # after a docstring
+    if statements[start : start + len(futures)] == futures:
+        return program
+    lines = program.split("\n")
+    moved: list[str] = []
+    for node in reversed(futures):
+        moved[:0] = lines[node.lineno - 1 : node.end_lineno]
+        del lines[node.lineno - 1 : node.end_lineno]
+    return "\n".join(moved + lines)
 
 
 def parsed(program: str) -> ast.Module:
@@ -154,9 +172,38 @@ class _Block:
         return {node.name: not _is_stub(node) for node in found}
 
     @cached_property
+    def tests(self) -> set[str]:
+        """The definitions that are tests."""
+        names = set(filter(_TEST_NAME.match, self.definitions))
+        for node in self.statements or ():
+            if isinstance(node, ast.ClassDef):
+                for base in node.bases:
+                    if "TestCase" in (getattr(base, "id", ""), getattr(base, "attr", "")):
+                        names.add(node.name)
+        return names
+
+    @cached_property
     def bound(self) -> set[str]:
         """All global names that it gives a value."""
         return self.definitions.keys() | _defined_names(*self.statements or ())
+
+    @cached_property
+    def imported(self) -> set[str]:
+        """The global names that it imports; "*" may be any."""
+        return _defined_names(*(node for node in self.statements or () if isinstance(node, _Import)))
+
+    def rank(self, name: str) -> int:
+        """How good a source of `name` it is: it defines it, assigns it, imports it, or has only its head."""
+        if name in self.definitions:
+            return 3 if self.definitions[name] else 0
+        return 1 if name in self.imported else 2
+
+    def supplies(self, names: set[str]) -> bool:
+        """Whether it is Python that gives a value to one of `names`, or imports alone that may do so."""
+        imports_alone = all(isinstance(node, _Import) for node in self.statements or ())
+        return self.statements is not None and bool(
+            self.bound & names or (names and imports_alone and "*" in self.bound)
+        )
 
 
 def _blocks(text: str, fence: re.Pattern[str]) -> list[_Block]:
@@ -188,24 +235,33 @@ def _chosen(blocks: Sequence[_Block], names: Sequence[str]) -> list[_Block]:
     wanted = [name for name in names if any(name in block.bound for block in blocks)]
     is_named = bool(wanted)
     if not is_named:
-        every = dict.fromkeys(name for block in blocks for name in block.definitions)
-        wanted = [name for name in every if not _TEST_NAME.match(name)] or list(every)
+        python = [block for block in blocks if block.statements is not None and block.definitions]
+        every: dict[str, None] = {}
+        tests: set[str] = set()
+        for block in python or blocks:
+            every |= dict.fromkeys(block.definitions)
+            tests |= block.tests
+        wanted = [name for name in every if name not in tests] or list(every)
     chosen: set[_Block] = set()
     defined: set[str] = set()
     for name in wanted:
         if name not in defined:
             candidates = [block for block in blocks if name in block.bound]
-            best = max(candidates, key=lambda block: block.definitions.get(name, block.statements is not None))
+            best = max(candidates, key=lambda block: block.rank(name))
             if is_named or defined.isdisjoint(best.definitions):
                 chosen.add(best)
                 defined |= best.bound
     while True:
         missing = set().union(*(_needed_names(block.statements) for block in chosen)) - defined
-        others = [block for block in blocks if block.bound & missing and defined.isdisjoint(block.definitions)]
+        others = []
+        for block in blocks:
+            if block not in chosen and defined.isdisjoint(block.definitions) and block.supplies(missing):
+                others.append(block)
         if not others:
             return [block for block in blocks if block in chosen]
-        chosen.add(others[0])
-        defined |= others[0].bound
+        best = max(others, key=lambda block: max(map(block.rank, block.bound & missing), default=0))
+        chosen.add(best)
+        defined |= best.bound
 
 
 def _quality(chosen: Sequence[_Block]) -> tuple[bool, bool]:
@@ -283,8 +339,11 @@ def _line_of_error(lines: list[str], error: Exception) -> int:
 def _is_stub(node: ast.stmt) -> bool:
     """Whether a function has no body, or at most a docstring, imports and inner definitions; or a class of such."""
     if not isinstance(node, _Function | ast.ClassDef):
+        if isinstance(node, ast.Raise):
+            error = getattr(node.exc, "func", node.exc)
+            return getattr(error, "id", "") == "NotImplementedError"
         constant = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
-        return constant or isinstance(node, ast.Pass | ast.Import | ast.ImportFrom)
+        return constant or isinstance(node, ast.Pass | _Import)
     for child in node.body:
         inner = isinstance(node, _Function) and isinstance(child, _Function | ast.ClassDef)
         if not inner and not _is_stub(child):
@@ -300,6 +359,8 @@ def _with_helpers(lines: list[str], tree: ast.Module, function: _Function) -> st
     while True:
         defined = _defined_names(*kept)
         missing = _needed_names(kept) - defined
+        if missing:
+            missing.add("*")
         helper = next((node for node in later if _defined_names(node) & missing), None)
         if helper is None:
             break

@@ -35,6 +35,12 @@ CLASS = "class Gap:\n    def __init__(self, low, high):\n        self.width = hi
 WITH_CLASS = 'def spread(xs):\n    return f"apart: {Gap(min(xs), max(xs)).width}"'
 WITH_MATH = BARE.replace("max", "math.floor(1) * max")
 TESTS = "```python\ndef test_spread():\n    assert spread([1, 4]) == 'apart: 3'\n\n\ntest_spread()\n```"
+OTHER_TESTS = (
+    "```python\nimport unittest\n\n\nclass Spread(unittest.TestCase):\n    def test(self):\n        self.fail()\n\n\n"
+    "unittest.main()\n```\n"
+    "```python\ndef check(candidate):\n    assert candidate([1, 4]) == 0\n\n\ncheck(spread)\n```\n"
+    "```python\ndef run_tests():\n    assert spread([1, 4]) == 0\n\n\nrun_tests()\n```"
+)
 
 FENCED = {  # whatever the prompt's end is
     "fence": f"```python\n{PROGRAM}\n```",
@@ -64,6 +70,13 @@ FENCED = {  # whatever the prompt's end is
     "helper first": f"```python\n{HELPER}\n```\nand\n```python\n{MAIN}\n```",
     "helper last": f"```python\n{MAIN}\n```\nwith\n```python\n{HELPER}\n```",
     "class of its own": f"First:\n```python\n{CLASS}\n```\nThen:\n```python\n{WITH_CLASS}\n```\n{USAGE}",
+    "usage that imports it first": f"```python\nfrom solution import spread\nspread([1])\n```\n```python\n{BARE}\n```",
+    "star import of its own": f"```python\nfrom math import *\n```\n```python\n{WITH_MATH.replace('math.', '')}\n```",
+    "Java too": f"```java\nclass Gap {{\n}}\n```\nclass methods are not needed:\n```python\n{BARE}\n```",
+    "tests by other names": f"{OTHER_TESTS}\n```python\n{BARE}\n```\n{OTHER_TESTS}",
+    "stub that raises": f"```python\ndef spread(xs):\n    raise NotImplementedError\n```\n```python\n{BARE}\n```",
+    "thinking in rare tags": f"<seed:think>{DRAFT}</seed:think>\n<thoughts>{DRAFT}</thoughts>\n"
+    f"<|begin_of_thought|>\n{DRAFT}\n<|end_of_thought|>\n```python\n{BARE}\n```",
     "imports of its own": f"```python\nimport math\n```\n```python\n{WITH_MATH}\n```",
     "thinking": f"<think>\nFirst try:\n{DRAFT}\nwrong</think>\n```python\n{BARE}\n```",
     "thinking that the prompt opened": f"First try:\n{DRAFT}\nwrong\n</think>\n\nSo:\n```python\n{BARE}\n```",
@@ -94,6 +107,7 @@ BODIES = {  # completions, for tasks whose prompt has the head
     "body in a fence": f"```python\n{BODY}\n```",
     "body without indentation": "```python\n" + BODY.replace("    ", "") + "\n```",
     "without the import": BARE.replace("list[int]", "List[int]") + "\n```",
+    "future": f"```python\nfrom __future__ import annotations\n\n{BARE}\n```",
     "after which things run": BARE
     + "\n\nwidth = int(input())\nassert spread([width]) == 'apart: 9'\nraise SystemExit\n```",
 }

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from diffucoder.grading.extract import completed, parsed, program_from
+from diffucoder.grading.extract import answered, completed, future_first, parsed, program_from
 
 CODE = "def f(x):\n    return x"
 
@@ -37,6 +37,12 @@ CODE = "def f(x):\n    return x"
         f"```bash\npip install f\n```\nand\n```python\n{CODE}\n```",
         f"```\n{CODE}\n```",
         f"```c\n{CODE}\n```",
+        f"```java\nclass F {{\n}}\n```\n```python\n{CODE}\n```",
+        f"The two\nclass methods are slow.\n```python\n{CODE}\n```\n```cpp\nclass F {{\n}};\n```",
+        f"```python\n{CODE}\n```\n```python\nclass FTests:\n    x = f(1)\n```\n```python\ndef f_test():\n    f(1)\n```",
+        f"```python\n{CODE}\n```\n```python\nclass F(unittest.TestCase):\n    x = f(1)\nunittest.main()\n```",
+        f"```python\nfrom f import f\nf(1)\n```\n```python\n{CODE}\n```",
+        f"```python\ndef f(x):\n    raise NotImplementedError('f')\n```\n```python\n{CODE}\n```",
         f"~ no fence below\n```\n{CODE}",
         CODE,
         f"\n{CODE}\n",
@@ -67,6 +73,18 @@ def test_an_empty_reply_has_an_empty_program(reply: str) -> None:
 
 def test_another_language_that_begins_with_py_is_not_python() -> None:
     assert program_from(f"```pyrex\nx\n```\n```python\n{CODE}\n```") == CODE
+
+
+def test_imports_from_the_future_come_first() -> None:
+    future = "from __future__ import annotations"
+    reply = f"```python\n{CODE} + g(x)\n```\n```python\n{future}\ndef g(x):\n    return 0\n```"
+    programs = [program_from(reply), answered(HEAD, f"```python\n{future}\n{CODE}\n```", "f")]
+    programs.append(completed("import re\n", f"{future}\n{CODE}\n", "f"))
+    for program in programs:
+        assert program.startswith(future)
+        compile(program, "program", "exec", dont_inherit=True)
+    documented = f'"""F."""\n{future}\n{CODE}'
+    assert future_first(documented) == documented
 
 
 # --- prose without a fence -------------------------------------------------------------------------------------------
