@@ -667,7 +667,7 @@ def test_the_autoregressive_baseline_trains(fields: Fields, parent: Path, causal
 @pytest.mark.parametrize("change", ["estimator=full_mask", "pairs=2"])
 def test_the_autoregressive_baseline_has_no_estimator(fields: Fields, causal: Fields, change: str) -> None:
     given = {"run": fields["run"], "data": json.dumps(fields["data"]), "steps": 2, "lr": 1e-3}
-    with pytest.raises(typer.BadParameter, match="the score of the parent is exact; leave them out"):
+    with pytest.raises(typer.BadParameter, match="estimator and pairs need masks; leave them out"):
         causal["main"](changes=[*(f"{name}={value}" for name, value in given.items()), change])
 
 
