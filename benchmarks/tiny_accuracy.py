@@ -18,8 +18,8 @@ from common import RESULTS, decode, model_id, solved, write_page
 from diffucoder import DecodingParams, DiffuCoder, Generation
 from diffucoder.config import load_settings
 from diffucoder.files import write_json
+from diffucoder.metrics import wilson
 from diffucoder.models.checkpoint import load_denoiser, load_tokenizer
-from recipes.report import wilson
 from recipes.tiny.problems import Problem, problems
 
 HEAD = ("steps", "solved", "95 % interval", "chains", "branches", "guards", "passes", "tokens per pass")

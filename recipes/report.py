@@ -3,7 +3,6 @@
 Imports nothing of the package, so that a benchmark can measure another version of it.
 """
 
-import math
 import platform
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -41,16 +40,6 @@ def provenance(command: str, *details: str) -> str:
     """The command, the day, what it ran on, and further details."""
     software = f"Python {platform.python_version()}, torch {torch.__version__}, {platform.machine()}"
     return "; ".join([f"`{command}`, {time.strftime('%Y-%m-%d')}", *details, f"{software}."])
-
-
-def wilson(passed: int, count: int) -> tuple[float, float]:
-    """The 95 % Wilson interval of a share."""
-    z = 1.96
-    share = passed / count
-    scale = 1 + z * z / count
-    centre = (share + z * z / (2 * count)) / scale
-    half = z * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count)) / scale
-    return centre - half, centre + half
 
 
 @contextmanager

@@ -197,7 +197,11 @@ def check_asserts(code: str, entry_point: str) -> list[str]:
     tree = ast.parse(code)
     checks = [node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == "check"]
     others = [node for node in tree.body if not isinstance(node, ast.FunctionDef | ast.Assign | ast.Expr)]
-    if len(checks) != 1 or others or len(ast.unparse(checks[0].args).split(",")) != 1:
+    if len(checks) != 1 or others:
+        return []
+    parameters = checks[0].args
+    others_than_candidate = [*parameters.posonlyargs, *parameters.kwonlyargs, parameters.vararg, parameters.kwarg]
+    if len(parameters.args) != 1 or any(others_than_candidate):
         return []
     own_names = {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
     for node in ast.walk(tree):

@@ -111,7 +111,7 @@ def _find_question(node: ast.expr) -> tuple[ast.expr, str]:
         case ast.UnaryOp(sign, operand) if type(sign) in _OPERATORS:
             parts = [operand]
         case ast.BinOp(ast.Constant(str() | bytes()), ast.Mod(), _):
-            raise _NotSplitError  # a value is printed otherwise where it stands for another
+            raise _NotSplitError  # a stand-in for a value may print differently from the value
         case ast.BinOp(left, infix, right) if type(infix) in _OPERATORS:
             parts = [left, right]
         case ast.Compare(left, orders, others):

@@ -246,7 +246,7 @@ class Server:
         try:
             await asyncio.wait({results, disconnect}, return_when=asyncio.FIRST_COMPLETED)
             if not results.done():
-                raise ApiError(499, "the client disconnected")  # which nobody reads
+                raise ApiError(499, "the client disconnected")  # the client is gone and cannot read this
             return results.result()
         finally:
             results.cancel()

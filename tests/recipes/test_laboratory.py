@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from recipes.report import drawing, table, update_page, wilson
+from diffucoder.metrics import wilson
+from recipes.report import drawing, table, update_page
 from recipes.runner import RunFolder, setting_text
 from recipes.tiny import grpo
 
