@@ -1,0 +1,118 @@
+"""Calls in a process of their own, which is killed when a call takes too much time or memory, or crashes.
+
+For: functions of the package that read what strangers wrote (a chat template, a generated program, a model's files).
+Not for: running generated programs; `grading.sandbox` does that.
+
+    limited = Limited(seconds=2, memory=2**30)
+    tree = limited(json_of_program, text)  # raises LimitError instead of hanging, growing or crashing
+
+Arguments and results cross as JSON, never as pickles: what a child says cannot run code here.
+"""
+
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import weakref
+from collections.abc import Callable
+from contextlib import suppress
+from importlib import import_module
+from typing import Any
+
+from diffucoder import errors
+
+_SERVE = "from diffucoder.limited import _serve; _serve()"
+_PATIENCE = 10  # seconds of the clock for each second of a processor: the machine may be busy
+
+
+class LimitError(errors.DiffuCoderError):
+    """A call went over a limit, crashed, or raised an error that is not one of the package's own."""
+
+
+class Limited:
+    """Calls functions of modules in child processes, which wait for the next call; as many as there are callers."""
+
+    def __init__(self, *, seconds: float, memory: int) -> None:
+        """Limit each call to `seconds` of a processor, and each child to `memory` bytes of address space."""
+        self.seconds = seconds
+        self.memory = memory
+        self._idle: list[subprocess.Popen[bytes]] = []
+        self.close = weakref.finalize(self, _stop, self._idle)
+
+    def __call__(self, function: Callable[..., Any], *args: Any) -> Any:  # Any: whatever JSON can hold
+        """Return `function(*args)`. Raises LimitError, and the package's own errors as the function raised them."""
+        child = self._idle.pop() if self._idle else self._start()
+        name = f"{function.__module__}:{function.__qualname__}"
+        answer = b""
+        assert child.stdin is not None
+        assert child.stdout is not None
+        with suppress(BrokenPipeError):
+            child.stdin.write(json.dumps([name, args]).encode() + b"\n")
+            child.stdin.flush()
+            answer = child.stdout.readline()
+        if not answer.endswith(b"\n"):
+            _stop([child])
+            raise LimitError(self._reason(child.returncode))
+        self._idle.append(child)
+        kind, value = json.loads(answer)
+        if kind is None:
+            return value
+        if hasattr(errors, kind):
+            raise getattr(errors, kind)(value)
+        raise LimitError(f"{kind}: {value}")
+
+    def _start(self) -> subprocess.Popen[bytes]:
+        limits = [str(self.seconds), str(self.memory)]
+        paths = {"PYTHONPATH": os.pathsep.join(sys.path)}
+        return subprocess.Popen(
+            [sys.executable, "-c", _SERVE, *limits],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            env={**os.environ, **paths},
+        )
+
+    def _reason(self, status: int) -> str:
+        if status in (-signal.SIGPROF, -signal.SIGALRM):
+            return f"took over {self.seconds:g} s"
+        return f"crashed, or needed over {self.memory / 2**20:,.0f} MiB (status {status})"
+
+
+def _stop(children: list[subprocess.Popen[bytes]]) -> None:
+    for child in children:
+        child.kill()
+        with child:  # closes the pipes, and waits
+            pass
+    children.clear()
+
+
+def _serve() -> None:
+    """The child: answer each line, a function and its arguments, with a line: an error's name or null, and the value.
+
+    The clocks' signals have no handlers, so they end the process whatever it is doing.
+    """
+    seconds, memory = float(sys.argv[1]), int(sys.argv[2])
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    with suppress(ValueError, OSError):  # macOS does not limit address space
+        resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which closes the pipe
+    answers = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)  # what a function prints must not look like an answer
+    for line in sys.stdin.buffer:
+        name, args = json.loads(line)
+        module, _, function = name.partition(":")
+        signal.setitimer(signal.ITIMER_PROF, seconds)
+        signal.setitimer(signal.ITIMER_REAL, seconds * _PATIENCE)
+        answer: list[Any]
+        try:
+            answer = [None, getattr(import_module(module), function)(*args)]
+        except MemoryError:
+            os._exit(1)
+        except Exception as error:
+            answer = [type(error).__name__, str(error)]
+        answers.write(json.dumps(answer).encode() + b"\n")
+        answers.flush()
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        signal.setitimer(signal.ITIMER_REAL, 0)
