@@ -4,7 +4,6 @@ DiffuCoder ships no `tokenizer.json`, only Qwen2's `vocab.json` and `merges.txt`
 are read. Not for: what the tokens mean (`tokenizer`).
 """
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,8 @@ import tokenizers
 from tokenizers import AddedToken, pre_tokenizers
 
 from diffucoder.errors import CheckpointError
-from diffucoder.files import Json, read_text
+from diffucoder.files import Json
+from diffucoder.model_files import read_json
 
 # Added tokens that are text to Qwen2.5, so decoding keeps them
 _QWEN_TEXT = """<tool_call> </tool_call> <|fim_prefix|> <|fim_middle|> <|fim_suffix|> <|fim_pad|> <|repo_name|>
@@ -31,19 +31,6 @@ def qwen2_words() -> pre_tokenizers.PreTokenizer:
     """Qwen2's pre-tokenizer: it cuts text into the words that merges stay within."""
     words: pre_tokenizers.PreTokenizer = _qwen2_backend().pre_tokenizer
     return words
-
-
-def read_json(path: Path) -> Json:
-    """The object in a JSON file of a checkpoint, {} if there is no such file. CheckpointError if it is damaged."""
-    if not path.exists():
-        return {}
-    try:
-        content = json.loads(read_text(path))
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} cannot be read as JSON ({error}); fetch it again") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path} holds no JSON object; fetch it again")
-    return content
 
 
 def read_config(folder: Path) -> Json:

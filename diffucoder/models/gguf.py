@@ -17,9 +17,10 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, GgufConfig
 
 from diffucoder.errors import CheckpointError, ConfigError
-from diffucoder.models.checkpoint import dream_can_represent, dream_weights, transformers_silenced
+from diffucoder.models.checkpoint import dream_can_represent, dream_weights
 from diffucoder.models.denoiser import Denoiser
 from diffucoder.models.gguf_tokenizer import add_tokenizer, read_tokenizer
+from diffucoder.models.weights import transformers_silenced
 from diffucoder.tokenizer import Tokenizer
 
 ARCHITECTURES = ("llama", "qwen2")
