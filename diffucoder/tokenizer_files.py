@@ -87,8 +87,10 @@ def read_backend(folder: Path, config: Json) -> tokenizers.Tokenizer:
             if token.content not in added:
                 backend.add_tokens([token])
         check_added_tokens(backend, folder)
-    except CheckpointError:
-        raise
+    except CheckpointError as error:
+        if str(folder) in str(error):
+            raise
+        raise CheckpointError(f"{folder}: {error}") from error
     except Exception as error:  # tokenizers raises bare Exceptions, whatever is wrong with a file
         reason = one_line(error)
         raise CheckpointError(f"{folder}: tokenizer cannot be read ({reason}); fetch it again") from error

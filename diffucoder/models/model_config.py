@@ -97,13 +97,9 @@ def transformers_config(family: Family, fields: Json, folder: Path) -> Any:  # A
         if name in of_layers or (name in ("head_dim", "rope_theta", "rope_scaling") and value is not None):
             described[name] = value
     place = f"{folder}/config.json is not a {family.model_type} config"
+    check_layers(described, place)
     try:
-        _Layers.model_validate(described)
         config = kind(**described)
-    except ValidationError as error:
-        wrong = error.errors()[0]
-        name = ".".join(map(str, wrong["loc"]))
-        raise CheckpointError(f"{place}: {name}={shown(wrong['input'])}: {wrong['msg']}; fetch it again") from None
     except (TypeError, ValueError, KeyError, ArithmeticError, StrictDataclassError) as error:
         raise CheckpointError(f"{place}: {one_line(error)}") from error
     _check_heads(config, place)
@@ -113,6 +109,16 @@ def transformers_config(family: Family, fields: Json, folder: Path) -> Any:  # A
             f"{folder}/config.json: partial_rotary_factor={shown(turned)} is not supported; it must be 1"
         )
     return config
+
+
+def check_layers(described: Json, place: str) -> None:
+    """CheckpointError for sizes and other fields of a config that are of the wrong type or out of bounds."""
+    try:
+        _Layers.model_validate(described)
+    except ValidationError as error:
+        wrong = error.errors()[0]
+        name = ".".join(map(str, wrong["loc"]))
+        raise CheckpointError(f"{place}: {name}={shown(wrong['input'])}: {wrong['msg']}; fetch it again") from None
 
 
 def _check_heads(config: Any, place: str) -> None:  # Any: mypy does not follow transformers
