@@ -156,13 +156,13 @@ class Tokenizer:
         """
         template = self.config.get("chat_template")
         if isinstance(template, list):
-            named = [each for each in template if isinstance(each, Mapping)]
-            template = {each.get("name"): each.get("template") for each in named}
+            named = [each for each in template if isinstance(each, Mapping) and isinstance(each.get("name"), str)]
+            template = {each["name"]: each.get("template") for each in named}
         if isinstance(template, Mapping):
-            names = ", ".join(map(str, template)) or "none"
+            names = one_line(", ".join(template) or "none")[:80]
             template = template.get("default")
             if template is None:
-                raise CheckpointError(f"of several chat templates ({names[:80]}) none is 'default'; give one that name")
+                raise CheckpointError(f"of several chat templates ({names}) none is 'default'; give one that name")
         if template is not None and not isinstance(template, str):
             raise CheckpointError(f"chat_template={shown(template)} is not text; give a Jinja template")
         return template

@@ -6,11 +6,11 @@ supported models have few kinds of parts, which are listed here; expressions tha
 process of their own. Not for: reading (`tokenizer_files`).
 """
 
-from collections.abc import Iterator
+import re
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-import tokenizers
 from tokenizers import Regex, pre_tokenizers
 
 from diffucoder.errors import CheckpointError
@@ -38,6 +38,7 @@ _KNOWN_EXPRESSIONS = {
     r"\p{N}{1,3}",
     r"\p{N}",
 }
+_REFERENCES = re.compile(r"\\[gk1-9]")
 _TRIED = Limited(seconds=10, memory=2**30)
 _TRIED_LENGTH = 20_000
 
@@ -65,20 +66,21 @@ def check_tokenizer_json(fields: Json, path: Path) -> None:
         reason = _reason_against(steps, expressions)
         if reason:
             raise CheckpointError(f"{path}: {part} {reason}")
+    check_names([token["content"] for token in fields.get("added_tokens") or ()], path)
     _check_ids(fields, path)
     unknown = expressions - _KNOWN_EXPRESSIONS
     if unknown:
         _try_expressions(sorted(unknown), path)
 
 
-def check_added_tokens(backend: tokenizers.Tokenizer, place: Path) -> None:
+def check_names(names: Iterable[str], place: object) -> None:
     """CheckpointError for added tokens that are too long or too many to be searched for in each text."""
     total = 0
-    for token in backend.get_added_tokens_decoder().values():
-        if len(token.content) > _MAX_NAME:
-            name = one_line(token.content[:40])
-            raise CheckpointError(f"{place}: added token {name}... has more than {_MAX_NAME} characters; shorten it")
-        total += len(token.content)
+    for name in names:
+        if len(name) > _MAX_NAME:
+            start = one_line(name[:40])
+            raise CheckpointError(f"{place}: added token {start}... has over {_MAX_NAME} characters; shorten it")
+        total += len(name)
     if total > _MAX_NAMES:
         raise CheckpointError(f"{place}: added tokens have {total:,} characters, over {_MAX_NAMES:,}; leave some out")
 
@@ -127,6 +129,8 @@ def _reason_against(steps: list[Json], expressions: set[str]) -> str | None:
         pattern = step.get("pattern")
         if pattern is not None and "Regex" in pattern:
             expressions.add(pattern["Regex"])
+            if _REFERENCES.search(pattern["Regex"]):
+                return f"has an expression that refers to itself ({shown(pattern['Regex'])}), which is not supported"
         if step["type"] == "Replace":
             replaced = len(pattern["String"]) if "String" in pattern else 0
             growth *= max(1, len(step["content"]) / max(1, replaced) + (replaced == 0))

@@ -18,7 +18,7 @@ from tokenizers import AddedToken, pre_tokenizers
 from diffucoder.errors import CheckpointError
 from diffucoder.files import Json
 from diffucoder.model_files import one_line, read_json, read_model_text, shown
-from diffucoder.tokenizer_checks import check_added_tokens, check_tokenizer_json
+from diffucoder.tokenizer_checks import check_names, check_tokenizer_json
 
 # Added tokens that are text to Qwen2.5, so decoding keeps them
 _QWEN_TEXT = """<tool_call> </tool_call> <|fim_prefix|> <|fim_middle|> <|fim_suffix|> <|fim_pad|> <|repo_name|>
@@ -76,21 +76,18 @@ def read_backend(folder: Path, config: Json) -> tokenizers.Tokenizer:
         backend.no_padding()
         named = _named_tokens(config)
         listed = _added_tokens(folder, config, named, backend.get_added_tokens_decoder())
-        for id_, token in sorted(listed.items()):
-            backend.add_tokens([token])
+        check_names([token.content for token in (*listed.values(), *named)], folder)
+        listed = dict(sorted(listed.items()))
+        backend.add_tokens(list(listed.values()))
+        for id_, token in listed.items():
             assigned = backend.token_to_id(token.content)
             if assigned != id_:  # ids are assigned in order: a gap or a clash shifts all later ones
                 message = f"{shown(token.content)} should be token {id_}, is {assigned}; fetch its files again"
                 raise CheckpointError(f"{folder}: {message}")
         added = {token.content for token in backend.get_added_tokens_decoder().values()}
-        for token in named:
-            if token.content not in added:
-                backend.add_tokens([token])
-        check_added_tokens(backend, folder)
-    except CheckpointError as error:
-        if str(folder) in str(error):
-            raise
-        raise CheckpointError(f"{folder}: {error}") from error
+        backend.add_tokens([token for token in named if token.content not in added])
+    except CheckpointError:
+        raise
     except Exception as error:  # tokenizers raises bare Exceptions, whatever is wrong with a file
         reason = one_line(error)
         raise CheckpointError(f"{folder}: tokenizer cannot be read ({reason}); fetch it again") from error

@@ -92,9 +92,14 @@ def load_denoiser(
 def load_tokenizer(source: Source = None) -> Tokenizer:
     """Load the tokenizer beside a model; a parent's gets a mask token. CheckpointError if it is damaged or unfit."""
     checkpoint = find_checkpoint(source)
-    tokenizer = Tokenizer.load(checkpoint.folder, add_mask=checkpoint.mask_id is None)
-    if checkpoint.mask_id is not None:
-        tokenizer.check_fits(mask_id=checkpoint.mask_id, rows=checkpoint.config.vocab_size)
+    try:
+        tokenizer = Tokenizer.load(checkpoint.folder, add_mask=checkpoint.mask_id is None)
+        if checkpoint.mask_id is not None:
+            tokenizer.check_fits(mask_id=checkpoint.mask_id, rows=checkpoint.config.vocab_size)
+    except CheckpointError as error:
+        if str(checkpoint.folder) in str(error):
+            raise
+        raise CheckpointError(f"{checkpoint.folder}: {error}") from error
     return tokenizer
 
 

@@ -18,6 +18,7 @@ from diffucoder.errors import CheckpointError
 from diffucoder.files import Json
 from diffucoder.model_files import one_line, shown
 from diffucoder.models.families import Family
+from diffucoder.models.weights import transformers_silenced
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 
@@ -99,7 +100,8 @@ def transformers_config(family: Family, fields: Json, folder: Path) -> Any:  # A
     place = f"{folder}/config.json is not a {family.model_type} config"
     check_layers(described, place)
     try:
-        config = kind(**described)
+        with transformers_silenced():
+            config = kind(**described)
     except (TypeError, ValueError, KeyError, ArithmeticError, StrictDataclassError) as error:
         raise CheckpointError(f"{place}: {one_line(error)}") from error
     _check_heads(config, place)

@@ -44,7 +44,8 @@ def load_causal_lm(
 
     CheckpointError if the files do not hold exactly its weights, or it needs more memory than there is.
     """
-    stored = _check_weights(folder, config, family)
+    with transformers_silenced():
+        stored = _check_weights(folder, config, family)
     _check_memory(folder, stored, dtype, device)
     try:
         with transformers_silenced():

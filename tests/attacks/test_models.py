@@ -266,7 +266,7 @@ FOLDERS: dict[str, dict[str, Any]] = {
     "template: loops": {
         JINJA: "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}x",
     },
-    "template: power": {JINJA: "{{ 9 ** 9 ** 9 }}"},
+    "template: power": {JINJA: "{{ 9 ** (9 ** 9) }}"},
     "template: range": {JINJA: "{{ range(10 ** 12) | list }}"},
     "template: recursion": {JINJA: "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}"},
     "template: includes": {JINJA: "{% include '/etc/passwd' %}"},
