@@ -43,7 +43,10 @@ class Limited:
 
     def __call__(self, function: Callable[..., Any], *args: Any) -> Any:  # Any: whatever JSON can hold
         """Return `function(*args)`. Raises LimitError, and the package's own errors as the function raised them."""
-        child = self._idle.pop() if self._idle else self._start()
+        try:
+            child = self._idle.pop()
+        except IndexError:  # not asked before: another thread may take the last one
+            child = self._start()
         name = f"{function.__module__}:{function.__qualname__}"
         answer = b""
         assert child.stdin is not None

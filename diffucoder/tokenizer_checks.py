@@ -126,7 +126,7 @@ def _reason_against(steps: list[Json], expressions: set[str]) -> str | None:
     growth = 1.0
     kinds = [step["type"] for step in steps]
     for step in steps:
-        pattern = step.get("pattern")
+        pattern: Any = step.get("pattern")  # Any: from a file
         if pattern is not None and "Regex" in pattern:
             expressions.add(pattern["Regex"])
             if _REFERENCES.search(pattern["Regex"]):
