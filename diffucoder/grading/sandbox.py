@@ -27,6 +27,7 @@ from threading import BoundedSemaphore
 from typing import Any, Literal, Self
 
 from diffucoder.errors import ConfigError, SandboxError
+from diffucoder.grading.syscalls import MACHINES, system_call_filter
 
 Status = Literal["ok", "failed", "timeout", "killed"]
 
@@ -166,8 +167,8 @@ def isolation() -> None:
     bwrap = shutil.which("bwrap")
     if bwrap is None:
         raise SandboxError("no bwrap on PATH; install it with `apt-get install bubblewrap`, or pass unsafe=True")
-    if platform.machine() not in ("x86_64", "aarch64"):
-        raise SandboxError(f"no system call filter for {platform.machine()}; run on x86_64 or aarch64")
+    if platform.machine() not in MACHINES:
+        raise SandboxError(f"no system call filter for {platform.machine()}; run on {' or '.join(MACHINES)}")
     refusal = _refusal(bwrap)
     if refusal:
         raise SandboxError(
@@ -222,9 +223,9 @@ class _Worker:
             folders = [f"/packages/{number}" for number in range(len(packages))]
             if os.geteuid() == 0:  # root escapes RLIMIT_NPROC even in bubblewrap, and an escape should end as nobody
                 user = {"user": _NOBODY, "group": _NOBODY, "extra_groups": []}
-        mode = "unsafe" if unsafe else "isolated"
+        filters = "" if unsafe else system_call_filter(platform.machine()).hex()
         # not -I, which would drop the hash seed
-        command += ["-s", "-S", "-c", source_of("forkserver.py"), mode, *folders]
+        command += ["-s", "-S", "-c", source_of("forkserver.py"), filters, *folders]
         self.control, worker_control = socket.socketpair()
         self.replies = self.control.makefile("rb")
         try:
