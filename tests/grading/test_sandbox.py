@@ -520,7 +520,7 @@ def test_a_worker_that_is_killed_while_idle_is_replaced() -> None:
         assert one._idle[0] is not worker
 
 
-def test_a_worker_that_never_ran_is_not_tried_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_worker_that_never_starts_is_an_error_after_some_tries(monkeypatch: pytest.MonkeyPatch) -> None:
     started: list[int] = []
 
     class DeadWorker(sandbox._Worker):
@@ -531,9 +531,10 @@ def test_a_worker_that_never_ran_is_not_tried_twice(monkeypatch: pytest.MonkeyPa
             self.process.wait()
 
     monkeypatch.setattr(sandbox, "_Worker", DeadWorker)
+    monkeypatch.setattr(sandbox, "_PAUSES", (0.0, 0.0))
     with Sandbox(1) as one, pytest.raises(SandboxError):
         one.run("pass")
-    assert len(started) == 1
+    assert len(started) == 3
 
 
 def test_a_forked_process_has_workers_of_its_own() -> None:
