@@ -4,7 +4,7 @@
     assert abs(f(2) - 2 / 3) < 1e-6        f(2); abs(answer - 2 / 3) < 1e-6
     assert set(f(2)) == set((4, 5))        {*f(2)}; set(answer) == {4, 5}
     assert math.isclose(f(2), 0.5)         f(2); math.isclose(answer, 0.5)
-    assert not f(2)                        not (f(2)); answer is True
+    assert not f(2)                        not not (f(2)); not answer
 
 The program evaluates only the question: a call with literal arguments, and perhaps an attribute, an item or a method
 without arguments of its result. So it never learns what is expected. The condition is evaluated here, with plain data
@@ -18,13 +18,14 @@ import operator
 import re
 import sys
 from collections import UserString
-from collections.abc import Callable, Iterable, Sized
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from fractions import Fraction
 from itertools import pairwise
 from typing import Any  # plain data
 
+from diffucoder.grading.reading import read_limited
 from diffucoder.grading.values import set_of
 
 _LARGEST = 100_000  # items of a sequence or bits of a number that an operator may produce
@@ -78,6 +79,21 @@ def _numpy_is_quiet() -> AbstractContextManager[Any]:
 
 def parse(test: str) -> Assert | None:
     """The split assert, or None if the test has another form."""
+    return parse_all([test])[0]
+
+
+def parse_all(tests: Sequence[str]) -> list[Assert | None]:
+    """The split asserts, None for a test of another form. If reading them takes too long, none is split."""
+    is_split = read_limited(_which_split, list(tests), otherwise=[False] * len(tests))
+    return [parse_locally(test) if split else None for test, split in zip(tests, is_split, strict=True)]
+
+
+def _which_split(tests: list[str]) -> list[bool]:
+    return [parse_locally(test) is not None for test in tests]
+
+
+def parse_locally(test: str) -> Assert | None:
+    """As `parse`, without its limits."""
     try:
         body = ast.parse(test.strip()).body
         if len(body) != 1 or not isinstance(body[0], ast.Assert):
@@ -91,6 +107,18 @@ def parse(test: str) -> Assert | None:
     return Assert(expression, condition, question)
 
 
+def literals_of(split: Assert) -> Iterator[Any]:
+    """The values that the condition of an assert names."""
+    parts = [split.condition]
+    while parts:
+        part = parts.pop()
+        if part is not split.question:
+            if _is_literal(part):
+                yield _evaluate(part)
+            else:
+                parts += [child for child in ast.iter_child_nodes(part) if isinstance(child, ast.expr)]
+
+
 # --- the question ----------------------------------------------------------------------------------------------------
 
 
@@ -99,11 +127,10 @@ def _find_question(node: ast.expr) -> tuple[ast.expr, str]:
     if _is_question(node):
         return node, ast.unparse(node)
     match node:
-        # The program is asked for the truth of its result, since that need not be plain data.
-        case ast.UnaryOp(ast.Not(), operand) if _is_question(operand):
-            return node, f"not ({ast.unparse(operand)})"
-        case ast.Call(ast.Name("bool"), [operand], []) if _is_question(operand):
-            return node, f"not not ({ast.unparse(operand)})"
+        # The program is asked for the truth of its result, since that need not be plain data; in one way for both, or
+        # it could read from the question which truth is expected.
+        case ast.UnaryOp(ast.Not(), operand) | ast.Call(ast.Name("bool"), [operand], []) if _is_question(operand):
+            return operand, f"not not ({ast.unparse(operand)})"
         case ast.Call(ast.Name(name), [operand]) if name in _OF_MEMBERS and _is_question(operand):
             _check_call(node)
             members = f"*{ast.unparse(operand)}"
