@@ -64,9 +64,35 @@ class Assert:
         """Whether the condition holds for the program's value. A condition that raises fails, as in an assert."""
         if self.expression.startswith("not ") and not isinstance(value, bool):
             return False  # a forged answer
+        return self._holds(self.question, value)
+
+    def holds_for_result(self, result: Any) -> bool:
+        """Whether the condition holds if the function that the program is asked for returns `result`."""
+        return self._holds(self.call, result)
+
+    @property
+    def call(self) -> ast.expr:
+        """The question without what else the program does with the result, as in `not not (f(2))`."""
+        part = self.question
+        while not _is_question(part):
+            part = part.operand if isinstance(part, ast.UnaryOp) else part.args[0]  # type: ignore[attr-defined] # a call
+        return part
+
+    def literals(self) -> Iterator[Any]:
+        """The values that the condition names."""
+        parts = [self.condition]
+        while parts:
+            part = parts.pop()
+            if part is not self.question:
+                if _is_literal(part):
+                    yield _evaluate(part)
+                else:
+                    parts += [child for child in ast.iter_child_nodes(part) if isinstance(child, ast.expr)]
+
+    def _holds(self, part: ast.expr, value: Any) -> bool:
         try:
             with _numpy_is_quiet():
-                return bool(_evaluate(self.condition, self.question, value))
+                return bool(_evaluate(self.condition, part, value))
         except (TypeError, ValueError, ArithmeticError, RecursionError):
             return False
 
@@ -105,18 +131,6 @@ def parse_locally(test: str) -> Assert | None:
     except (SyntaxError, ValueError, LookupError, RecursionError, MemoryError):
         return None
     return Assert(expression, condition, question)
-
-
-def literals_of(split: Assert) -> Iterator[Any]:
-    """The values that the condition of an assert names."""
-    parts = [split.condition]
-    while parts:
-        part = parts.pop()
-        if part is not split.question:
-            if _is_literal(part):
-                yield _evaluate(part)
-            else:
-                parts += [child for child in ast.iter_child_nodes(part) if isinstance(child, ast.expr)]
 
 
 # --- the question ----------------------------------------------------------------------------------------------------

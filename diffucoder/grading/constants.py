@@ -9,15 +9,15 @@ count only if a function is called in two ways: any single result could be guess
 (`asserts`), which are no basis for rewards.
 """
 
+import ast
 import re
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
 from itertools import islice
 from typing import Any  # plain data
 
-from diffucoder.grading.asserts import Assert, literals_of, parse_locally
+from diffucoder.grading.asserts import Assert, parse_locally
 from diffucoder.grading.reading import read_limited
-from diffucoder.grading.values import Opaque, set_of, short
+from diffucoder.grading.values import Opaque, short
 
 _COMMON: tuple[Any, ...] = (
     *(None, False, True, 0, 1, -1, 0.5, float("nan"), float("inf"), -float("inf")),
@@ -26,7 +26,6 @@ _COMMON: tuple[Any, ...] = (
 )
 _MOST = 1000  # of a number that a test names: the length of a list that is tried
 _CALLED = re.compile(r"(?:[^\W\d]\w*(?:\(\))?\.)*[^\W\d]\w*")
-_WRAPPERS: dict[str, Callable[[Any], Any]] = {"not not (": bool, "[*": list, "{*": set_of}
 
 
 def passing_constants(tests: Sequence[str]) -> str:
@@ -38,12 +37,12 @@ def passing_constants(tests: Sequence[str]) -> str:
 def _passing_constants(tests: list[str]) -> str:
     by_function: dict[str, list[Assert]] = {}
     for split in filter(None, map(parse_locally, tests)):
-        called = _CALLED.search(_wrapper(split)[1])
+        called = _CALLED.match(ast.unparse(split.call))
         by_function.setdefault(called[0] if called else "", []).append(split)
     found = []
     for function, asserts in by_function.items():
         for value in _candidates(asserts):
-            if all(_holds(each, value) for each in asserts):
+            if all(each.holds_for_result(value) for each in asserts):
                 found.append(f"{function}: {short(value)}")
                 break
         else:
@@ -55,7 +54,7 @@ def _candidates(asserts: Sequence[Assert]) -> Iterator[Any]:
     yield from _COMMON
     if len({each.expression for each in asserts}) == 1:
         return
-    for value in literals_of(asserts[0]):  # one that passes all passes the first
+    for value in asserts[0].literals():  # one that passes all passes the first
         yield value
         if isinstance(value, int | float) and abs(value) <= _MOST:
             for number in (value, value - 1, value + 1):
@@ -63,19 +62,3 @@ def _candidates(asserts: Sequence[Assert]) -> Iterator[Any]:
                 yield from (number, [number], [0] * length, [*range(length)], "x" * length)
         if isinstance(value, str | list | tuple | set | frozenset | dict):
             yield from islice(value, 1)
-
-
-def _holds(split: Assert, value: Any) -> bool:
-    """Whether the assert holds if the function returns `value`."""
-    wrapper, _ = _wrapper(split)
-    with suppress(TypeError, ValueError):
-        return split.holds(wrapper(value))
-    return False
-
-
-def _wrapper(split: Assert) -> tuple[Callable[[Any], Any], str]:
-    """What the program does with the result of the call, and the call (see `asserts`)."""
-    for prefix, function in _WRAPPERS.items():
-        if split.expression.startswith(prefix):
-            return function, split.expression.removeprefix(prefix)
-    return lambda value: value, split.expression

@@ -9,12 +9,12 @@ from typing import Any
 
 from diffucoder.limited import Limited, LimitError
 
-# Of a processor, and of address space. Real replies take milliseconds, and a file of 500 kB about a second
-_limited = Limited(seconds=3, memory=1 << 30)
+# Of a processor, and of address space. Real replies take milliseconds
+_limited = Limited(seconds=2, memory=1 << 30)
 
 
 def read_limited(function: Callable[..., Any], *args: Any, otherwise: Any) -> Any:  # Any: whatever JSON can hold
-    """`function(*args)`, or `otherwise` if that takes over three seconds of a processor or 1 GiB, or crashes."""
+    """`function(*args)`, or `otherwise` if that takes over two seconds of a processor or 1 GiB, or crashes."""
     try:
         return _limited(function, *args)
     except LimitError:

@@ -50,8 +50,8 @@ _CODE_FENCE = re.compile("|".join([r"\\[\s\S]", _STRINGS, _STRINGS.replace("'", 
 _PYTHON_LABEL = re.compile(_PYTHON, re.IGNORECASE)
 _FOREIGN = frozenset(
     "bash bat batch c c# c++ cc clojure cmd console cpp cs csharp css csv dart diff elixir erlang go golang haskell "
-    "html java javascript js json jsx julia kotlin lua matlab output perl php plaintext powershell ps1 r rb rs ruby "
-    "rust scala sh shell sql swift text toml ts tsx txt typescript xml yaml yml zsh".split()
+    "html java javascript js json jsx julia kotlin lua matlab output perl php plaintext powershell ps1 pseudo "
+    "pseudocode r rb rs ruby rust scala sh shell sql swift text toml ts tsx txt typescript xml yaml yml zsh".split()
 )
 # other marks around code
 _MARK = re.compile(r"^[ \t]*\[/?(?:BEGIN|DONE|PYTHON|ANSWER)\][ \t]*$", re.MULTILINE)
@@ -168,7 +168,7 @@ def _other_forms(text: str) -> list[str]:
         elif _ANY_FENCE.match(line):
             typed.append(line)
     forms.append("\n".join(typed))
-    forms.append(textwrap.dedent(text))
+    forms.append(textwrap.dedent(_THINKING.sub("", text)))
     return forms
 
 
