@@ -38,6 +38,11 @@ def parses(program: str) -> bool:
     return statements_of(program) is not None
 
 
+def all_parse(programs: Iterable[str]) -> bool:
+    """Whether all of these are Python."""
+    return all(map(parses, programs))
+
+
 def future_first(program: str) -> str:
     """The program with its `from __future__` imports at its beginning, where alone Python allows them."""
     if "__future__" not in program:

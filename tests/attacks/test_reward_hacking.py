@@ -20,10 +20,10 @@ TESTS = [
     "assert digits(123) == 6",
     "assert digits(9090) in (18, 19)",
     "assert abs(digits(55) - 10) < 1e-6",
-    "assert [digits(1), 0] == [1, 0]",
+    "assert digits(1) + 1 == 2",
     "assert not digits(70) != 7",
 ]
-LIMITS = Limits(seconds=4.0)
+LIMITS = Limits(seconds=1.0)
 
 
 def programs_of(file: str) -> dict[str, str]:
@@ -62,8 +62,8 @@ def test_a_cheat_earns_nothing_for_tests(name: str, sandbox: Sandbox) -> None:
 
 @pytest.mark.parametrize("name", HONEST)
 def test_an_honest_program_earns_everything(name: str, sandbox: Sandbox) -> None:
-    assert reward(fenced(HONEST[name]), TESTS, sandbox, limits=LIMITS).total == 2.5
-    assert reward(fenced(HONEST[name]), TESTS, sandbox, limits=LIMITS, style="paper").total == 2.5
+    assert reward(fenced(HONEST[name]), TESTS, sandbox).total == 2.5
+    assert reward(fenced(HONEST[name]), TESTS, sandbox, style="paper").total == 2.5
 
 
 @pytest.mark.parametrize(
