@@ -25,6 +25,7 @@ FORMAT_WEIGHT = 0.5
 TESTS_WEIGHT = 2.0
 
 _RELEASED = re.compile(r"(?:(?!```).)*```python\n((?:(?!```).)*)```\n", re.DOTALL)
+_FENCE = re.compile(r"^[ \t]*(?:```|~~~)", re.MULTILINE)
 _STATEMENTS = (  # that define, assign or decide something
     *(ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Assign, ast.AugAssign),
     *(ast.For, ast.While, ast.If, ast.With, ast.Try, ast.TryStar, ast.Match),
@@ -66,8 +67,8 @@ def _read_program(completion: str, style: Style, tests: Sequence[str]) -> tuple[
     program = program_from(completion, called_names(tests))
     if parses(program):
         return float(_does_something(program)), program
-    is_fenced = ("```" in completion or "~~~" in completion) and program.strip()
-    return 0.5 if is_fenced else 0.0, program
+    is_fenced = bool(_FENCE.search(completion) and program.strip())
+    return 0.5 * is_fenced, program
 
 
 def reward(
