@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from diffucoder.diffusion import keyed_generator
 from diffucoder.errors import CheckpointError, ConfigError, DiffuCoderError, PromptError
-from diffucoder.files import Json, write_json
+from diffucoder.files import Json, disk_is_full, read_json, write_json
 from diffucoder.tokenizer import Tokenizer
 from diffucoder.training.sources import (
     SUFFIXES,
@@ -63,8 +63,7 @@ class TokenStore:
     @property
     def manifest(self) -> Json:
         """What the table was made of: `fingerprint`, `sources`, and of `skipped` rows the `count` and the `first`."""
-        content: Json = json.loads((self.folder / MANIFEST).read_text(encoding="utf-8"))
-        return content
+        return read_json(self.folder / MANIFEST)
 
     @cached_property
     def lengths(self) -> NDArray[np.int64]:
@@ -162,22 +161,31 @@ def _open_or_generate(folder: Path, examples: Callable[[], Iterator[Json]], voca
     if not sys.stderr.isatty():
         disable_progress_bars()
     ids = Value("uint16" if vocab_size <= 2**16 else "uint32")
+    features = Features({"ids": List(ids), "answer": Value("int32")})
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(f"cache={str(folder.parent)!r} cannot be written ({error}); name another folder") from error
     try:
-        return Dataset.from_generator(
+        dataset = Dataset.from_generator(
             examples,
-            features=Features({"ids": List(ids), "answer": Value("int32")}),
+            features=features,
             cache_dir=str(folder),
             fingerprint=folder.name,
             writer_batch_size=_WRITTEN_ROWS,
         )
+        dataset.data.validate(full=True)  # lists of a damaged file may begin and end outside of it
+        if dataset.features != features:
+            raise ValueError(f"its columns are {dataset.features}")
+        return dataset
     except Exception as error:  # of `examples`, of writing, or of whatever reads a damaged file
         cause = error.__cause__ if isinstance(error, DatasetGenerationError) else error
-        if isinstance(cause, DiffuCoderError):
+        if isinstance(cause, DiffuCoderError | MemoryError):
             raise cause from None
+        if disk_is_full(error):
+            raise CheckpointError(
+                f"{folder} cannot be written: the disk is full; free some space, or name another folder with cache=..."
+            ) from error
         raise CheckpointError(f"{folder} cannot be read or written ({cause}); delete it: it is made again") from error
 
 
