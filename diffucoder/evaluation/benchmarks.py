@@ -116,9 +116,8 @@ def load(name: str, data: Path | None = None) -> list[Task]:
         data = _SHIPPED_DATA
     rows = _rows_from_hub(name, benchmark) if data is None else _rows_from_folder(name, benchmark, data)
     tasks = []
-    number = 0
     try:
-        for number, row in enumerate(rows, start=1):
+        for row in rows:
             content = hashlib.sha256(json.dumps(row, default=str).encode()).hexdigest()
             task = replace(benchmark.task(without_nulls(row)), content=content)
             _check_text(task)
@@ -126,7 +125,7 @@ def load(name: str, data: Path | None = None) -> list[Task]:
     except (KeyError, TypeError, ValueError, SyntaxError, AttributeError, OverflowError, RecursionError) as error:
         raise ConfigError(
             f"rows of {name!r} from {data or benchmark.repository} are not in their published form "
-            f"(row {number}: {type(error).__name__}: {error}); fetch {benchmark.files[0]} again"
+            f"(row {len(tasks) + 1}: {type(error).__name__}: {error}); fetch {benchmark.files[0]} again"
         ) from None
     ids = " ".join(sorted(task.task_id for task in tasks))
     in_order = hashlib.sha256(ids.encode(errors="surrogatepass")).hexdigest().startswith(_MBPP_V010_IDS)

@@ -280,41 +280,6 @@ def test_a_full_disk_is_one_line_and_leaves_no_part_of_a_checkpoint(tmp_path: Pa
     assert [line["step"] for line in lines(run)] == list(range(1, 15))
 
 
-class Harmful:
-    """Touches a file when it is unpickled."""
-
-    def __init__(self, marker: Path) -> None:
-        self.marker = marker
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return os.mkdir, (str(self.marker),)
-
-
-@pytest.mark.parametrize("place", ["metadata", "optimizer", "dotted"])
-def test_a_checkpoint_from_elsewhere_runs_no_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str) -> None:
-    run = tmp_path / "run"
-    marker = tmp_path / "marker"
-    if place == "optimizer":  # torch's writer pickles what is not a tensor
-        monkeypatch.setattr(checkpoints, "_tensors", lambda state: {"optimizer": {"lr": Harmful(marker)}})
-    worker.run({"run": run, "steps": 2})
-    monkeypatch.undo()
-    folder = run / "checkpoints" / "step-00000002"
-    if place == "optimizer":
-        monkeypatch.setattr(checkpoints, "_tensors", lambda state: {"optimizer": {"lr": 1.0}})
-    else:
-        harmful = pickle.dumps(Harmful(marker))
-        if place == "dotted":  # a function that is reached through an allowed name
-            harmful = b"\x80\x04\x8c\x25torch.distributed.checkpoint.metadata\x8c\x0bos.getcwdbX\x93)R."
-        (folder / ".metadata").write_bytes(harmful)
-        whole = json.loads((folder / "whole.json").read_text())
-        whole["files"][".metadata"] = checkpoints._size_and_checksum(folder / ".metadata")
-        (folder / "whole.json").write_text(json.dumps(whole))
-    with pytest.raises(CheckpointError, match=r"step-00000002 cannot be read \(.*\); delete it"):
-        worker.run({"run": run, "steps": 2, "resume": True})
-    assert not marker.exists()
-    _reset()
-
-
 def test_an_export_that_was_cut_short_leaves_nothing_in_the_next(tmp_path: Path, whole: Path) -> None:
     run = tmp_path / "run"
     worker.run({"run": run})

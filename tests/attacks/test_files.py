@@ -1,0 +1,644 @@
+"""Files that strangers made: traces, samples, tasks, data, settings, run folders. Each is one line and exit code 2.
+
+No traceback, no hang, no request, no code of theirs, no memory beyond a limit, no command to the terminal.
+"""
+
+import base64
+import gzip
+import io
+import json
+import os
+import pickle
+import resource
+import socket
+import subprocess
+import sys
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from safetensors.torch import load_file, save_file
+
+from diffucoder import files
+from diffucoder.analysis.order import mean_map
+from diffucoder.cli import main
+from diffucoder.decoding.trace import Trace, as_json, global_ar_ness, write_traces
+from diffucoder.errors import CheckpointError, ConfigError, printable
+from diffucoder.files import UnreadableError, parse_json, read_bytes, read_lines, read_whole_lines, write_json
+from diffucoder.training import checkpoints
+from diffucoder.training.settings import TrainSettings
+
+Json = dict[str, Any]
+Refused = Callable[..., str]
+ESCAPE = "\x1b]0;owned\x07\x1b[2J"
+DEEP = "[" * 100_000
+LEGAL_BUT_DEEP = "[" * 500 + "]" * 500
+
+
+@pytest.fixture
+def refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Refused:
+    """Call the command line in this process. Return its one line of error."""
+
+    def call(*arguments: object) -> str:
+        monkeypatch.setattr(sys, "argv", ["diffucoder", *map(str, arguments)])
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(socket.socket, "connect", _no_request)
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            main()
+        out, err = capsys.readouterr()
+        assert ended.value.code == 2, (out, err)
+        line = err.splitlines()[-1]
+        assert line.startswith("error: "), err
+        assert len(line) < 1200, len(line)
+        assert "\x1b" not in out + err
+        return line
+
+    return call
+
+
+def _no_request(*_: object) -> None:
+    raise AssertionError("a file of a stranger made a request")
+
+
+def zipped(content: bytes, times: int = 1) -> bytes:
+    packed = io.BytesIO()
+    with gzip.open(packed, "wb", 9) as file:
+        for _ in range(times):
+            file.write(content)
+    return packed.getvalue()
+
+
+# --- one reader ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def small_limits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Limits of some kilobytes in place of megabytes."""
+    monkeypatch.setattr(files, "LONGEST_LINE", 2**12)
+    monkeypatch.setattr(files, "LARGEST_FILE", 2**14)
+
+
+@pytest.mark.usefixtures("small_limits")
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"x" * 5000, "line 1 is longer than"),
+        (b"{}\n" + b"x" * 5000 + b"\n", "line 2 is longer than"),
+        (zipped(b" " * 5000), "line 1 is longer than"),
+        (zipped(b"{}\n" * 1000, times=1000), "it unpacks to over 100 times its size"),
+        (zipped(b"{}\n")[:-6], "end-of-stream"),
+        (zipped(b"{}\n")[:10] + b"\xff" * 20, "Error -3"),
+    ],
+)
+def test_lines_are_read_within_limits(tmp_path: Path, content: bytes, reason: str) -> None:
+    path = tmp_path / "lines.jsonl"
+    path.write_bytes(content)
+    with pytest.raises(UnreadableError, match=reason):
+        list(read_lines(path))
+
+
+def test_lines_within_the_limits_are_read_as_they_are(tmp_path: Path) -> None:
+    rows = b"".join(
+        b'{"task_id": "HumanEval/%d", "solution": "def f():\\n    return %d"}\n' % (k, k) for k in range(999)
+    )
+    for content in (rows, zipped(rows), rows.rstrip(), b"", zipped(b"")):
+        path = tmp_path / "lines"
+        path.write_bytes(content)
+        plain = gzip.decompress(content) if content[:2] == b"\x1f\x8b" else content
+        assert list(read_lines(path)) == list(enumerate(plain.splitlines(keepends=True), start=1))
+
+
+@pytest.mark.usefixtures("small_limits")
+def test_what_is_no_file_is_not_read(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "large").write_bytes(b"x" * 20_000)
+    for path, reason in (
+        (tmp_path / "pipe", "not a regular file"),
+        (Path("/dev/zero"), "not a regular file"),
+        (tmp_path, "not a regular file"),
+        (tmp_path / "large", "larger than"),
+        (Path("a\0b"), "null byte"),
+    ):
+        with pytest.raises(UnreadableError, match=reason):
+            read_bytes(path)
+    with pytest.raises(ConfigError, match=r"pipe' cannot be read \(it is not a regular file\)"):
+        read_whole_lines(tmp_path / "pipe")
+
+
+@pytest.mark.parametrize("text", [DEEP, LEGAL_BUT_DEEP, '{"a":' * 300 + "1" + "}" * 300, "1" * 5000, "", "{'a': 1}"])
+def test_json_that_would_exhaust_a_process_is_not_json(text: str) -> None:
+    with pytest.raises(ValueError, match="not JSON"):
+        parse_json(text)
+
+
+def test_half_characters_are_written_as_escapes(tmp_path: Path) -> None:
+    write_json(tmp_path / "a.json", {"name": "\ud800x"})
+    assert json.loads((tmp_path / "a.json").read_text(encoding="utf-8")) == {"name": "\ud800x"}
+
+
+def test_what_commands_a_terminal_is_shown_as_escapes() -> None:
+    assert printable("a\tb\nc é 漢 👍") == "a\tb\nc é 漢 👍"
+    assert printable(ESCAPE) == r"\x1b]0;owned\x07\x1b[2J"
+    assert printable("a\r\x9b1m\u202eb\ud800") == r"a\r\x9b1m\u202eb\ud800"
+
+
+# --- traces ----------------------------------------------------------------------------------------------------------
+
+GOOD = as_json(
+    Trace(tokens=[5, 6, 7], prompt_length=1, steps=[0, 1], confidence=[1.0] * 2, log_probs=[-0.1] * 2, forward_passes=2)
+)
+BOMB = base64.b64encode(zlib.compress(bytes(2**27), 9)).decode()
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"model": "someone/private-model"}, "names the model 'someone/private-model', which is not on this machine"),
+        ({"model": "instruct"}, "not on this machine"),
+        ({"model": "x" * 5000}, "not on this machine"),
+        ({"model": "a\0b"}, "not on this machine"),
+        ({"model": ESCAPE}, "not on this machine"),
+        ({"tokens": [5, 6, 10**6]}, "token 1000000"),
+        ({"tokens": [5, 6, -1]}, "a token is not"),
+        ({"steps": [0, 10**9]}, "a step is not"),
+        ({"steps": [0, -2]}, "a step is not"),
+        ({"forward_passes": 10**30}, "forward_passes="),
+        ({"confidence": [1.0]}, "do not have 2 values"),
+        ({"log_probs": []}, "do not have 2 values"),
+        ({"log_probs": [0.0, float("nan")]}, "a log-probability"),
+        ({"log_probs": [0.0, 1e9]}, "a log-probability"),
+        ({"revoked": [[0, 5, 1]]}, "an entry of revoked"),
+        ({"revoked": [[9, 5, 0, 1]]}, "an entry of revoked"),
+        ({"revoked": [[0, 10**30, 0, 1]]}, "a token is not"),
+        ({"revoked": [[0, 10**6, 0, 1]]}, "token 1000000"),
+        ({"revoked": [[0, 5, 0, 10**30]]}, "a step is not"),
+        ({"entropies": "$$$"}, "entropies"),
+        ({"entropies": "é"}, "entropies"),
+        ({"entropies": base64.b64encode(zlib.compress(b"123456")).decode()}, "entropies"),
+        ({"entropies": base64.b64encode(zlib.compress(bytes(64))[:-6]).decode()}, "entropies"),
+        ({"entropies": BOMB}, "entropies"),
+        ({"params": {"temperature": "hot"}}, "temperature"),
+        ({"params": {"temperature": float("inf")}}, "temperature"),
+        ({"params": {"policy": {"a": 1}}}, "params.policy"),
+        ({"params": {"stop": [["a"]]}}, "params.stop"),
+        ({"id": 5}, "id is"),
+        ({"format": ESCAPE}, "not 'diffucoder-trace'"),
+        ({"version": {"a": [1] * 1000}}, "not 'diffucoder-trace'"),
+    ],
+)
+def test_a_hostile_trace_is_one_line(tmp_path: Path, refused: Refused, change: Json, reason: str) -> None:
+    path = tmp_path / "t.jsonl"
+    path.write_text("\n" + json.dumps({**GOOD, "model": "tiny", **change}) + "\n")
+    line = refused("order", "--traces", path)
+    assert reason in line
+    assert "t.jsonl" in line
+
+
+@pytest.mark.parametrize("content", [b"", b"\xff", DEEP.encode(), b"{}", b"\x1f\x8bxx", b"[]\n", b'{"format": 1e999}'])
+def test_what_is_not_a_file_of_traces_is_one_line(tmp_path: Path, refused: Refused, content: bytes) -> None:
+    (tmp_path / "t.jsonl").write_bytes(content)
+    refused("order", "--traces", tmp_path / "t.jsonl")
+
+
+@pytest.mark.parametrize("name", ["traces.jsonl", "verdicts.jsonl", "settings.json"])
+def test_a_folder_of_traces_with_a_pipe_is_one_line(tmp_path: Path, refused: Refused, name: str) -> None:
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "traces.jsonl").write_text(json.dumps({**GOOD, "model": "tiny"}) + "\n")
+    (folder / name).unlink(missing_ok=True)
+    os.mkfifo(folder / name)
+    refused("order", "--traces", folder)
+
+
+def test_a_trace_of_a_model_that_is_not_here_is_read_with_one_that_is(
+    tmp_path: Path, capsys: Any, monkeypatch: Any
+) -> None:
+    path = tmp_path / "t.jsonl"
+    names = ["$x$ $\\frac$", "<script>alert(1)</script>", ESCAPE, "_hidden", "\ud800", "a|b\nc"]
+    path.write_text("".join(json.dumps({**GOOD, "model": name, "id": f"{name}#0"}) + "\n" for name in names))
+    monkeypatch.setattr(sys, "argv", ["diffucoder", "order", "--traces", str(path), "--model", "tiny", "--run", "out"])
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as ended:
+        main()
+    shown = capsys.readouterr().out
+    assert not ended.value.code
+    assert "\x1b" not in shown
+    page = (tmp_path / "out/index.html").read_text()
+    assert "<script>alert" not in page
+    assert "\x1b" not in page
+    assert len(json.loads((tmp_path / "out/report.json").read_text())["runs"]) == len(names)
+
+
+def test_more_settings_than_can_be_compared_are_one_line(tmp_path: Path, refused: Refused) -> None:
+    path = tmp_path / "t.jsonl"
+    path.write_text("".join(json.dumps({**GOOD, "model": "tiny", "params": {"x": k}}) + "\n" for k in range(100)))
+    assert "holds over 64 models and settings" in refused("order", "--traces", path)
+
+
+def test_verdicts_of_a_stranger_do_not_matter_to_the_order(tmp_path: Path) -> None:
+    from diffucoder.analysis.runs import read_runs
+
+    write_traces(tmp_path / "traces.jsonl", [Trace(**{**_fields(GOOD), "model": "tiny", "id": "a#0"})])
+    (tmp_path / "verdicts.jsonl").write_text('{}\n{"task_id": ["a"], "sample": {}}\n{"task_id": "a", "sample": 0}\n')
+    assert read_runs([tmp_path])[0].answers[0].passed is False
+
+
+def _fields(content: Json) -> Json:
+    return {name: value for name, value in content.items() if name not in ("format", "version")}
+
+
+def test_the_order_of_a_long_answer_takes_linear_time() -> None:
+    """A second quadratic in the length would be a billion of comparisons."""
+    length = 2**15
+    order = list(range(length))[::-1]
+    assert global_ar_ness(order, 1) == pytest.approx(1 / length)
+    assert global_ar_ness(order[::-1], 4) == 1
+
+
+def test_the_mean_of_maps_takes_limited_memory() -> None:
+    torch.manual_seed(0)
+    long, wide = torch.zeros(2**14, 1).numpy(), torch.zeros(2, 2**14).numpy()
+    with pytest.raises(ConfigError, match="are too many to be averaged"):
+        mean_map(iter([long, wide]))
+
+
+# --- samples, tasks, data, settings -----------------------------------------------------------------------------------
+
+SAMPLE: Json = {"task_id": "tiny/0", "solution": "x = 1"}
+SAMPLES = {
+    "deep": DEEP.encode(),
+    "deep but JSON": f'{{"task_id": "a", "b": {LEGAL_BUT_DEEP}}}'.encode(),
+    "many digits": b'{"task_id": ' + b"1" * 5000 + b"}",
+    "not UTF-8": b"\xff\xfe{}",
+    "columns": json.dumps({str(k): k for k in range(100_000)}).encode(),
+    "a terminal's commands": json.dumps({**SAMPLE, "task_id": ESCAPE}).encode(),
+    "a list for an id": json.dumps({**SAMPLE, "task_id": ["a"] * 1000}).encode(),
+    "an object for a program": json.dumps({**SAMPLE, "solution": {"a": ["b"] * 1000}}).encode(),
+    "cut archive": zipped(json.dumps(SAMPLE).encode() * 99)[:-9],
+}
+
+
+@pytest.mark.parametrize("name", SAMPLES)
+def test_a_hostile_file_of_samples_is_one_line(tmp_path: Path, refused: Refused, name: str) -> None:
+    path = tmp_path / "s.jsonl"
+    path.write_bytes(SAMPLES[name] + b"\n")
+    assert "s.jsonl" in refused("evaluate", "tiny", "--samples", path, "--unsafe")
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        [],
+        7,
+        {"prompt": 5},
+        {"prompt": "a", "tests": [1]},
+        {"prompt": "a", "tests": ["assert f()"], "entry_point": ["f"]},
+        {"prompt": "a", "tests": ["assert f()"], "solution": {"a": 1}},
+        {"prompt": "a", "tests": "assert f()"},
+        {"prompt": None},
+    ],
+)
+def test_a_hostile_file_of_tasks_is_one_line(tmp_path: Path, refused: Refused, row: object) -> None:
+    path = tmp_path / "mine.jsonl"
+    path.write_text(json.dumps({"prompt": "a", "tests": ["assert f()"]}) + "\n" + json.dumps(row) + "\n")
+    line = refused("evaluate", path, "--data", tmp_path, "--unsafe")
+    assert "mine.jsonl" in line
+    assert "row 2" in line
+
+
+def test_ids_of_tasks_do_not_name_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from diffucoder.evaluation.benchmarks import Calls, Task
+    from diffucoder.evaluation.judge import _reference_path
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    for task_id in ("../../../x", "/etc/passwd", "..", "a\0b", "é" * 5000, "\ud800", ESCAPE):
+        path = _reference_path(Task(task_id, "f", "", "", "\ud800"), Calls(((),)))
+        assert path.parent == tmp_path / "diffucoder/references"
+        assert path.name.isascii()
+        assert path.name.isprintable()
+        assert len(path.name) < 200
+
+
+@pytest.mark.parametrize("tokens", [[1, 2, 3], "many", None, -5, 1e300, 10**400])
+def test_costs_that_are_no_numbers_count_as_nothing(tokens: object) -> None:
+    from diffucoder.evaluation.report import ratio
+
+    assert ratio([{"tokens": tokens, "forward_passes": 2}], "tokens", "forward_passes") == 0
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "a = " + "[" * 20_000,
+        "steps = " + "1" * 5000,
+        "run = '" + "x" * 5000 + "'\nsteps = 'x'",
+        "steps = '\\u001b'",
+        '"\\u001b[2J" = 1',
+        "\0",
+    ],
+)
+def test_a_hostile_recipe_is_one_line(tmp_path: Path, refused: Refused, content: str) -> None:
+    (tmp_path / "recipe.toml").write_text(content)
+    refused("train", "sft", tmp_path / "recipe.toml")
+
+
+def test_a_recipe_that_is_a_pipe_is_one_line(tmp_path: Path, refused: Refused) -> None:
+    os.mkfifo(tmp_path / "recipe.toml")
+    assert "not a regular file" in refused("train", "sft", tmp_path / "recipe.toml")
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"\n" * 2000, "over 1,000 records"),
+        (DEEP.encode(), "not JSON that can be read"),
+        (b'{"messages": [{"role": "\\u001b[2J"}]}', "roles"),
+        (json.dumps({"messages": [{"role": "x" * 10_000}]}).encode(), "roles"),
+        (zipped(b" " * 2**20, times=70), "line 1 is longer than 64 MiB"),
+    ],
+)
+def test_hostile_data_is_one_line(
+    tmp_path: Path, refused: Refused, monkeypatch: pytest.MonkeyPatch, content: bytes, reason: str
+) -> None:
+    monkeypatch.setattr("diffucoder.training.sources._MOST_SKIPPED", 1000)
+    (tmp_path / "chats.jsonl").write_bytes(content)
+    settings = ["run=run", "data=chats.jsonl", "cache=data", "lr=1e-4", "steps=1", "batch=1", "length=64"]
+    assert reason in refused("train", "sft", *(part for each in settings for part in ("--set", each)))
+
+
+def test_an_archive_that_unpacks_to_gigabytes_takes_no_memory(tmp_path: Path) -> None:
+    """A process of its own that may have 4 GiB in all."""
+    (tmp_path / "bomb.jsonl.gz").write_bytes(zipped(b" " * 2**20, times=6000))
+
+    def limits() -> None:
+        resource.setrlimit(resource.RLIMIT_AS, (4 << 30, 4 << 30))
+
+    command = [sys.executable, "-m", "diffucoder.cli", "evaluate", "tiny", "--unsafe"]
+    command += ["--samples", str(tmp_path / "bomb.jsonl.gz")]
+    ended = subprocess.run(
+        command, capture_output=True, text=True, preexec_fn=limits, env=os.environ | {"OMP_NUM_THREADS": "1"}
+    )
+    assert ended.returncode == 2, ended.stderr
+    assert "line 1 is longer than 64 MiB" in ended.stderr
+    assert ended.stderr.count("\n") == 1
+
+
+# --- run folders -------------------------------------------------------------------------------------------------------
+
+
+class Harmful:
+    """Makes a folder when it is unpickled."""
+
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, (str(self.marker),)
+
+
+def test_no_file_of_the_package_unpickles() -> None:
+    """The words by which code of a file could run."""
+    for path in Path(files.__file__).parent.rglob("*.py"):
+        source = path.read_text()
+        for word in (
+            "pickle",
+            "torch.load",
+            "allow_pickle",
+            "joblib",
+            "yaml.",
+            "trust_remote_code",
+            "marshal",
+            "shelve",
+        ):
+            lines = [line for line in source.splitlines() if word in line and "no pickle" not in line]
+            assert not [line for line in lines if "import" in line or f"{word}(" in line or f"{word}.load" in line], (
+                path
+            )
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Iterator[Path]:
+    """A run folder with one checkpoint, of step 1."""
+    run = tmp_path / "run"
+    checkpoints.save(run, 1, _state(), _accelerator(), keep=2)
+    yield run
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def _accelerator() -> Accelerator:
+    return Accelerator(cpu=True)
+
+
+def _state() -> checkpoints.State:
+    torch.manual_seed(0)
+    model = torch.nn.Linear(4, 3)
+    return checkpoints.State(model, torch.optim.AdamW(model.parameters(), lr=1e-3), {}, {})
+
+
+def _load(run: Path) -> int:
+    return checkpoints.load_newest(run, _state(), _accelerator())
+
+
+def _rewrite(folder: Path, change: Callable[[dict[str, torch.Tensor]], object], sharding: object = None) -> None:
+    """Change the tensors of a checkpoint, and let whole.json agree."""
+    [path] = folder.glob("*.safetensors")
+    tensors = load_file(path)
+    change(tensors)
+    where = {name: {"saved_offsets": [0] * tensor.ndim} for name, tensor in tensors.items()}
+    information = json.dumps(where if sharding is None else sharding)
+    save_file(tensors, path, metadata={"format": "pt", "DCP_SHARDING_INFO": information})
+    _agree(folder)
+
+
+def _agree(folder: Path) -> None:
+    write_json(folder / "whole.json", {"step": 1, "files": checkpoints._sizes_and_checksums(folder)})
+
+
+def test_a_checkpoint_of_ones_own_is_read(saved: Path) -> None:
+    assert _load(saved) == 1
+    assert {path.suffix for path in (saved / "checkpoints/step-00000001").iterdir()} == {".safetensors", ".json"}
+
+
+def test_a_checkpoint_of_many_files_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checkpoints, "_FILE_SIZE", 20)
+    state = _state()
+    state.model(torch.ones(1, 4)).sum().backward()
+    state.optimizer.step()
+    checkpoints.save(tmp_path, 1, state, _accelerator(), keep=2)
+    assert len(list((tmp_path / "checkpoints/step-00000001").glob("*.safetensors"))) > 2
+    other = _state()
+    assert checkpoints.load_newest(tmp_path, other, _accelerator()) == 1
+    for one, same in zip(state.model.parameters(), other.model.parameters(), strict=True):
+        assert torch.equal(one, same)
+        assert torch.equal(state.optimizer.state[one]["exp_avg"], other.optimizer.state[same]["exp_avg"])
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def test_a_checkpoint_that_is_a_pickle_runs_no_code(saved: Path, tmp_path: Path) -> None:
+    folder = saved / "checkpoints" / "step-00000001"
+    (folder / ".metadata").write_bytes(pickle.dumps(Harmful(tmp_path / "marker")))
+    (folder / "__0_0.distcp").write_bytes(pickle.dumps(Harmful(tmp_path / "marker")))
+    _agree(folder)
+    with pytest.raises(CheckpointError, match="has the format of an earlier version"):
+        _load(saved)
+    assert not (tmp_path / "marker").exists()
+
+
+@pytest.mark.parametrize(
+    "listed",
+    [
+        "[]",
+        "{}",
+        DEEP,
+        "",
+        '{"files": []}',
+        '{"files": {"../../../secret": [1, 1]}}',
+        '{"files": {"/dev/zero": [0, 0]}}',
+        '{"files": {"a\\u0000b": [0, 0]}}',
+        '{"files": {"\\u001b[2J": [0, 0]}}',
+    ],
+)
+def test_a_hostile_list_of_files_is_a_torn_checkpoint(saved: Path, capsys: Any, listed: str) -> None:
+    (saved / "checkpoints/step-00000001/whole.json").write_text(listed)
+    assert _load(saved) == 0
+    err = capsys.readouterr().err
+    assert "is torn" in err
+    assert "\x1b" not in err
+
+
+@pytest.mark.parametrize("name", ["whole.json", "shard-00001-model-00001-of-00001.safetensors", "x.safetensors"])
+@pytest.mark.parametrize("kind", ["pipe", "link", "folder"])
+def test_what_is_no_file_is_a_torn_checkpoint(saved: Path, name: str, kind: str) -> None:
+    path = saved / "checkpoints/step-00000001" / name
+    path.unlink(missing_ok=True)
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "link":
+        path.symlink_to("/dev/zero")
+    else:
+        path.mkdir()
+    assert _load(saved) == 0
+
+
+MOMENT = "optimizer.weight.exp_avg"
+CHANGES: dict[str, Callable[[dict[str, torch.Tensor]], object]] = {
+    "a shape": lambda tensors: tensors.update({MOMENT: torch.zeros(1000, 1000)}),
+    "more dimensions": lambda tensors: tensors.update({MOMENT: torch.zeros(4, 3, 1)}),
+    "no dimensions": lambda tensors: tensors.update({MOMENT: torch.zeros(())}),
+    "a tensor that is lost": lambda tensors: tensors.pop(MOMENT),
+    "nothing": lambda tensors: tensors.clear(),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_tensors_that_are_not_this_runs_are_one_line(saved: Path, name: str) -> None:
+    _rewrite(saved / "checkpoints/step-00000001", CHANGES[name])
+    with pytest.raises(CheckpointError, match=r"step-00000001 cannot be read \(.*\); delete it") as caught:
+        _load(saved)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.bool, torch.float16, torch.float8_e4m3fn, torch.complex64])
+def test_tensors_of_another_dtype_are_numbers_or_one_line(saved: Path, dtype: torch.dtype) -> None:
+    def convert(tensors: dict[str, torch.Tensor]) -> None:
+        for each in list(tensors):
+            tensors[each] = tensors[each].to(dtype)
+
+    _rewrite(saved / "checkpoints/step-00000001", convert)
+    try:
+        assert _load(saved) == 1
+    except CheckpointError as error:
+        assert "\n" not in str(error)
+
+
+@pytest.mark.parametrize(
+    "sharding",
+    [
+        [],
+        {},
+        {MOMENT: 5},
+        {MOMENT: {"saved_offsets": ["a", "b"]}},
+        {MOMENT: {"saved_offsets": [10**15, 0]}},
+        {MOMENT: {"saved_offsets": [-1, 0]}},
+        {MOMENT: {"saved_offsets": [10**30, 0]}},
+    ],
+)
+def test_offsets_that_lie_are_one_line(saved: Path, sharding: Any) -> None:
+    folder = saved / "checkpoints/step-00000001"
+    if MOMENT in sharding:
+        [path] = folder.glob("*.safetensors")
+        honest = {name: {"saved_offsets": [0] * tensor.ndim} for name, tensor in load_file(path).items()}
+        sharding = honest | sharding
+    _rewrite(folder, lambda tensors: None, sharding)
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        _load(saved)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"junk",
+        (2**63).to_bytes(8, "little") + b"{}",
+        b"".join(
+            [(70).to_bytes(8, "little"), b'{"a":{"dtype":"F32","shape":[99999999999],"data_offsets":[0,8]}}      ']
+        ),
+    ],
+)
+def test_a_file_of_tensors_that_lies_about_its_size_is_one_line(saved: Path, content: bytes) -> None:
+    folder = saved / "checkpoints/step-00000001"
+    next(folder.glob("*.safetensors")).write_bytes(content)
+    _agree(folder)
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        _load(saved)
+
+
+def test_folders_that_only_look_like_checkpoints_are_passed_over(tmp_path: Path) -> None:
+    for name in ("step-²", "step-٣٣٣٣٣٣٣٣", "step-99999999999999999999", "step--0000001", "step-00000007", "step-"):
+        (tmp_path / "checkpoints" / name).mkdir(parents=True)
+    assert checkpoints.checkpoint_steps(tmp_path) == [7]
+
+
+SETTINGS = [
+    "[]",
+    DEEP,
+    "1" * 5000,
+    '{"steps": "9"}',
+    '{"steps": null}',
+    '{"steps": [1]}',
+    '{"seed": "\u001b[2J"}',
+    "\xff",
+]
+
+
+@pytest.mark.parametrize("content", SETTINGS)
+def test_hostile_settings_of_a_run_are_one_line(tmp_path: Path, content: str) -> None:
+    (tmp_path / "settings.json").write_text(content, encoding="latin-1")
+    with pytest.raises(ConfigError) as caught:
+        checkpoints.open_run_folder(TrainSettings(run=tmp_path, steps=5, lr=1e-3, resume=True), write=True)
+    assert "\n" not in str(caught.value)
+
+
+def test_hostile_logs_of_a_run_lose_their_lines(saved: Path) -> None:
+    lines = ["{}", '{"step": "x"}', '{"step": [1]}', '{"step": 1}', '{"step": 99}', "x"]
+    (saved / "metrics.jsonl").write_text("".join(f"{line}\n" for line in lines))
+    assert _load(saved) == 1
+    assert (saved / "metrics.jsonl").read_text() == '{"step": 1}\n'
+
+
+def test_hostile_lines_of_a_run_that_is_continued_are_made_again(tmp_path: Path) -> None:
+    from diffucoder.evaluation.judge import _is_verdict
+    from diffucoder.evaluation.samples import _has_answer
+
+    verdict = {"passed": True, "base": True, "plus": None, "status": "ok", "detail": "", "trusted": True}
+    assert _is_verdict(verdict)
+    for name, value in (("passed", "x"), ("base", 1), ("plus", 1), ("status", None), ("detail", []), ("trusted", None)):
+        assert not _is_verdict({**verdict, name: value})
+    assert _has_answer({"completion": ""})
+    assert not _has_answer({"solution": None, "completion": "x"})
