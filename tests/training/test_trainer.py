@@ -3,7 +3,6 @@ are passed over. Runs are real: a process that is killed, two processes over glo
 
 import json
 import os
-import pickle
 import resource
 import shutil
 import signal
@@ -23,6 +22,7 @@ from torch.optim import AdamW
 from transformers import get_cosine_with_min_lr_schedule_with_warmup
 
 from diffucoder.errors import CheckpointError, ConfigError
+from diffucoder.files import disk_is_full
 from diffucoder.training import checkpoints
 from diffucoder.training.settings import TrainSettings
 from diffucoder.training.trainer import Trainer, schedule
@@ -278,6 +278,25 @@ def test_a_full_disk_is_one_line_and_leaves_no_part_of_a_checkpoint(tmp_path: Pa
     assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["step-00000008", "step-00000010"]
     worker.run({"run": run, "steps": 14, "resume": True})
     assert [line["step"] for line in lines(run)] == list(range(1, 15))
+
+
+def test_an_export_on_a_full_disk_leaves_nothing_and_keeps_the_one_before(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    worker.run({"run": run, "steps": 2})
+    before = weights(run)
+    for model_is_there in (True, False):
+        if not model_is_there:
+            shutil.rmtree(run / "model")
+        with limited_files(5_000), pytest.raises(Exception, match="") as caught:
+            worker.run({"run": run, "steps": 2, "resume": True})
+        assert disk_is_full(caught.value)
+        _reset()
+        assert (run / "model").exists() == model_is_there
+        assert not (run / "model.partial").exists()
+        if model_is_there:
+            assert same(weights(run), before)
+    worker.run({"run": run, "steps": 2, "resume": True})
+    assert same(weights(run), before)
 
 
 def test_an_export_that_was_cut_short_leaves_nothing_in_the_next(tmp_path: Path, whole: Path) -> None:
