@@ -58,14 +58,21 @@ def write_text(path: str | Path, text: str) -> None:
 def written_folder(folder: Path) -> Iterator[Path]:
     """Fill the folder that is yielded: at the end it takes the place of `folder`. If that fails nothing of it stays."""
     partial = folder.with_name(f"{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed
+    remove(partial)  # of a process that was killed
     partial.mkdir()
     try:
         yield partial
-        shutil.rmtree(folder, ignore_errors=True)
+        remove(folder)
         partial.replace(folder)
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        remove(partial)
+
+
+def remove(path: Path) -> None:
+    """Remove a folder with all that is in it, or a link or file of its name; no error if that is not possible."""
+    if path.is_symlink() or path.is_file():
+        path.unlink()
+    shutil.rmtree(path, ignore_errors=True)
 
 
 def write_json(path: str | Path, value: object) -> None:

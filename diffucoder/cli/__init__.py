@@ -19,6 +19,7 @@ from diffucoder.errors import DiffuCoderError, printable
 from diffucoder.files import disk_is_full
 
 _LONGEST_ERROR = 1000  # characters of a message
+_OUT_OF_MEMORY = ("can't allocate memory", "Cannot allocate memory", "out of memory")  # of torch and the system
 
 app = typer.Typer(
     add_completion=False,
@@ -45,9 +46,9 @@ def main() -> None:
         _fail(f"{error.format_message().rstrip('.')}; see {command} --help")
     except DiffuCoderError as error:
         _fail(str(error))
-    except MemoryError:
-        _fail("memory ran out; give smaller files, a smaller batch or a smaller model")
     except Exception as error:
+        if isinstance(error, MemoryError) or any(text in str(error) for text in _OUT_OF_MEMORY):
+            _fail("memory ran out; give smaller files, a smaller batch or a smaller model")
         if not disk_is_full(error):
             raise
         again = "continue with --resume" if "train" in sys.argv[1:2] else "run it again"

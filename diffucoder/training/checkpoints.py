@@ -10,7 +10,6 @@ Anybody may have made the folder: nothing in it is a pickle, and what is read ha
 
 import os
 import re
-import shutil
 import sys
 import warnings
 import zlib
@@ -30,7 +29,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_
 from torch.optim import Optimizer
 
 from diffucoder.errors import CheckpointError, ConfigError, printable
-from diffucoder.files import Json, disk_is_full, open_file, read_json, read_whole_lines, write_json, write_jsonl
+from diffucoder.files import Json, disk_is_full, open_file, read_json, read_whole_lines, remove, write_json, write_jsonl
 from diffucoder.training.settings import MAY_CHANGE, TrainSettings
 
 WHOLE = "whole.json"
@@ -105,7 +104,7 @@ def _check_unchanged(wanted: Json, begun: Json, run: Path, table: str = "") -> N
 def _trim_logs(run: Path, step: int) -> None:
     """Keep the lines of the logs up to `step`; the resumed run writes the later ones again."""
     for path in (run / name for name in LOGS):
-        if path.exists():
+        if os.path.lexists(path):  # a link that leads nowhere would lead what is written there
             kept: list[Json] = []
             for line in read_whole_lines(path):
                 if isinstance(line.get("step"), int) and line["step"] <= step:
@@ -119,7 +118,7 @@ def save(run: Path, step: int, state: State, accelerator: Accelerator, *, keep: 
     partial = folder.with_name(folder.name + ".partial")
     if accelerator.is_main_process:
         for cut_short in folder.parent.glob("step-*.partial"):
-            shutil.rmtree(cut_short)
+            remove(cut_short)
         partial.mkdir(parents=True)
     accelerator.wait_for_everyone()
     try:
@@ -128,7 +127,7 @@ def save(run: Path, step: int, state: State, accelerator: Accelerator, *, keep: 
             state_dict_saver.save(tensors, storage_writer=_Writer(str(partial), save_distributed=True))
     except CheckpointException as error:  # a BaseException that holds one of each process
         if accelerator.is_main_process:
-            shutil.rmtree(partial, ignore_errors=True)
+            remove(partial)
         raise CheckpointError(
             f"checkpoint {folder} cannot be written ({_reason(error)}); free some space and continue with --resume"
         ) from error
@@ -136,13 +135,13 @@ def save(run: Path, step: int, state: State, accelerator: Accelerator, *, keep: 
     if accelerator.is_main_process:
         write_json(partial / WHOLE, {"step": step, "files": _sizes_and_checksums(partial)})
         _sync(partial)
-        shutil.rmtree(folder, ignore_errors=True)  # a torn checkpoint of this step, found when the run was resumed
+        remove(folder)  # a torn checkpoint of this step, found when the run was resumed
         os.replace(partial, folder)
         _sync(folder.parent)
         steps = checkpoint_steps(run)
         kept = [old for old in steps if old <= step][-keep:]  # later ones were torn, and passed over
         for old in set(steps) - set(kept):
-            shutil.rmtree(_folder(run, old))
+            remove(_folder(run, old))
     accelerator.wait_for_everyone()
 
 

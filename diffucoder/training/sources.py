@@ -26,6 +26,7 @@ Sources = str | Path | Sequence[str | Path]
 _HUB = re.compile(r"hub:(?P<name>[^/@]+/[^/@]+)(?:/(?P<config>[^@]+))?(?:@(?P<split>.+))?")
 
 _MOST_SKIPPED = 10**6  # rows, which are all kept in memory until the end
+_LONGEST_REASON = 300  # characters; it may quote the row
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ class Skipped:
     reason: str
 
     def __str__(self) -> str:
-        return printable(f"{self.where}: {self.reason[:300]}")
+        return printable(f"{self.where}: {self.reason}")
 
 
 def records(sources: Sources, kind: Kind, suffixes: Sequence[str] | None = None) -> Iterator[Record | Skipped]:
@@ -151,7 +152,7 @@ def _row(where: str, content: Any, read: Callable[[Any], Json], parse: Parse[T])
     try:
         return parse(where, without_nulls(read(content)))
     except ValueError as error:
-        return Skipped(where, str(error))
+        return Skipped(where, str(error)[:_LONGEST_REASON])
 
 
 def _hub_rows(source: str, parse: Parse[T]) -> Iterator[T | Skipped]:

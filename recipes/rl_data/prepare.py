@@ -116,8 +116,8 @@ def acecode(file: str, spread: str) -> Iterator[Solved | Skipped]:
 def parse_acecode(where: str, fields: Json) -> tuple[Exercise, str, list[float]]:
     """The exercise, the best answer of any model, and the pass rates of ACECODE_MODELS."""
     try:
-        best = max(fields["inferences"], key=lambda answer: answer["pass_rate"])["completion"]
-        rates = [each["pass_rate"] for each in fields["inferences"] if each["model_name"] in ACECODE_MODELS]
+        best = text_of(max(fields["inferences"], key=lambda answer: answer["pass_rate"])["completion"], "a completion")
+        rates = [float(each["pass_rate"]) for each in fields["inferences"] if each["model_name"] in ACECODE_MODELS]
     except (KeyError, TypeError) as error:
         raise ValueError(f"field 'inferences' has no usable {error}") from None
     if not rates:

@@ -1,4 +1,4 @@
-"""Run folders that strangers made: resuming one runs no code of theirs, and is one line of error or a torn checkpoint."""
+"""Run folders that strangers made: resuming one runs no code of theirs, and is one line of error."""
 
 import json
 import os
@@ -258,6 +258,22 @@ def test_hostile_logs_of_a_run_lose_their_lines(saved: Path) -> None:
     (saved / "metrics.jsonl").write_text("".join(f"{line}\n" for line in lines))
     assert _load(saved) == 1
     assert (saved / "metrics.jsonl").read_text() == '{"step": 1}\n'
+
+
+def test_links_in_a_run_folder_lead_nothing_that_is_written(saved: Path, tmp_path: Path) -> None:
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (saved / "metrics.jsonl").symlink_to(elsewhere / "new")
+    (saved / "checkpoints/step-00000000.partial").symlink_to(elsewhere)
+    (saved / "model").symlink_to(elsewhere)
+    assert _load(saved) == 1
+    files.append_jsonl(saved / "metrics.jsonl", [{"step": 2}])
+    checkpoints.save(saved, 2, _state(), _accelerator(), keep=1)
+    with files.written_folder(saved / "model") as partial:
+        (partial / "config.json").write_text("{}")
+    assert list(elsewhere.iterdir()) == []
+    assert (saved / "model" / "config.json").read_text() == "{}"
+    assert not (saved / "model").is_symlink()
 
 
 def test_hostile_lines_of_a_run_that_is_continued_are_made_again(tmp_path: Path) -> None:
