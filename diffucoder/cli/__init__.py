@@ -46,17 +46,19 @@ def main() -> None:
         _fail(f"{error.format_message().rstrip('.')}; see {command} --help")
     except DiffuCoderError as error:
         _fail(str(error))
-    except Exception as error:
-        if isinstance(error, MemoryError) or any(text in str(error) for text in _OUT_OF_MEMORY):
-            _fail("memory ran out; give smaller files, a smaller batch or a smaller model")
-        if not disk_is_full(error):
-            raise
-        again = "continue with --resume" if "train" in sys.argv[1:2] else "run it again"
-        _fail(f"the disk is full ({error}); free some space and {again}")
     except BrokenPipeError:  # the reader of our output is gone
         sys.exit(1)
     except (KeyboardInterrupt, typer.Abort):
         sys.exit(130)
+    except Exception as error:
+        if isinstance(error, MemoryError) or any(text in str(error) for text in _OUT_OF_MEMORY):
+            _fail("memory ran out; give smaller files, a smaller batch or a smaller model")
+        if disk_is_full(error):
+            again = "continue with --resume" if "train" in sys.argv[1:2] else "run it again"
+            _fail(f"the disk is full ({error}); free some space and {again}")
+        if isinstance(error, OSError) and error.filename:  # such as a folder in the place of a file
+            _fail(f"{str(error.filename2 or error.filename)!r} cannot be used ({error.strerror}); name another folder")
+        raise
 
 
 def _fail(message: str) -> NoReturn:

@@ -58,6 +58,10 @@ def open_run_folder(settings: TrainSettings, *, write: bool) -> None:
     path = run / "settings.json"
     fixed = _fixed_settings(settings)
     try:
+        if os.path.lexists(run / "checkpoints") and not (run / "checkpoints").is_dir():
+            raise ConfigError(
+                f"run={str(run)!r} has a file in the place of its folder checkpoints; name another folder"
+            )
         if settings.resume and path.exists():
             _check_unchanged(fixed, read_json(path), run)
         elif settings.resume and checkpoint_steps(run):

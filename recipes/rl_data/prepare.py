@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 from overlap import Overlaps, parse_or_none
 
-from diffucoder.errors import ConfigError, DiffuCoderError
+from diffucoder.errors import ConfigError, DiffuCoderError, printable
 from diffucoder.evaluation.benchmarks import Task, load
 from diffucoder.files import Json, write_json
 from diffucoder.training.exercises import Exercise, parse_exercise, read_exercises, tests_of, write_exercises
@@ -46,7 +46,7 @@ def main() -> None:
         benchmarks = {name: load(name, options.benchmarks) for name in options.against.split(",") if name}
         report = prepare(options.source, options.out, benchmarks, data=options.data, spread=options.spread)
     except DiffuCoderError as error:
-        sys.exit(f"error: {error}")
+        sys.exit(f"error: {printable(str(error))}")
     print(f"{report['exercises']:,} exercises; left out {report['left_out']}; overlaps {report['overlaps']}")
     print(f"{options.out}: try: diffucoder train grpo --set 'data=[\"{options.out}\"]'")
 

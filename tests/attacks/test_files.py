@@ -307,6 +307,27 @@ def test_a_hostile_file_of_tasks_is_one_line(tmp_path: Path, refused: Refused, r
     assert "row 2" in line
 
 
+@pytest.mark.parametrize(
+    ("name", "make"),
+    [
+        ("verdicts.jsonl", os.mkfifo),
+        ("verdicts.jsonl", os.mkdir),
+        ("settings.json", os.mkfifo),
+        ("report.json", os.mkdir),
+    ],
+)
+def test_a_run_folder_with_something_else_for_a_file_is_one_line(
+    tmp_path: Path, refused: Refused, name: str, make: Callable[[Path], None]
+) -> None:
+    samples = tmp_path / "s.jsonl"
+    samples.write_text(json.dumps({"task_id": "mine/0", "solution": "def f():\n    return 1"}) + "\n")
+    (tmp_path / "mine.jsonl").write_text(json.dumps({"prompt": "a", "tests": ["assert f() == 1"]}) + "\n")
+    (tmp_path / "run").mkdir()
+    make(tmp_path / "run" / name)
+    line = refused("evaluate", tmp_path / "mine.jsonl", "--samples", samples, "--run", tmp_path / "run", "--unsafe")
+    assert name in line
+
+
 def test_ids_of_tasks_do_not_name_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from diffucoder.evaluation.benchmarks import Calls, Task
     from diffucoder.evaluation.judge import _reference_path
