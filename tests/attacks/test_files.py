@@ -24,8 +24,9 @@ from diffucoder import files
 from diffucoder.analysis.order import mean_map
 from diffucoder.cli import main
 from diffucoder.decoding.trace import Trace, as_json, global_ar_ness, write_traces
-from diffucoder.errors import ConfigError, printable
+from diffucoder.errors import CheckpointError, ConfigError, printable
 from diffucoder.files import UnreadableError, parse_json, read_bytes, read_lines, read_whole_lines, write_json
+from diffucoder.models.hub import SHIPPED
 
 Json = dict[str, Any]
 Refused = Callable[..., str]
@@ -403,3 +404,37 @@ def test_an_archive_that_unpacks_to_gigabytes_takes_no_memory(tmp_path: Path) ->
     assert ended.returncode == 2, ended.stderr
     assert "line 1 is longer than 64 MiB" in ended.stderr
     assert ended.stderr.count("\n") == 1
+
+
+def test_tokenised_data_on_a_full_disk_say_what_to_do(tmp_path: Path) -> None:
+    """The limit on the size of a file is in the place of the disk."""
+    from diffucoder.tokenizer import Tokenizer
+    from diffucoder.training.data import prepare
+
+    (tmp_path / "a.txt").write_text("x = 1\n" * 20_000)
+    tokenizer = Tokenizer.load(SHIPPED)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (5_000, before[1]))
+    try:
+        with pytest.raises(CheckpointError, match=r"cannot be written: the disk is full; free some space, or name"):
+            prepare(tmp_path / "a.txt", tokenizer, tmp_path / "cache", kind="documents")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert prepare(tmp_path / "a.txt", tokenizer, tmp_path / "cache", kind="documents").tokens > 20_000
+
+
+def test_tokenised_data_that_point_outside_of_their_file_are_one_line(tmp_path: Path) -> None:
+    from diffucoder.tokenizer import Tokenizer
+    from diffucoder.training.data import prepare
+
+    (tmp_path / "a.txt").write_text("x = 1\n")
+    tokenizer = Tokenizer.load(SHIPPED)
+    store = prepare(tmp_path / "a.txt", tokenizer, tmp_path / "cache", kind="documents")
+    [table] = store.folder.rglob("*.arrow")
+    content = table.read_bytes()
+    ends = store.tokens.to_bytes(4, "little")  # the end of the only list
+    at = content.rindex(ends)
+    table.unlink()  # it is mapped
+    table.write_bytes(content[:at] + (10**8).to_bytes(4, "little") + content[at + 4 :])
+    with pytest.raises(CheckpointError, match="cannot be read or written"):
+        prepare(tmp_path / "a.txt", tokenizer, tmp_path / "cache", kind="documents")
