@@ -22,6 +22,8 @@ from diffucoder.metrics import bootstrap, is_share, pass_at_k, wilson
 
 ROUNDS = 2000  # of the bootstrap
 _SEED = 2506
+_LARGEST_K = 256  # of pass@k
+_LARGEST_TABLE = 2**23  # prompts times figures; 1,319 prompts of 4,096 positions are 5.4 million
 
 Figures = dict[str, float]  # of one answer or prompt, by name
 
@@ -118,7 +120,7 @@ def _figures_by_prompt(run: Run, conventions: Conventions) -> dict[str, Figures]
         figures["distinct"] = len(set(programs))
         if graded:
             figures["distinct_right"] = len(set(right))
-            for k in range(1, fewest + 1):
+            for k in range(1, min(fewest, _LARGEST_K) + 1):
                 figures[f"pass@{k}"] = pass_at_k(len(answers), len(right), k)
         table[task] = figures
     return table
@@ -173,6 +175,10 @@ def _mean_figures(rows: Sequence[Figures]) -> Figures:
 def _as_table(rows: Sequence[Figures]) -> tuple[list[str], np.ndarray]:
     """Return the names that any row has, and (N, K) their values, nan where a row has none."""
     names = list(dict.fromkeys(chain.from_iterable(rows)))
+    if len(rows) * len(names) > _LARGEST_TABLE:
+        raise ConfigError(
+            f"{len(rows):,} prompts with up to {len(names):,} positions are too many; give a part of them"
+        )
     values = np.full((len(rows), len(names)), np.nan)
     for number, row in enumerate(rows):
         values[number] = [row.get(name, math.nan) for name in names]

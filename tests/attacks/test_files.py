@@ -257,6 +257,13 @@ def test_the_order_of_a_long_answer_takes_linear_time() -> None:
     assert global_ar_ness(order[::-1], 4) == 1
 
 
+def test_many_prompts_and_one_long_answer_take_limited_memory() -> None:
+    from diffucoder.analysis.order import _summary
+
+    with pytest.raises(ConfigError, match="10,001 prompts with up to 30,000 positions are too many"):
+        _summary([{"0": 1.0}] * 10_000 + [dict.fromkeys(map(str, range(30_000)), 1.0)])
+
+
 def test_the_mean_of_maps_takes_limited_memory() -> None:
     torch.manual_seed(0)
     long, wide = torch.zeros(2**14, 1).numpy(), torch.zeros(2, 2**14).numpy()
