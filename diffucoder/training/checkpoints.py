@@ -162,10 +162,12 @@ def load_newest(run: Path, state: State, accelerator: Accelerator) -> int:
     if step:
         tensors, settings = _tensors(state)
         folder = _folder(run, step)
+        reader = HuggingFaceStorageReader(str(folder))
         try:
+            reader.read_metadata()  # torch would log a traceback
             with warnings.catch_warnings(action="ignore", category=UserWarning):
-                state_dict_loader.load(tensors, storage_reader=HuggingFaceStorageReader(str(folder)))
-        except CheckpointException as error:
+                state_dict_loader.load(tensors, storage_reader=reader)
+        except (CheckpointException, Exception) as error:  # the first is a BaseException; the header may hold anything
             raise CheckpointError(f"checkpoint {folder} cannot be read ({_reason(error)}); delete it") from error
         set_state_dict(
             state.model,
@@ -225,9 +227,11 @@ def _fault(folder: Path) -> str | None:
     return None
 
 
-def _reason(error: CheckpointException) -> str:
-    """What went wrong in the first of the processes that failed."""
-    failure = next(iter(error.failures.values()))[0]
+def _reason(error: BaseException) -> str:
+    """What went wrong, in the first of the processes that failed."""
+    failure = error
+    if isinstance(error, CheckpointException):
+        failure = next(iter(error.failures.values()))[0]
     return "the disk is full" if disk_is_full(failure) else " ".join(str(failure).split())[:200]
 
 
