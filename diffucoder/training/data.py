@@ -48,9 +48,13 @@ _WRITTEN_ROWS = 256  # written together, for the same reason
 class TokenStore:
     """Tokenised examples in memory-mapped files: opening them costs next to nothing, whatever their size."""
 
-    def __init__(self, dataset: Dataset, folder: Path) -> None:
-        """`dataset` has the columns `ids`, the tokens of an example, and `answer`, where in them its answer begins."""
+    def __init__(self, dataset: Dataset, folder: Path, vocab_size: int = 2**32) -> None:
+        """`dataset` has the columns `ids`, the tokens of an example, and `answer`, where in them its answer begins.
+
+        Reading a token from `vocab_size` on raises CheckpointError.
+        """
         self.folder = folder
+        self.vocab_size = vocab_size
         self._answers = dataset.data.column("answer")
         self._ids = dataset.data.column("ids")
         self._stream = pyarrow.chunked_array([ids.flatten() for ids in self._ids.chunks])  # views of the files
@@ -74,7 +78,8 @@ class TokenStore:
         """Example `index`: its tokens, (T,) int64, and where in them the answer begins (0 for a document)."""
         if not 0 <= index < len(self):
             raise IndexError(f"example {index} of {len(self)}")
-        return _int64(self._ids[index].values), self._answers[index].as_py()
+        tokens = self._checked(self._ids[index].values)
+        return tokens, min(self._answers[index].as_py(), len(tokens))
 
     def windows(self, length: int) -> int:
         """How many whole windows of `length` tokens the stream of all examples has. Raises ConfigError for none."""
@@ -87,7 +92,13 @@ class TokenStore:
         """Window `index` of the stream of all examples, across their borders: (length,) int64."""
         if not 0 <= index < self.windows(length):
             raise IndexError(f"window {index} of {self.windows(length)}")
-        return _int64(self._stream.slice(index * length, length))
+        return self._checked(self._stream.slice(index * length, length))
+
+    def _checked(self, values: Any) -> NDArray[np.int64]:  # Any: pyarrow has no types
+        tokens = _int64(values)
+        if tokens.max(initial=0) >= self.vocab_size or tokens.min(initial=0) < 0:
+            raise CheckpointError(f"{self.folder} has tokens that the model lacks; delete it: it is made again")
+        return tokens
 
 
 def _int64(values: Any) -> NDArray[np.int64]:  # Any: pyarrow has no types
@@ -126,7 +137,7 @@ def prepare(sources: Sources, tokenizer: Tokenizer, cache: str | Path, *, kind: 
             listed = "all" if len(skipped) <= _LISTED else f"the first {_LISTED:,}"
             print(f"{folder / MANIFEST} lists {listed} of the skipped records", file=sys.stderr)
 
-    return TokenStore(_open_or_generate(folder, examples, tokenizer.vocab_size), folder)
+    return TokenStore(_open_or_generate(folder, examples, tokenizer.vocab_size), folder, tokenizer.vocab_size)
 
 
 def epoch_index(position: int, n: int, seed: tuple[int, ...]) -> int:

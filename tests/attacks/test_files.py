@@ -445,3 +445,15 @@ def test_tokenised_data_that_point_outside_of_their_file_are_one_line(tmp_path: 
     table.write_bytes(content[:at] + (10**8).to_bytes(4, "little") + content[at + 4 :])
     with pytest.raises(CheckpointError, match="cannot be read or written"):
         prepare(tmp_path / "a.txt", tokenizer, tmp_path / "cache", kind="documents")
+
+
+def test_tokens_that_the_model_lacks_are_one_line(tmp_path: Path) -> None:
+    from datasets import Dataset
+
+    from diffucoder.training.data import TokenStore
+
+    store = TokenStore(Dataset.from_dict({"ids": [[1, 2], [1, 9]], "answer": [99, 0]}), tmp_path, vocab_size=9)
+    assert store.example(0)[1] == 2
+    for read in (lambda: store.example(1), lambda: store.window(1, 2)):
+        with pytest.raises(CheckpointError, match="has tokens that the model lacks; delete it"):
+            read()
