@@ -116,10 +116,12 @@ def acecode(file: str, spread: str) -> Iterator[Solved | Skipped]:
 def parse_acecode(where: str, fields: Json) -> tuple[Exercise, str, list[float]]:
     """The exercise, the best answer of any model, and the pass rates of ACECODE_MODELS."""
     try:
-        best = text_of(max(fields["inferences"], key=lambda answer: answer["pass_rate"])["completion"], "a completion")
+        best = max(fields["inferences"], key=lambda answer: answer["pass_rate"])["completion"]
         rates = [float(each["pass_rate"]) for each in fields["inferences"] if each["model_name"] in ACECODE_MODELS]
     except (KeyError, TypeError) as error:
         raise ValueError(f"field 'inferences' has no usable {error}") from None
+    if not isinstance(best, str):
+        raise ValueError("field 'inferences' has a completion that is not text")
     if not rates:
         raise ValueError(f"has no answer of {' or '.join(ACECODE_MODELS)}")
     return replace(parse_exercise(where, fields), source="acecode"), best, rates
