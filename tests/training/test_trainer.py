@@ -287,7 +287,7 @@ def test_an_export_on_a_full_disk_leaves_nothing_and_keeps_the_one_before(tmp_pa
     for model_is_there in (True, False):
         if not model_is_there:
             shutil.rmtree(run / "model")
-        with limited_files(5_000), pytest.raises(Exception, match=".") as caught:
+        with limited_files(5_000), pytest.raises(Exception, match=r".") as caught:
             worker.run({"run": run, "steps": 2, "resume": True})
         assert disk_is_full(caught.value)
         _reset()
