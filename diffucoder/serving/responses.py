@@ -16,7 +16,7 @@ from collections.abc import AsyncIterator, Iterator, Sequence
 from typing import Any, ClassVar
 
 from diffucoder.decoding.coder import HOLE_LENGTHS, DiffuCoder
-from diffucoder.decoding.requests import Generation, Request, before_stops
+from diffucoder.decoding.requests import Generation, Request, SettledText
 from diffucoder.decoding.trace import as_json
 from diffucoder.errors import DiffuCoderError
 from diffucoder.grading.extract import program_from
@@ -27,6 +27,10 @@ from diffucoder.serving.engine import Event, Job
 log = logging.getLogger(__name__)
 
 Json = dict[str, Any]  # Any: what is sent as JSON
+_CONTEXT = 3  # lines around a change
+_MOST_COMPARED = (
+    10**6
+)  # lines times lines; between the first and the last change of longer texts all lines are replaced
 
 
 def token_text(coder: DiffuCoder, token: int) -> str:
@@ -40,18 +44,6 @@ def text_or_bytes(content: bytes) -> str | list[int]:
         return content.decode()
     except UnicodeDecodeError:
         return list(content)
-
-
-def settled_text(request: Request, settled: list[int]) -> str:
-    """The text of the `settled` ids of an answer, as far as neither later tokens nor a stop string can change it."""
-    text = request.tokenizer.decode(settled).rstrip("\ufffd")  # the first bytes of an incomplete character
-    text = before_stops(text, request.params.stop)
-    held_back = 0  # characters that may be the beginning of a stop string
-    for stop in request.params.stop:
-        for length in range(1, len(stop)):
-            if text.endswith(stop[:length]):
-                held_back = max(held_back, length)
-    return text[: len(text) - held_back]
 
 
 class Answer:
@@ -90,7 +82,9 @@ class Answer:
 
         An error is one of them, since it comes too late for a status.
         """
-        sent = [""] * self.request.result_count  # the text of each choice until now
+        sent: list[SettledText] = []  # the text of each choice until now
+        for _ in range(self.request.result_count):
+            sent.append(SettledText(self.request.tokenizer, self.request.params.stop))
         try:
             for chunk in self._first_chunks(job):
                 yield self._event(chunk)
@@ -117,21 +111,19 @@ class Answer:
             for row in range(len(job.sequences)):
                 yield {"denoise": {"row": row, "canvas": self._canvas(job, row)}}
 
-    def _step_chunks(self, job: Job, event: Event, sent: list[str]) -> Iterator[Json]:
+    def _step_chunks(self, job: Job, event: Event, sent: list[SettledText]) -> Iterator[Json]:
         if self.options.denoise:
             yield {"denoise": self._committed(job, event)}
         rows_are_choices = len(sent) == len(job.sequences)
         if self.piece("") and rows_are_choices and not self.request.params.revoke:
-            text = settled_text(self.request, event.settled)
-            known = sent[event.row]
-            if text != known and text.startswith(known):
-                sent[event.row] = text
-                yield {"choices": [_choice(event.row, self.piece(text[len(known) :]))]}
+            text = sent[event.row].add(event.settled)
+            if text:
+                yield {"choices": [_choice(event.row, self.piece(text))]}
 
-    def _last_chunks(self, job: Job, sent: list[str]) -> Iterator[Json]:
+    def _last_chunks(self, job: Job, sent: list[SettledText]) -> Iterator[Json]:
         results = job.results_now()
         for result in results:
-            rest = result.text[len(sent[result.index]) :]
+            rest = result.text[sent[result.index].length :]
             content = self.piece(rest) or self.choice(result)
             if self.options.denoise:
                 content |= {"row": self._row(job, result), "trace": as_json(result.trace)}
@@ -285,10 +277,51 @@ def unified_diff(before: str, after: str) -> str:
     """What changes `before` into `after`, as `git apply` and `patch` read it: only a newline ends a line."""
     old = list(io.StringIO(before, newline="\n"))
     new = list(io.StringIO(after, newline="\n"))
-    diff = ""
-    for line in difflib.unified_diff(old, new, "before", "after"):
-        diff += line if line.endswith("\n") else f"{line}\n\\ No newline at end of file\n"
+    if old == new:
+        return ""
+    start = _common(old, new)
+    end = _common(old[start:][::-1], new[start:][::-1])
+    first = max(0, start - _CONTEXT)  # of the lines that are shown
+    last = max(0, end - _CONTEXT)  # from the end
+    matcher = difflib.SequenceMatcher(None, old[first : len(old) - last], new[first : len(new) - last])
+    old_size = len(old) - end - first
+    new_size = len(new) - end - first
+    if old_size * new_size > _MOST_COMPARED:  # difflib's time is the square or the cube of the number of lines
+        matcher.opcodes = [
+            ("equal", 0, start - first, 0, start - first),
+            ("replace", start - first, old_size, start - first, new_size),
+            ("equal", old_size, len(matcher.a), new_size, len(matcher.b)),
+        ]
+    diff = "--- before\n+++ after\n"
+    for group in matcher.get_grouped_opcodes(_CONTEXT):
+        diff += f"@@ -{_lines(first, group[0][1], group[-1][2])} +{_lines(first, group[0][3], group[-1][4])} @@\n"
+        for kind, old_start, old_end, new_start, new_end in group:
+            for line in matcher.a[old_start:old_end]:
+                diff += _marked(" " if kind == "equal" else "-", line)
+            for line in matcher.b[new_start:new_end] if kind != "equal" else ():
+                diff += _marked("+", line)
     return diff
+
+
+def _common(old: list[str], new: list[str]) -> int:
+    """How many lines two texts begin with alike."""
+    count = 0
+    for one, other in zip(old, new, strict=False):
+        if one != other:
+            break
+        count += 1
+    return count
+
+
+def _lines(first: int, start: int, end: int) -> str:
+    """The lines of a hunk, from 1, and their number."""
+    count = end - start
+    number = first + start + (count > 0)
+    return f"{number}" if count == 1 else f"{number},{count}"
+
+
+def _marked(mark: str, line: str) -> str:
+    return f"{mark}{line}" if line.endswith("\n") else f"{mark}{line}\n\\ No newline at end of file\n"
 
 
 # --- llama.cpp's /infill and /completion -----------------------------------------------------------------------------
