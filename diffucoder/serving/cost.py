@@ -1,4 +1,4 @@
-"""What a request costs at most: passes, positions and memory. A server rejects a request that is over one of its limits.
+"""What a request costs at most: passes, positions and memory. A request that is over a limit of the server is rejected.
 
 The one place that estimates this. Not for: who is computed when (`jobs`).
 """

@@ -18,7 +18,7 @@ from typing import Any, ClassVar
 from diffucoder.decoding.coder import HOLE_LENGTHS, DiffuCoder
 from diffucoder.decoding.requests import Generation, Request, SettledText
 from diffucoder.decoding.trace import as_json
-from diffucoder.errors import DiffuCoderError
+from diffucoder.errors import DiffuCoderError, PromptError
 from diffucoder.grading.extract import program_from
 from diffucoder.serving import protocol
 from diffucoder.serving.edge import api_error
@@ -36,6 +36,20 @@ _MOST_COMPARED = (
 def token_text(coder: DiffuCoder, token: int) -> str:
     """The text of one token; special tokens are shown."""
     return coder.tokenizer.pieces([token])[0]
+
+
+def ids_of(coder: DiffuCoder, prompt: Sequence[int | str]) -> list[int]:
+    """The ids of a prompt of token ids and text. Raises PromptError for an id that is none of the vocabulary."""
+    known = min(coder.model.vocab_size, coder.tokenizer.vocab_size)
+    ids: list[int] = []
+    for part in prompt:
+        if isinstance(part, str):
+            ids += coder.tokenizer.encode(part)
+            continue
+        if not 0 <= part < known or part == coder.model.mask_id:
+            raise PromptError(f"token id {part} is not one of 0 to {known - 1}, or is the mask; use /tokenize")
+        ids.append(part)
+    return ids
 
 
 def text_or_bytes(content: bytes) -> str | list[int]:
@@ -283,23 +297,25 @@ def unified_diff(before: str, after: str) -> str:
     end = _common(old[start:][::-1], new[start:][::-1])
     first = max(0, start - _CONTEXT)  # of the lines that are shown
     last = max(0, end - _CONTEXT)  # from the end
-    matcher = difflib.SequenceMatcher(None, old[first : len(old) - last], new[first : len(new) - last])
-    old_size = len(old) - end - first
-    new_size = len(new) - end - first
-    if old_size * new_size > _MOST_COMPARED:  # difflib's time is the square or the cube of the number of lines
+    old_end = len(old) - end - first
+    new_end = len(new) - end - first
+    old = old[first : len(old) - last]
+    new = new[first : len(new) - last]
+    matcher = difflib.SequenceMatcher(None, old, new)
+    if (old_end - _CONTEXT) * (new_end - _CONTEXT) > _MOST_COMPARED:  # its time is the square or the cube of the lines
         matcher.opcodes = [
             ("equal", 0, start - first, 0, start - first),
-            ("replace", start - first, old_size, start - first, new_size),
-            ("equal", old_size, len(matcher.a), new_size, len(matcher.b)),
+            ("replace", start - first, old_end, start - first, new_end),
+            ("equal", old_end, len(old), new_end, len(new)),
         ]
     diff = "--- before\n+++ after\n"
     for group in matcher.get_grouped_opcodes(_CONTEXT):
         diff += f"@@ -{_lines(first, group[0][1], group[-1][2])} +{_lines(first, group[0][3], group[-1][4])} @@\n"
-        for kind, old_start, old_end, new_start, new_end in group:
-            for line in matcher.a[old_start:old_end]:
-                diff += _marked(" " if kind == "equal" else "-", line)
-            for line in matcher.b[new_start:new_end] if kind != "equal" else ():
-                diff += _marked("+", line)
+        for kind, i, j, k, m in group:
+            if kind == "equal":
+                diff += _marked(" ", old[i:j])
+            else:
+                diff += _marked("-", old[i:j]) + _marked("+", new[k:m])
     return diff
 
 
@@ -320,8 +336,11 @@ def _lines(first: int, start: int, end: int) -> str:
     return f"{number}" if count == 1 else f"{number},{count}"
 
 
-def _marked(mark: str, line: str) -> str:
-    return f"{mark}{line}" if line.endswith("\n") else f"{mark}{line}\n\\ No newline at end of file\n"
+def _marked(mark: str, lines: Sequence[str]) -> str:
+    text = ""
+    for line in lines:
+        text += f"{mark}{line}" if line.endswith("\n") else f"{mark}{line}\n\\ No newline at end of file\n"
+    return text
 
 
 # --- llama.cpp's /infill and /completion -----------------------------------------------------------------------------

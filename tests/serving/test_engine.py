@@ -227,7 +227,7 @@ def test_cache_rows_are_released_even_while_a_client_holds_the_request(engine: C
         await until(lambda: coder.model.cache.in_use == 0)
 
     run(work())
-    assert max(in_use) <= 2
+    assert max(in_use) < len(PROMPTS)  # not that of the one that left
 
 
 def test_a_thousand_requests_leave_no_cache_row_in_use(engine: Callable[..., Engine]) -> None:
@@ -386,14 +386,14 @@ def test_seconds_are_those_of_decoding_without_the_time_in_the_queue(engine: Cal
 
     async def work() -> None:
         one = engine(model, max_batch=1)
-        first, second = one.submit(request(3)), one.submit(request(2))
-        await asyncio.sleep(0.2)
-        passes.release(3)
-        await first.results()
+        first, second = one.submit(request(3)), one.submit(request(300))
+        await asyncio.sleep(0.2)  # the first pass is held up
+        passes.release(1)
+        await until(lambda: second.started is not None or not passes.release())
         waited = time.monotonic() - second.accepted
-        passes.release(2)
-        await second.results()
-        assert first.seconds > 0.1  # its first pass was held up
+        passes.release(1000)
+        await asyncio.gather(first.results(), second.results())
+        assert first.seconds > 0.1
         assert 0 < second.seconds <= time.monotonic() - second.accepted - waited + 0.1
 
     run(work())
