@@ -54,6 +54,8 @@ class Budget:
                 self._cached += 2 * layer.shape[-2:].numel() * layer.itemsize
         except CheckpointError as error:
             self.without_cache = error
+        # larger passes hardly compute more positions a second, and a newcomer waits for the end of one
+        self.positions = settings.max_positions or (1024 if model.device.type == "cpu" else 8192)  # of a pass
         self.passes: int = model.max_length
         self.computed = settings.max_computed or settings.max_rows * self.passes**2
         self.memory = settings.max_memory or max(
@@ -76,7 +78,7 @@ class Budget:
         together = min(rows, self.settings.max_batch)
         if params.cache != "none":
             kept += 2 * together * positions * self._cached  # while a cache grows, it is there twice
-        together = max(1, min(together, self.settings.max_positions // positions))
+        together = max(1, min(together, self.positions // positions))
         config = self.model.config
         hidden = (8 * config.hidden_size + 4 * config.intermediate_size) * self.model.dtype.itemsize
         logits = min(together * positions * self.model.vocab_size, self.model.chunk_elements)

@@ -224,7 +224,7 @@ class Engine:
     def _fill_slots(self) -> None:
         """Choose the rows of the next pass."""
         self._running = rows_of_next_pass(
-            self._jobs, self.coder.model, most_rows=self.batch_limit, most_positions=self.settings.max_positions
+            self._jobs, self.coder.model, most_rows=self.batch_limit, most_positions=self.budget.positions
         )
 
     # --- the thread ---

@@ -319,12 +319,20 @@ class LlamaRequest(DecodingRequest):
 class InfillRequest(LlamaRequest):
     """llama.cpp's `/infill`, as editor plug-ins send it."""
 
-    input_prefix: str = ""
-    input_suffix: str = ""
+    input_prefix: str
+    input_suffix: str
     prompt: str = Field(default="", description="what has been typed after the prefix already")
     input_extra: list[Extra] = Field(
         default_factory=list, max_length=1000, fail_fast=True, description="put before the prefix as far as it fits"
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _null_is_no_text(cls, given: Any) -> Any:  # Any: JSON
+        if not isinstance(given, dict):
+            return given
+        nulls = [name for name in ("input_prefix", "input_suffix") if name in given and given[name] is None]
+        return {**given, **dict.fromkeys(nulls, "")}
 
 
 class ContinueRequest(LlamaRequest):

@@ -16,8 +16,11 @@ class EngineSettings(Settings):
     max_waiting: int = Field(default=64, ge=0, description="requests beyond max_batch; more are rejected")
     max_rows: int = Field(default=64, ge=1, description="rows of one request: samples, times lengths tried")
     deadline: float = Field(default=300.0, gt=0, description="seconds until a request is ended with an error")
-    max_positions: int = Field(
-        default=4096, ge=1, description="rows of one forward pass times the longest of them; a longer row goes alone"
+    max_positions: int | None = Field(
+        default=None,
+        ge=1,
+        description="rows of one forward pass times the longest of them; a longer row goes alone; "
+        "None: 1024 on CPUs, 8192 elsewhere",
     )
     max_computed: int | None = Field(
         default=None, ge=1, description="rows x positions x passes of one request; None: max_rows of the whole context"
