@@ -138,7 +138,7 @@ class Request:
 
     def prompt_tokens(self, index: int) -> int:
         """The number of tokens that the result `index` is made from: those that are known before decoding."""
-        return int((self.canvas.valid & ~self.canvas.masked)[index].sum())
+        return int((self.canvas.valid[index] & (self.canvas.tokens[index] != self.canvas.mask_id)).sum())
 
     @property
     def until(self) -> Until | None:

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from diffucoder.serving.engine import Engine
 
 LEAD = 256  # positions; about what a processor computes in the time that a pass takes whatever its size
+UNCLAIMED = 30.0  # seconds until a job ends whose client has not begun to wait for it: it left before
 UNREAD = 2**20  # positions in the steps that a client has not read yet, after which its request pauses
 
 
@@ -89,6 +90,7 @@ class Job:
         self._most_unread = max(16, UNREAD // request.canvas.tokens.shape[1])
         self._loop = asyncio.get_running_loop()
         self._timer = self._loop.call_later(engine.settings.deadline, self._time_out, engine.settings.deadline)
+        self._unclaimed = self._loop.call_later(UNCLAIMED, self._drop)
         # State of the queue: the engine changes it under its lock.
         self.ticket = ticket  # of two jobs that have had as much, the smaller goes first
         self.rows = [Row(self, number, sequence) for number, sequence in enumerate(self.sequences)]  # to be finished
@@ -108,6 +110,7 @@ class Job:
 
     async def events(self) -> AsyncIterator[Event]:
         """Yield each step of each row, if watched. Raises LateError or FailedError. Leaving early cancels the job."""
+        self._unclaimed.cancel()
         try:
             while (event := await self._events.get()) is not None:
                 if isinstance(event, DiffuCoderError):
@@ -120,6 +123,10 @@ class Job:
         finally:
             self._timer.cancel()
             self._engine.end(self)
+
+    def _drop(self) -> None:
+        self._timer.cancel()
+        self._engine.end(self)
 
     def _time_out(self, deadline: float) -> None:
         late = LateError(f"not finished after {deadline:.0f} s; ask for fewer tokens or samples")

@@ -24,6 +24,9 @@ HINTS = frozenset(
     """.split()
 )
 
+MOST_FIELDS = 256  # of an object; each that is unknown costs an error
+MOST_ITEMS = 1024  # messages, parts of one, texts from other files: objects that are checked one by one
+
 # Values by which clients leave a field out, besides null.
 OFF: dict[str, tuple[Any, ...]] = {  # Any: JSON
     **dict.fromkeys(("presence_penalty", "frequency_penalty", "min_p", "top_logprobs", "n_probs", "min_keep"), (0,)),
@@ -52,7 +55,6 @@ OFF: dict[str, tuple[Any, ...]] = {  # Any: JSON
     "reasoning_effort": ("none",),
     "verbosity": ("medium",),
 }
-MOST_FIELDS = 200
 
 
 def _asks_nothing(field: str, value: Any) -> bool:  # Any: JSON
@@ -111,7 +113,7 @@ class Body(BaseModel):
         if not isinstance(given, dict):
             return given
         if len(given) > MOST_FIELDS:
-            raise ValueError(f"{len(given)} fields are over {MOST_FIELDS}; leave out what has no meaning here")
+            raise ValueError(f"{len(given)} fields are over {MOST_FIELDS}; leave out those that are not supported")
         return {field: value for field, value in given.items() if not _asks_nothing(field, value)}
 
 
@@ -211,7 +213,7 @@ class Message(Body):
     """A turn of a conversation."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | Annotated[list[TextPart], Field(fail_fast=True)] | None = Field(
+    content: str | Annotated[list[TextPart], Field(max_length=MOST_ITEMS, fail_fast=True)] | None = Field(
         default=None, description="may be null in an assistant's message"
     )
     name: str | None = None
@@ -235,7 +237,7 @@ class Message(Body):
 class ChatRequest(SamplingRequest):
     """`/v1/chat/completions`: the next turn of a conversation."""
 
-    messages: list[Message] = Field(min_length=1, max_length=4096, fail_fast=True)
+    messages: list[Message] = Field(min_length=1, max_length=MOST_ITEMS, fail_fast=True)
     max_completion_tokens: Length | None = Field(default=None, description="the newer name of max_tokens")
     logprobs: bool = Field(default=False, description="with each token's log-probability when it was committed")
 
@@ -323,7 +325,10 @@ class InfillRequest(LlamaRequest):
     input_suffix: str
     prompt: str = Field(default="", description="what has been typed after the prefix already")
     input_extra: list[Extra] = Field(
-        default_factory=list, max_length=1000, fail_fast=True, description="put before the prefix as far as it fits"
+        default_factory=list,
+        max_length=MOST_ITEMS,
+        fail_fast=True,
+        description="put before the prefix as far as it fits",
     )
 
     @model_validator(mode="before")

@@ -119,7 +119,7 @@ def test_an_error_names_the_estimate_the_limit_and_the_way_out(coder: DiffuCoder
         rejected(reference) == "it takes 1,000 passes, and the limit is the model's context, 512; ask for fewer steps"
     )
     assert rejected(DecodingParams(new_tokens=10, num_samples=2), max_computed=100) == (
-        "2 rows of 15 positions in 10 passes compute up to 300 positions, and the limit is 100 (max_computed); "
+        "2 rows of 14 positions in 10 passes compute up to 280 positions, and the limit is 100 (max_computed); "
         "ask for fewer answers, tokens or steps"
     )
     assert "take up to" in rejected(DecodingParams(), max_memory=1)
@@ -191,7 +191,7 @@ def test_a_short_request_is_done_after_few_positions_whatever_is_beside_it(
         return score(tokens, feed=feed, **more)
 
     monkeypatch.setattr(coder.model, "score", watched)
-    prompt = "x = 1\n" * 110 if beside == "long-prompt" else PROMPT
+    prompt = "x = 1\n" * 90 if beside == "long-prompt" else PROMPT
     engine = Engine(coder, EngineSettings())
 
     async def work() -> None:
@@ -263,18 +263,41 @@ def test_a_newcomer_and_who_pauses_save_nothing_up(coder: DiffuCoder, monkeypatc
     engine.close()
 
 
-def test_memory_of_a_request_that_nobody_reads_is_bounded(coder: DiffuCoder) -> None:
+def test_a_request_whose_client_left_before_it_waited_is_dropped(
+    coder: DiffuCoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(jobs_module, "UNCLAIMED", 0.1)
     engine = Engine(coder, EngineSettings())
 
     async def work() -> None:
-        request = coder.request(PROMPT, DecodingParams(new_tokens=400, num_samples=16), chat=False)
+        request = coder.request(PROMPT, DecodingParams(new_tokens=400, num_samples=64), chat=False)
+        claimed = engine.submit(coder.request(PROMPT, DecodingParams(new_tokens=8), chat=False))
+        waiting = asyncio.create_task(claimed.results())
+        for _ in range(3):
+            engine.submit(request)
+        asyncio.create_task(engine.submit(request).results()).cancel()  # it never begins
+        while engine._jobs:
+            await asyncio.sleep(0.01)
+        assert engine.stats()["cancelled"] == 4
+        assert len(await waiting) == 1
+
+    asyncio.run(asyncio.wait_for(work(), PATIENCE))
+    engine.close()
+
+
+def test_memory_of_a_request_that_nobody_reads_is_bounded(coder: DiffuCoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jobs_module, "UNREAD", 2**13)
+    engine = Engine(coder, EngineSettings())
+
+    async def work() -> None:
+        request = coder.request(PROMPT, DecodingParams(new_tokens=100, num_samples=64), chat=False)
         job = engine.submit(request)
         while job.is_read and job.rows:
             await asyncio.sleep(0.01)
         await asyncio.sleep(0.2)
         size = sum(event.step.canvas.numel() for event in list(job._events._queue))  # type: ignore[attr-defined]
-        assert size <= jobs_module.UNREAD + 16 * 405
-        assert len(job.rows) == 16
+        assert 2**13 - 104 <= size <= 2**13 + 16 * 104
+        assert len(job.rows) == 64
         engine.end(job)
 
     asyncio.run(asyncio.wait_for(work(), PATIENCE))
