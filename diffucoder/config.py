@@ -103,7 +103,8 @@ def _explain(kind: type[Settings], error: ValidationError) -> str:
         return f"in [{key}]: {message}"
     field = settings.get(key)
     description = f" ({field.description})" if field and field.description else ""
-    return f"{key}={_shown(first['input'])}: {message[:1].lower()}{message[1:]}{description}"
+    shown = f"{key}={_shown(first['input'])}"
+    return f"{shown}: {message[:1].lower()}{message[1:]}{description}"
 
 
 def _shown(value: object) -> str:

@@ -8,7 +8,7 @@ the JSON of answers (`responses`), errors (`edge`), or batches (`engine`).
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from functools import partial
@@ -196,7 +196,7 @@ class Server:
         params = self._params(body)
         return params.replace(stop=()) if body.stop is None else params
 
-    def _continuation(self, prompts: list[str | list[int | str]], params: DecodingParams) -> Request:
+    def _continuation(self, prompts: Sequence[str | Sequence[int | str]], params: DecodingParams) -> Request:
         """What continues each of some prompts as it is. Raises PromptError, and ConfigError for many rows."""
         self.engine.check_rows(len(prompts) * params.num_samples)  # before they are made
         requests = []

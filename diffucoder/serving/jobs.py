@@ -162,8 +162,9 @@ class Job:
 
 
 def least_computed(jobs: Sequence[Job]) -> int:
-    """What the job has had that has had least, of those whose clients read; 0 without any."""
-    return min((job.computed for job in jobs if job.is_read), default=0)
+    """What the job has had that has had least, of those that do not pause."""
+    most = max((job.computed for job in jobs), default=0)
+    return min((job.computed for job in jobs if job.is_read), default=most)
 
 
 def rows_of_next_pass(jobs: Sequence[Job], model: Denoiser, *, most_rows: int, most_positions: int) -> list[Row]:

@@ -9,7 +9,16 @@ What the usual fields mean when tokens are written in any order is in docs/servi
 
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import AliasChoices, BaseModel, BeforeValidator, ConfigDict, Field, StrictInt, model_validator
+from pydantic import (
+    AfterValidator,
+    AliasChoices,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    StrictInt,
+    model_validator,
+)
 
 from diffucoder.decoding.params import DecodingParams
 from diffucoder.errors import ConfigError
@@ -64,17 +73,24 @@ def _asks_nothing(field: str, value: Any) -> bool:  # Any: JSON
     return any(value == off and isinstance(value, bool) == isinstance(off, bool) for off in OFF.get(field, ()))
 
 
-def _stops(given: Any) -> Any:  # Any: JSON
-    """A list without empty strings, which ask for nothing; None for a list of nothing else."""
-    stops = [given] if isinstance(given, str) else given
-    if not isinstance(stops, list):
-        return stops
-    return [stop for stop in stops if stop != ""] or (None if stops else [])
+def _without_empty(given: Any) -> Any:  # Any: JSON
+    """Stop strings without empty ones, which ask for nothing; None if there are no others."""
+    if isinstance(given, list) and "" in given:
+        return [stop for stop in given if stop != ""] or None
+    return None if given == "" else given
+
+
+def _as_list(stop: str | list[str] | None) -> list[str] | None:
+    return [stop] if isinstance(stop, str) else stop
 
 
 # Lists stop at their first error: a body of 1 MiB has room for half a million of them
 Stop = Annotated[str, Field(max_length=1000)]
-Stops = Annotated[Annotated[list[Stop], Field(max_length=16, fail_fast=True)] | None, BeforeValidator(_stops)]
+Stops = Annotated[
+    Stop | Annotated[list[Stop], Field(max_length=16, fail_fast=True)] | None,
+    BeforeValidator(_without_empty),
+    AfterValidator(_as_list),
+]
 Ids = Annotated[list[StrictInt], Field(min_length=1, fail_fast=True)]
 Prompt = str | Ids
 Prompts = str | Ids | Annotated[list[Prompt], Field(min_length=1, max_length=64, fail_fast=True)]
@@ -347,9 +363,8 @@ class ContinueRequest(LlamaRequest):
 
     def prompts(self) -> list[str | list[int | str]]:
         """Each is text, or a list of token ids and text."""
-        given = self.prompt
-        # ids and text in one list are one prompt; nothing but texts are several, as are lists and objects
-        if not isinstance(given, list) or any(isinstance(part, int) for part in given):
+        given: list[Any] = self.prompt if isinstance(self.prompt, list) else [self.prompt]  # Any: its many types
+        if any(isinstance(part, int) for part in given):  # one prompt; a list of texts has several
             given = [given]
         prompts = []
         for prompt in given:

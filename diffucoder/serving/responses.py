@@ -12,7 +12,7 @@ import json
 import logging
 import time
 import uuid
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
 from typing import Any, ClassVar
 
 from diffucoder.decoding.coder import HOLE_LENGTHS, DiffuCoder
@@ -301,15 +301,20 @@ def unified_diff(before: str, after: str) -> str:
     new_end = len(new) - end - first
     old = old[first : len(old) - last]
     new = new[first : len(new) - last]
-    matcher = difflib.SequenceMatcher(None, old, new)
-    if (old_end - _CONTEXT) * (new_end - _CONTEXT) > _MOST_COMPARED:  # its time is the square or the cube of the lines
-        matcher.opcodes = [
-            ("equal", 0, start - first, 0, start - first),
-            ("replace", start - first, old_end, start - first, new_end),
-            ("equal", old_end, len(old), new_end, len(new)),
+    groups: Iterable[list[tuple[str, int, int, int, int]]]
+    if (old_end - _CONTEXT) * (new_end - _CONTEXT) <= _MOST_COMPARED:
+        groups = difflib.SequenceMatcher(None, old, new).get_grouped_opcodes(_CONTEXT)
+    else:  # its time is the square or the cube of the number of lines
+        start -= first
+        groups = [
+            [
+                ("equal", 0, start, 0, start),
+                ("replace", start, old_end, start, new_end),
+                ("equal", old_end, len(old), new_end, len(new)),
+            ]
         ]
     diff = "--- before\n+++ after\n"
-    for group in matcher.get_grouped_opcodes(_CONTEXT):
+    for group in groups:
         diff += f"@@ -{_lines(first, group[0][1], group[-1][2])} +{_lines(first, group[0][3], group[-1][4])} @@\n"
         for kind, i, j, k, m in group:
             if kind == "equal":
