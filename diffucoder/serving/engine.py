@@ -223,9 +223,7 @@ class Engine:
 
     def _fill_slots(self) -> None:
         """Choose the rows of the next pass."""
-        self._running = rows_of_next_pass(
-            self._jobs, self.coder.model, most_rows=self.batch_limit, most_positions=self.budget.positions
-        )
+        self._running = rows_of_next_pass(self._jobs, most_rows=self.batch_limit, most_positions=self.budget.positions)
 
     # --- the thread ---
 
@@ -314,6 +312,7 @@ class Engine:
                 if not job.send_step(row, step):  # the client's event loop is closed
                     self.end(job)
                     continue
+                row.passed(self.coder.model)
                 if row.sequence.finish_reason is not None:
                     self._running.remove(row)
                     job.rows.remove(row)

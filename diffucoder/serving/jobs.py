@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from diffucoder.serving.engine import Engine
 
 LEAD = 256  # positions; about what a processor computes in the time that a pass takes whatever its size
+LONG = 2**13  # positions, whose answers take some milliseconds to make
 UNCLAIMED = 30.0  # seconds until a job ends whose client has not begun to wait for it: it left before
 UNREAD = 2**20  # positions in the steps that a client has not read yet, after which its request pauses
 
@@ -67,10 +68,13 @@ class Row:
     sequence: DecodingSequence
     settled: int = 0  # how many ids the client knows from the events
 
-    def cost(self, model: Denoiser) -> int:
-        """The positions that its next pass is fed."""
-        plan = self.sequence.cache_plan
-        return int(plan.feed(self.sequence, model).sum()) if plan.uses_cache else len(self.sequence.tokens)
+    def __post_init__(self) -> None:
+        self.cost = len(self.sequence.tokens)  # positions that its next pass is fed
+
+    def passed(self, model: Denoiser) -> None:
+        """Note that a pass has computed it: with a cache, the next one is fed less."""
+        if self.sequence.cache_plan.uses_cache:
+            self.cost = int(self.sequence.cache_plan.feed(self.sequence, model).sum())
 
 
 class Job:
@@ -137,7 +141,13 @@ class Job:
         """Wait for the answers. Raises LateError or FailedError. Cancelling this cancels the job."""
         async for _ in self.events():
             pass
-        return self.results_now()
+        return await self.made_results()
+
+    async def made_results(self) -> list[Generation]:
+        """`results_now`, on a thread if that takes long."""
+        if self.request.canvas.tokens.numel() <= LONG:
+            return self.results_now()
+        return await asyncio.to_thread(self.results_now)
 
     def results_now(self) -> list[Generation]:
         """The answers, once `events` has ended."""
@@ -167,7 +177,7 @@ def least_computed(jobs: Sequence[Job]) -> int:
     return min((job.computed for job in jobs if job.is_read), default=most)
 
 
-def rows_of_next_pass(jobs: Sequence[Job], model: Denoiser, *, most_rows: int, most_positions: int) -> list[Row]:
+def rows_of_next_pass(jobs: Sequence[Job], *, most_rows: int, most_positions: int) -> list[Row]:
     """The rows that the next pass computes, charged to their jobs.
 
     The rows, all as long as the longest, have `most_positions`; a longer row goes alone.
@@ -190,7 +200,7 @@ def rows_of_next_pass(jobs: Sequence[Job], model: Denoiser, *, most_rows: int, m
             continue  # it has had least, so it is in time
         chosen.append(row)
         longest = length
-        job.computed = computed + row.cost(model)
+        job.computed = computed + row.cost
         if number + 1 < len(job.rows):
             heapq.heappush(queue, (job.computed, ticket, number + 1, job))
     return chosen

@@ -105,7 +105,7 @@ class Answer:
             async for event in job.events():
                 for chunk in self._step_chunks(job, event, sent):
                     yield self._event(chunk)
-            for chunk in self._last_chunks(job, sent):
+            for chunk in self._last_chunks(job, await job.made_results(), sent):
                 yield self._event(chunk)
         except Exception as error:  # whatever it is, the client must hear of it
             if not isinstance(error, DiffuCoderError):
@@ -134,8 +134,7 @@ class Answer:
             if text:
                 yield {"choices": [_choice(event.row, self.piece(text))]}
 
-    def _last_chunks(self, job: Job, sent: list[SettledText]) -> Iterator[Json]:
-        results = job.results_now()
+    def _last_chunks(self, job: Job, results: list[Generation], sent: list[SettledText]) -> Iterator[Json]:
         for result in results:
             rest = result.text[sent[result.index].length :]
             content = self.piece(rest) or self.choice(result)
