@@ -28,9 +28,7 @@ log = logging.getLogger(__name__)
 
 Json = dict[str, Any]  # Any: what is sent as JSON
 _CONTEXT = 3  # lines around a change
-_MOST_COMPARED = (
-    10**6
-)  # lines times lines; between the first and the last change of longer texts all lines are replaced
+_MOST_COMPARED = 10**6  # lines times lines; in longer texts everything from the first to the last change is replaced
 
 
 def token_text(coder: DiffuCoder, token: int) -> str:

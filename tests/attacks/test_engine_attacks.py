@@ -19,7 +19,7 @@ from diffucoder.decoding.requests import SettledText, StopSearch, before_stops
 from diffucoder.serving import jobs as jobs_module
 from diffucoder.serving import protocol
 from diffucoder.serving.app import create_app
-from diffucoder.serving.cost import Budget
+from diffucoder.serving.cost import Budget, free_memory
 from diffucoder.serving.engine import BusyError, Engine, Job
 from diffucoder.serving.jobs import LEAD
 from diffucoder.serving.responses import unified_diff
@@ -135,6 +135,7 @@ def test_everything_that_takes_memory_is_in_the_estimate(coder: DiffuCoder) -> N
     assert cached.kept - plain.kept == 2 * 400 * 2 * layers * key_heads * head_dim * number
     squared = budget.cost(1, 400, 300, DecodingParams(preset="reference")).passing - plain.passing
     assert squared == 8 * 400**2
+    assert 2**20 < free_memory(torch.device("cpu")) < 2**50
     assert budget.cost(1, 400, 300, DecodingParams(revoke=0.5)).kept < plain.kept + 300 * 500
     assert budget.cost(1, 400, 300, DecodingParams(revoke=1 - 1e-9)).kept > plain.kept + 300 * 300 * 99
 
