@@ -8,7 +8,7 @@ the JSON of answers (`responses`), errors (`edge`), or batches (`engine`).
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from functools import partial
@@ -25,7 +25,6 @@ from diffucoder.decoding.canvas import Canvas
 from diffucoder.decoding.coder import DiffuCoder, Span
 from diffucoder.decoding.params import DecodingParams
 from diffucoder.decoding.requests import Generation, Request
-from diffucoder.errors import PromptError
 from diffucoder.serving import protocol, responses
 from diffucoder.serving.edge import ApiError, add_error_handlers, answer_head, limit_body, require_key
 from diffucoder.serving.engine import Engine
@@ -146,8 +145,7 @@ class Server:
 
     async def completion(self, body: protocol.ContinueRequest, http: fastapi.Request) -> Json | list[Json] | Response:
         """Continue text as llama.cpp does, for plug-ins that write their prompts themselves."""
-        prompts = protocol.prompts_of(body.prompt)
-        return await self._llama_reply(partial(self._continuation, prompts), body, http)
+        return await self._llama_reply(partial(self._continuation, body.prompts()), body, http)
 
     async def tokenize(self, body: protocol.TokenizeRequest) -> Json:
         """Tokens of a text, as llama.cpp's route gives them."""
@@ -198,7 +196,7 @@ class Server:
         params = self._params(body)
         return params.replace(stop=()) if body.stop is None else params
 
-    def _continuation(self, prompts: list[str | list[int]], params: DecodingParams) -> Request:
+    def _continuation(self, prompts: Sequence[str | Sequence[int | str]], params: DecodingParams) -> Request:
         """What continues each of some prompts as it is. Raises PromptError, and ConfigError for many rows."""
         self.engine.check_rows(len(prompts) * params.num_samples)  # before they are made
         requests = []
@@ -206,11 +204,7 @@ class Server:
             if isinstance(prompt, str):
                 requests.append(self.coder.request(prompt, params, chat=False))
                 continue
-            known = min(self.coder.model.vocab_size, self.coder.tokenizer.vocab_size)
-            for token in prompt:
-                if not 0 <= token < known or token == self.coder.model.mask_id:
-                    raise PromptError(f"token id {token} is not one of 0 to {known - 1}, or is the mask; use /tokenize")
-            requests.append(self.coder.request_of_ids(prompt, params))
+            requests.append(self.coder.request_of_ids(responses.ids_of(self.coder, prompt), params))
         return replace(requests[0], canvas=Canvas.stacked([request.canvas for request in requests]))
 
     async def _llama_reply(
@@ -220,7 +214,7 @@ class Server:
         self._check_model(body.model)
         count = body.n_cmpl or self.settings.decoding.num_samples
         if isinstance(body, protocol.ContinueRequest):
-            count *= len(protocol.prompts_of(body.prompt))
+            count *= len(body.prompts())
         answers = [responses.nothing_written(self.coder)] * count
         if body.n_predict != 0:
             request = request_of(self._params(body))

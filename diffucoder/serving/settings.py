@@ -13,10 +13,21 @@ class EngineSettings(Settings):
     """Limits of the engine."""
 
     max_batch: int = Field(default=16, ge=1, description="rows in one forward pass")
-    max_waiting: int = Field(default=64, ge=0, description="requests that may wait for a slot; more are rejected")
+    max_waiting: int = Field(default=64, ge=0, description="requests beyond max_batch; more are rejected")
     max_rows: int = Field(default=64, ge=1, description="rows of one request: samples, times lengths tried")
     deadline: float = Field(default=300.0, gt=0, description="seconds until a request is ended with an error")
-    turn: int = Field(default=64, ge=1, description="steps until a row goes back to the queue if others wait")
+    max_positions: int | None = Field(
+        default=None,
+        ge=1,
+        description="rows of one forward pass times the longest of them; a longer row goes alone; "
+        "None: 1024 on CPUs, 8192 elsewhere",
+    )
+    max_computed: int | None = Field(
+        default=None, ge=1, description="rows x positions x passes of one request; None: max_rows of the whole context"
+    )
+    max_memory: int | None = Field(
+        default=None, ge=1, description="bytes that requests may take; None: half of what is free at the start"
+    )
 
 
 class ServerSettings(Settings):
