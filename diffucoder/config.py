@@ -103,7 +103,10 @@ def _explain(kind: type[Settings], error: ValidationError) -> str:
         return f"in [{key}]: {message}"
     field = settings.get(key)
     description = f" ({field.description})" if field and field.description else ""
-    return f"{key}={first['input']!r}: {message[:1].lower()}{message[1:]}{description}"
+    shown = f"{key}={first['input']!r}"
+    if field and not field.repr:  # a secret
+        shown = key
+    return f"{shown}: {message[:1].lower()}{message[1:]}{description}"
 
 
 def _hint(key: str, known: list[str]) -> str:

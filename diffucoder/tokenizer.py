@@ -32,6 +32,7 @@ DEFAULT_SYSTEM = "You are a helpful assistant."  # Qwen2.5's, which DiffuCoder w
 
 # Control tokens by their form, whatever their flags: llama.cpp's rule. DeepSeek's has full-width bars
 _CONTROL = re.compile(r"<[|\uff5c].*[|\uff5c]>", re.DOTALL)
+_LONG = 4096  # characters; while a longer text is encoded, other threads go on
 _MARK = "\ufdd0"  # not a character; text that is exchanged does not have it
 
 Messages = Sequence[Mapping[str, str]]
@@ -185,6 +186,8 @@ class Tokenizer:
         """
         backend = self.backend if special else self._plain_backend
         try:
+            if len(text) > _LONG:
+                return list(backend.encode_batch_fast([text], add_special_tokens=False)[0].ids)
             return list(backend.encode(text, add_special_tokens=False).ids)
         except TypeError:
             raise PromptError(f"text {text[:40]!r} is not Unicode; give it as UTF-8") from None

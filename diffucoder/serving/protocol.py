@@ -24,6 +24,9 @@ HINTS = frozenset(
     """.split()
 )
 
+MOST_FIELDS = 256  # of an object; each that is unknown costs an error
+MOST_ITEMS = 1024  # messages, parts of one, texts from other files: objects that are checked one by one
+
 # Values by which clients leave a field out, besides null.
 OFF: dict[str, tuple[Any, ...]] = {  # Any: JSON
     **dict.fromkeys(("presence_penalty", "frequency_penalty", "min_p", "top_logprobs", "n_probs", "min_keep"), (0,)),
@@ -67,8 +70,8 @@ def _as_list(stop: str | list[str] | None) -> list[str] | None:
 
 NonEmpty = Annotated[str, Field(min_length=1)]
 Stops = Annotated[NonEmpty | Annotated[list[NonEmpty], Field(max_length=16)] | None, AfterValidator(_as_list)]
-Ids = Annotated[list[StrictInt], Field(min_length=1)]
-Prompts = str | Ids | Annotated[list[str | Ids], Field(min_length=1, max_length=64)]
+Ids = Annotated[list[StrictInt], Field(min_length=1, fail_fast=True)]
+Prompts = str | Ids | Annotated[list[str | Ids], Field(min_length=1, max_length=64, fail_fast=True)]
 
 
 def prompts_of(given: Prompts) -> list[str | list[int]]:
@@ -88,6 +91,8 @@ class Body(BaseModel):
     def _leave_out_what_asks_nothing(cls, given: Any) -> Any:  # Any: JSON
         if not isinstance(given, dict):
             return given
+        if len(given) > MOST_FIELDS:
+            raise ValueError(f"{len(given)} fields are over {MOST_FIELDS}; leave out those that are not supported")
         return {field: value for field, value in given.items() if not _asks_nothing(field, value)}
 
 
@@ -113,7 +118,9 @@ class DecodingRequest(Body):
     )
     seed: int | None = Field(default=None, ge=0, lt=2**63, description="fixes the answers")
     stop: Stops = Field(default=None, description="end an answer before the first of these; empty: none")
-    decoding: dict[str, Any] = Field(default_factory=dict, description="other settings, see docs/decoding.md")
+    decoding: dict[str, Any] = Field(
+        default_factory=dict, max_length=MOST_FIELDS, description="other settings, see docs/decoding.md"
+    )
 
     def params(self, default: DecodingParams) -> DecodingParams:
         """Return the server's settings with those of this request on top. Raises ConfigError."""
@@ -185,7 +192,9 @@ class Message(Body):
     """A turn of a conversation."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[TextPart] | None = Field(default=None, description="may be null in an assistant's message")
+    content: str | Annotated[list[TextPart], Field(max_length=MOST_ITEMS, fail_fast=True)] | None = Field(
+        default=None, description="may be null in an assistant's message"
+    )
     name: str | None = None
 
     @model_validator(mode="after")
@@ -207,7 +216,7 @@ class Message(Body):
 class ChatRequest(SamplingRequest):
     """`/v1/chat/completions`: the next turn of a conversation."""
 
-    messages: list[Message] = Field(min_length=1)
+    messages: list[Message] = Field(min_length=1, max_length=MOST_ITEMS, fail_fast=True)
     max_completion_tokens: int | None = Field(default=None, ge=1, description="the newer name of max_tokens")
     logprobs: bool = Field(default=False, description="with each token's log-probability when it was committed")
 
@@ -286,7 +295,12 @@ class InfillRequest(LlamaRequest):
     input_prefix: str
     input_suffix: str
     prompt: str = Field(default="", description="what has been typed after the prefix already")
-    input_extra: list[Extra] = Field(default_factory=list, description="put before the prefix as far as it fits")
+    input_extra: list[Extra] = Field(
+        default_factory=list,
+        max_length=MOST_ITEMS,
+        fail_fast=True,
+        description="put before the prefix as far as it fits",
+    )
 
 
 class ContinueRequest(LlamaRequest):
