@@ -23,6 +23,7 @@ _BUSY = b"HTTP/1.1 503 Service Unavailable\r\nretry-after: 1\r\ncontent-length: 
 class _Parser(h11.Connection):
     """Rejects a body in many tiny chunks, each of which costs as much time as a large one."""
 
+    too_small = False  # the chunks of this request
     _chunks = 0
     _size = 0
 
@@ -34,6 +35,7 @@ class _Parser(h11.Connection):
             self._chunks += 1
             self._size += len(event.data)
             if self._chunks > _FREE_CHUNKS + self._size // _SMALLEST_MEAN:
+                self.too_small = True
                 raise h11.RemoteProtocolError("the chunks of the body are too small")
         return event
 
@@ -54,7 +56,10 @@ class _Transport:
     def close(self) -> None:
         if self._connection.more_is_coming() and not self.is_closing():
             self._connection.discards = True
-            self._transport.write_eof()
+            try:
+                self._transport.write_eof()
+            except OSError:  # the client is gone
+                self._transport.close()
             self._transport.resume_reading()
         elif not self._connection.discards:
             self._transport.close()
@@ -67,7 +72,7 @@ class Connection(H11Protocol):
         super().__init__(**kwargs)
         self.settings = settings
         self.most = most  # connections of the server
-        self.conn = _Parser(h11.SERVER)
+        self.conn: _Parser = _Parser(h11.SERVER)
         self.discards = False  # the answer is complete, and what the client still sends is not looked at
         self.since = time.monotonic()  # when the client began to do what it does now
         self._activity: Hashable = None  # what `waits_for` returned last
@@ -139,6 +144,8 @@ class Connection(H11Protocol):
 
     def send_400_response(self, msg: str) -> None:
         self._broken = True
+        if self.conn.too_small:
+            msg = "The chunks of the body are too small; send larger ones."
         try:
             super().send_400_response(msg)
         except h11.LocalProtocolError:  # an answer has begun

@@ -31,6 +31,7 @@ def impatient() -> Iterator[tuple[str, "subprocess.Popen[str]"]]:
     """A server that waits a second, and has 12 connections."""
     with serving("--dtype", "float32", *IMPATIENT) as started:
         yield started
+        assert_no_traceback(started[1])
 
 
 @pytest.fixture(scope="module")
@@ -38,6 +39,16 @@ def guarded() -> Iterator[tuple[str, "subprocess.Popen[str]"]]:
     """A server with a key."""
     with serving("--dtype", "float32", DIFFUCODER_API_KEY=f"\ufeff{KEY} \r\n") as started:
         yield started
+        assert_no_traceback(started[1])
+
+
+def assert_no_traceback(process: "subprocess.Popen[str]") -> None:
+    """Stop a server; its log has nothing about mistakes of its own."""
+    process.terminate()
+    assert process.wait(PATIENCE) == 0
+    assert process.stderr is not None
+    log = process.stderr.read()
+    assert "Traceback" not in log, log
 
 
 def connect(url: str, sent: str = "") -> socket.socket:
@@ -144,20 +155,17 @@ def test_few_descriptors_are_enough_and_lines_of_the_log_are_few() -> None:
 
 def test_a_client_that_does_not_read_is_left(impatient: tuple[str, "subprocess.Popen[str]"]) -> None:
     url, process = impatient
-    before = figure(url, "cancelled_total")
+    wait(lambda: _connections(process) < 4)
+    requests = 0
     with connect(url) as connection:
-        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         connection.settimeout(0.5)
         with suppress(TimeoutError, ConnectionResetError, BrokenPipeError):
             while True:
                 connection.sendall(b"GET /metrics HTTP/1.1\r\nHost: localhost\r\n\r\n" * 100)
+                requests += 100
         connection.settimeout(PATIENCE)
-        answer(connection)  # it ends
-    body = json.dumps({**LONG, "n": 64, "max_tokens": 400, "stream": True, "stream_options": {"denoise": True}})
-    with connect(url) as connection:
-        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-        connection.sendall(f"{HEAD}Content-Length: {len(body)}\r\n\r\n{body}".encode())
-        wait(lambda: figure(url, "cancelled_total") == before + 1)
+        time.sleep(3)
+        assert answer(connection).count("HTTP/1.1 200 OK") < requests
 
 
 # --- what is read before the key, and how much of it -----------------------------------------------------------------
@@ -431,8 +439,7 @@ def test_an_address_that_is_taken_is_one_line_with_its_reason(impatient: tuple[s
     assert "in use" in done.stderr
 
 
-def test_nothing_that_a_client_sends_is_in_the_log(impatient: tuple[str, "subprocess.Popen[str]"]) -> None:
-    url, _ = impatient
+def test_nothing_that_a_client_sends_is_in_the_log() -> None:
     with serving("--dtype", "float32") as (url, process):
         for path in ("/%0a%1b[31mforged", "/v1/models/%0aforged", "/page/%2e%2e/%2e%2e/forged%00"):
             assert get(url + path).status_code in (404, 400)
@@ -440,8 +447,6 @@ def test_nothing_that_a_client_sends_is_in_the_log(impatient: tuple[str, "subpro
             answer(connection)
         with connect(url, "GET /health HTTP/1.1\r\nHost: localhost\r\nConnection: upgrade\r\nUpgrade: forged\r\n\r\n"):
             pass
-        before = figure(url, "finished_total")
-        assert before == 0
         process.send_signal(signal.SIGTERM)
         assert process.wait(PATIENCE) == 0
         assert process.stderr is not None
