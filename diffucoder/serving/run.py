@@ -64,7 +64,8 @@ def run(app: ASGIApp, settings: ServerSettings, *, host: str, port: int) -> None
     descriptors, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     if descriptors == resource.RLIM_INFINITY:
         descriptors = 2**20
-    connection = partial(Connection, settings=settings, most=min(settings.max_connections, descriptors // 2))
+    most = settings.max_connections or max(512, 2 * (settings.engine.max_batch + settings.engine.max_waiting))
+    connection = partial(Connection, settings=settings, most=min(most, descriptors // 2))
     config = uvicorn.Config(
         app,
         host=host,

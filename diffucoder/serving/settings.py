@@ -3,7 +3,7 @@
 import re
 from typing import Literal
 
-from pydantic import Field, field_validator
+from pydantic import ConfigDict, Field, field_validator
 
 from diffucoder.config import Settings
 from diffucoder.decoding.params import DecodingParams
@@ -22,14 +22,17 @@ class EngineSettings(Settings):
 class ServerSettings(Settings):
     """Settings of one server."""
 
+    model_config = ConfigDict(hide_input_in_errors=True)  # Ray validates too, and the key is no text for its log
+
     api_key: str | None = Field(default=None, repr=False, description="key clients must send; None: no key")
     hosts: tuple[str, ...] = Field(default=(), description="names in Host headers besides loopback's; a key allows all")
     cors: tuple[str, ...] = Field(default=(), description="allowed CORS origins")
     max_body: int = Field(default=2**20, ge=1024, description="largest request body in bytes")
-    max_connections: int = Field(
-        default=512,
+    max_connections: int | None = Field(
+        default=None,
         ge=8,
-        description="open connections, at most half the descriptors; then the longest idle one is closed",
+        description="open connections, at most half the descriptors; more close those that wait longest;"
+        " None: 512, or twice the requests that run and wait",
     )
     read_timeout: float = Field(default=20.0, gt=0, description="seconds a client may take to send a head, then a body")
     write_timeout: float = Field(default=30.0, gt=0, description="seconds a client may leave an answer unread")

@@ -1,6 +1,5 @@
 """Hostile clients of a real server: they hold connections, send little, read nothing, come from another site."""
 
-import json
 import os
 import resource
 import signal
@@ -15,6 +14,7 @@ from pathlib import Path
 
 import httpx
 import pytest
+from pydantic import ValidationError
 from serving import PATIENCE, figure, get, post, serving, stream, wait
 
 from diffucoder.errors import ConfigError
@@ -304,6 +304,9 @@ def test_a_key_that_no_client_could_send_is_rejected_and_never_printed(key: str)
         ServerSettings(api_key=key)
     assert "api_key: the key has" in str(error.value)
     assert key[:5] not in str(error.value)
+    with pytest.raises(ValidationError) as raw:
+        ServerSettings.model_validate({"api_key": key})
+    assert key[:5] not in str(raw.value)
     assert KEY not in repr(ServerSettings(api_key=KEY))
 
 
