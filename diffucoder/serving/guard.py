@@ -92,7 +92,8 @@ class Guard:
         origin = headers.get("origin")
         if origin is None or origin in self.settings.cors or "*" in self.settings.cors:
             return
-        if origin.lower().partition("://")[2] != host and _name_of(origin.lower()) not in self.settings.hosts:
+        site = _name_of(origin)
+        if origin.partition("://")[2] != host and (is_loopback(site) or site not in self.settings.hosts):
             raise ApiError(403, f"pages of {origin[:100]!r} may not use this server; allow them with --cors ORIGIN")
 
     async def _read(self, receive: Receive) -> bytes | None:
@@ -125,11 +126,14 @@ def _check_key(headers: Headers, key: str) -> None:
 
 
 def _name_of(url: str) -> str:
-    """The host of a URL, without its port; empty if there is none."""
+    """The host of a URL, without its port; empty if there is none, or the port is not a number."""
     try:
-        return urlsplit(url).hostname or ""
+        parts = urlsplit(url)
+        if parts.port is None or parts.port > 0:
+            return parts.hostname or ""
     except ValueError:
-        return ""
+        pass
+    return ""
 
 
 def _received(body: bytes, receive: Receive) -> Receive:
