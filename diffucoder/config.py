@@ -105,6 +105,8 @@ def _explain(kind: type[Settings], error: ValidationError) -> str:
     field = settings.get(key)
     description = f" ({field.description})" if field and field.description else ""
     shown = f"{key}={_shown(first['input'])}"
+    if field and not field.repr:  # a secret
+        shown = key
     return f"{shown}: {message[:1].lower()}{message[1:]}{description}"
 
 

@@ -6,6 +6,7 @@ Each route of the OpenAI kind has a subclass of `Answer`, which makes both the w
 two agree. The index of a choice is that of its result, `Generation.index`.
 """
 
+import asyncio
 import difflib
 import io
 import json
@@ -100,7 +101,9 @@ class Answer:
         try:
             for chunk in self._first_chunks(job):
                 yield self._event(chunk)
+                await asyncio.sleep(0)  # other connections have their turn, however much is ready to be sent
             async for event in job.events():
+                await asyncio.sleep(0)
                 for chunk in self._step_chunks(job, event, sent):
                     yield self._event(chunk)
             for chunk in self._last_chunks(job, await job.made_results(), sent):
