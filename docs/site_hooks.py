@@ -22,7 +22,7 @@ _FROM_ELSEWHERE = re.compile(r'<(?:script|img|iframe|link)\b[^>]*\b(?:src|href)=
 _CODE_IN_TABLE = re.compile(r"^\|.*`[^`\n]*\\\|[^`\n]*`.*$", re.MULTILINE)
 _log = logging.getLogger("mkdocs.hooks")
 LINKED = ("benchmarks/results/**/*.md", "benchmarks/results/**/*.svg", "benchmarks/results/**/*.jsonl", "examples/*")
-ROOT_PAGES = {"CHANGELOG.md": "changelog.md", "CONTRIBUTING.md": "contributing.md"}
+ROOT_PAGES = {"CHANGELOG.md": "changelog.md", "CONTRIBUTING.md": "contributing.md", "SECURITY.md": "reporting.md"}
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:

@@ -3,6 +3,7 @@
 `python tests/test_public_api.py` records it again.
 """
 
+import ast
 import inspect
 import re
 from dataclasses import MISSING, fields, is_dataclass
@@ -73,8 +74,12 @@ def test_the_public_api_is_the_recorded_one() -> None:
     assert not changes, "\n".join([_HOW, *changes])
 
 
-def test_the_package_declares_its_types() -> None:
-    assert Path(diffucoder.__file__).with_name("py.typed").is_file()
+def test_type_checkers_see_the_public_names() -> None:
+    source = Path(diffucoder.__file__)
+    assert source.with_name("py.typed").is_file()
+    imports = [node for node in ast.walk(ast.parse(source.read_text())) if isinstance(node, ast.ImportFrom)]
+    seen = {node.names[0].name: node.module for node in imports if node.names[0].asname}
+    assert seen == diffucoder._HOME
 
 
 if __name__ == "__main__":
