@@ -126,7 +126,7 @@ def test_a_revoked_token_is_a_mask_again_and_counts_no_more(view: CanvasView, ca
     assert view.text().plain == "x" + PLACEHOLDER * 7
     assert view.step_of == {0: 0}
     console.print(view.render())
-    assert "2 forward passes · 0.50 tokens per pass" in console.export_text()
+    assert "1 tokens in 2 forward passes" in console.export_text()
 
 
 def test_figures_count_passes_and_the_tokens_before_the_terminator(
@@ -136,7 +136,7 @@ def test_figures_count_passes_and_the_tokens_before_the_terminator(
     view.update(at(canvas, 1, {0: one, 1: two, 2: view.tokenizer.encode("<|im_end|>", special=True)[0], 3: three}))
     console.print(view.render(finished=True))
     shown = console.export_text()
-    assert "2 forward passes · 1.00 tokens per pass" in shown
+    assert "2 tokens in 2 forward passes" in shown
     assert "tokens/s" in shown
     assert "first" in shown
 
@@ -174,7 +174,7 @@ def test_a_progress_bar_counts_every_token_and_leaves_no_trace(
     counted: list[float] = []
     monkeypatch.setattr("rich.progress.Progress.advance", lambda self, task, advance: counted.append(advance))
     pipe = io.StringIO()
-    with progress(request, Console(file=pipe, width=80)) as on_step:
+    with progress([request], Console(file=pipe, width=80)) as on_step:
         [results] = coder.run([request], on_step=on_step)
     assert any(result.trace.revoked for result in results) == ("revoke" in more)
     assert sum(counted) == 2 * 8

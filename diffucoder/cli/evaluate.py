@@ -17,7 +17,7 @@ from diffucoder.evaluation.settings import EvaluateSettings, OrderSettings
 def evaluate(*, settings: EvaluateSettings, as_json: AsJson = False) -> None:
     """Measure a model on a benchmark.
 
-    Prints pass@1, and writes a verdict for every task; --samples grades anybody's completions. A run that was stopped is
+    Prints pass@1, and writes a verdict for every task; --samples grades anybody's completions. A stopped run is
     continued. Programs run in the sandbox.
     """
     from diffucoder.evaluation.run import evaluate as run_evaluation
