@@ -66,7 +66,9 @@ def defaults(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_defaults_of_a_file_hold_unless_an_option_is_given(cli: Run, defaults: Path, tmp_path: Path) -> None:
     from diffucoder.decoding.trace import read_traces
 
-    defaults.write_text('dtype = "float32"\nsteps = 4\n[generate]\nnew_tokens = 8\nstop = ["zzz"]\n[infill]\nsteps = 1\n')
+    defaults.write_text(
+        'dtype = "float32"\nsteps = 4\n[generate]\nnew_tokens = 8\nstop = ["zzz"]\n[infill]\nsteps = 1\n'
+    )
     trace = tmp_path / "trace.jsonl"
 
     def params(*options: object) -> tuple[object, ...]:
