@@ -61,9 +61,10 @@ def test_a_request_is_written_and_replayed(page: Any) -> None:
 
 
 def test_two_holes_are_filled(page: Any) -> None:
-    page.fill("#text", "def total(nums):\n    nums = [n for n in nums if <|hole:5|>]\n    return sum(<|hole:1|>)\n")
+    request = "# Write a function total(nums) that keeps only the even numbers, then sums the numbers.\n"
+    page.fill("#text", f"{request}def total(nums):\n    nums = [n for n in nums if<|hole:7|>]\n    return<|hole:1|>(nums)\n")
     write(page)
-    assert page.locator(".canvas .token").count() == 6
+    assert page.locator(".canvas .token").count() == 8
     assert "▢" not in page.locator(".canvas").inner_text()
     shot(page, "holes")
 
@@ -80,11 +81,14 @@ def test_two_settings_side_by_side(page: Any) -> None:
 
 
 def test_the_text_before_a_hole_is_shown_and_an_example_is_a_click_away(page: Any) -> None:
-    page.click("#examples button:has-text('fill a hole')")
+    page.click("#examples button:has-text('fill two holes')")
     page.wait_for_selector("#status:has-text('Done')")
-    shown = page.locator(".canvas").inner_text()
-    assert shown.startswith("def keep_even(nums):\n    nums = [n for n in nums if n % 2 == ")
-    assert shown.endswith("]\n    return nums\n")
+    assert page.locator(".canvas").inner_text().splitlines() == [
+        "# Write a function total(nums) that keeps only the even numbers, then sums the numbers.",
+        "def total(nums):",
+        "    nums = [n for n in nums if n % 2 == 0]",
+        "    return sum(nums)",
+    ]
 
 
 def test_the_legend_follows_the_colours(page: Any) -> None:

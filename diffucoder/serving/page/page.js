@@ -9,7 +9,9 @@ const EXAMPLES = {
   "sum the even numbers": "Write a function filter_numbers(nums) that keeps only the even numbers, then sums the numbers.",
   "reverse a string": "Write a function that reverses the string.",
   "join words": "Write a function that takes a list of words and joins the words with dashes.",
-  "fill a hole": "def keep_even(nums):\n    nums = [n for n in nums if n % 2 == <|hole:1|>]\n    return nums\n",
+  "fill two holes":
+    "# Write a function total(nums) that keeps only the even numbers, then sums the numbers.\n" +
+    "def total(nums):\n    nums = [n for n in nums if<|hole:7|>]\n    return<|hole:1|>(nums)\n",
 };
 let stop = null; // ends what is running
 
