@@ -1,6 +1,8 @@
 """The live view: masks as placeholders, tokens coloured by their step, figures that agree with the result."""
 
+import html
 import io
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -189,3 +191,13 @@ def test_the_view_can_be_saved_as_a_picture(
     console.print(view.render(finished=True))
     console.save_svg(str(tmp_path / "watch.svg"), title="diffucoder")
     assert "<svg" in (tmp_path / "watch.svg").read_text(encoding="utf-8")
+
+
+def test_the_recorded_picture_shows_what_the_shipped_model_writes() -> None:
+    picture = (Path(__file__).parents[1] / "docs" / "watch.svg").read_text(encoding="utf-8")
+    shown = "".join(html.unescape(text) for text in re.findall(r">([^<]*)<", picture)).replace("\xa0", " ")
+    prompt = re.search(r'--watch "(.*?)"', shown, re.DOTALL)
+    assert prompt is not None
+    answer = DiffuCoder.load().generate(" ".join(prompt[1].split()))
+    last_canvas = "".join(shown.rpartition(" canvas ")[2].replace("│", "").split())
+    assert "".join(answer.text.split()) in last_canvas
