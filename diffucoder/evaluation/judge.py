@@ -6,6 +6,7 @@ arguments, and the results are compared outside the sandbox. `grading.grade` run
 
 import hashlib
 import json
+import re
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
@@ -87,7 +88,7 @@ def grade_samples(
     samples = [sample for sample in samples if sample["task_id"] in by_id]
     verdicts: list[Json] = []
     if path is not None:
-        verdicts = matching_lines(read_whole_lines(path), samples)
+        verdicts = matching_lines(read_whole_lines(path), samples, _is_verdict)
         write_jsonl(path, verdicts)
     waiting = samples[len(verdicts) :]
     needed = {sample["task_id"] for sample in waiting}
@@ -106,14 +107,22 @@ def grade_samples(
     return verdicts
 
 
-def matching_lines(lines: Sequence[Json], wanted: Sequence[Json]) -> list[Json]:
-    """Return the first of `lines`, as long as each is about the same sample as its neighbour in `wanted`."""
+def matching_lines(lines: Sequence[Json], wanted: Sequence[Json], is_whole: Callable[[Json], bool]) -> list[Json]:
+    """Return the first of `lines`, as long as each is whole and about the same sample as its neighbour in `wanted`."""
     matching = []
     for line, want in zip(lines, wanted, strict=False):
-        if line.get("task_id") != want["task_id"] or line.get("sample") != want["sample"]:
+        if line.get("task_id") != want["task_id"] or line.get("sample") != want["sample"] or not is_whole(line):
             break
         matching.append(line)
     return matching
+
+
+def _is_verdict(line: Json) -> bool:
+    """Whether a line of a run folder, which may be anybody's, has all fields of `Judged`."""
+    texts = (line.get("status"), line.get("detail"))
+    answers = (line.get("passed"), line.get("base"), line.get("trusted"))
+    has_plus = "plus" in line and (line["plus"] is None or isinstance(line["plus"], bool))
+    return has_plus and all(isinstance(text, str) for text in texts) and all(isinstance(each, bool) for each in answers)
 
 
 def split_by_imports(tasks: Sequence[Task], sandbox: Sandbox) -> tuple[list[Task], dict[str, str]]:
@@ -223,8 +232,9 @@ def references(tasks: Sequence[Task], sandbox: Sandbox, progress: Progress = sil
 
 def _reference_path(task: Task, tests: Calls) -> Path:
     content = repr((task.canonical, task.entry_point, tests.base, tests.plus or ()))
-    key = hashlib.sha256(content.encode()).hexdigest()[:16]
-    return cache_folder() / "references" / f"{task.task_id.replace('/', '-')}-{key}.json"
+    key = hashlib.sha256(content.encode(errors="surrogatepass")).hexdigest()[:16]
+    name = re.sub(r"[^A-Za-z0-9_.-]", "-", task.task_id)[:80]  # an id may be anything; the key alone distinguishes
+    return cache_folder() / "references" / f"{name}-{key}.json"
 
 
 def _read_reference(path: Path) -> Reference | None:

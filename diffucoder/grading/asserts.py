@@ -30,11 +30,18 @@ from diffucoder.grading.values import set_of
 
 _LARGEST = 100_000  # items of a sequence or bits of a number that an operator may produce
 
+_STAR = re.compile(r"%[-#0-9+. ]*\*")  # a width among the arguments of a format
+
 # Calls of these with literals are literals themselves. Any other function may be one of the program's.
 _LITERAL_FUNCTIONS = {"dict", "float", "frozenset", "list", "set", "sorted", "tuple"}
 # Functions of all members of the answer. The program lists the members, because its answer may be a generator, or
 # makes the set, because some members are equal and are not plain data.
-_OF_MEMBERS = {"all", "any", "frozenset", "list", "max", "min", "set", "sorted", "sum", "tuple"}
+_OF_MEMBERS = {"frozenset", "list", "max", "min", "set", "sorted", "sum", "tuple"}
+# The truth of all or any members, found without a name that the program could give a meaning. Members may have no end.
+_TRUTH_OF_MEMBERS = {
+    "any": "not (True not in (not not member for member in {}))",
+    "all": "not (False in (not not member for member in {}))",
+}
 _KEYWORDS = {"reverse", "rel_tol", "abs_tol"}
 
 _TYPES = {kind.__name__: kind for kind in (bool, bytes, complex, dict, float, frozenset, int, list, set, str, tuple)}
@@ -145,6 +152,13 @@ def _find_question(node: ast.expr) -> tuple[ast.expr, str]:
         # it could read from the question which truth is expected.
         case ast.UnaryOp(ast.Not(), operand) | ast.Call(ast.Name("bool"), [operand], []) if _is_question(operand):
             return operand, f"not not ({ast.unparse(operand)})"
+        case ast.Call(ast.Name("any" | "all" as name), [operand], []) if _is_question(operand):
+            return node, _TRUTH_OF_MEMBERS[name].format(ast.unparse(operand))
+        # Or for a number, since only the program can convert an object of a class of its own.
+        case ast.Call(ast.Name("int" | "float" | "abs" | "round"), [operand, *others], []) if _is_question(
+            operand
+        ) and all(map(_is_literal, others)):
+            return node, ast.unparse(node)
         case ast.Call(ast.Name(name), [operand]) if name in _OF_MEMBERS and _is_question(operand):
             _check_call(node)
             members = f"*{ast.unparse(operand)}"
@@ -283,7 +297,7 @@ def _evaluate(node: ast.expr, question: ast.expr | None = None, answer: Any = No
         case ast.UnaryOp(sign, operand):
             return _OPERATORS[type(sign)](value_of(operand))
         case ast.BinOp(left, infix, right):
-            return _OPERATORS[type(infix)](value_of(left), value_of(right))
+            return _operate(_OPERATORS[type(infix)], value_of(left), value_of(right))
         case ast.Compare(left, orders, others):
             values = list(map(value_of, [left, *others]))
             result = None
@@ -298,6 +312,22 @@ def _evaluate(node: ast.expr, question: ast.expr | None = None, answer: Any = No
             options = {str(keyword.arg): value_of(keyword.value) for keyword in keywords}
             return _FUNCTIONS[ast.unparse(function)](*map(value_of, arguments), **options)
     raise _NotSplitError
+
+
+def _operate(operate: Callable[..., Any], left: Any, right: Any) -> Any:
+    """The result of an operator. Of an array of an object the object is the operand, to keep the operator's bounds."""
+    array = None
+    operands = []
+    for operand in (left, right):
+        if type(operand).__module__ == "numpy" and operand.dtype.hasobject:
+            array = operand.copy()
+            operand = operand.item()
+        operands.append(operand)
+    result = operate(*operands)
+    if array is None:
+        return result
+    array[(0,) * array.ndim] = result
+    return array
 
 
 def _types(node: ast.expr) -> tuple[type, ...]:
@@ -327,7 +357,9 @@ def _power(base: Any, exponent: Any) -> Any:
 
 def _modulo(left: Any, right: Any) -> Any:
     if isinstance(left, str | bytes | bytearray | UserString):
-        raise TypeError("formatting is left out: a format may ask for any width")
+        text = left.decode("latin-1") if isinstance(left, bytes | bytearray) else str(left)
+        if _STAR.search(text) or sum(map(int, re.findall("[0-9]+", text))) > _LARGEST:
+            raise OverflowError("a width in the format is too large")
     return left % right
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 from overlap import Overlaps
 
-from diffucoder.errors import ConfigError, DiffuCoderError
+from diffucoder.errors import ConfigError, DiffuCoderError, printable
 from diffucoder.evaluation.benchmarks import Task, load
 from diffucoder.files import Json, write_json
 from diffucoder.grading.reading import read_limited
@@ -48,7 +48,7 @@ def main() -> None:
         benchmarks = {name: load(name, options.benchmarks) for name in options.against.split(",") if name}
         report = prepare(options.source, options.out, benchmarks, data=options.data, spread=options.spread)
     except DiffuCoderError as error:
-        sys.exit(f"error: {error}")
+        sys.exit(f"error: {printable(str(error))}")
     print(f"{report['exercises']:,} exercises; left out {report['left_out']}; overlaps {report['overlaps']}")
     print(f"{options.out}: try: diffucoder train grpo --set 'data=[\"{options.out}\"]'")
 
@@ -119,9 +119,11 @@ def parse_acecode(where: str, fields: Json) -> tuple[Exercise, str, list[float]]
     """The exercise, the best answer of any model, and the pass rates of ACECODE_MODELS."""
     try:
         best = max(fields["inferences"], key=lambda answer: answer["pass_rate"])["completion"]
-        rates = [each["pass_rate"] for each in fields["inferences"] if each["model_name"] in ACECODE_MODELS]
+        rates = [float(each["pass_rate"]) for each in fields["inferences"] if each["model_name"] in ACECODE_MODELS]
     except (KeyError, TypeError) as error:
         raise ValueError(f"field 'inferences' has no usable {error}") from None
+    if not isinstance(best, str):
+        raise ValueError("field 'inferences' has a completion that is not text")
     if not rates:
         raise ValueError(f"has no answer of {' or '.join(ACECODE_MODELS)}")
     return replace(parse_exercise(where, fields), source="acecode"), best, rates
