@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, BinaryIO
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -130,11 +130,11 @@ def _filled(text: str, answers: Sequence[str]) -> str:
 def _read_text(path: str) -> str:
     """Return the text of a file, or of standard input for "-", every character as it is. Raises PromptError."""
     try:
-        stream: AbstractContextManager[BinaryIO] = nullcontext(sys.stdin.buffer)
-        if path != "-":
-            stream = Path(path).open("rb")
-        with stream as file:
-            content = file.read(LARGEST_FILE + 1)
+        if path == "-":
+            content = sys.stdin.buffer.read(LARGEST_FILE + 1)
+        else:
+            with Path(path).open("rb") as file:
+                content = file.read(LARGEST_FILE + 1)
         if len(content) > LARGEST_FILE:
             raise PromptError(f"file {path!r} is larger than {LARGEST_FILE // 2**20} MiB; give a part of it")
         return content.decode()
