@@ -44,11 +44,13 @@ def cache_folder() -> Path:
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """Write a whole file, or leave it as it was. Raises OSError."""
-    path = Path(path)
+    """Write a whole file, or leave it as it was; links and permissions stay. Raises OSError."""
+    path = Path(path).resolve()
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")  # several processes may write the same file
     try:
         partial.write_text(text, encoding="utf-8", errors="backslashreplace")  # JSON may spell half characters
+        if path.exists():
+            shutil.copymode(path, partial)
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)

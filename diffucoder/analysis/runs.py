@@ -1,6 +1,5 @@
 """Recorded answers to analyse: traces with their text and verdicts, grouped into runs; and the AR-ness of an answer."""
 
-import ast
 import json
 import zlib
 from collections.abc import Iterable, Sequence
@@ -16,7 +15,7 @@ from diffucoder.analysis.tokens import token_classes
 from diffucoder.decoding.trace import Trace, commit_order, committed_before, global_ar_ness, local_ar_ness, read_traces
 from diffucoder.errors import ConfigError, printable
 from diffucoder.files import Json, read_json, read_whole_lines
-from diffucoder.grading.extract import parsed, program_from
+from diffucoder.grading.extract import program_key
 from diffucoder.models.checkpoint import load_tokenizer
 from diffucoder.models.hub import find
 from diffucoder.tokenizer import Tokenizer
@@ -62,11 +61,7 @@ class Answer:
     @property
     def program(self) -> str:
         """A key for comparing programs: the dump of its syntax tree, or its text if it does not parse."""
-        text = program_from("".join(self.pieces[: self.end]))
-        try:
-            return ast.dump(parsed(text))
-        except (SyntaxError, ValueError, RecursionError, MemoryError):
-            return text.strip()
+        return program_key("".join(self.pieces[: self.end]))
 
     def ar_ness(self, conventions: Conventions) -> tuple[list[float], list[float]]:
         """Local AR-ness@k and global AR-ness@k, for `LOCAL` and `GLOBAL` k."""

@@ -3,7 +3,6 @@
 A task holds what a model is shown and what a program is checked by. Not for running programs (`judge`).
 """
 
-import ast
 import hashlib
 import json
 import re
@@ -19,7 +18,9 @@ from typing import Any
 from diffucoder.errors import ConfigError
 from diffucoder.evaluation.evalplus import Arguments, read_arguments
 from diffucoder.files import decode_text, parse_json, read_unpacked, without_nulls
-from diffucoder.grading.extract import future_first, parsed
+from diffucoder.grading.extract import future_first
+from diffucoder.grading.reading import read_limited
+from diffucoder.grading.syntax import imported_packages
 
 PREFILL = "Here is the code to solve this problem:\n```python\n"  # begins the answer of instruct models: Tables 5 and 6
 _REQUEST = "Please complete the following problem:\n```\n{}\n```\n"  # Table 5
@@ -221,14 +222,9 @@ def _gsm8k(row: _Row) -> Task:
 
 def _libraries(*programs: str) -> tuple[str, ...]:
     """Names of the packages that `programs` import, without the standard library."""
-    names = set[str]()
+    packages: set[str] = set()
     for program in programs:
-        for node in ast.walk(parsed(program)):
-            if isinstance(node, ast.Import):
-                names.update(alias.name for alias in node.names)
-            elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
-                names.add(node.module)
-    packages = {name.split(".")[0] for name in names}
+        packages.update(read_limited(imported_packages, program, otherwise=[]))
     return tuple(sorted(packages - sys.stdlib_module_names))
 
 

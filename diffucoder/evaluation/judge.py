@@ -4,7 +4,6 @@ Tasks with inputs are judged as EvalPlus does: the published solution and the pr
 arguments, and the results are compared outside the sandbox. `grading.grade` runs asserts and test code.
 """
 
-import ast
 import hashlib
 import json
 import re
@@ -19,7 +18,9 @@ from diffucoder.evaluation.benchmarks import Asserts, Calls, Script, Task
 from diffucoder.evaluation.evalplus import MEMORY, correct, time_limit, total_limit
 from diffucoder.files import Json, append_jsonl, cache_folder, read_whole_lines, write_jsonl, write_text
 from diffucoder.grading.grade import Call, call, grade
+from diffucoder.grading.reading import read_limited
 from diffucoder.grading.sandbox import Limits, Sandbox
+from diffucoder.grading.syntax import asserts_of_check
 from diffucoder.grading.values import from_json, short, to_json
 
 Progress = Callable[[Iterable[Any], int, str], Iterable[Any]]  # (items, their number, what they are) -> the items
@@ -203,33 +204,9 @@ def _tests_of(task: Task, tests: Asserts | Script) -> tuple[Sequence[str], Limit
 
 def check_asserts(code: str, entry_point: str) -> list[str]:
     """Return the asserts of HumanEval's `check(candidate)`, about the entry point itself; none if it does more."""
-    tree = ast.parse(code)
-    checks = [node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == "check"]
-    others = [node for node in tree.body if not isinstance(node, ast.FunctionDef | ast.Assign | ast.Expr)]
-    if len(checks) != 1 or others:
-        return []
-    parameters = checks[0].args
-    others_than_candidate = [*parameters.posonlyargs, *parameters.kwonlyargs, parameters.vararg, parameters.kwarg]
-    if len(parameters.args) != 1 or any(others_than_candidate):
-        return []
-    own_names = {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
-            own_names.add(node.id)
-    if any(isinstance(node, ast.Name) and node.id in own_names for node in ast.walk(checks[0])):
-        return []  # an assert needs what the test code defines
-    candidate = checks[0].args.args[0].arg
-    for node in ast.walk(checks[0]):
-        if isinstance(node, ast.Name) and node.id == candidate:
-            node.id = entry_point
-    asserts = []
-    for statement in checks[0].body:
-        if not isinstance(statement, ast.Assert):
-            return []
-        always_true = isinstance(statement.test, ast.Constant) and bool(statement.test.value)
-        if not always_true:  # HumanEval has 48 times `assert True`
-            asserts.append(ast.unparse(statement))
-    return asserts
+    nothing: tuple[list[str], bool, str] = ([], False, "")
+    asserts, is_all, _ = read_limited(asserts_of_check, code, entry_point, otherwise=nothing)
+    return asserts if is_all else []
 
 
 # --- published solutions ---------------------------------------------------------------------------------------------

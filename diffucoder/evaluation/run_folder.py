@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 from diffucoder.decoding.params import DecodingParams
-from diffucoder.errors import ConfigError
+from diffucoder.errors import CheckpointError, ConfigError
 from diffucoder.files import Json, open_file, read_json, write_json
 from diffucoder.models.hub import TEXT_FILES, WEIGHT_FILES, find
 
@@ -72,5 +72,7 @@ def weights_hash(source: str | None) -> str:
     digest = hashlib.sha256()
     paths = {path for pattern in TEXT_FILES + WEIGHT_FILES for path in folder.glob(pattern)}
     for path in sorted(paths):
+        if not path.is_file():
+            raise CheckpointError(f"{path} is not a regular file; fetch it again")
         digest.update(f"{path.name}:{content_hash(path)}\n".encode())
     return digest.hexdigest()[:16]

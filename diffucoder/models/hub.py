@@ -52,23 +52,25 @@ def find(source: str | Path | None, *, revision: str | None = None, weights: boo
         if not SHIPPED.is_dir():
             raise CheckpointError("no model ships with this installation; name a folder or a Hub id")
         return SHIPPED
+    if len(str(source)) > 4000 or "\0" in str(source):
+        raise CheckpointError(f"model {str(source)[:40]!r}... is not the name of a folder or a model; shorten it")
     folder = Path(os.path.expanduser(source))  # unlike Path.expanduser it leaves an unknown ~user as it is
     known = {model.name: model.hub_id for model in KNOWN_MODELS} | {"tiny": str(SHIPPED)}
     is_known = isinstance(source, str) and source in known
-    if is_known and (folder / "config.json").exists():
+    if is_known and os.path.exists(folder / "config.json"):
         raise CheckpointError(
             f"model {source!r} is both a known name and a folder here; write './{source}' for the folder, or "
             f"{known[str(source)]!r} for the known model"
         )
     if source == "tiny":
         return find(None)
-    if folder.is_dir() and not is_known:
+    if os.path.isdir(folder) and not is_known:
         return folder
     if folder.suffix == ".gguf":
         raise CheckpointError(
             f"model {str(source)!r} is a GGUF file, which has to be converted first: diffucoder convert {source} FOLDER"
         )
-    if folder.is_file():
+    if os.path.isfile(folder):
         raise CheckpointError(f"model {str(source)!r} is a file; name the folder that it is in")
     hub_id = known.get(str(source), str(source))
     if isinstance(source, Path) or hub_id.count("/") != 1 or hub_id[0] in "/.~":

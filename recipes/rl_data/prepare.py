@@ -14,11 +14,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-from overlap import Overlaps, parse_or_none
+from overlap import Overlaps
 
 from diffucoder.errors import ConfigError, DiffuCoderError, printable
 from diffucoder.evaluation.benchmarks import Task, load
 from diffucoder.files import Json, write_json
+from diffucoder.grading.reading import read_limited
+from diffucoder.grading.syntax import all_parse
 from diffucoder.training.exercises import Exercise, parse_exercise, read_exercises, tests_of, write_exercises
 from diffucoder.training.sources import Skipped, read_usable, text_of
 
@@ -67,7 +69,7 @@ def prepare(source: str, out: Path, benchmarks: Benchmarks, data: str | None = N
             continue
         exercise, solution = row
         shared = overlaps.find(exercise, solution)
-        if not all(map(parse_or_none, exercise.tests)):
+        if not read_limited(all_parse, list(exercise.tests), otherwise=False):
             left_out["has a test that is not Python"] += 1
         elif shared:
             dropped.append({"id": exercise.id, "overlaps": shared})
