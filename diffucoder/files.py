@@ -14,7 +14,7 @@ import os
 import shutil
 import stat
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
@@ -152,11 +152,11 @@ def read_lines(path: str | Path) -> Iterator[tuple[int, bytes]]:
     with open_file(path) as file:
         zipped = file.read(2) == b"\x1f\x8b"
         file.seek(0)
-        content = gzip.GzipFile(fileobj=file) if zipped else file
+        readline: Callable[[int], bytes] = gzip.GzipFile(fileobj=file).readline if zipped else file.readline
         number = 0
         unpacked = 0
         try:
-            while line := content.readline(LONGEST_LINE + 1):
+            while line := readline(LONGEST_LINE + 1):
                 number += 1
                 unpacked += len(line)
                 if len(line) > LONGEST_LINE:

@@ -306,8 +306,11 @@ def _with_line_ends_of(text: str, answer: str) -> str:
 def _read_text(path: str) -> str:
     """Return the text of a file, or of standard input for "-", every character as it is. Raises PromptError."""
     try:
-        with nullcontext(sys.stdin.buffer) if path == "-" else Path(path).open("rb") as file:
-            content = file.read(LARGEST_FILE + 1)
+        if path == "-":
+            content = sys.stdin.buffer.read(LARGEST_FILE + 1)
+        else:
+            with Path(path).open("rb") as file:
+                content = file.read(LARGEST_FILE + 1)
         if len(content) > LARGEST_FILE:
             raise PromptError(f"file {path!r} is larger than {LARGEST_FILE // 2**20} MiB; give a part of it")
         return content.decode()

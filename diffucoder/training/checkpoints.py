@@ -13,7 +13,6 @@ import re
 import sys
 import warnings
 import zlib
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -239,7 +238,7 @@ def _folder(run: Path, step: int) -> Path:
     return run / "checkpoints" / f"step-{step:08d}"
 
 
-def _tensors(state: State) -> tuple[dict[str, Mapping[str, Any]], list[Any]]:  # Any: nested, down to tensors
+def _tensors(state: State) -> tuple[dict[str, Any], Any]:  # Any: nested, down to tensors
     """What is stored, and the optimiser's settings, which follow from those of the run.
 
     Loading writes into these very tensors. Of adapters, the weights they adapt are left out.
