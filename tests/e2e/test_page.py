@@ -112,7 +112,7 @@ def busy(url: str) -> Iterator[None]:
     """Have the server decode something else meanwhile, so that what is asked of it takes seconds."""
     body = {"prompt": "def f(x):\n", "max_tokens": 400, "n": 8, "stream": True}
     with stream(f"{url}/v1/completions", body):
-        wait(lambda: figure(url, "running") == 8)
+        wait(lambda: figure(url, "running") > 0)
         yield
 
 
