@@ -4,7 +4,7 @@
     assert abs(f(2) - 2 / 3) < 1e-6        f(2); abs(answer - 2 / 3) < 1e-6
     assert set(f(2)) == set((4, 5))        {*f(2)}; set(answer) == {4, 5}
     assert math.isclose(f(2), 0.5)         f(2); math.isclose(answer, 0.5)
-    assert not f(2)                        not (f(2)); answer is True
+    assert not f(2)                        not not (f(2)); not answer
 
 The program evaluates only the question: a call with literal arguments, and perhaps an attribute, an item or a method
 without arguments of its result. So it never learns what is expected. The condition is evaluated here, with plain data
@@ -18,13 +18,14 @@ import operator
 import re
 import sys
 from collections import UserString
-from collections.abc import Callable, Iterable, Sized
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from fractions import Fraction
 from itertools import pairwise
 from typing import Any  # plain data
 
+from diffucoder.grading.reading import read_limited
 from diffucoder.grading.values import set_of
 
 _LARGEST = 100_000  # items of a sequence or bits of a number that an operator may produce
@@ -70,9 +71,35 @@ class Assert:
         """Whether the condition holds for the program's value. A condition that raises fails, as in an assert."""
         if self.expression.startswith("not ") and not isinstance(value, bool):
             return False  # a forged answer
+        return self._holds(self.question, value)
+
+    def holds_for_result(self, result: Any) -> bool:
+        """Whether the condition holds if the function that the program is asked for returns `result`."""
+        return self._holds(self.call, result)
+
+    @property
+    def call(self) -> ast.expr:
+        """The question without what else the program does with the result, as in `not not (f(2))`."""
+        part = self.question
+        while not _is_question(part):
+            part = part.operand if isinstance(part, ast.UnaryOp) else part.args[0]  # type: ignore[attr-defined] # a call
+        return part
+
+    def literals(self) -> Iterator[Any]:
+        """The values that the condition names."""
+        parts = [self.condition]
+        while parts:
+            part = parts.pop()
+            if part is not self.question:
+                if _is_literal(part):
+                    yield _evaluate(part)
+                else:
+                    parts += [child for child in ast.iter_child_nodes(part) if isinstance(child, ast.expr)]
+
+    def _holds(self, part: ast.expr, value: Any) -> bool:
         try:
             with _numpy_is_quiet():
-                return bool(_evaluate(self.condition, self.question, value))
+                return bool(_evaluate(self.condition, part, value))
         except (TypeError, ValueError, ArithmeticError, RecursionError):
             return False
 
@@ -85,6 +112,21 @@ def _numpy_is_quiet() -> AbstractContextManager[Any]:
 
 def parse(test: str) -> Assert | None:
     """The split assert, or None if the test has another form."""
+    return parse_all([test])[0]
+
+
+def parse_all(tests: Sequence[str]) -> list[Assert | None]:
+    """The split asserts, None for a test of another form. If reading them takes too long, none is split."""
+    is_split = read_limited(_which_split, list(tests), otherwise=[False] * len(tests))
+    return [parse_locally(test) if split else None for test, split in zip(tests, is_split, strict=True)]
+
+
+def _which_split(tests: list[str]) -> list[bool]:
+    return [parse_locally(test) is not None for test in tests]
+
+
+def parse_locally(test: str) -> Assert | None:
+    """As `parse`, without its limits."""
     try:
         body = ast.parse(test.strip()).body
         if len(body) != 1 or not isinstance(body[0], ast.Assert):
@@ -106,11 +148,10 @@ def _find_question(node: ast.expr) -> tuple[ast.expr, str]:
     if _is_question(node):
         return node, ast.unparse(node)
     match node:
-        # The program is asked for the truth of its result, since that need not be plain data.
-        case ast.UnaryOp(ast.Not(), operand) if _is_question(operand):
-            return node, f"not ({ast.unparse(operand)})"
-        case ast.Call(ast.Name("bool"), [operand], []) if _is_question(operand):
-            return node, f"not not ({ast.unparse(operand)})"
+        # The program is asked for the truth of its result, since that need not be plain data; in one way for both, or
+        # it could read from the question which truth is expected.
+        case ast.UnaryOp(ast.Not(), operand) | ast.Call(ast.Name("bool"), [operand], []) if _is_question(operand):
+            return operand, f"not not ({ast.unparse(operand)})"
         case ast.Call(ast.Name("any" | "all" as name), [operand], []) if _is_question(operand):
             return node, _TRUTH_OF_MEMBERS[name].format(ast.unparse(operand))
         # Or for a number, since only the program can convert an object of a class of its own.
