@@ -9,6 +9,7 @@ whatever the file holds or unpacks to.
 
 import errno
 import gzip
+import io
 import json
 import os
 import shutil
@@ -17,7 +18,7 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from diffucoder.errors import ConfigError
 
@@ -110,7 +111,7 @@ def disk_is_full(error: BaseException | None) -> bool:
     return disk_is_full(error.__cause__) or disk_is_full(error.__context__)
 
 
-def open_file(path: str | Path) -> IO[bytes]:
+def open_file(path: str | Path) -> io.BufferedReader:
     """Open a regular file to read it, never a pipe or a device, which may have no end. Raises OSError."""
     try:
         handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
