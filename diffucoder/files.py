@@ -45,12 +45,15 @@ def cache_folder() -> Path:
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """Write a whole file, or leave it as it was; links and permissions stay. Raises OSError."""
-    path = Path(path).resolve()
+    """Write a whole file, or leave it as it was; permissions stay. Raises OSError.
+
+    A link is replaced: in a stranger's folder it could lead to any file. Resolve the path of one that may be followed.
+    """
+    path = Path(path)
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")  # several processes may write the same file
     try:
         partial.write_text(text, encoding="utf-8", errors="backslashreplace")  # JSON may spell half characters
-        if path.exists():
+        if path.exists() and not path.is_symlink():
             shutil.copymode(path, partial)
         partial.replace(path)
     finally:

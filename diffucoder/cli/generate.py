@@ -240,7 +240,7 @@ def _finish_file(
     """Print the texts or write the one back, and warn where the model was guessing."""
     if in_place:
         try:
-            write_text(path, results[0].text)
+            write_text(Path(path).resolve(), results[0].text)
         except OSError as error:
             raise ConfigError(f"file {path!r} cannot be written ({error.strerror}); leave out --in-place") from None
     if as_json or not in_place:
