@@ -17,7 +17,7 @@ import typer
 from diffucoder.cli.common import AsJson, Device, DType, Model, load_model, with_options
 from diffucoder.decoding.params import DecodingParams
 from diffucoder.errors import ConfigError, PromptError, printable
-from diffucoder.files import LARGEST_FILE, write_text
+from diffucoder.files import LARGEST_FILE, parse_json, write_text
 from diffucoder.tokenizer import split_holes
 
 if TYPE_CHECKING:
@@ -213,9 +213,9 @@ def _requests_of(prompt: str | None, file: Path | None) -> list[str]:
 
 def _request_in(line: str, where: str) -> str:
     try:
-        row = json.loads(line)
+        row = parse_json(line)
     except ValueError as error:
-        raise PromptError(f'{where} is not JSON ({error}); write an object with "prompt" on each line') from None
+        raise PromptError(f'{where} is {error}; write an object with "prompt" on each line') from None
     if not isinstance(row, dict) or not isinstance(row.get("prompt"), str):
         raise PromptError(f'{where} has no text "prompt"; write {{"prompt": "..."}}')
     return str(row["prompt"])
