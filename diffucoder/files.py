@@ -9,6 +9,7 @@ whatever the file holds or unpacks to.
 
 import errno
 import gzip
+import io
 import json
 import os
 import shutil
@@ -17,7 +18,7 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from diffucoder.errors import ConfigError
 
@@ -44,12 +45,15 @@ def cache_folder() -> Path:
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """Write a whole file, or leave it as it was; links and permissions stay. Raises OSError."""
-    path = Path(path).resolve()
+    """Write a whole file, or leave it as it was; permissions stay. Raises OSError.
+
+    A link is replaced: in a stranger's folder it could lead to any file. Resolve the path of one that may be followed.
+    """
+    path = Path(path)
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")  # several processes may write the same file
     try:
         partial.write_text(text, encoding="utf-8", errors="backslashreplace")  # JSON may spell half characters
-        if path.exists():
+        if path.exists() and not path.is_symlink():
             shutil.copymode(path, partial)
         partial.replace(path)
     finally:
@@ -110,7 +114,7 @@ def disk_is_full(error: BaseException | None) -> bool:
     return disk_is_full(error.__cause__) or disk_is_full(error.__context__)
 
 
-def open_file(path: str | Path) -> IO[bytes]:
+def open_file(path: str | Path) -> io.BufferedReader:
     """Open a regular file to read it, never a pipe or a device, which may have no end. Raises OSError."""
     try:
         handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)

@@ -17,7 +17,7 @@ import typer
 from diffucoder.cli.common import AsJson, Device, DType, Model, load_model, with_options
 from diffucoder.decoding.params import DecodingParams
 from diffucoder.errors import ConfigError, PromptError, printable
-from diffucoder.files import LARGEST_FILE, write_text
+from diffucoder.files import LARGEST_FILE, parse_json, write_text
 from diffucoder.tokenizer import split_holes
 
 if TYPE_CHECKING:
@@ -213,9 +213,9 @@ def _requests_of(prompt: str | None, file: Path | None) -> list[str]:
 
 def _request_in(line: str, where: str) -> str:
     try:
-        row = json.loads(line)
+        row = parse_json(line)
     except ValueError as error:
-        raise PromptError(f'{where} is not JSON ({error}); write an object with "prompt" on each line') from None
+        raise PromptError(f'{where} is {error}; write an object with "prompt" on each line') from None
     if not isinstance(row, dict) or not isinstance(row.get("prompt"), str):
         raise PromptError(f'{where} has no text "prompt"; write {{"prompt": "..."}}')
     return str(row["prompt"])
@@ -240,7 +240,7 @@ def _finish_file(
     """Print the texts or write the one back, and warn where the model was guessing."""
     if in_place:
         try:
-            write_text(path, results[0].text)
+            write_text(Path(path).resolve(), results[0].text)
         except OSError as error:
             raise ConfigError(f"file {path!r} cannot be written ({error.strerror}); leave out --in-place") from None
     if as_json or not in_place:

@@ -97,7 +97,9 @@ def _check_unchanged(wanted: Json, begun: Json, run: Path, table: str = "") -> N
         before = begun.get(name)
         if isinstance(value, dict) and isinstance(before, dict):
             _check_unchanged(value, before, run, f"{table}{name}.")
-        elif before != value and not (f"{table}{name}" in MAY_GROW and type(before) is type(value) and value > before):
+            continue
+        grows = f"{table}{name}" in MAY_GROW and isinstance(before, int | float) and value > before
+        if before != value and not grows:
             raise ConfigError(
                 f"{table}{name}={value} but the run in {str(run)!r} began with {str(before)[:100]}; "
                 "set it back, or name another folder with run=..."
