@@ -65,8 +65,8 @@ def tests_of(fields: Json) -> tuple[str, ...]:
 
 def _asserts_of_check(code: str, function: str) -> list[str]:
     """The asserts in the body of HumanEval's `check(candidate)`, with the name of the function as the candidate."""
-    too_long = "takes too long to read"
-    asserts, _, problem = read_limited(asserts_of_check, code, function, otherwise=([], False, too_long))
+    too_long: tuple[list[str], bool, str] = ([], False, "takes too long to read")
+    asserts, _, problem = read_limited(asserts_of_check, code, function, otherwise=too_long)
     if problem:
         raise ValueError(f"field 'test' {problem}")
     return asserts
