@@ -10,7 +10,7 @@ from rich.console import Console
 from diffucoder import DecodingParams, DiffuCoder
 from diffucoder.watch import CanvasView
 
-PROMPT = "Write a function count_words(text) that splits the string into words, then counts how often each word occurs."
+PROMPT = "Write a function filter_numbers(nums) that keeps only the even numbers, then sums the numbers."
 MOMENTS = (0.15, 0.4, 0.7, 1.0)  # shares of the passes
 
 

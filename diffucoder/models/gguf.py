@@ -247,4 +247,6 @@ def _add_tensors(writer: Any, weights: Mapping[str, Tensor], matrix_type: Any) -
             type_ = gguf.GGMLQuantizationType.F16
         else:
             type_ = matrix_type
+        if type_ == gguf.GGMLQuantizationType.F16 and tensor.abs().max() > torch.finfo(torch.float16).max:
+            raise ConfigError(f"{name} has numbers over 65504, which float16 cannot hold; use --dtype bfloat16")
         writer.add_tensor(name, gguf.quants.quantize(tensor.float().numpy(), type_), raw_dtype=type_)

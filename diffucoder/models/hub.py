@@ -41,8 +41,10 @@ KNOWN_MODELS = (
 )
 
 
-def find(source: str | Path | None, *, revision: str | None = None, weights: bool = False) -> Path:
+def find(source: str | Path | None, *, revision: str | None = None, weights: bool = False, fetch: bool = True) -> Path:
     """The folder of `source`, or of the shipped model (None); files of the Hub are downloaded if need be.
+
+    Without `fetch` nothing asks the Hub: for names that a file holds, which may be anybody's.
 
     CheckpointError if there is no such model, the name has two meanings here, or the Hub cannot be reached.
     """
@@ -74,13 +76,17 @@ def find(source: str | Path | None, *, revision: str | None = None, weights: boo
     if isinstance(source, Path) or hub_id.count("/") != 1 or hub_id[0] in "/.~":
         names = ", ".join(known)
         raise CheckpointError(f"model {str(source)!r} is not a folder, a Hub id (owner/name) or one of {names}")
-    return _download(hub_id, revision, TEXT_FILES + WEIGHT_FILES if weights else TEXT_FILES)
+    patterns = TEXT_FILES + WEIGHT_FILES if weights else TEXT_FILES
+    return _download(hub_id, revision, patterns, fetch=fetch)
 
 
-def _download(hub_id: str, revision: str | None, patterns: list[str]) -> Path:
+def _download(hub_id: str, revision: str | None, patterns: list[str], *, fetch: bool) -> Path:
     """Bring the files of a Hub repository that match `patterns` into the Hub's cache, if they are not there."""
     try:
-        return Path(snapshot_download(hub_id, revision=revision, allow_patterns=patterns, etag_timeout=5))
+        folder = snapshot_download(
+            hub_id, revision=revision, allow_patterns=patterns, etag_timeout=5, local_files_only=not fetch
+        )
+        return Path(folder)
     except (errors.HFValidationError, errors.HTTPError, OSError) as error:
         raise CheckpointError(f"model {hub_id!r} {_reason(error, hub_id, revision)}") from error
 

@@ -336,7 +336,7 @@ def test_bad_bodies_are_refused(server: str, content: bytes, status: int) -> Non
         (b'{"prompt":"\xff"}', "application/json", "JSON in UTF-8", None),
         (b'{"prompt":"a"}', "text/plain", "Content-Type: application/json", None),
         (b"", "application/json", "Content-Type: application/json", None),
-        (b'{"prompt":"a","stop":""}', "application/json", "stop: ", "stop"),
+        (b'{"prompt":"a","stop":["a",3]}', "application/json", "stop.1: ", "stop.1"),
         (b'{"prompt":"a","best_of":3}', "application/json", "best_of=3", None),
     ],
 )
@@ -397,7 +397,7 @@ def test_who_hangs_up_is_forgotten(server: str, streamed: bool) -> None:
         with socket.create_connection((host, int(port)), timeout=PATIENCE) as connection:
             head = f"POST /v1/completions HTTP/1.1\r\nhost: {host}\r\ncontent-type: application/json\r\n"
             connection.sendall(f"{head}content-length: {len(content)}\r\n\r\n{content}".encode())
-            wait(lambda: figure(server, "running") == 8)
+            wait(lambda: figure(server, "running") > 0)
     wait(lambda: figure(server, "cancelled_total") == before + 1)
     wait(lambda: figure(server, "running") == 0)
 
@@ -445,7 +445,7 @@ def test_a_terminated_server_answers_what_it_accepted() -> None:
         wait(lambda: figure(url, "running") == 3)
         process.send_signal(signal.SIGTERM)
         assert [answer.result().status_code for answer in accepted] == [200] * 3
-        assert process.wait(PATIENCE) in (0, -signal.SIGTERM)
+        assert process.wait(PATIENCE) == 0
         assert process.stderr is not None
         assert "stopping: accepted requests are still answered" in process.stderr.read()
 
@@ -454,5 +454,6 @@ def test_an_address_that_is_taken_is_one_line(server: str) -> None:
     command = [sys.executable, "-m", "diffucoder.cli", "serve", "--port", server.rsplit(":", 1)[1]]
     done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE)
     assert done.returncode == 2
-    assert "Traceback" not in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert "in use" in done.stderr
     assert "choose another --port" in done.stderr
