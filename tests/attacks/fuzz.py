@@ -22,6 +22,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from queue import SimpleQueue
+from tempfile import TemporaryDirectory
 from typing import Any
 
 HERE = Path(__file__).parent
@@ -29,6 +30,7 @@ ROOMS = (HERE, HERE.parents[1], HERE.parents[1] / "tools", HERE.parent / "models
 sys.path[:0] = map(str, ROOMS)  # children get it too
 
 import hostile_files
+import layout
 import strategies
 import targets
 from hypothesis import HealthCheck, Phase, given, seed, settings
@@ -118,6 +120,8 @@ class Children:
     def __init__(self, warm_up: Callable[[Limited], object], count: int, seconds: float = SECONDS) -> None:
         """Start `count` of them; a call may take so many seconds."""
         self.warm_up = warm_up
+        self.room = TemporaryDirectory(prefix="fuzz-")
+        os.environ[layout.ROOM] = self.room.name
         self.free: SimpleQueue[Limited] = SimpleQueue()
         for _ in range(count):
             child = Limited(seconds=seconds, memory=MEMORY)
@@ -139,6 +143,7 @@ class Children:
         """End them."""
         while not self.free.empty():
             self.free.get().close()
+        self.room.cleanup()
 
 
 def read_honest_files(child: Limited) -> None:

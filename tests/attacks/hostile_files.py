@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
+from hostile_values import COMPONENTS, DATA_NAMES, NAMES, PICKLES, TEMPLATES, VALUES, WORDS
 from hypothesis import strategies as st
 from strategies import CODE, Json, near, numbers, odd_text, pieces, text, values
 
@@ -26,227 +27,14 @@ from diffucoder.training.settings import STAGES
 Edit = list[Any]
 Files = dict[str, Any]  # target, files
 
-# --- known names and values of the files -----------------------------------------------------------------------------
-
-_GROWS = {"type": "Replace", "pattern": {"String": "x"}, "content": "x" * 200}
-_BACKTRACKS = {"type": "Split", "pattern": {"Regex": "(a+)+$|(a|a)*b"}, "behavior": "Isolated", "invert": False}
-COMPONENTS: list[Json] = [
-    *(
-        {"type": kind}
-        for kind in ("NFC", "NFKD", "Lowercase", "StripAccents", "Nmt", "ByteLevel", "Fuse", "Whitespace")
-    ),
-    *({"type": kind} for kind in ("WhitespaceSplit", "BertPreTokenizer", "UnicodeScripts", "ByteFallback", "Nothing")),
-    {
-        "type": "Sequence",
-        "normalizers": [_GROWS] * 6,
-        "pretokenizers": [_BACKTRACKS] * 2,
-        "decoders": [],
-        "processors": [],
-    },
-    {"type": "Sequence", "normalizers": [], "pretokenizers": []},
-    _BACKTRACKS,
-    {**_BACKTRACKS, "pattern": {"Regex": "(?=x)*((a{0,65535}){0,65535})"}},
-    {**_BACKTRACKS, "pattern": {"String": ""}},
-    {"type": "Replace", "pattern": {"Regex": "$|^"}, "content": "y"},
-    {"type": "Prepend", "prepend": "x" * 1000},
-    {"type": "Strip", "strip_left": True, "strip_right": True, "content": "x", "start": 2**63, "stop": 1},
-    {"type": "Precompiled", "precompiled_charsmap": "AAAA"},
-    {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "always", "split": True},
-    {"type": "Digits", "individual_digits": True},
-    {"type": "FixedLength", "length": 0},
-    {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True},
-    {"type": "BPEDecoder", "suffix": ""},
-    {
-        "type": "WordPiece",
-        "prefix": "##",
-        "cleanup": True,
-        "vocab": {},
-        "unk_token": "x",
-        "max_input_chars_per_word": 0,
-    },
-    {"type": "Unigram", "unk_id": 9, "vocab": [["a", 0.0], ["a", -1e308]], "byte_fallback": True},
-    {"type": "WordLevel", "vocab": {"<|mask|>": 3, "a": 2**31}, "unk_token": "none"},
-    {"type": "BPE", "vocab": {}, "merges": []},
-    {
-        "type": "TemplateProcessing",
-        "single": [{"SpecialToken": {"id": "x", "type_id": 0}}],
-        "pair": [],
-        "special_tokens": {},
-    },
-    {"type": "BertProcessing", "sep": ["x", 2**31], "cls": ["y", 1]},
-    {
-        "strategy": {"Fixed": 10**12},
-        "direction": "Left",
-        "pad_to_multiple_of": 0,
-        "pad_id": 9,
-        "pad_type_id": 0,
-        "pad_token": "",
-    },
-    {"direction": "Right", "max_length": 0, "strategy": "LongestFirst", "stride": 10},
-]
-TEMPLATES = (
-    *(
-        "{{ 1 / 0 }}",
-        "{{ 1 + 'a' }}",
-        "{{ 'x' * 10000000000 }}",
-        "{{ 10 ** 10 ** 10 }}",
-        "{{ '%9999999999d' % 1 }}",
-        "{{ x.y.z }}",
-    ),
-    "{% for i in range(1000000000) %}x{% endfor %}",
-    "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
-    "{% macro f(n) %}{{ f(n + 1) }}{% endmacro %}{{ f(0) }}",
-    "{% for m in messages recursive %}{{ loop(messages) }}{% endfor %}",
-    *(
-        "{% include 'x' %}",
-        "{% import '/etc/passwd' as x %}",
-        "{% extends 'x' %}",
-        "{% if",
-        "{{",
-        "{# ",
-        "{% raw %}",
-        "\udc80",
-    ),
-    *(
-        "{{ messages[99].content }}",
-        "{{ messages[0]['x']['y'] }}",
-        "{{ raise_exception('no') }}",
-        "{{ raise_exception(1) }}",
-    ),
-    "{{ ''.__class__.__mro__[1].__subclasses__() }}",
-    "{{ cycler.__init__.__globals__.os.system('true') }}",
-    *(
-        "{{ strftime_now('%Y') }}",
-        "{{ strftime_now(0) }}",
-        "{{ messages | tojson(indent=100000000) }}",
-        "{{ messages | tojson }}",
-    ),
-    *(
-        "{{ 'a' | center(10000000000) }}",
-        "{{ 'a'.ljust(10000000000) }}",
-        "{{ range(10000000) | list }}",
-        "{{ [0] * 1000000000 }}",
-    ),
-    "{% set x = namespace(t='x' * 1000) %}{% for i in range(40) %}{% set x.t = x.t ~ x.t %}{% endfor %}{{ x.t }}",
-    *(
-        "{{ messages | map(attribute='x.y') | list }}",
-        "{{ messages | sort(attribute='x') }}",
-        "{{ messages | groupby('x') }}",
-    ),
-    *(
-        "{{ 'ab' | batch(0) | list }}",
-        "{{ 'ab' | slice(0) | list }}",
-        "{{ 5 | filesizeformat }}",
-        "{{ lipsum(n=100000) }}",
-    ),
-    *(
-        "{% set messages = 5 %}{{ messages | length }}",
-        "{% generation %}x{% endgeneration %}",
-        "{% break %}",
-        "{% do 1 %}",
-    ),
-    *(
-        "{{ messages.append(messages) }}{{ messages }}",
-        "{% for m in messages %}{{ messages.append(m) }}{% endfor %}",
-        "<|mask|>",
-    ),
-)
-_WORDS = [
-    "Dream",
-    "qwen2",
-    "qwen3",
-    "llama",
-    "LLaDA",
-    "gelu",
-    "silu",
-    "nothing",
-    "load",
-    "float16",
-    "float8",
-    "int8",
-    "auto",
-]
-_WORDS += [
-    "torch.float32",
-    "someone/kernel",
-    "yarn",
-    "linear",
-    "dynamic",
-    "longrope",
-    "llama3",
-    "proportional",
-    "F32",
-    "I64",
-]
-_VALUES: list[Json] = [
-    {"quant_method": "gptq", "bits": 4},
-    {"rope_type": "yarn", "factor": 0},
-    {"rope_type": "llama3", "factor": 8.0},
-    {"rope_type": "dynamic", "factor": "x", "rope_theta": 0},
-    {"rope_type": "default", "rope_theta": -1.0},
-    ["full_attention", "x"],
-    [{"name": "default", "template": "{{ 1 / 0 }}"}, {"x": 1}],
-    {"0": {"content": "<|mask|>"}},
-    {"99999999999": {"content": "x", "special": "no"}},
-    {"content": None},
-    {"AutoConfig": "x--y.Z"},
-]
-_NAMES = (
-    "quantization_config",
-    "attn_implementation",
-    "head_dim",
-    "layer_types",
-    "rope_parameters",
-    "rope_scaling",
-    "dtype",
-)
-_NAMES += (
-    "model_type",
-    "mask_token_id",
-    "tie_word_embeddings",
-    "trust_remote_code",
-    "chat_template",
-    "added_tokens_decoder",
-)
-_NAMES += (
-    "extra_special_tokens",
-    "additional_special_tokens",
-    "image_token",
-    "unk_token",
-    "tokenizer_class",
-    "add_bos_token",
-)
-_NAMES += (
-    "partial_rotary_factor",
-    "num_experts",
-    "vocab_size",
-    "hidden_size",
-    "num_hidden_layers",
-    "is_encoder_decoder",
-    "",
-)
-_DATA_NAMES = ("prompt", "question", "text", "tests", "test_cases", "test_list", "test", "entry_point", "id", "task_id")
-_DATA_NAMES += (
-    "messages",
-    "instruction",
-    "output",
-    "input",
-    "content",
-    "solution",
-    "completion",
-    "answer",
-    "code",
-    "source",
-)
-
 hostile = st.one_of(
     values,
     numbers,
     odd_text,
     st.sampled_from(COMPONENTS),
     st.sampled_from(TEMPLATES),
-    st.sampled_from(_WORDS),
-    st.sampled_from(_VALUES),
+    st.sampled_from(WORDS),
+    st.sampled_from(VALUES),
 )
 _shares = st.floats(0, 1)
 _bytes = st.binary(min_size=1, max_size=4).map(lambda content: content.decode("latin-1"))
@@ -307,7 +95,7 @@ def raw_edits(draw: st.DrawFn) -> Edit:
 
 
 @st.composite
-def json_edits(draw: st.DrawFn, document: Json, names: Sequence[str] = _NAMES) -> Edit:
+def json_edits(draw: st.DrawFn, document: Json, names: Sequence[str] = NAMES) -> Edit:
     """An edit of a JSON document like `document`: a value, or a name of `names` that it does not have."""
     paths = _paths(document)
     if draw(st.integers(0, 3)) == 0 or not paths:
@@ -320,7 +108,7 @@ def json_edits(draw: st.DrawFn, document: Json, names: Sequence[str] = _NAMES) -
     return ["set", path, draw(st.sampled_from(near(value)) | hostile)]
 
 
-def edits(document: Json, names: Sequence[str] = _NAMES) -> st.SearchStrategy[list[Edit]]:
+def edits(document: Json, names: Sequence[str] = NAMES) -> st.SearchStrategy[list[Edit]]:
     """One to three edits of a file of JSON."""
     one = json_edits(document, names)
     return st.one_of(
@@ -470,7 +258,7 @@ _MORE: dict[str, Json] = {
 def data_files(draw: st.DrawFn) -> Files:
     """A file of JSON lines: traces, chats, documents, exercises or samples."""
     target = draw(st.sampled_from(["traces", "traces", *_LINES]))
-    names = _TRACE_NAMES if target == "traces" else _DATA_NAMES
+    names = _TRACE_NAMES if target == "traces" else DATA_NAMES
     document = [_LINES[target]] * 2
     changes = draw(edits(document, names))
     if target == "traces" and draw(st.integers(0, 3)) == 0:
@@ -478,7 +266,7 @@ def data_files(draw: st.DrawFn) -> Files:
         changes = [["set", [0, field], draw(st.sampled_from(_TRACE_VALUES) | odd_text)]]
     if target == "exercises" and draw(st.integers(0, 2)) == 0:
         row = draw(st.sampled_from(sorted(_MORE)))
-        changes = [["set", [0], _MORE[row]], *draw(st.lists(json_edits([_MORE[row]], _DATA_NAMES), max_size=2))]
+        changes = [["set", [0], _MORE[row]], *draw(st.lists(json_edits([_MORE[row]], DATA_NAMES), max_size=2))]
     return {"target": target, "files": {"rows.jsonl": changes}}
 
 
@@ -507,8 +295,8 @@ def run_folders(draw: st.DrawFn) -> Files:
     files: dict[str, list[Edit]] = {}
     for _ in range(draw(st.sampled_from([1, 1, 2]))):
         if target == "train-run":
-            choices = ["settings.json", "metrics.jsonl", "checkpoints/step-00000001/whole.json"]
-            choices += ["checkpoints/step-00000001/.metadata", "checkpoints/step-00000001/__0_0.distcp"]
+            choices = ["settings.json", "metrics.jsonl", "checkpoints/step-00000002/*0"]
+            choices += [f"checkpoints/step-00000002/{name}" for name in ("whole.json", "*0", "*1", "*2", ".metadata")]
         else:
             choices = ["settings.json", "samples.jsonl", "verdicts.jsonl", "report.json", "traces.jsonl"]
         name = draw(st.sampled_from(choices))
@@ -516,7 +304,7 @@ def run_folders(draw: st.DrawFn) -> Files:
         if name.endswith(".jsonl"):
             document = [TRACE if name.startswith("traces") else SAMPLE | {"step": 1}]
         if name.endswith(".json") and "checkpoints" in name:
-            document = {"step": 1, "files": {"__0_0.distcp": [1, 1], ".metadata": [1, 1]}}
+            document = {"step": 2, "files": {"model.safetensors": [1, 1]}}
         files[name] = draw(
             st.lists(raw_edits(), min_size=1, max_size=1) if "json" not in name else edits(document, _REPORT_NAMES)
         )
@@ -524,16 +312,6 @@ def run_folders(draw: st.DrawFn) -> Files:
             files[name] = [["text", draw(st.sampled_from(PICKLES))]]
     return {"target": target, "files": files}
 
-
-PICKLES = (
-    "cposix\nsystem\n(S'touch fell-to-a-pickle'\ntR.",
-    'cbuiltins\nexec\n(S\'open("fell-to-a-pickle", "w")\'\ntR.',
-    "ctorch.distributed.checkpoint.metadata\nMetadata\n)R.",
-    "(lp0\ng0\na.",
-    "\x80\x04N.",
-    "X\xff\xff\xff\x7f.",
-)
-"""Pickles that run code, that are of another class, and that are damaged."""
 
 _GGUF = st.lists(raw_edits(), min_size=1, max_size=2).map(
     lambda changes: {"target": "gguf", "files": {"model.gguf": changes}}
@@ -558,7 +336,7 @@ def options(draw: st.DrawFn) -> Files:
     """Options of the command line, and a text with holes from a file."""
     given = draw(
         st.dictionaries(
-            st.sampled_from(_OPTIONS), st.one_of(numbers.map(str), odd_text, st.sampled_from(_WORDS)), max_size=3
+            st.sampled_from(_OPTIONS), st.one_of(numbers.map(str), odd_text, st.sampled_from(WORDS)), max_size=3
         )
     )
     content = draw(text | st.lists(st.sampled_from(CODE) | pieces, max_size=5).map("".join))
