@@ -137,9 +137,10 @@ spans = st.fixed_dictionaries(
     {"start": st.integers(0, 12), "end": st.integers(0, 20)}, optional={"tokens": st.one_of(small, numbers)}
 )
 parts = st.lists(st.fixed_dictionaries({"type": st.just("text"), "text": text}), max_size=3)
-roles = st.sampled_from(["user", "user", "assistant", "system", "developer", "tool", ""])
+roles = st.sampled_from(["user"] * 6 + ["assistant", "assistant", "system", "developer", "tool"])
+content = st.one_of(text, text, text, parts, st.none())
 messages = st.lists(
-    st.fixed_dictionaries({"role": roles, "content": text | parts | st.none()}, optional={"name": odd_text}), max_size=4
+    st.fixed_dictionaries({"role": roles, "content": content}, optional={"name": odd_text}), min_size=1, max_size=4
 )
 
 HONEST: dict[str, SearchStrategy[Json]] = {
@@ -211,6 +212,23 @@ def decoding_settings(draw: st.DrawFn) -> dict[str, Json]:
     return settings
 
 
+def _consistent(route: str, body: dict[str, Json]) -> dict[str, Json]:
+    """The body without fields that do not go with others of it."""
+    left_out = {"best_of", "max_completion_tokens"}
+    if not body.get("stream"):
+        left_out.add("stream_options")
+    if body.get("stream") or "suffix" in body:
+        left_out |= {"echo", "logprobs"}
+    if route == "/v1/fill" or body.get("spans"):
+        left_out |= {"max_tokens", "instruction"}
+    if "suffix" in body:
+        body["prompt"] = "def f(x):\n"
+    if route == "/v1/edit" and not body.get("spans"):
+        left_out.add("spans")
+        body.setdefault("instruction", "Double it.")
+    return {name: value for name, value in body.items() if name not in left_out}
+
+
 @st.composite
 def bodies(draw: st.DrawFn, route: str) -> dict[str, Json]:
     """The fields of a request to `route`: its own with honest values, then some that are not."""
@@ -221,10 +239,12 @@ def bodies(draw: st.DrawFn, route: str) -> dict[str, Json]:
     body = {}
     for name in names:
         body[name] = draw(decoding_settings() if name == "decoding" else HONEST.get(name, st.booleans()))
+    if draw(st.integers(0, 3)):
+        body = _consistent(route, body)
     for _ in range(draw(st.sampled_from([0, 0, 0, 1, 1, 2]))):
         name = draw(st.sampled_from(sorted(fields)) | st.sampled_from(sorted(fields)) | st.sampled_from(_OTHERS))
         body[name] = draw(st.one_of(_NUMERIC, odd_text, st.sampled_from(near(body.get(name)))))
-    for name in draw(st.lists(st.sampled_from(sorted(body)), max_size=1)) if draw(st.integers(0, 7)) == 0 else ():
+    for name in draw(st.lists(st.sampled_from(sorted(body)), max_size=1)) if draw(st.integers(0, 15)) == 0 else ():
         del body[name]
     return body
 
@@ -233,7 +253,7 @@ def bodies(draw: st.DrawFn, route: str) -> dict[str, Json]:
 def encoded(draw: st.DrawFn, fields: SearchStrategy[Json]) -> str:
     """The bytes of a body: JSON most of the time, else cut, damaged, nested, in another encoding."""
     content = json.dumps(draw(fields), ensure_ascii=draw(st.booleans())).encode("utf-8", "surrogatepass")
-    damage = draw(st.sampled_from(["none"] * 12 + ["cut", "insert", "deep", "digits", "utf-16", "twice", "other"]))
+    damage = draw(st.sampled_from(["none"] * 40 + ["cut", "insert", "deep", "digits", "utf-16", "twice", "other"]))
     at = draw(st.integers(0, len(content))) if damage != "none" else 0
     if damage == "cut":
         content = content[:at]
