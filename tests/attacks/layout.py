@@ -43,15 +43,17 @@ def workplace() -> Path:
 def honest(target: str) -> Path:
     """The folder of the honest files of a target."""
     folder = workplace() / f"honest-{target}"
-    if target == "model":
-        return SHIPPED
     folder.mkdir(exist_ok=True)
+    if target == "model":
+        shutil.copytree(SHIPPED, folder, dirs_exist_ok=True)
     rows = {"traces": TRACE, "chats": CHAT, "documents": DOCUMENT, "exercises": EXERCISE, "samples": SAMPLE}
     rows["benchmark"] = EXERCISE
     if target in rows:
         (folder / "rows.jsonl").write_bytes(_lines(*[rows[target]] * 2))
     elif target.startswith("recipe"):
-        recipe = {"steps": 1, "batch": 2, "lr": 1e-4, "run": "x", "data": "rows.jsonl"}
+        recipe = {"steps": 2, "batch": 8, "lr": 1e-4, "run": "x", "data": "rows.jsonl"}
+        if target == "recipe-pretrain":
+            recipe["tokenizer"] = "x"
         (folder / "recipe.toml").write_text(_toml(recipe))
     elif target == "gguf":
         _write_gguf(folder / "model.gguf")
@@ -193,11 +195,8 @@ def _changed(document: Json, kind: str, path: list[Json], value: Json = None) ->
 def lay_out(folder: Path, target: str, files: dict[str, list[list[Any]]]) -> None:
     """Make a folder of the honest files of a target with the edits of an example."""
     source = honest(target)
-    if target == "model":  # the weights are large
-        for path in source.iterdir():
-            (folder / path.name).symlink_to(path)
-    else:
-        shutil.copytree(source, folder, dirs_exist_ok=True)
+    copy = os.link if target == "model" else shutil.copy  # weights are large, and nobody writes to them
+    shutil.copytree(source, folder, dirs_exist_ok=True, copy_function=copy)
     if target == "order-run":  # a folder of a run for each model and setting
         folder = next(folder.glob("tiny-*"))
     for name, edits in files.items():
