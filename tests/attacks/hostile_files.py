@@ -334,12 +334,13 @@ _OPTIONS = (
 @st.composite
 def options(draw: st.DrawFn) -> Files:
     """Options of the command line, and a text with holes from a file."""
-    given = draw(
-        st.dictionaries(
-            st.sampled_from(_OPTIONS), st.one_of(numbers.map(str), odd_text, st.sampled_from(WORDS)), max_size=3
-        )
-    )
-    content = draw(text | st.lists(st.sampled_from(CODE) | pieces, max_size=5).map("".join))
+    given = {}
+    if draw(st.booleans()):
+        odd = st.one_of(numbers.map(str), odd_text, st.sampled_from(WORDS))
+        given = draw(st.dictionaries(st.sampled_from(_OPTIONS), odd, max_size=3))
+    content = draw(st.lists(st.sampled_from(CODE) | pieces, max_size=5).map("".join))
+    if draw(st.booleans()):
+        content += "<|hole:2|>" + draw(pieces)
     safe = {name: value.replace("\0", "") for name, value in given.items()}
     edit = ["text", content.encode("utf-8", "surrogatepass").decode("latin-1")]
     return {"target": "infill", "files": {"holes.py": [edit]}, "options": safe}
