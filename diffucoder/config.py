@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic.fields import FieldInfo
 
 from diffucoder.errors import ConfigError
+from diffucoder.files import read_text
 
 
 class Settings(BaseModel):
@@ -72,10 +73,10 @@ def all_settings(kind: type[Settings], prefix: str = "") -> Iterator[tuple[str, 
 
 def _read_toml(path: Path) -> dict[str, Any]:
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8-sig"))
+        return tomllib.loads(read_text(path))
     except OSError as error:
         raise ConfigError(f"settings file {str(path)!r} cannot be read ({error.strerror}); check the path") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # also integers of thousands of digits, and brackets as deep
         raise ConfigError(f"settings file {str(path)!r} is not TOML: {error}") from None
 
 
@@ -83,7 +84,7 @@ def _parse(text: str) -> Any:  # Any: a TOML value
     """A TOML value where `text` is one, else the text itself, so that strings need no quotes on a command line."""
     try:
         return tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
+    except (ValueError, RecursionError):
         return text
 
 
@@ -103,7 +104,7 @@ def _explain(kind: type[Settings], error: ValidationError) -> str:
         return f"in [{key}]: {message}"
     field = settings.get(key)
     description = f" ({field.description})" if field and field.description else ""
-    return f"{key}={first['input']!r}: {message[:1].lower()}{message[1:]}{description}"
+    return f"{key}={repr(first['input'])[:200]}: {message[:1].lower()}{message[1:]}{description}"
 
 
 def _hint(key: str, known: list[str]) -> str:

@@ -2,17 +2,40 @@
 
 A file written here is whole or not there at all. One that grows (`append_jsonl`) may lose its last line when the
 process is killed; `read_whole_lines` reads what is complete.
+
+A file that is read may be anybody's: reading waits for no pipe and no device, and takes a limited amount of memory,
+whatever the file holds or unpacks to.
 """
 
 import errno
 import gzip
 import json
 import os
+import shutil
+import stat
+import zlib
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
+
+from diffucoder.errors import ConfigError
 
 Json = dict[str, Any]  # Any: whatever a JSON object holds
+
+LONGEST_LINE = 2**26  # bytes; the longest line of a published benchmark has 200,000
+LARGEST_FILE = 2**28  # bytes of a file that is read as a whole
+_MOST_UNPACKED = 100  # times its packed size, after LONGEST_LINE; JSON of programs has 5 to 30
+_DEEPEST = 200  # levels of lists and objects: code that walks through them must not run out of stack
+
+
+class UnreadableError(OSError):
+    """A file that is not one, that is over a limit, or that is damaged."""
+
+    def __init__(self, reason: str) -> None:
+        """`reason` completes the sentence: the file cannot be read (...)."""
+        super().__init__(reason)
+        self.strerror = reason
 
 
 def cache_folder() -> Path:
@@ -25,10 +48,31 @@ def write_text(path: str | Path, text: str) -> None:
     path = Path(path)
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")  # several processes may write the same file
     try:
-        partial.write_text(text, encoding="utf-8")
+        partial.write_text(text, encoding="utf-8", errors="backslashreplace")  # JSON may spell half characters
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def written_folder(folder: Path) -> Iterator[Path]:
+    """Fill the folder that is yielded: at the end it takes the place of `folder`. If that fails nothing of it stays."""
+    partial = folder.with_name(f"{folder.name}.partial")
+    remove(partial)  # of a process that was killed
+    partial.mkdir()
+    try:
+        yield partial
+        remove(folder)
+        partial.replace(folder)
+    finally:
+        remove(partial)
+
+
+def remove(path: Path) -> None:
+    """Remove a folder with all that is in it, or a link or file of its name; no error if that is not possible."""
+    if path.is_symlink() or path.is_file():
+        path.unlink()
+    shutil.rmtree(path, ignore_errors=True)
 
 
 def write_json(path: str | Path, value: object) -> None:
@@ -64,30 +108,96 @@ def disk_is_full(error: BaseException | None) -> bool:
     return disk_is_full(error.__cause__) or disk_is_full(error.__context__)
 
 
-def read_whole_lines(path: str | Path) -> list[Json]:
-    """The JSON objects of a file that may have been cut short: all up to the first line that is not whole."""
-    rows: list[Json] = []
-    if Path(path).exists():
-        for line in Path(path).read_bytes().split(b"\n")[:-1]:
-            try:
-                rows.append(parse_json_line(line))
-            except ValueError:
-                break
-    return rows
+def open_file(path: str | Path) -> IO[bytes]:
+    """Open a regular file to read it, never a pipe or a device, which may have no end. Raises OSError."""
+    try:
+        handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except ValueError as error:  # a null byte in the name
+        raise UnreadableError(str(error)) from None
+    if not stat.S_ISREG(os.fstat(handle).st_mode):
+        os.close(handle)
+        raise UnreadableError("it is not a regular file")
+    return os.fdopen(handle, "rb")
 
 
-def read_lines(path: str | Path) -> Iterator[tuple[int, bytes]]:
-    """Number, from 1, and content of each line of a plain or gzipped file. Raises OSError, EOFError or zlib.error."""
-    path = Path(path)
-    with path.open("rb") as file:
-        zipped = file.read(2) == b"\x1f\x8b"
-    with gzip.open(path) if zipped else path.open("rb") as file:
-        yield from enumerate(file, start=1)
+def read_bytes(path: str | Path) -> bytes:
+    """Return the content of a file of at most `LARGEST_FILE` bytes. Raises OSError."""
+    with open_file(path) as file:
+        if os.fstat(file.fileno()).st_size > LARGEST_FILE:
+            raise UnreadableError(f"it is larger than {LARGEST_FILE // 2**20} MiB")
+        return file.read()
 
 
 def read_text(path: str | Path) -> str:
     """The text of a UTF-8 file, every character as it is, but no byte-order mark. Raises OSError, or ValueError."""
-    return decode_text(Path(path).read_bytes())
+    return decode_text(read_bytes(path))
+
+
+def read_json(path: str | Path) -> Json:
+    """The JSON object in a file. Raises OSError, or ValueError with the reason."""
+    fields = parse_json(read_text(path))
+    if not isinstance(fields, dict):
+        raise ValueError(f"not a JSON object but {type(fields).__name__}")
+    return fields
+
+
+def read_lines(path: str | Path) -> Iterator[tuple[int, bytes]]:
+    """Number, from 1, and content of each line of a plain or gzipped file. Raises OSError.
+
+    UnreadableError for a line longer than `LONGEST_LINE`, and an archive that is damaged or unpacks to far more than
+    text does.
+    """
+    with open_file(path) as file:
+        zipped = file.read(2) == b"\x1f\x8b"
+        file.seek(0)
+        content = gzip.GzipFile(fileobj=file) if zipped else file
+        number = 0
+        unpacked = 0
+        try:
+            while line := content.readline(LONGEST_LINE + 1):
+                number += 1
+                unpacked += len(line)
+                if len(line) > LONGEST_LINE:
+                    raise UnreadableError(f"line {number} is longer than {LONGEST_LINE // 2**20} MiB")
+                if zipped and unpacked > LONGEST_LINE + _MOST_UNPACKED * file.tell():
+                    raise UnreadableError(f"it unpacks to over {_MOST_UNPACKED} times its size; unpack it yourself")
+                yield number, line
+        except (EOFError, zlib.error) as error:
+            raise UnreadableError(str(error)) from None
+
+
+def read_unpacked(path: str | Path) -> bytes:
+    """The content of a plain or gzipped file of text, unpacked at most `LARGEST_FILE` bytes. Raises OSError."""
+    lines: list[bytes] = []
+    size = 0
+    for _, line in read_lines(path):
+        size += len(line)
+        if size > LARGEST_FILE:
+            raise UnreadableError(f"it is larger than {LARGEST_FILE // 2**20} MiB")
+        lines.append(line)
+    return b"".join(lines)
+
+
+def read_whole_lines(path: str | Path) -> list[Json]:
+    """The JSON objects of a file that may have been cut short: all up to the first line that is not whole.
+
+    None if there is no file. Raises ConfigError if it cannot be read.
+    """
+    rows: list[Json] = []
+    try:
+        for _, line in read_lines(path):
+            if not line.endswith(b"\n"):
+                break
+            rows.append(parse_json_line(line))
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        raise ConfigError(
+            f"{str(path)!r} cannot be read ({error.strerror}); remove it, or name another folder"
+        ) from None
+    except ValueError:  # the first line that is not whole
+        pass
+    return rows
 
 
 def without_nulls(fields: Mapping[str, Any]) -> Json:
@@ -108,12 +218,29 @@ def parse_json_line(line: bytes) -> Json:
     text = decode_text(line).rstrip("\r\n")
     if not text.strip():
         raise ValueError("line is empty")
+    fields = parse_json(text)
+    if not isinstance(fields, dict):
+        raise ValueError(f"not a JSON object but {type(fields).__name__}")
+    return fields
+
+
+def parse_json(text: str) -> Any:  # Any: whatever JSON can hold
+    """The value of a JSON document. Raises ValueError with the reason."""
     try:
-        fields = json.loads(text)
+        document = json.loads(text)
     except json.JSONDecodeError as error:
         raise ValueError(f"not JSON ({error.msg} at character {error.pos + 1})") from None
     except (ValueError, RecursionError) as error:  # numbers of thousands of digits, brackets thousands deep
         raise ValueError(f"not JSON that can be read ({error})") from None
-    if not isinstance(fields, dict):
-        raise ValueError(f"not a JSON object but {type(fields).__name__}")
-    return fields
+    level = [document]
+    for _ in range(_DEEPEST):
+        deeper: list[Any] = []
+        for value in level:
+            if isinstance(value, dict):
+                deeper += value.values()
+            elif isinstance(value, list):
+                deeper += value
+        if not deeper:
+            return document
+        level = deeper
+    raise ValueError(f"not JSON that can be read (lists or objects over {_DEEPEST} deep)")

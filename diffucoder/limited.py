@@ -40,10 +40,14 @@ class Limited:
         self.memory = memory
         self._idle: list[subprocess.Popen[bytes]] = []
         self.close = weakref.finalize(self, _stop, self._idle)
+        os.register_at_fork(after_in_child=self._idle.clear)  # they answer the parent
 
     def __call__(self, function: Callable[..., Any], *args: Any) -> Any:  # Any: whatever JSON can hold
         """Return `function(*args)`. Raises LimitError, and the package's own errors as the function raised them."""
-        child = self._idle.pop() if self._idle else self._start()
+        try:
+            child = self._idle.pop()
+        except IndexError:
+            child = self._start()
         name = f"{function.__module__}:{function.__qualname__}"
         answer = b""
         assert child.stdin is not None
@@ -67,7 +71,7 @@ class Limited:
         limits = [str(self.seconds), str(self.memory)]
         paths = {"PYTHONPATH": os.pathsep.join(sys.path)}
         return subprocess.Popen(
-            [sys.executable, "-c", _SERVE, *limits],
+            [sys.executable, "-P", "-c", _SERVE, *limits],  # -P: never import from the current folder
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,

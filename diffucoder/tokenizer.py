@@ -18,9 +18,11 @@ from typing import Any
 import tokenizers
 from tokenizers import AddedToken
 
+from diffucoder.chat_templates import render_chat
 from diffucoder.errors import CheckpointError, PromptError
 from diffucoder.files import Json, write_json
-from diffucoder.tokenizer_files import ROLES, add_special, read_backend, read_config, token_name
+from diffucoder.model_files import one_line, shown
+from diffucoder.tokenizer_files import CONTROL, ROLES, add_special, read_backend, read_config, role_tokens, token_name
 
 MASK_TOKEN = "<|mask|>"
 PAD_TOKEN = "<|dlm_pad|>"
@@ -30,9 +32,8 @@ TERMINATORS = (END_OF_TEXT, END_OF_TURN, PAD_TOKEN)  # an answer ends at the fir
 PLACEHOLDER = "░"  # printed for a masked token, or for half a character
 DEFAULT_SYSTEM = "You are a helpful assistant."  # Qwen2.5's, which DiffuCoder was tuned with
 
-# Control tokens by their form, whatever their flags: llama.cpp's rule. DeepSeek's has full-width bars
-_CONTROL = re.compile(r"<[|\uff5c].*[|\uff5c]>", re.DOTALL)
-_MARK = "\ufdd0"  # not a character; text that is exchanged does not have it
+_FIRST_STAND_IN = 0xDC00  # a lone surrogate, which no Unicode text has
+_NO_CHARACTER = "\ufdd0"
 
 Messages = Sequence[Mapping[str, str]]
 
@@ -111,12 +112,13 @@ class Tokenizer:
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         self.backend.save(str(folder / "tokenizer.json"))
+        roles = self._role_names()
         config: Json = {
             "clean_up_tokenization_spaces": False,
             "mask_token": self.mask_token,
             "pad_token": self.backend.id_to_token(self.pad_id),
             "tokenizer_class": "PreTrainedTokenizerFast",
-            **self._tokens_of("bos_token", "eos_token", "unk_token"),
+            **{role: roles[role] for role in ("bos_token", "eos_token", "unk_token") if role in roles},
         }
         write_json(folder / "tokenizer_config.json", dict(sorted(config.items())))
         template = folder / "chat_template.jinja"
@@ -154,14 +156,15 @@ class Tokenizer:
         """
         template = self.config.get("chat_template")
         if isinstance(template, list):
-            template = {named["name"]: named["template"] for named in template if isinstance(named, Mapping)}
+            named = [each for each in template if isinstance(each, Mapping) and isinstance(each.get("name"), str)]
+            template = {each["name"]: each.get("template") for each in named}
         if isinstance(template, Mapping):
-            names = ", ".join(template) or "none"
+            names = one_line(", ".join(template) or "none")[:80]
             template = template.get("default")
             if template is None:
                 raise CheckpointError(f"of several chat templates ({names}) none is 'default'; give one that name")
         if template is not None and not isinstance(template, str):
-            raise CheckpointError(f"chat_template={template!r} is not text; give a Jinja template")
+            raise CheckpointError(f"chat_template={shown(template)} is not text; give a Jinja template")
         return template
 
     def check_fits(self, *, mask_id: int, rows: int) -> None:
@@ -183,20 +186,27 @@ class Tokenizer:
 
         PromptError if the string is not Unicode: Python puts lone surrogates where bytes were not UTF-8.
         """
-        backend = self.backend if special else self._plain_backend
+        return list(self._encoded(self.backend if special else self._plain_backend, text).ids)
+
+    def _encoded(self, backend: tokenizers.Tokenizer, text: str) -> tokenizers.Encoding:
         try:
-            return list(backend.encode(text, add_special_tokens=False).ids)
+            return backend.encode(text, add_special_tokens=False)
         except TypeError:
             raise PromptError(f"text {text[:40]!r} is not Unicode; give it as UTF-8") from None
+        except BaseException as error:  # a panic of the library is not an Exception
+            if type(error).__name__ != "PanicException":
+                raise
+            reason = one_line(error)
+            raise PromptError(f"text {text[:40]!r} cannot be cut by this tokenizer ({reason})") from None
 
     def encode_batch(self, texts: Sequence[str], *, special: bool = False) -> list[list[int]]:
         """`encode` of many texts at once, on all cores. PromptError as `encode`."""
         backend = self.backend if special else self._plain_backend
         try:
             return [encoding.ids for encoding in backend.encode_batch_fast(list(texts), add_special_tokens=False)]
-        except TypeError:
+        except BaseException:
             for text in texts:
-                self.encode(text, special=special)  # raises for the text that is not Unicode
+                self.encode(text, special=special)  # raises for the text that cannot be encoded
             raise
 
     def decode(self, ids: Iterable[int], *, skip_special: bool = True) -> str:
@@ -212,18 +222,19 @@ class Tokenizer:
         for turn in turns:
             for name, value in turn.items():
                 if isinstance(value, str):
-                    turn[name] = self._with_marks(value)
-        text = self._render(turns) + self._with_marks(prefill)
-        unmarked = text.replace(_MARK, "")
-        if self._control_name.findall(unmarked) == self._control_name.findall(text):  # no message spells any
-            return self.encode(unmarked, special=True)
+                    turn[name] = self._with_stand_ins(value)
+        text = self._render(turns) + self._with_stand_ins(prefill)
+        plain = text.translate(self._stood_in)
+        if plain == text:  # no message spells a control token
+            return self.encode(text, special=True)
         ids = []
-        for piece in self._control_name.split(text):
-            if piece in self._control_ids:
-                ids.append(self._control_ids[piece])
-            else:
-                ids += self.encode(piece.replace(_MARK, ""))
-        return ids
+        position = 0
+        unspelled = self._encoded(self.backend, text.translate(dict.fromkeys(self._stood_in, _NO_CHARACTER)))
+        for id_, (start, end) in zip(unspelled.ids, unspelled.offsets, strict=True):
+            if id_ in self._control_tokens:
+                ids += [*self.encode(plain[position:start]), id_]
+                position = end
+        return ids + self.encode(plain[position:])
 
     def token_bytes(self, id_: int) -> bytes:
         """The bytes that a token stands for: perhaps a part of a character, or the name of an added token."""
@@ -274,38 +285,62 @@ class Tokenizer:
         return "ByteLevel" in repr(self.backend.decoder)  # it may be one of a sequence
 
     @cached_property
-    def _control_ids(self) -> dict[str, int]:
-        """The tokens that steer the model and are not text: their names and ids."""
+    def _control_tokens(self) -> dict[int, str]:
+        """The tokens that steer the model and are not text: their ids and names."""
         roles = {self.pad_id, self.bos_id, *self.terminator_ids}
-        controls = {self.mask_token: self.mask_id}
+        controls = {self.mask_id: self.mask_token}
         for id_, token in self._added_tokens.items():
-            if token.special or id_ in roles or _CONTROL.fullmatch(token.content):
-                controls[token.content] = id_
+            if token.special or id_ in roles or CONTROL.fullmatch(token.content):
+                controls[id_] = token.content
         return controls
 
     @cached_property
-    def _control_name(self) -> re.Pattern[str]:
-        """Matches the name of a control token, the longest that fits."""
-        names = sorted(self._control_ids, key=len, reverse=True)
-        return re.compile(f"({'|'.join(map(re.escape, names))})")
+    def _control_start(self) -> re.Pattern[str]:
+        """Matches the first character of each control token that a text spells."""
+        names = sorted(self._control_tokens.values(), key=len, reverse=True)
+        return re.compile(rf"(?={'|'.join(map(re.escape, names))}).", re.DOTALL)
 
     @cached_property
-    def _control_start(self) -> re.Pattern[str]:
-        """Matches the first character of a control token, or of a part at the end that the next text may complete."""
-        beginnings = {name[:length] for name in self._control_ids for length in range(1, len(name))}
-        part = "|".join(map(re.escape, sorted(beginnings)))
-        first = "".join({re.escape(name[0]) for name in self._control_ids})  # checked first, since it is fast
-        return re.compile(rf"(?=[{first}])(?={self._control_name.pattern}|(?:{part})\s*\Z).", re.DOTALL)
+    def _beginnings(self) -> frozenset[str]:
+        """What a control token may begin with, the rest of it following."""
+        names = self._control_tokens.values()
+        return frozenset(name[:length] for name in names for length in range(1, len(name)))
 
-    def _with_marks(self, text: str) -> str:
-        """`text` with a mark inside each control token that it spells, so that it is none to a template."""
-        return self._control_start.sub(rf"\g<0>{_MARK}", text.replace(_MARK, ""))
+    @cached_property
+    def _stand_ins(self) -> dict[str, str]:
+        """A stand-in for each character that a control token begins with."""
+        first = sorted({name[0] for name in self._control_tokens.values()})
+        return {character: chr(_FIRST_STAND_IN + number) for number, character in enumerate(first)}
+
+    @cached_property
+    def _stood_in(self) -> dict[int, str]:
+        """The characters of the stand-ins, for `str.translate`."""
+        return {ord(stand_in): character for character, stand_in in self._stand_ins.items()}
+
+    def _with_stand_ins(self, text: str) -> str:
+        """`text` with a stand-in at the start of each control token that it spells, so that it is none to a template.
+
+        The same for a beginning at the end of the text, which the template may complete.
+        """
+        if text.translate(self._stood_in) != text:
+            raise PromptError(f"text {text[:40]!r} is not Unicode; give it as UTF-8")
+        characters = list(text)
+        starts = {match.start() for match in self._control_start.finditer(text)}
+        for ending in (text, text.rstrip()):  # templates strip
+            for length in range(1, max(map(len, self._beginnings), default=0) + 1):
+                if ending[-length:] in self._beginnings:
+                    starts.add(max(0, len(ending) - length))
+        for start in starts:
+            characters[start] = self._stand_ins[characters[start]]
+        return "".join(characters)
 
     @cached_property
     def _plain_backend(self) -> tokenizers.Tokenizer:
         """A copy of the backend that reads control tokens as text: the switch is a property of a whole tokenizer."""
         plain = tokenizers.Tokenizer.from_str(self.backend.to_str())
-        plain.add_special_tokens([AddedToken(name, special=True) for name in self._control_ids])  # all known: flags
+        plain.add_special_tokens(
+            [AddedToken(name, special=True) for name in self._control_tokens.values()]
+        )  # all known: flags
         plain.encode_special_tokens = True
         return plain
 
@@ -316,25 +351,12 @@ class Tokenizer:
                 turns = [{"role": "system", "content": DEFAULT_SYSTEM}, *turns]
             text = "".join(f"<|im_start|>{turn['role']}\n{turn['content']}<|im_end|>\n" for turn in turns)
             return text + "<|im_start|>assistant\n"
-        # late: slow to import, and most chats do not need them
-        from jinja2.exceptions import TemplateError
-        from transformers.utils.chat_template_utils import render_jinja_template
+        return render_chat(self.chat_template, turns, self._role_names())
 
-        names = {}
-        for name, value in self.config.items():
-            if name.endswith("_token") and isinstance(value, (str, Mapping)):
-                names[name] = token_name(value)
-        try:
-            prompts, _ = render_jinja_template(
-                [turns], chat_template=self.chat_template, add_generation_prompt=True, **names
-            )
-        except TemplateError as error:
-            raise PromptError(f"the checkpoint's chat template rejects these messages: {error}") from error
-        return str(prompts[0])
-
-    def _tokens_of(self, *roles: str) -> dict[str, str]:
-        """The tokens of those roles that have one."""
-        return {role: self.config[role] for role in roles if self.config.get(role)}
+    def _role_names(self) -> dict[str, str]:
+        """The special tokens that the config gives names to, by those names."""
+        names = {role: token_name(token) for role, token in role_tokens(self.config).items()}
+        return {role: name for role, name in names.items() if name}
 
     def _ids_of(self, *tokens: str | None) -> list[int]:
         """The ids of those tokens that the vocabulary has."""

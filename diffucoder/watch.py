@@ -19,6 +19,7 @@ from torch import Tensor
 from diffucoder.decoding.coder import OnStep
 from diffucoder.decoding.requests import Request
 from diffucoder.decoding.step import Sequence, Step
+from diffucoder.errors import printable
 from diffucoder.tokenizer import PLACEHOLDER, Tokenizer
 
 _BLUE = ColorTriplet(86, 156, 255)  # for the first step
@@ -61,9 +62,9 @@ class CanvasView:
                 continue
             elif position in self.step_of:
                 style = _style(self.step_of[position] / max(self.passes - 1, 1))
-                text.append(piece, style=style)
+                text.append(printable(piece), style=style)
             else:
-                text.append(piece)
+                text.append(printable(piece))
         return text
 
     def _answer(self) -> list[int]:

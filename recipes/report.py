@@ -32,8 +32,11 @@ def update_page(path: Path, sections: Mapping[str, str]) -> None:
 
 def table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     """A Markdown table: the first column to the left, all others to the right."""
-    lines = [head, ["---", *["--:"] * (len(head) - 1)], *rows]
-    return "\n".join([f"| {' | '.join(map(str, cells))} |" for cells in lines])
+    lines: list[str] = []
+    for cells in (head, ["---", *["--:"] * (len(head) - 1)], *rows):
+        texts = [str(cell).replace("|", r"\|") for cell in cells]
+        lines.append(f"| {' | '.join(texts)} |")
+    return "\n".join(lines)
 
 
 def provenance(command: str, *details: str) -> str:

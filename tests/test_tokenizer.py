@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -78,7 +79,7 @@ def base(base_folder: Path) -> Tokenizer:
 def instruct_folder(base_folder: Path, base: Tokenizer, tmp_path: Path) -> Path:
     """Files as DiffuCoder-Instruct ships them: `<|dlm_pad|>` listed, and used to pad."""
     for name in ("vocab.json", "merges.txt"):
-        (tmp_path / name).symlink_to(base_folder / name)
+        os.link(base_folder / name, tmp_path / name)
     listed = {token.content: id_ for id_, token in base.backend.get_added_tokens_decoder().items()}
     (tmp_path / "added_tokens.json").write_text(json.dumps({**listed, "<|dlm_pad|>": 151667}))
     roles = {"pad_token": "<|dlm_pad|>", "eos_token": {"content": "<|endoftext|>"}, "mask_token": "<|mask|>"}
@@ -220,6 +221,7 @@ def test_added_tokens_must_fit_the_vocabulary(instruct_folder: Path) -> None:
 
 FLAGS = {"lstrip": False, "rstrip": False, "single_word": False, "normalized": False}
 HIDDEN = {"content": "<hidden>", "special": True, **FLAGS}
+ONE = {"content": "<one>", "special": True, **FLAGS, "rstrip": True}
 FORMS: dict[str, dict[str, dict[str, object]]] = {  # files beside a tokenizer.json of 260 tokens
     "config lists it": {"tokenizer_config.json": {"mask_token": "<hidden>", "added_tokens_decoder": {"260": HIDDEN}}},
     "config lists two, which strip": {
@@ -246,6 +248,37 @@ FORMS: dict[str, dict[str, dict[str, object]]] = {  # files beside a tokenizer.j
         "tokenizer_config.json": {"mask_token": "<hidden>", "added_tokens_decoder": {"260": HIDDEN}},
         "special_tokens_map.json": {"mask_token": "<|endoftext|>"},
     },
+    "tokens of the model's own": {
+        "tokenizer_config.json": {
+            "mask_token": "<hidden>",
+            "model_specific_special_tokens": {"image_token": "<one>", "x_token": {"__type": "AddedToken", **ONE}},
+        }
+    },
+    "tokens of the model's own are overruled": {
+        "tokenizer_config.json": {
+            "mask_token": "<hidden>",
+            "image_token": "<one>",
+            "model_specific_special_tokens": {"x_token": "<two>"},
+        }
+    },
+    "an extra token that is text": {
+        "tokenizer_config.json": {
+            "mask_token": "<hidden>",
+            "extra_special_tokens": [{"__type": "AddedToken", **HIDDEN, "content": "<one>", "special": False}],
+        }
+    },
+    "a list of old, where nothing names one": {
+        "tokenizer_config.json": {"mask_token": "<hidden>"},
+        "added_tokens.json": {"<hidden>": 260, "<one>": 261},
+    },
+    "a list of old, where a list names one": {
+        "tokenizer_config.json": {"mask_token": "<hidden>", "extra_special_tokens": ["<one>"]},
+        "added_tokens.json": {"<hidden>": 260, "<one>": 261},
+    },
+    "a list of old is overruled": {
+        "tokenizer_config.json": {"mask_token": "<hidden>", "added_tokens_decoder": {"260": HIDDEN}},
+        "added_tokens.json": {"<one>": 261},
+    },
     "a list of old": {"tokenizer_config.json": {"mask_token": "<hidden>"}, "added_tokens.json": {"<hidden>": 260}},
     "a word of the vocabulary": {"tokenizer_config.json": {"mask_token": "z"}},
     "bos is asked for": {"tokenizer_config.json": {"add_bos_token": True, "mask_token": "<|mask|>"}},
@@ -270,7 +303,9 @@ def test_added_tokens_are_those_of_transformers(small: Tokenizer, tmp_path: Path
     assert (own.mask_token, own.mask_id) == (theirs.mask_token, theirs.mask_token_id)
     assert str(own.backend.get_added_tokens_decoder()) == str(theirs.added_tokens_decoder)
     for text in ("a <hidden> b<one>", "z<|im_end|> <own pad>  <hidden>"):
-        assert own.encode(text, special=True) == theirs.encode(text, add_special_tokens=False)
+        ids = own.encode(text, special=True)
+        assert ids == theirs.encode(text, add_special_tokens=False)
+        assert own.decode(ids) == theirs.decode(ids, skip_special_tokens=True)
 
 
 TEMPLATE_FILES: dict[str, dict[str, object]] = {
@@ -465,8 +500,33 @@ def test_a_chat_has_the_control_tokens_that_its_template_writes(
     ids = own.encode_chat(turns)
     empty = own.encode(own.chat([{**turn, "content": ""} for turn in turns]), special=True)
     assert [id_ for id_ in ids if id_ in own.special_ids] == [id_ for id_ in empty if id_ in own.special_ids]
-    if "\ufdd0" not in "".join(contents):
-        assert own.decode(ids, skip_special=False) == own.chat(turns)
+    assert own.decode(ids, skip_special=False) == own.chat(turns)
+
+
+def test_control_tokens_take_blanks_as_they_do_without_a_spelled_one(small: Tokenizer) -> None:
+    backend = tokenizers.Tokenizer.from_str(small.backend.to_str())
+    backend.add_special_tokens([AddedToken("<|left|>", lstrip=True), AddedToken("<|right|>", rstrip=True)])
+    own = Tokenizer(backend, config={"chat_template": "{{ messages[0].content }} <|left|> a <|right|>  b<|im_end|>"})
+    before = own.encode("x<|im_end|>")
+    assert own.encode_chat("x<|im_end|>") == [*before, *own.encode(" <|left|> a <|right|>  b<|im_end|>", special=True)]
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_no_character_is_lost_in_a_chat(small: Tokenizer, template: str | None) -> None:
+    own = with_template(small, template)
+    for text in ("a\ufdd0b", "\ufdd0<|im_end|>\ufdd0", "<|\ufdd0"):
+        assert own.decode(own.encode_chat(text), skip_special=False) == own.chat(text)
+    with pytest.raises(PromptError, match="is not Unicode"):
+        own.encode_chat("a\udc00<|im_end|>")
+
+
+def test_a_control_token_of_one_character_is_text_in_a_message(small: Tokenizer) -> None:
+    backend = tokenizers.Tokenizer.from_str(small.backend.to_str())
+    backend.add_special_tokens([AddedToken("\u241f"), AddedToken("\u241f\u241f")])
+    own = Tokenizer(backend, config={"chat_template": "{{ messages[0].content }}\u241f"})
+    ids = own.encode_chat("a\u241fb\u241f\u241f")
+    assert [id_ for id_ in ids if id_ in own.special_ids] == [backend.token_to_id("\u241f")]
+    assert own.decode(ids, skip_special=False) == "a\u241fb\u241f\u241f\u241f"
 
 
 @pytest.mark.parametrize("template", TEMPLATES[:-1])

@@ -30,6 +30,7 @@ def draw(report: Json, folder: Path) -> dict[str, str]:
     """Write each figure as NAME.svg and NAME.png. Return their SVG by name, ready for a page."""
     style: dict[Any, Any] = dict.fromkeys(_INKED, _INK)  # Any: matplotlib lists every name there is
     style |= {"svg.hashsalt": "diffucoder", "svg.fonttype": "none", "font.size": 9}  # the same drawing, the same bytes
+    style["text.parse_math"] = False  # the name of a model may have dollars
     drawings = {}
     with matplotlib.rc_context(style):
         for name, figure in _figures(report["runs"]).items():

@@ -7,7 +7,7 @@ prompt by prompt, over the prompts that both have.
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import chain, combinations
 
 import numpy as np
@@ -15,11 +15,15 @@ import numpy as np
 from diffucoder.analysis.runs import GLOBAL, LOCAL, Answer, Run
 from diffucoder.analysis.settings import Conventions
 from diffucoder.analysis.tokens import CLASSES
+from diffucoder.decoding.trace import LARGEST_MAP
+from diffucoder.errors import ConfigError
 from diffucoder.files import Json
 from diffucoder.metrics import bootstrap, is_share, pass_at_k, wilson
 
 ROUNDS = 2000  # of the bootstrap
 _SEED = 2506
+_LARGEST_K = 256  # of pass@k
+_LARGEST_TABLE = 2**23  # prompts times figures; 1,319 prompts of 4,096 positions are 5.4 million
 
 Figures = dict[str, float]  # of one answer or prompt, by name
 
@@ -116,7 +120,7 @@ def _figures_by_prompt(run: Run, conventions: Conventions) -> dict[str, Figures]
         figures["distinct"] = len(set(programs))
         if graded:
             figures["distinct_right"] = len(set(right))
-            for k in range(1, fewest + 1):
+            for k in range(1, min(fewest, _LARGEST_K) + 1):
                 figures[f"pass@{k}"] = pass_at_k(len(answers), len(right), k)
         table[task] = figures
     return table
@@ -171,28 +175,39 @@ def _mean_figures(rows: Sequence[Figures]) -> Figures:
 def _as_table(rows: Sequence[Figures]) -> tuple[list[str], np.ndarray]:
     """Return the names that any row has, and (N, K) their values, nan where a row has none."""
     names = list(dict.fromkeys(chain.from_iterable(rows)))
+    if len(rows) * len(names) > _LARGEST_TABLE:
+        raise ConfigError(
+            f"{len(rows):,} prompts with up to {len(names):,} positions are too many; give a part of them"
+        )
     values = np.full((len(rows), len(names)), np.nan)
     for number, row in enumerate(rows):
         values[number] = [row.get(name, math.nan) for name in names]
     return names, values
 
 
-def mean_map(maps: Sequence[np.ndarray], most: int = 64) -> np.ndarray:
+def mean_map(maps: Iterable[np.ndarray], most: int = 64) -> np.ndarray:
     """Return the (S, L) mean of maps of several sizes, nan where none has a value.
 
-    Neighbours are averaged where there are more than `most` of them in a direction.
+    Neighbours are averaged where there are more than `most` of them in a direction. Raises ConfigError for maps that
+    are long in different directions, whose mean would take too much memory.
     """
-    whole = [entropies for entropies in maps if len(entropies) > 1]  # the first pass alone is not a map
-    if not whole:
-        return np.zeros((0, 0))
-    shape = np.max([entropies.shape for entropies in whole], axis=0)
-    total = np.zeros(shape)
-    count = np.zeros(shape)
-    for entropies in whole:
+    total = np.zeros((0, 0))
+    count = np.zeros((0, 0))
+    for entropies in maps:
         steps, length = entropies.shape
+        if steps < 2:  # the first pass alone is not a map
+            continue
+        shape = np.maximum(total.shape, entropies.shape)
+        if np.prod(shape) > LARGEST_MAP:
+            raise ConfigError(f"entropies of {shape[0]:,} steps and {shape[1]:,} tokens are too many to be averaged")
+        more = [(0, new - old) for new, old in zip(shape, total.shape, strict=True)]
+        total = np.pad(total, more)
+        count = np.pad(count, more)
         total[:steps, :length] += np.nan_to_num(entropies)
         count[:steps, :length] += ~np.isnan(entropies)
-    for axis, size in enumerate(shape):
+    if not total.size:
+        return total
+    for axis, size in enumerate(total.shape):
         starts = np.unique(np.linspace(0, size, min(most, size), endpoint=False).astype(int))
         total = np.add.reduceat(total, starts, axis=axis)
         count = np.add.reduceat(count, starts, axis=axis)

@@ -22,12 +22,14 @@ _MOST = 128  # steps and positions of a map in the page; neighbours are averaged
 _COLUMNS = ("local_ar_ness@1", "global_ar_ness@1", "pass@1", "pass@10", "distinct", "tokens_per_forward", "revisions")
 
 
-def write(folder: Path, paths: Sequence[Path], conventions: Conventions, *, show: int = 100) -> Json:
-    """Analyse what is recorded in `paths` (see `read_runs`). Return the content of report.json.
+def write(
+    folder: Path, paths: Sequence[Path], conventions: Conventions, *, show: int = 100, model: str | None = None
+) -> Json:
+    """Analyse what is recorded in `paths`, by the tokenizer of `model` (see `read_runs`). Return report.json's content.
 
     The page shows the first `show` samples of each run. The same traces give the same bytes.
     """
-    runs = read_runs(paths)
+    runs = read_runs(paths, model)
     report = analyse(runs, conventions)
     folder.mkdir(parents=True, exist_ok=True)
     shown = [_shown_run(run, conventions, show) for run in runs]
@@ -64,7 +66,7 @@ def _script() -> str:
 
 
 def _shown_run(run: Run, conventions: Conventions, show: int) -> Json:
-    whole = mean_map([answer.trace.entropy_map for answer in run.answers], _MOST)
+    whole = mean_map((answer.trace.entropy_map for answer in run.answers), _MOST)
     samples = [_shown_sample(answer, conventions) for answer in run.answers[:show]]
     return {"label": run.label, "map": _as_bytes(whole), "samples": samples}
 
@@ -94,7 +96,7 @@ def _as_bytes(entropies: np.ndarray) -> Json | None:
     """Return a map in bytes: 40 a nat, 255 where there is nothing."""
     if not entropies.size:
         return None
-    levels = np.minimum(np.nan_to_num(entropies) * 40, 254)
+    levels = np.clip(np.nan_to_num(entropies) * 40, 0, 254)
     levels = np.where(np.isnan(entropies), 255, levels).astype(np.uint8)
     return {"rows": len(levels), "columns": levels.shape[1], "bytes": base64.b64encode(levels.tobytes()).decode()}
 

@@ -1,6 +1,5 @@
 """Recorded answers to analyse: traces with their text and verdicts, grouped into runs; and the AR-ness of an answer."""
 
-import ast
 import json
 import zlib
 from collections.abc import Iterable, Sequence
@@ -14,14 +13,16 @@ import numpy as np
 from diffucoder.analysis.settings import Conventions
 from diffucoder.analysis.tokens import token_classes
 from diffucoder.decoding.trace import Trace, commit_order, committed_before, global_ar_ness, local_ar_ness, read_traces
-from diffucoder.errors import ConfigError
-from diffucoder.files import Json, read_whole_lines
-from diffucoder.grading.extract import parsed, program_from
+from diffucoder.errors import ConfigError, printable
+from diffucoder.files import Json, read_json, read_whole_lines
+from diffucoder.grading.extract import program_key
 from diffucoder.models.checkpoint import load_tokenizer
+from diffucoder.models.hub import find
 from diffucoder.tokenizer import Tokenizer
 
 LOCAL = range(1, 10)  # k of local AR-ness, as in the paper's figures
 GLOBAL = range(1, 5)  # k of global AR-ness
+MOST_RUNS = 64  # every two of them are compared
 
 
 @dataclass(frozen=True)
@@ -60,11 +61,7 @@ class Answer:
     @property
     def program(self) -> str:
         """A key for comparing programs: the dump of its syntax tree, or its text if it does not parse."""
-        text = program_from("".join(self.pieces[: self.end]))
-        try:
-            return ast.dump(parsed(text))
-        except (SyntaxError, ValueError, RecursionError, MemoryError):
-            return text.strip()
+        return program_key("".join(self.pieces[: self.end]))
 
     def ar_ness(self, conventions: Conventions) -> tuple[list[float], list[float]]:
         """Local AR-ness@k and global AR-ness@k, for `LOCAL` and `GLOBAL` k."""
@@ -121,27 +118,33 @@ def ar_ness(
     return local_values, [global_ar_ness(order, k, before=before, end=end) for k in GLOBAL]
 
 
-def read_runs(paths: Iterable[Path]) -> list[Run]:
+def read_runs(paths: Iterable[Path], model: str | None = None) -> list[Run]:
     """Return runs from run folders, with their verdicts, or from files of traces: one for each model and setting.
 
-    Raises ConfigError if there are none, and CheckpointError if the tokenizer of a model cannot be found.
+    `model` is the one whose tokenizer reads them all; without it each names its own, which must be on this machine: a
+    file asks for no download. Raises ConfigError if there are no runs or too many, and CheckpointError if a tokenizer
+    is unfit.
     """
     runs: dict[str, Run] = {}
     for path in paths:
         file = path / "traces.jsonl" if path.is_dir() else path
         if not file.is_file():
             raise ConfigError(f"{str(path)!r} holds no traces; give a folder of diffucoder order, or a file of traces")
-        verdicts = {}
+        verdicts: dict[str, bool] = {}
         for verdict in read_whole_lines(file.with_name("verdicts.jsonl")):
-            verdicts[f"{verdict['task_id']}#{verdict['sample']}"] = bool(verdict["passed"])
+            verdicts[f"{verdict.get('task_id')}#{verdict.get('sample')}"] = bool(verdict.get("passed"))
         prompts = _prompts(file.with_name("settings.json"))
         for trace in read_traces(file):
+            tokenizer = _tokenizer(model) if model else _tokenizer_of(trace.model, file)
+            _check_tokens(trace, tokenizer, file)
             settings = {"model": trace.model, **prompts, **trace.params}
             settings.pop("seed", None)
             set_values = {name: value for name, value in settings.items() if value is not None}  # old traces lack some
             key = json.dumps([str(path) if path.is_dir() else "", set_values], sort_keys=True)
-            answer = Answer.of(trace, _tokenizer(trace.model), task=_task(trace), passed=verdicts.get(trace.id))
+            answer = Answer.of(trace, tokenizer, task=_task(trace), passed=verdicts.get(trace.id))
             runs.setdefault(key, Run(settings)).answers.append(answer)
+            if len(runs) > MOST_RUNS:
+                raise ConfigError(f"{str(path)!r} holds over {MOST_RUNS} models and settings; give a part of its lines")
     if not runs:
         raise ConfigError("there is no trace in what was given; give folders or files that hold some")
     return labelled(list(runs.values()))
@@ -159,7 +162,7 @@ def labelled(runs: Sequence[Run]) -> list[Run]:
         for name in differing:
             value = run.settings.get(name)
             parts.append(str(value) if name == "model" else f"{name} {value}")
-        label = ", ".join(parts) or str(run.settings.get("model"))
+        label = printable(" ".join((", ".join(parts) or str(run.settings.get("model"))).split()))[:200]
         if label in labels:
             label = f"{label} ({labels.count(label) + 1})"
         labels.append(label)
@@ -171,12 +174,38 @@ def _tokenizer(model: str) -> Tokenizer:
     return load_tokenizer(None if model == "tiny" else model)
 
 
+@cache
+def _tokenizer_of(name: str, file: Path) -> Tokenizer:
+    """The tokenizer of the model that a file names. ConfigError if it is not on this machine."""
+    try:
+        folder = find(name, fetch=False)
+    except OSError:  # CheckpointError, or a name that cannot be a path
+        raise ConfigError(
+            f"{str(file)!r} names the model {name[:200]!r}, which is not on this machine, and names in files are not "
+            "downloaded; give the model, or one with its tokenizer: --model NAME"
+        ) from None
+    return load_tokenizer(folder)
+
+
+def _check_tokens(trace: Trace, tokenizer: Tokenizer, file: Path) -> None:
+    """ConfigError if a trace has tokens that the tokenizer lacks."""
+    largest = max([0, *trace.tokens, *(row[1] for row in trace.revoked)])
+    if largest >= tokenizer.vocab_size:
+        raise ConfigError(
+            f"{str(file)!r}: trace {trace.id[:100]!r} has token {largest} of {tokenizer.vocab_size} tokens; "
+            "give the model that wrote it: --model NAME"
+        )
+
+
 def _prompts(path: Path) -> Json:
     """Return the name of the prompts of a run folder, which distinguishes code from mathematics; none in training."""
-    settings = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    try:
+        settings = read_json(path) if path.exists() else {}
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{str(path)!r} cannot be read ({error}); remove it") from None
     if "benchmark" not in settings:
         return {}
-    return {"prompts": settings["benchmark"]}
+    return {"prompts": str(settings["benchmark"])[:200]}
 
 
 def _task(trace: Trace) -> str:

@@ -5,7 +5,8 @@ import keyword
 import tokenize
 from collections.abc import Iterator, Sequence
 
-from diffucoder.grading.extract import program_blocks
+from diffucoder.grading.reading import read_limited
+from diffucoder.grading.replies import program_blocks
 
 CLASSES = ("keyword", "name", "operator", "literal", "indentation", "comment", "text", "end")
 
@@ -15,7 +16,8 @@ def token_classes(pieces: Sequence[str]) -> list[str]:
 
     White space alone, line breaks included, is indentation. Text around the program, or that is not Python, is text.
     """
-    of_characters = _character_classes("".join(pieces))
+    text = "".join(pieces)
+    of_characters = read_limited(_character_classes, text, otherwise=["text"] * len(text))
     classes = []
     start = 0
     for piece in pieces:
@@ -27,7 +29,7 @@ def token_classes(pieces: Sequence[str]) -> list[str]:
 
 def _character_classes(text: str) -> list[str]:
     """Return the class of each character, by Python's own tokenizer."""
-    blocks = program_blocks(text)
+    blocks = program_blocks(text, [])
     if not all(block in text for block in blocks):  # indented as a whole, or with other line ends
         blocks = [text]
     classes = ["text"] * len(text)

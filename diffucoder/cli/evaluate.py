@@ -46,7 +46,8 @@ def order(
     from diffucoder.evaluation.run import record_orders
 
     folders = record_orders(settings, _show_progress)
-    report = write(settings.folder, folders, conventions, show=show)
+    model = settings.model[0] if settings.traces and settings.model else None
+    report = write(settings.folder, folders, conventions, show=show, model=model)
     if as_json:
         print(json.dumps(report))
     else:

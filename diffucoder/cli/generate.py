@@ -13,7 +13,8 @@ import typer
 
 from diffucoder.cli.common import AsJson, Device, DType, Model, load_model, with_options
 from diffucoder.decoding.params import DecodingParams
-from diffucoder.errors import ConfigError, PromptError
+from diffucoder.errors import ConfigError, PromptError, printable
+from diffucoder.files import LARGEST_FILE
 from diffucoder.tokenizer import split_holes
 
 if TYPE_CHECKING:
@@ -129,7 +130,10 @@ def _filled(text: str, answers: Sequence[str]) -> str:
 def _read_text(path: str) -> str:
     """Return the text of a file, or of standard input for "-", every character as it is. Raises PromptError."""
     try:
-        content = sys.stdin.buffer.read() if path == "-" else Path(path).read_bytes()
+        with nullcontext(sys.stdin.buffer) if path == "-" else Path(path).open("rb") as file:
+            content = file.read(LARGEST_FILE + 1)
+        if len(content) > LARGEST_FILE:
+            raise PromptError(f"file {path!r} is larger than {LARGEST_FILE // 2**20} MiB; give a part of it")
         return content.decode()
     except UnicodeDecodeError:
         name = "standard input" if path == "-" else path
@@ -159,4 +163,5 @@ def _print_answer(result: "Generation", coder: "DiffuCoder", *, as_json: bool) -
     if as_json:
         print(json.dumps({name: getattr(result, name) for name in _REPORTED} | {"model": coder.name}))
     else:
-        print(result.text.removesuffix("\n"))
+        text = result.text.removesuffix("\n")
+        print(printable(text) if sys.stdout.isatty() else text)

@@ -10,6 +10,7 @@ import zlib
 from bisect import bisect_left
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, fields
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,6 +24,9 @@ from diffucoder.files import parse_json_line, read_lines, write_jsonl
 
 FORMAT = "diffucoder-trace"
 VERSION = 3
+LONGEST_ANSWER = 2**15  # tokens, as the next two limits of what is read: a file of traces may be anybody's
+_MOST_STEPS = 10**6
+LARGEST_MAP = 2**24  # entropies of a trace, as 4,096 steps of 4,096 tokens have
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,10 +50,13 @@ class Trace:
 
     @property
     def entropy_map(self) -> np.ndarray:
-        """(S, L) float32 nats, nan where nothing was scored; S = 0 if not recorded."""
+        """(S, L) float32 nats, nan where nothing was scored; S = 0 if not recorded. Raises ValueError or zlib.error."""
         packed = b""
         if self.entropies:
-            packed = zlib.decompress(base64.b64decode(self.entropies))
+            unpacking = zlib.decompressobj()
+            packed = unpacking.decompress(base64.b64decode(self.entropies), 2 * LARGEST_MAP)
+            if unpacking.unconsumed_tail or not unpacking.eof:
+                raise ValueError(f"over {LARGEST_MAP:,} numbers, or cut short")
         return np.frombuffer(packed, "<f2").reshape(-1, max(len(self.steps), 1)).astype(np.float32)
 
     @property
@@ -100,7 +107,14 @@ def write_traces(path: str | Path, traces: Iterable[Trace]) -> None:
 
 def read_traces(path: str | Path) -> list[Trace]:
     """Read what `write_traces` wrote. Raises ConfigError for a file of another format or version."""
-    return [_parse(line, f"{path}:{number}") for number, line in read_lines(path) if line.strip()]
+    traces: list[Trace] = []
+    try:
+        for number, line in read_lines(path):
+            if line.strip():
+                traces.append(_parse(line, f"{path}:{number}"))
+    except OSError as error:
+        raise ConfigError(f"trace file {str(path)!r} cannot be read ({error.strerror}); check the path") from None
+    return traces
 
 
 def _parse(line: bytes, place: str) -> Trace:
@@ -111,7 +125,8 @@ def _parse(line: bytes, place: str) -> Trace:
     except (ValueError, KeyError):
         raise ConfigError(f"{place} is not a {FORMAT} line; give a file that write_traces wrote") from None
     if kind != FORMAT or version != VERSION:
-        raise ConfigError(f"{place} is {kind!r} version {version!r}, not {FORMAT!r} version {VERSION}; write it again")
+        found = f"{repr(kind)[:40]} version {repr(version)[:40]}"
+        raise ConfigError(f"{place} is {found}, not {FORMAT!r} version {VERSION}; write it again")
     if content.keys() != {field.name for field in fields(Trace)}:
         raise ConfigError(f"{place} does not have the fields of {FORMAT} version {version}; write it again")
     try:
@@ -120,13 +135,43 @@ def _parse(line: bytes, place: str) -> Trace:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))
         raise ConfigError(f"{place}: {where} is {str(first['input'])[:40]!r}: {first['msg']}") from None
-    if not 0 <= trace.prompt_length == len(trace.tokens) - len(trace.steps):
-        raise ConfigError(
-            f"{place}: prompt_length={trace.prompt_length} and {len(trace.steps)} steps are not all tokens"
-        )
-    if not all(0 <= token < 2**31 for token in trace.tokens):
-        raise ConfigError(f"{place}: a token is not from 0 to 2**31 - 1")
+    problem = _problem(trace)
+    if problem:
+        raise ConfigError(f"{place}: {problem}; no model writes that, record it again")
     return trace
+
+
+def _problem(trace: Trace) -> str | None:
+    """What no trace of a model has, None if there is nothing: the analysis relies on the rest."""
+    length = len(trace.steps)
+    revoked = [row for row in trace.revoked if len(row) == 4]
+    steps = [*trace.steps, *(step for row in revoked for step in row[2:])]
+    if not 0 <= trace.prompt_length == len(trace.tokens) - length:
+        return f"prompt_length={trace.prompt_length} and {length} steps are not all tokens"
+    if length > LONGEST_ANSWER:
+        return f"its answer has {length:,} tokens, over {LONGEST_ANSWER:,}"
+    if not len(trace.confidence) == len(trace.log_probs) == length:
+        return f"confidence and log_probs do not have {length} values as steps has"
+    if not all(0 <= token < 2**31 for token in [*trace.tokens, *(row[1] for row in revoked)]):
+        return "a token is not from 0 to 2**31 - 1"
+    if not all(-1 <= step < _MOST_STEPS for step in steps) or not 0 <= trace.forward_passes <= _MOST_STEPS:
+        return f"forward_passes={str(trace.forward_passes)[:20]} or a step is not from 0 to {_MOST_STEPS:,}"
+    if not all(row[0] in range(length) and row[2] >= 0 and row[3] >= 0 for row in revoked) or revoked != trace.revoked:
+        return "an entry of revoked is not a position, a token and two steps"
+    if not all(value < 0.01 for value in trace.log_probs):
+        return "a log-probability is not 0 or less"
+    for name, value in trace.params.items():
+        values = value if isinstance(value, list) else [value]
+        if any(isinstance(each, list | dict) for each in values):
+            return f"params.{name[:40]} is not a value of a setting"
+    temperature = trace.params.get("temperature") or 0.0
+    if not isinstance(temperature, int | float) or not 0 <= temperature < math.inf:
+        return f"params.temperature is {str(temperature)[:40]!r}, not a number of 0 or more"
+    try:
+        _ = trace.entropy_map
+    except (ValueError, zlib.error) as error:
+        return f"entropies are not rows of {length} packed numbers ({error})"
+    return None
 
 
 def local_ar_ness(
@@ -168,14 +213,20 @@ def global_ar_ness(
     `before` and `end` as in `local_ar_ness`.
     """
     before = range(len(order)) if before is None else before
-    positions = np.asarray(order)
+    in_place = iter(sorted(order))
+    leftmost = list(islice(in_place, k))  # of the masked positions
+    committed = set[int]()
     early = 0
     counted = 0
     for known, position in zip(before, order, strict=True):
+        for earlier in order[len(committed) : known]:
+            committed.add(earlier)
+            if earlier in leftmost:
+                leftmost.remove(earlier)
+                leftmost += islice((after for after in in_place if after not in committed), 1)
         if end is not None and position >= end:
             continue
-        masked_to_the_left = int((positions[known:] < position).sum())
-        early += masked_to_the_left < k
+        early += position in leftmost
         counted += 1
     return early / counted if counted > 0 else math.nan
 

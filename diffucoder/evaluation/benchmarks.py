@@ -3,13 +3,11 @@
 A task holds what a model is shown and what a program is checked by. Not for running programs (`judge`).
 """
 
-import ast
 import hashlib
 import json
 import re
 import sys
 import textwrap
-import zlib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
@@ -19,8 +17,10 @@ from typing import Any
 
 from diffucoder.errors import ConfigError
 from diffucoder.evaluation.evalplus import Arguments, read_arguments
-from diffucoder.files import decode_text, read_lines, without_nulls
-from diffucoder.grading.extract import future_first, parsed
+from diffucoder.files import decode_text, parse_json, read_unpacked, without_nulls
+from diffucoder.grading.extract import future_first
+from diffucoder.grading.reading import read_limited
+from diffucoder.grading.syntax import imported_packages
 
 PREFILL = "Here is the code to solve this problem:\n```python\n"  # begins the answer of instruct models: Tables 5 and 6
 _REQUEST = "Please complete the following problem:\n```\n{}\n```\n"  # Table 5
@@ -116,18 +116,20 @@ def load(name: str, data: Path | None = None) -> list[Task]:
     if name == "tiny":
         data = _SHIPPED_DATA
     rows = _rows_from_hub(name, benchmark) if data is None else _rows_from_folder(name, benchmark, data)
+    tasks = []
     try:
-        tasks = []
         for row in rows:
             content = hashlib.sha256(json.dumps(row, default=str).encode()).hexdigest()
-            tasks.append(replace(benchmark.task(without_nulls(row)), content=content))
-    except (KeyError, TypeError, ValueError, SyntaxError, AttributeError) as error:
+            task = replace(benchmark.task(without_nulls(row)), content=content)
+            _check_text(task)
+            tasks.append(task)
+    except (KeyError, TypeError, ValueError, SyntaxError, AttributeError, OverflowError, RecursionError) as error:
         raise ConfigError(
             f"rows of {name!r} from {data or benchmark.repository} are not in their published form "
-            f"({type(error).__name__}: {error}); fetch {benchmark.files[0]} again"
+            f"(row {len(tasks) + 1}: {type(error).__name__}: {error}); fetch {benchmark.files[0]} again"
         ) from None
     ids = " ".join(sorted(task.task_id for task in tasks))
-    in_order = hashlib.sha256(ids.encode()).hexdigest().startswith(_MBPP_V010_IDS)
+    in_order = hashlib.sha256(ids.encode(errors="surrogatepass")).hexdigest().startswith(_MBPP_V010_IDS)
     for number, task in enumerate(tasks):
         tests = task.tests
         if isinstance(tests, Calls):
@@ -135,6 +137,13 @@ def load(name: str, data: Path | None = None) -> list[Task]:
             tests = replace(tests, plus=plus, in_order=in_order and name.startswith("mbpp"))
         tasks[number] = replace(task, task_id=task.task_id or f"{Path(name).stem}/{number}", tests=tests)
     return tasks
+
+
+def _check_text(task: Task) -> None:
+    """ValueError if a field of a task that must be text is something else in the file."""
+    for name in ("task_id", "entry_point", "prompt", "request", "canonical", "prefill", "head"):
+        if not isinstance(getattr(task, name), str):
+            raise ValueError(f"{name} is {type(getattr(task, name)).__name__}, not text")
 
 
 # --- rows to tasks ---------------------------------------------------------------------------------------------------
@@ -213,14 +222,9 @@ def _gsm8k(row: _Row) -> Task:
 
 def _libraries(*programs: str) -> tuple[str, ...]:
     """Names of the packages that `programs` import, without the standard library."""
-    names = set[str]()
+    packages: set[str] = set()
     for program in programs:
-        for node in ast.walk(parsed(program)):
-            if isinstance(node, ast.Import):
-                names.update(alias.name for alias in node.names)
-            elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
-                names.add(node.module)
-    packages = {name.split(".")[0] for name in names}
+        packages.update(read_limited(imported_packages, program, otherwise=[]))
     return tuple(sorted(packages - sys.stdlib_module_names))
 
 
@@ -269,17 +273,24 @@ def _rows_from_folder(name: str, benchmark: _Benchmark, data: Path) -> list[_Row
     if not present:
         raise ConfigError(f"benchmark {name!r} is not in {str(data)!r}: none of {', '.join(names)}; put one there")
     try:
-        return _parse_rows(decode_text(b"".join(line for _, line in read_lines(present[0]))))
-    except (OSError, EOFError, zlib.error, ValueError) as error:
+        return _parse_rows(decode_text(read_unpacked(present[0])))
+    except (OSError, ValueError) as error:
         raise ConfigError(f"{str(present[0])!r} cannot be read ({error}); fetch it again") from None
 
 
 def _parse_rows(text: str) -> list[_Row]:
     """Rows from JSON lines, or from one JSON document: rows by task id (BigCodeBench-Hard), a list, or one row."""
     try:
-        document = json.loads(text)
+        document = parse_json(text)
     except ValueError:
-        return [json.loads(line) for line in text.split("\n") if line.strip()]
+        rows: list[_Row] = []
+        for number, line in enumerate(text.split("\n"), start=1):
+            try:
+                if line.strip():
+                    rows.append(parse_json(line))
+            except ValueError as error:
+                raise ValueError(f"line {number} is {error}") from None
+        return rows
     if isinstance(document, list):
         return document
     if isinstance(document, dict) and all(isinstance(row, dict) for row in document.values()):

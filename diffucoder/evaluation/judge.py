@@ -4,9 +4,9 @@ Tasks with inputs are judged as EvalPlus does: the published solution and the pr
 arguments, and the results are compared outside the sandbox. `grading.grade` runs asserts and test code.
 """
 
-import ast
 import hashlib
 import json
+import re
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
@@ -18,7 +18,9 @@ from diffucoder.evaluation.benchmarks import Asserts, Calls, Script, Task
 from diffucoder.evaluation.evalplus import MEMORY, correct, time_limit, total_limit
 from diffucoder.files import Json, append_jsonl, cache_folder, read_whole_lines, write_jsonl, write_text
 from diffucoder.grading.grade import Call, call, grade
+from diffucoder.grading.reading import read_limited
 from diffucoder.grading.sandbox import Limits, Sandbox
+from diffucoder.grading.syntax import asserts_of_check
 from diffucoder.grading.values import from_json, short, to_json
 
 Progress = Callable[[Iterable[Any], int, str], Iterable[Any]]  # (items, their number, what they are) -> the items
@@ -86,7 +88,7 @@ def grade_samples(
     samples = [sample for sample in samples if sample["task_id"] in by_id]
     verdicts: list[Json] = []
     if path is not None:
-        verdicts = matching_lines(read_whole_lines(path), samples)
+        verdicts = matching_lines(read_whole_lines(path), samples, _is_verdict)
         write_jsonl(path, verdicts)
     waiting = samples[len(verdicts) :]
     needed = {sample["task_id"] for sample in waiting}
@@ -105,14 +107,22 @@ def grade_samples(
     return verdicts
 
 
-def matching_lines(lines: Sequence[Json], wanted: Sequence[Json]) -> list[Json]:
-    """Return the first of `lines`, as long as each is about the same sample as its neighbour in `wanted`."""
+def matching_lines(lines: Sequence[Json], wanted: Sequence[Json], is_whole: Callable[[Json], bool]) -> list[Json]:
+    """Return the first of `lines`, as long as each is whole and about the same sample as its neighbour in `wanted`."""
     matching = []
     for line, want in zip(lines, wanted, strict=False):
-        if line.get("task_id") != want["task_id"] or line.get("sample") != want["sample"]:
+        if line.get("task_id") != want["task_id"] or line.get("sample") != want["sample"] or not is_whole(line):
             break
         matching.append(line)
     return matching
+
+
+def _is_verdict(line: Json) -> bool:
+    """Whether a line of a run folder, which may be anybody's, has all fields of `Judged`."""
+    texts = (line.get("status"), line.get("detail"))
+    answers = (line.get("passed"), line.get("base"), line.get("trusted"))
+    has_plus = "plus" in line and (line["plus"] is None or isinstance(line["plus"], bool))
+    return has_plus and all(isinstance(text, str) for text in texts) and all(isinstance(each, bool) for each in answers)
 
 
 def split_by_imports(tasks: Sequence[Task], sandbox: Sandbox) -> tuple[list[Task], dict[str, str]]:
@@ -194,33 +204,9 @@ def _tests_of(task: Task, tests: Asserts | Script) -> tuple[Sequence[str], Limit
 
 def check_asserts(code: str, entry_point: str) -> list[str]:
     """Return the asserts of HumanEval's `check(candidate)`, about the entry point itself; none if it does more."""
-    tree = ast.parse(code)
-    checks = [node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == "check"]
-    others = [node for node in tree.body if not isinstance(node, ast.FunctionDef | ast.Assign | ast.Expr)]
-    if len(checks) != 1 or others:
-        return []
-    parameters = checks[0].args
-    others_than_candidate = [*parameters.posonlyargs, *parameters.kwonlyargs, parameters.vararg, parameters.kwarg]
-    if len(parameters.args) != 1 or any(others_than_candidate):
-        return []
-    own_names = {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
-            own_names.add(node.id)
-    if any(isinstance(node, ast.Name) and node.id in own_names for node in ast.walk(checks[0])):
-        return []  # an assert needs what the test code defines
-    candidate = checks[0].args.args[0].arg
-    for node in ast.walk(checks[0]):
-        if isinstance(node, ast.Name) and node.id == candidate:
-            node.id = entry_point
-    asserts = []
-    for statement in checks[0].body:
-        if not isinstance(statement, ast.Assert):
-            return []
-        always_true = isinstance(statement.test, ast.Constant) and bool(statement.test.value)
-        if not always_true:  # HumanEval has 48 times `assert True`
-            asserts.append(ast.unparse(statement))
-    return asserts
+    nothing: tuple[list[str], bool, str] = ([], False, "")
+    asserts, is_all, _ = read_limited(asserts_of_check, code, entry_point, otherwise=nothing)
+    return asserts if is_all else []
 
 
 # --- published solutions ---------------------------------------------------------------------------------------------
@@ -247,8 +233,9 @@ def references(tasks: Sequence[Task], sandbox: Sandbox, progress: Progress = sil
 
 def _reference_path(task: Task, tests: Calls) -> Path:
     content = repr((task.canonical, task.entry_point, tests.base, tests.plus or ()))
-    key = hashlib.sha256(content.encode()).hexdigest()[:16]
-    return cache_folder() / "references" / f"{task.task_id.replace('/', '-')}-{key}.json"
+    key = hashlib.sha256(content.encode(errors="surrogatepass")).hexdigest()[:16]
+    name = re.sub(r"[^A-Za-z0-9_.-]", "-", task.task_id)[:80]  # an id may be anything; the key alone distinguishes
+    return cache_folder() / "references" / f"{name}-{key}.json"
 
 
 def _read_reference(path: Path) -> Reference | None:

@@ -83,9 +83,14 @@ def ratio(samples: Sequence[Json], above: str, below: str) -> float | None:
     dividend = 0.0
     divisor = 0.0
     for sample in samples:
-        dividend += sample.get(above, 0)
-        divisor += sample.get(below, 0)
+        dividend += _number(sample.get(above))
+        divisor += _number(sample.get(below))
     return dividend / divisor if divisor else None
+
+
+def _number(value: Any) -> float:  # Any: from a file of anybody's
+    """A cost as a sample names it; 0 for what cannot be one, such as the tokens themselves."""
+    return float(value) if isinstance(value, int | float) and 0 <= value < 1e15 else 0.0
 
 
 def _versions() -> dict[str, str]:

@@ -6,8 +6,8 @@ import re
 from pathlib import Path
 
 from diffucoder.decoding.params import DecodingParams
-from diffucoder.errors import ConfigError
-from diffucoder.files import Json, write_json
+from diffucoder.errors import CheckpointError, ConfigError
+from diffucoder.files import Json, open_file, read_json, write_json
 from diffucoder.models.hub import TEXT_FILES, WEIGHT_FILES, find
 
 KEY_VERSION = 2  # raise it when a setting, or its default, changes its meaning: older runs are not continued then
@@ -38,9 +38,7 @@ def open_run_folder(folder: Path, key: Json) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         if not path.exists():
             write_json(path, key)
-        present = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(present, dict):
-            raise ValueError("not a JSON object")
+        present = read_json(path)
     except OSError as error:
         raise ConfigError(f"run folder {str(folder)!r} cannot be used ({error.strerror}); give another --run") from None
     except ValueError as error:
@@ -48,7 +46,7 @@ def open_run_folder(folder: Path, key: Json) -> None:
     for name in dict.fromkeys([*key, *present]):
         if present.get(name) != key.get(name):
             raise ConfigError(
-                f"run folder {str(folder)!r} belongs to {name}={present.get(name)!r}, not {key.get(name)!r}; "
+                f"run folder {str(folder)!r} belongs to {name}={repr(present.get(name))[:200]}, not {key.get(name)!r}; "
                 "give another --run, or the same settings to continue"
             )
 
@@ -56,7 +54,7 @@ def open_run_folder(folder: Path, key: Json) -> None:
 def content_hash(path: Path) -> str:
     """Return a hash of a file. Raises ConfigError if it cannot be read."""
     try:
-        with path.open("rb") as file:
+        with open_file(path) as file:
             return hashlib.file_digest(file, "sha256").hexdigest()[:16]
     except OSError as error:
         raise ConfigError(f"file {str(path)!r} cannot be read ({error.strerror}); check the path") from None
@@ -74,5 +72,7 @@ def weights_hash(source: str | None) -> str:
     digest = hashlib.sha256()
     paths = {path for pattern in TEXT_FILES + WEIGHT_FILES for path in folder.glob(pattern)}
     for path in sorted(paths):
+        if not path.is_file():
+            raise CheckpointError(f"{path} is not a regular file; fetch it again")
         digest.update(f"{path.name}:{content_hash(path)}\n".encode())
     return digest.hexdigest()[:16]

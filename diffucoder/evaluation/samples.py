@@ -5,7 +5,6 @@ and what it cost. Its trace may be in traces.jsonl beside it. Lines are written 
 short is generated again as a whole, so that a run that was stopped gives the same samples as one that was not.
 """
 
-import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
@@ -52,7 +51,7 @@ class Generator:
         traces = path.with_name("traces.jsonl")
         if self.maps is not None:
             names = {_trace_id(sample) for sample in done}
-            write_jsonl(traces, [line for line in read_whole_lines(traces) if line.get("id") in names])
+            write_jsonl(traces, [line for line in read_whole_lines(traces) if str(line.get("id")) in names])
         starts = range(len(done) // self.params.num_samples, len(tasks), self.batch)
         for start in progress(starts, len(starts), "batches generated"):
             samples: list[Json] = []
@@ -73,7 +72,7 @@ class Generator:
         wanted: list[Json] = []
         for task in tasks:
             wanted += [{"task_id": task.task_id, "sample": number} for number in range(count)]
-        done = matching_lines(read_whole_lines(path), wanted)
+        done = matching_lines(read_whole_lines(path), wanted, _has_answer)
         if len(done) < len(wanted):
             done = done[: len(done) - len(done) % (self.batch * count)]
         write_jsonl(path, done)
@@ -140,6 +139,11 @@ def _solution(task: Task, reply: str) -> str:
     return answered(task.prompt, reply, task.entry_point) if task.entry_point else program_from(reply)
 
 
+def _has_answer(sample: Json) -> bool:
+    """Whether a line of a run folder, which may be anybody's, can be judged."""
+    return isinstance(sample.get("solution", sample.get("completion")), str)
+
+
 def _trace_id(sample: Json) -> str:
     return f"{sample['task_id']}#{sample['sample']}"
 
@@ -162,7 +166,7 @@ def read_samples(path: Path, tasks: Sequence[Task]) -> list[Json]:
                 sample = _parse_sample(line, f"{path}, line {number}", by_task)
                 same_task = by_task[sample["task_id"]]
                 same_task.append({**sample, "sample": len(same_task)})
-    except (OSError, EOFError, zlib.error) as error:
+    except OSError as error:
         raise ConfigError(f"samples {str(path)!r} cannot be read ({error}); check the path") from None
     samples = list(chain.from_iterable(by_task.values()))
     if not samples:
@@ -177,12 +181,17 @@ def _parse_sample(line: bytes, where: str, tasks: Mapping[str, object]) -> Json:
         raise ConfigError(f"{where} is {error}; write one object a line, as EvalPlus does") from None
     task_id = sample.get("task_id")
     if not isinstance(task_id, str) or task_id not in tasks:
-        raise ConfigError(f"{where}: task_id={task_id!r} is not in this benchmark; its first is {next(iter(tasks))!r}")
+        raise ConfigError(
+            f"{where}: task_id={repr(task_id)[:200]} is not in this benchmark; its first is {next(iter(tasks))!r}"
+        )
     if "solution" not in sample and "completion" not in sample:
-        raise ConfigError(f"{where} has keys {sorted(sample)}; it needs 'completion' or 'solution', a string")
+        raise ConfigError(
+            f"{where} has keys {str(sorted(sample))[:200]}; it needs 'completion' or 'solution', a string"
+        )
     for key in ("solution", "completion"):
         if not isinstance(sample.get(key, ""), str):
             raise ConfigError(
-                f"{where}: {key}={sample[key]!r} is not a string; write the program, or text that continues the prompt"
+                f"{where}: {key}={repr(sample[key])[:200]} is not a string; write the program, or text that continues "
+                "the prompt"
             )
     return sample

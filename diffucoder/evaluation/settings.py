@@ -88,7 +88,11 @@ class OrderSettings(RunSettings):
         default=None,
         description="a benchmark as of evaluate, gsm8k, or a .jsonl file of prompts, optionally with tests",
     )
-    model: tuple[str, ...] = Field(default=(), description="as elsewhere, or tiny, the shipped one")
+    model: tuple[str, ...] = Field(
+        default=(),
+        description="as elsewhere, or tiny, the shipped one; with --traces the one whose tokenizer reads them, if it "
+        "is not the one that they name",
+    )
     traces: tuple[Path, ...] = Field(default=(), description="report on this file of traces, or run folder, instead")
     policy: str | None = Field(default=None, description="which positions to commit first; several make a run each")
     maps: int = Field(default=8, ge=0, description="prompts whose entropies are kept at every step")
@@ -97,6 +101,8 @@ class OrderSettings(RunSettings):
     def _prompts_or_traces(self) -> Self:
         if (self.prompts is None) == (not self.traces):
             raise ValueError("give PROMPTS for a model, or --traces of what was written already; one of the two")
+        if self.traces and len(self.model) > 1:
+            raise ValueError("--traces are read with one tokenizer; give one --model")
         return self
 
     @property

@@ -4,7 +4,7 @@
     assert abs(f(2) - 2 / 3) < 1e-6        f(2); abs(answer - 2 / 3) < 1e-6
     assert set(f(2)) == set((4, 5))        {*f(2)}; set(answer) == {4, 5}
     assert math.isclose(f(2), 0.5)         f(2); math.isclose(answer, 0.5)
-    assert not f(2)                        not (f(2)); answer is True
+    assert not f(2)                        not not (f(2)); not answer
 
 The program evaluates only the question: a call with literal arguments, and perhaps an attribute, an item or a method
 without arguments of its result. So it never learns what is expected. The condition is evaluated here, with plain data
@@ -18,22 +18,30 @@ import operator
 import re
 import sys
 from collections import UserString
-from collections.abc import Callable, Iterable, Sized
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from fractions import Fraction
 from itertools import pairwise
 from typing import Any  # plain data
 
+from diffucoder.grading.reading import read_limited
 from diffucoder.grading.values import set_of
 
 _LARGEST = 100_000  # items of a sequence or bits of a number that an operator may produce
+
+_STAR = re.compile(r"%[-#0-9+. ]*\*")  # a width among the arguments of a format
 
 # Calls of these with literals are literals themselves. Any other function may be one of the program's.
 _LITERAL_FUNCTIONS = {"dict", "float", "frozenset", "list", "set", "sorted", "tuple"}
 # Functions of all members of the answer. The program lists the members, because its answer may be a generator, or
 # makes the set, because some members are equal and are not plain data.
-_OF_MEMBERS = {"all", "any", "frozenset", "list", "max", "min", "set", "sorted", "sum", "tuple"}
+_OF_MEMBERS = {"frozenset", "list", "max", "min", "set", "sorted", "sum", "tuple"}
+# The truth of all or any members, found without a name that the program could give a meaning. Members may have no end.
+_TRUTH_OF_MEMBERS = {
+    "any": "not (True not in (not not member for member in {}))",
+    "all": "not (False in (not not member for member in {}))",
+}
 _KEYWORDS = {"reverse", "rel_tol", "abs_tol"}
 
 _TYPES = {kind.__name__: kind for kind in (bool, bytes, complex, dict, float, frozenset, int, list, set, str, tuple)}
@@ -63,9 +71,35 @@ class Assert:
         """Whether the condition holds for the program's value. A condition that raises fails, as in an assert."""
         if self.expression.startswith("not ") and not isinstance(value, bool):
             return False  # a forged answer
+        return self._holds(self.question, value)
+
+    def holds_for_result(self, result: Any) -> bool:
+        """Whether the condition holds if the function that the program is asked for returns `result`."""
+        return self._holds(self.call, result)
+
+    @property
+    def call(self) -> ast.expr:
+        """The question without what else the program does with the result, as in `not not (f(2))`."""
+        part = self.question
+        while not _is_question(part):
+            part = part.operand if isinstance(part, ast.UnaryOp) else part.args[0]  # type: ignore[attr-defined] # a call
+        return part
+
+    def literals(self) -> Iterator[Any]:
+        """The values that the condition names."""
+        parts = [self.condition]
+        while parts:
+            part = parts.pop()
+            if part is not self.question:
+                if _is_literal(part):
+                    yield _evaluate(part)
+                else:
+                    parts += [child for child in ast.iter_child_nodes(part) if isinstance(child, ast.expr)]
+
+    def _holds(self, part: ast.expr, value: Any) -> bool:
         try:
             with _numpy_is_quiet():
-                return bool(_evaluate(self.condition, self.question, value))
+                return bool(_evaluate(self.condition, part, value))
         except (TypeError, ValueError, ArithmeticError, RecursionError):
             return False
 
@@ -78,6 +112,21 @@ def _numpy_is_quiet() -> AbstractContextManager[Any]:
 
 def parse(test: str) -> Assert | None:
     """The split assert, or None if the test has another form."""
+    return parse_all([test])[0]
+
+
+def parse_all(tests: Sequence[str]) -> list[Assert | None]:
+    """The split asserts, None for a test of another form. If reading them takes too long, none is split."""
+    is_split = read_limited(_which_split, list(tests), otherwise=[False] * len(tests))
+    return [parse_locally(test) if split else None for test, split in zip(tests, is_split, strict=True)]
+
+
+def _which_split(tests: list[str]) -> list[bool]:
+    return [parse_locally(test) is not None for test in tests]
+
+
+def parse_locally(test: str) -> Assert | None:
+    """As `parse`, without its limits."""
     try:
         body = ast.parse(test.strip()).body
         if len(body) != 1 or not isinstance(body[0], ast.Assert):
@@ -99,11 +148,17 @@ def _find_question(node: ast.expr) -> tuple[ast.expr, str]:
     if _is_question(node):
         return node, ast.unparse(node)
     match node:
-        # The program is asked for the truth of its result, since that need not be plain data.
-        case ast.UnaryOp(ast.Not(), operand) if _is_question(operand):
-            return node, f"not ({ast.unparse(operand)})"
-        case ast.Call(ast.Name("bool"), [operand], []) if _is_question(operand):
-            return node, f"not not ({ast.unparse(operand)})"
+        # The program is asked for the truth of its result, since that need not be plain data; in one way for both, or
+        # it could read from the question which truth is expected.
+        case ast.UnaryOp(ast.Not(), operand) | ast.Call(ast.Name("bool"), [operand], []) if _is_question(operand):
+            return operand, f"not not ({ast.unparse(operand)})"
+        case ast.Call(ast.Name("any" | "all" as name), [operand], []) if _is_question(operand):
+            return node, _TRUTH_OF_MEMBERS[name].format(ast.unparse(operand))
+        # Or for a number, since only the program can convert an object of a class of its own.
+        case ast.Call(ast.Name("int" | "float" | "abs" | "round"), [operand, *others], []) if _is_question(
+            operand
+        ) and all(map(_is_literal, others)):
+            return node, ast.unparse(node)
         case ast.Call(ast.Name(name), [operand]) if name in _OF_MEMBERS and _is_question(operand):
             _check_call(node)
             members = f"*{ast.unparse(operand)}"
@@ -242,7 +297,7 @@ def _evaluate(node: ast.expr, question: ast.expr | None = None, answer: Any = No
         case ast.UnaryOp(sign, operand):
             return _OPERATORS[type(sign)](value_of(operand))
         case ast.BinOp(left, infix, right):
-            return _OPERATORS[type(infix)](value_of(left), value_of(right))
+            return _operate(_OPERATORS[type(infix)], value_of(left), value_of(right))
         case ast.Compare(left, orders, others):
             values = list(map(value_of, [left, *others]))
             result = None
@@ -257,6 +312,22 @@ def _evaluate(node: ast.expr, question: ast.expr | None = None, answer: Any = No
             options = {str(keyword.arg): value_of(keyword.value) for keyword in keywords}
             return _FUNCTIONS[ast.unparse(function)](*map(value_of, arguments), **options)
     raise _NotSplitError
+
+
+def _operate(operate: Callable[..., Any], left: Any, right: Any) -> Any:
+    """The result of an operator. Of an array of an object the object is the operand, to keep the operator's bounds."""
+    array = None
+    operands = []
+    for operand in (left, right):
+        if type(operand).__module__ == "numpy" and operand.dtype.hasobject:
+            array = operand.copy()
+            operand = operand.item()
+        operands.append(operand)
+    result = operate(*operands)
+    if array is None:
+        return result
+    array[(0,) * array.ndim] = result
+    return array
 
 
 def _types(node: ast.expr) -> tuple[type, ...]:
@@ -286,7 +357,9 @@ def _power(base: Any, exponent: Any) -> Any:
 
 def _modulo(left: Any, right: Any) -> Any:
     if isinstance(left, str | bytes | bytearray | UserString):
-        raise TypeError("formatting is left out: a format may ask for any width")
+        text = left.decode("latin-1") if isinstance(left, bytes | bytearray) else str(left)
+        if _STAR.search(text) or sum(map(int, re.findall("[0-9]+", text))) > _LARGEST:
+            raise OverflowError("a width in the format is too large")
     return left % right
 
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal, cast
 
 from diffucoder.errors import ConfigError
-from diffucoder.grading.asserts import Assert, parse
+from diffucoder.grading.asserts import Assert, parse_all
 from diffucoder.grading.runner import Question
 from diffucoder.grading.sandbox import DEFAULT_LIMITS, Limits, Sandbox, Status, source_of
 from diffucoder.grading.values import from_json, readable, short
@@ -103,7 +103,7 @@ def grade(
         raise ConfigError(f"tests={tests!r} must be a list of one or more asserts; leave out a problem without tests")
     if not program.strip():
         return Verdict(False, 0, len(tests), "no program", 0.0, "the program is empty")
-    asserts = [parse(test) for test in tests]
+    asserts = parse_all(tests)
     if together and not all(asserts):  # one that runs beside the program must see what the others leave
         tests = ["\n".join(tests)]
         asserts = [None]

@@ -16,6 +16,7 @@ from __future__ import annotations
 import hashlib
 import json
 import marshal
+import math
 import os
 import select
 import signal
@@ -25,12 +26,13 @@ from collections import Counter, UserList, UserString
 from collections.abc import Callable, ItemsView, Iterator, Mapping, Set
 from contextlib import suppress
 from decimal import Decimal
+from itertools import chain
 from numbers import Rational  # Fraction, and what sympy registers
 from types import CodeType
 from typing import Any, NamedTuple, NoReturn
 
 POLL = 0.02  # seconds between two looks at a silent child
-DEPTH = 500  # calls within calls that read an answer; no literal is nested so deep
+DEPTH = 500  # calls within calls that read an answer
 DIGEST_CELLS = 20_000_000  # a list of lists with more items is reported by its digest
 
 Question = tuple[str, tuple[Any, ...], float]  # source, arguments (an expression knows them as `_`), seconds
@@ -62,32 +64,40 @@ def main() -> None:
     # in place of this file: what a program finds at `__file__`
     with suppress(OSError), open("program.py", "w", encoding="utf-8", errors="surrogatepass") as file:
         file.write(job["program"])
-    deadline = time.monotonic() + job["clock"]
-    left = job["seconds"]
+    job["deadline"] = time.monotonic() + job["clock"]
     waiting = list(range(len(job["questions"])))
+    if not job["fresh"]:
+        while waiting:
+            waiting = ask_child(job, waiting)
+        return
     slow: list[int] = []
-    last_try = not job["fresh"]
-    while waiting:
-        children = len(waiting) if job["fresh"] else 1
-        batch = waiting[: len(waiting) // children]
-        child = Child(job, [job["questions"][index] for index in batch])
-        now = time.monotonic()
-        for answer in child.answers(left / children, now + (deadline - now) / children):
-            index = waiting.pop(0)
-            if answer.status == "timeout" and not last_try:
-                slow.append(index)
-                continue
-            head = f'[{index}, "{answer.status}", {answer.seconds:.6f}, '
-            write(1, head.encode(), answer.content, b"]")
-            if job["stop_at_failure"] and answer.status != "ok":
-                waiting.clear()
-                break
-        os.close(child.pipe)
-        left -= child.spent()
-        child.kill()
-        if not waiting and not last_try:
-            waiting = slow
-            last_try = True
+    for done, index in enumerate(waiting):
+        slow += ask_child(job, [index], share=len(waiting) - done, try_again=True)
+    for done, index in enumerate(slow):
+        ask_child(job, [index], share=len(slow) - done)
+
+
+def ask_child(job: dict[str, Any], indexes: list[int], share: int = 1, try_again: bool = False) -> list[int]:
+    """Put questions to a new child, report its answers, and return the questions that still wait for one.
+
+    The child may use one of so many equal shares of the time that is left, and what it uses is taken from the job's
+    `seconds`. With `try_again` a question that takes longer waits.
+    """
+    child = Child(job, [job["questions"][index] for index in indexes])
+    waiting = list(indexes)
+    now = time.monotonic()
+    for answer in child.answers(job["seconds"] / share, now + (job["deadline"] - now) / share):
+        if try_again and answer.status == "timeout":
+            break
+        head = f'[{waiting.pop(0)}, "{answer.status}", {answer.seconds:.6f}, '
+        write(1, head.encode(), answer.content, b"]")
+        if job["stop_at_failure"] and answer.status != "ok":
+            waiting.clear()
+            break
+    os.close(child.pipe)
+    job["seconds"] -= child.spent()
+    child.kill()
+    return waiting
 
 
 class Child:
@@ -136,38 +146,40 @@ class Child:
         return Answer(self.lost[0], spent, message(self.lost[1]))
 
     def read_line(self, seconds: float, until: float) -> bytes:
-        """The next line, which may take so many seconds, and come until then; b"" if the child is lost.
+        """The next line, which may take so many seconds and come until then; b"" if the child is lost.
 
-        A line that is there is an answer in time, also where this process had to wait for a processor before it looked.
+        A line that is there is in time, also where this process had to wait for a processor before it looked.
         """
-        end = 0.0  # set after the first look, so that no answer is charged for a pause of the whole machine
+        end = math.inf  # set after the first look, so that no answer is charged for a pause of the whole machine
         searched = 0
         while (length := self.received.find(b"\n", searched)) < 0:
             searched = len(self.received)
-            # a process that the program started may hold the pipe open for longer than the child lives
-            ended = self.has_ended()
             late = time.monotonic() >= until
-            ready = select.select([self.pipe], [], [], 0.0 if ended or late else POLL)[0]
-            chunk = b""
-            if ready:
-                chunk = os.read(self.pipe, 1 << 16)
-                self.received += chunk
-            if searched > self.max_output:
-                self.lost = ("killed", f"output: gave more than {self.max_output} bytes")
-            elif not chunk and (ready or ended):
-                self.lost = self.ending()
-            elif b"\n" in chunk:
-                continue
-            elif end and self.spent() >= end:
-                self.lost = ("timeout", "seconds: no time left")
-            elif late:
-                self.lost = ("timeout", "clock: it waited too long for a processor")
+            self.lost = self.read_some(0.0 if late else POLL)
+            if self.lost is None and b"\n" not in self.received[searched:]:
+                if self.spent() >= end:
+                    self.lost = ("timeout", "seconds: no time left")
+                elif late:
+                    self.lost = ("timeout", "clock: it waited too long for a processor")
             if self.lost:
                 return b""
-            end = end or self.spent() + seconds
+            end = min(end, self.spent() + seconds)
         line = bytes(self.received[:length])
         del self.received[: length + 1]
         return line
+
+    def read_some(self, wait: float) -> tuple[str, str] | None:
+        """Read what the child has written, or wait for it that long. Return status and message if no more will come."""
+        # a process that the program started may hold the pipe open for longer than the child lives
+        ended = self.has_ended()
+        ready = select.select([self.pipe], [], [], 0.0 if ended else wait)[0]
+        chunk = os.read(self.pipe, 1 << 16) if ready else b""
+        if len(self.received) > self.max_output:
+            return "killed", f"output: gave more than {self.max_output} bytes"
+        self.received += chunk
+        if not chunk and (ready or ended):
+            return self.ending()
+        return None
 
     def ending(self) -> tuple[str, str]:
         self.kill()
@@ -282,15 +294,46 @@ def digest_if_large(value: Any) -> dict[str, str] | None:
 
 
 def data_of(value: Any) -> Any:
-    """The JSON of an answer. What holds itself, or is nested too deep for JSON, is sent as its type and length."""
+    """The JSON of an answer."""
     limit = sys.getrecursionlimit()  # the program may have raised it beyond what the stack can take
     sys.setrecursionlimit(DEPTH)
     try:
         return to_json(value)
     except RecursionError:
-        return list(map(opaque, value)) if isinstance(value, list) else opaque(value)
+        return deep_to_json(value)
     finally:
         sys.setrecursionlimit(limit)
+
+
+def deep_to_json(value: Any) -> dict[str, Any]:
+    """Containers that are nested too deep for JSON, in postfix order: each after its members.
+
+    A container that holds itself is sent there as its type and length.
+    """
+    parts: list[tuple[str, Any]] = []  # type and number of members, or "data" and JSON
+    around: set[int] = set()  # identities of the containers whose members are being sent
+    waiting: list[tuple[Any, list[tuple[str, Any]]]] = [(value, [])]  # with the parts that follow its members
+    while waiting:
+        part, ending = waiting.pop()
+        bases = [base for base in NESTED if isinstance(part, base)]
+        if ending:
+            around.remove(id(part))
+            parts += ending
+        elif id(part) in around:
+            parts.append(("data", opaque(part)))
+        elif bases:
+            members = list(chain.from_iterable(part.items())) if bases[0] is dict else list(part)
+            ending = [(bases[0].__name__, len(members))]
+            if type(part) is not bases[0]:
+                ending.append(("subclass", 1))
+            around.add(id(part))
+            waiting += [(part, ending), *[(member, []) for member in reversed(members)]]
+        else:
+            try:
+                parts.append(("data", to_json(part)))
+            except RecursionError:
+                parts.append(("data", opaque(part)))
+    return {"deep": parts}
 
 
 def to_json(value: Any) -> Any:
@@ -302,8 +345,10 @@ def to_json(value: Any) -> Any:
     kind = type(value)
     if value is None or kind in (bool, str, float):
         return value
-    if getattr(kind, "__module__", "") == "numpy" and getattr(value, "size", 0) == 1 and value.dtype.kind in "biufc":
-        return numpy_to_json(value)
+    if getattr(kind, "__module__", "") == "numpy" and getattr(value, "size", 0) == 1:
+        kinds = "biufcUSO" if kind.__name__ == "ndarray" else "biufc"
+        if value.dtype.kind in kinds:
+            return numpy_to_json(value)
     if kind.__name__ == "timedelta64":  # numpy has it for an integer
         return opaque(value)
     for base in CONTENTS:
@@ -353,12 +398,15 @@ CONTENTS: dict[Any, Callable[[Any], Any]] = {  # Any: abstract classes too
     UserList: of_members("UserList"),
     UserString: lambda text: {"UserString": str(text)},
 }
-EXACT = (int, float, str, list, tuple, set, frozenset, dict, bytes, bytearray, complex)
+NESTED = (list, tuple, set, frozenset, dict)
+EXACT = (*NESTED, int, float, str, bytes, bytearray, complex)
 
 
 def numpy_to_json(value: Any) -> dict[str, Any]:
-    """A number of numpy, tagged with the character of its type, or an array of one."""
+    """A number of numpy, tagged with the character of its type, or an array of one number, string or object."""
     if type(value).__name__ == "ndarray":
+        if value.dtype.kind in "USO":
+            return {"array": [value.ndim, value.dtype.kind, to_json(value.item())]}
         return {"array": [value.ndim, *numpy_to_json(value.reshape(-1)[0]).popitem()]}
     item = value.item()
     if type(item) is type(value):  # a longdouble is not a number of Python
@@ -367,14 +415,12 @@ def numpy_to_json(value: Any) -> dict[str, Any]:
 
 
 def opaque(value: Any) -> Any:
-    return {"object": [type(value).__name__, length_of(value)]}
-
-
-def length_of(value: Any) -> int | None:
-    try:
-        return len(value)
-    except Exception:  # the class may be one of the program's
-        return None
+    name = type(value).__name__
+    library = str(getattr(type(value), "__module__", "")).partition(".")[0]
+    length = None
+    with suppress(Exception):  # the class may be one of the program's
+        length = len(value)
+    return {"object": [f"{library}.{name}" if library in ("numpy", "pandas") else name, length]}
 
 
 def describe(error: BaseException) -> bytes:

@@ -19,23 +19,27 @@ import tempfile
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, nullcontext, suppress
+from contextlib import ExitStack, closing, nullcontext, suppress
 from dataclasses import asdict, dataclass, fields
 from functools import cache
 from pathlib import Path
 from threading import BoundedSemaphore
-from typing import Any, Literal, Self
+from typing import Any, BinaryIO, Literal, Self
 
 from diffucoder.errors import ConfigError, SandboxError
+from diffucoder.grading.syscalls import MACHINES, system_call_filter
 
 Status = Literal["ok", "failed", "timeout", "killed"]
 
 _NOBODY = 65534
+_FIRST_USER = 0x70000000  # to 0x7FFFFFFF: numbers that distributions and containers leave free
 _PYTHONS = ("/usr/bin/python3", "/usr/local/bin/python3")  # that of a venv may be in a private home, out of reach
 _PAGE = 4096  # bytes; the smallest file takes so many of a tmpfs
 _START = 30.0  # seconds that a program may take to start, on a busy machine
 _GRACE = 30.0  # seconds that a supervisor, on a busy machine, may be late before its worker is killed
 _CLOSE = 2.0  # seconds in which a worker ends by itself
+_PAUSES = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 30.0)  # seconds before a worker that did not start is tried again
+_RUNS = 3  # of a program, where the machine runs out of memory meanwhile
 _MAX_JOBS = 5000  # programs that a worker runs before it is replaced
 # A fixed hash seed: the same program ends the same way every time, even if it prints a set.
 _ENVIRONMENT = {"PATH": "/usr/bin:/bin", "LANG": "C.UTF-8", "PYTHONHASHSEED": "0"}
@@ -115,11 +119,35 @@ class Sandbox:
             raise ConfigError(f"the program takes {size} bytes, above limits.files={limits.files}; raise the limit")
         data = stdin.encode(errors="surrogatepass") if isinstance(stdin, str) else stdin
         with self._free:
-            # no worker is idle, or it ended while it was idle and nothing of the program has run
-            with suppress(IndexError, SandboxError):
-                return self._run_in(self._idle.pop(), source, limits, data)
-            worker = self._starter.submit(_Worker, self.packages, unsafe=self.unsafe).result()
-            return self._run_in(worker, source, limits, data)
+            for _ in range(_RUNS):
+                kills = _out_of_memory_kills()
+                result = self._run_in_any(source, limits, data)
+                if _out_of_memory_kills() == kills:
+                    break
+            return result
+
+    def _run_in_any(self, program: bytes, limits: Limits, stdin: bytes) -> ExecutionResult:
+        """Run in an idle worker, or in a new one.
+
+        Where none starts, the machine may lack processes, descriptors or memory for a while. Raises SandboxError if
+        none has started after a minute.
+        """
+        # no worker is idle, or it ended while it was idle and nothing of the program has run
+        with suppress(IndexError, SandboxError):
+            return self._run_in(self._idle.pop(), program, limits, stdin)
+        for pause in _PAUSES:
+            with suppress(SandboxError):
+                return self._run_in(self._new_worker(), program, limits, stdin)
+            time.sleep(pause)
+        return self._run_in(self._new_worker(), program, limits, stdin)
+
+    def _new_worker(self) -> "_Worker":
+        try:
+            return self._starter.submit(_Worker, self.packages, unsafe=self.unsafe).result()
+        except SandboxError:
+            raise
+        except (OSError, RuntimeError) as error:  # no descriptors; no thread
+            raise SandboxError(f"cannot start a sandbox: {error}; raise the limits of this process (ulimit)") from error
 
     def _run_in(self, worker: "_Worker", program: bytes, limits: Limits, stdin: bytes) -> ExecutionResult:
         """Run in a worker, which is idle or closed afterwards. Raises SandboxError if the program did not start."""
@@ -166,25 +194,21 @@ def isolation() -> None:
     bwrap = shutil.which("bwrap")
     if bwrap is None:
         raise SandboxError("no bwrap on PATH; install it with `apt-get install bubblewrap`, or pass unsafe=True")
-    if platform.machine() not in ("x86_64", "aarch64"):
-        raise SandboxError(f"no system call filter for {platform.machine()}; run on x86_64 or aarch64")
-    refusal = _refusal(bwrap)
-    if refusal:
-        raise SandboxError(
-            f"bubblewrap cannot isolate here ({refusal}); it must be 0.8 or later and allowed to make user namespaces "
-            "(sysctl user.max_user_namespaces; in a container, a seccomp profile that permits unshare)"
-        )
-
-
-@cache
-def _refusal(bwrap: str) -> str:
-    """Why bubblewrap cannot work here, "" where it can."""
+    if platform.machine() not in MACHINES:
+        raise SandboxError(f"no system call filter for {platform.machine()}; run on {' or '.join(MACHINES)}")
     try:
-        with closing(_Worker((), unsafe=False)) as worker:
-            worker.run(b"", DEFAULT_LIMITS, b"")
+        _try_to_isolate(bwrap)
     except SandboxError as error:
-        return str(error)
-    return ""
+        raise SandboxError(
+            f"bubblewrap cannot isolate here ({error}); it must be 0.8 or later and allowed to make user namespaces "
+            "(sysctl user.max_user_namespaces; in a container, a seccomp profile that permits unshare)"
+        ) from error
+
+
+@cache  # of a success: an error is not cached, because its cause may pass
+def _try_to_isolate(bwrap: str) -> None:
+    with closing(_Worker((), unsafe=False)) as worker:
+        worker.run(b"", DEFAULT_LIMITS, b"")
 
 
 def _bubblewrap(packages: Sequence[Path], files: dict[str, int]) -> list[str]:
@@ -212,40 +236,47 @@ class _Worker:
         self.unsafe = unsafe
         self.healthy = True  # whether it may get another job
         self.jobs = 0
-        user: dict[str, Any] = {}  # Any: keywords of Popen, which differ in type
-        command = [sys.executable]
-        folders = [*map(str, packages)]
-        files: dict[str, int] = {}
-        if not unsafe:
-            files = {name: _pipe_with(text) for name, text in _ACCOUNTS.items()}
-            command = _bubblewrap(packages, files)
-            folders = [f"/packages/{number}" for number in range(len(packages))]
-            if os.geteuid() == 0:  # root escapes RLIMIT_NPROC even in bubblewrap, and an escape should end as nobody
-                user = {"user": _NOBODY, "group": _NOBODY, "extra_groups": []}
-        mode = "unsafe" if unsafe else "isolated"
-        # not -I, which would drop the hash seed
-        command += ["-s", "-S", "-c", source_of("forkserver.py"), mode, *folders]
         self.control, worker_control = socket.socketpair()
         self.replies = self.control.makefile("rb")
         try:
             with worker_control:
-                self.process = subprocess.Popen(
-                    command,
-                    stdin=worker_control.fileno(),
-                    stdout=subprocess.DEVNULL,
-                    stderr=subprocess.PIPE,
-                    cwd="/",
-                    env=_ENVIRONMENT,
-                    pass_fds=[*files.values()],
-                    start_new_session=True,
-                    **user,
-                )
+                self.process = self._start(worker_control, packages)
         except (OSError, subprocess.SubprocessError) as error:
+            self.replies.close()
             self.control.close()
-            raise SandboxError(f"cannot start {command[0]}: {_last_line(str(error))}; is it installed?") from error
-        finally:
-            for descriptor in files.values():
-                os.close(descriptor)
+            program = "python" if unsafe else "bwrap"
+            raise SandboxError(f"cannot start {program}: {_last_line(str(error))}; is it installed?") from error
+
+    def _start(self, control: socket.socket, packages: Sequence[Path]) -> subprocess.Popen[bytes]:
+        user: dict[str, Any] = {}  # Any: keywords of Popen, which differ in type
+        command = [sys.executable]
+        folders = [*map(str, packages)]
+        filters = ""
+        with ExitStack() as pipes:
+            files: dict[str, int] = {}
+            if not self.unsafe:
+                for name, text in _ACCOUNTS.items():
+                    files[name] = pipes.enter_context(_pipe_with(text)).fileno()
+                command = _bubblewrap(packages, files)
+                folders = [f"/packages/{number}" for number in range(len(packages))]
+                filters = system_call_filter(platform.machine()).hex()
+                if (
+                    os.geteuid() == 0
+                ):  # root escapes RLIMIT_NPROC even in bubblewrap, and an escape should end as nobody
+                    user = {"user": _own_user(self.control.fileno()), "group": _NOBODY, "extra_groups": []}
+            # not -I, which would drop the hash seed
+            command += ["-s", "-S", "-c", source_of("forkserver.py"), filters, *folders]
+            return subprocess.Popen(
+                command,
+                stdin=control.fileno(),
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.PIPE,
+                cwd="/",
+                env=_ENVIRONMENT,
+                pass_fds=[*files.values()],
+                start_new_session=True,
+                **user,
+            )
 
     def run(self, program: bytes, limits: Limits, stdin: bytes) -> ExecutionResult:
         """Run one program. Raises SandboxError if it did not start. A worker that is not `healthy` must be closed."""
@@ -300,12 +331,34 @@ class _Worker:
         return str(errors, errors="replace")
 
 
-def _pipe_with(text: str) -> int:
-    """A descriptor from which a process can read a short text."""
+def _pipe_with(text: str) -> BinaryIO:
+    """A pipe from which a process can read a short text."""
     reading, writing = os.pipe()
     with open(writing, "w") as file:
         file.write(text)
-    return reading
+    return open(reading, "rb")
+
+
+def _own_user(number: int) -> int:
+    """A user that no other worker has, so that what the kernel counts per user is per worker; else nobody.
+
+    `number` is one that no other worker of this process has. A container may have fewer users.
+    """
+    user = _FIRST_USER + (os.getpid() % (1 << 22) << 6) + number % 64
+    for line in Path("/proc/self/uid_map").read_text().splitlines():
+        first, _, count = map(int, line.split())
+        if first <= user < first + count:
+            return user
+    return _NOBODY
+
+
+def _out_of_memory_kills() -> int:
+    """How many processes Linux has killed for lack of memory; 0 where it does not say."""
+    with suppress(OSError), open("/proc/vmstat") as file:
+        for line in file:
+            if line.startswith("oom_kill "):
+                return int(line.split()[1])
+    return 0
 
 
 def _ending(limit: str, code: int, stderr: str, limits: Limits) -> tuple[Status, str]:

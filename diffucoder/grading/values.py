@@ -16,6 +16,7 @@ from typing import Any  # what `runner.CONTENTS` names, numbers of numpy, a Dige
 from diffucoder.grading import runner
 
 _MAX_DIGITS = 20_000  # hexadecimal digits of a part of a fraction, which is then reduced in milliseconds
+_MAX_DEPTH = 10_000  # of containers in each other; hashing and printing them takes stack
 _MAX_COLLISIONS = 16  # different members of a set with one hash; more do not happen by chance
 
 
@@ -26,7 +27,7 @@ class Digest:
     sha256: str
 
 
-_WITHOUT_TRUTH = {"ndarray", "DataFrame", "Series", "Index"}  # whose comparisons are arrays
+_WITHOUT_TRUTH = {"numpy.ndarray", "pandas.DataFrame", "pandas.Series", "pandas.Index"}  # whose comparisons are arrays
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,7 +58,12 @@ class Opaque:
 
 def to_json(value: Any) -> Any:
     """What `from_json` reads."""
-    return {"digest": value.sha256} if isinstance(value, Digest) else runner.to_json(value)
+    if isinstance(value, Digest):
+        return {"digest": value.sha256}
+    try:
+        return runner.to_json(value)
+    except RecursionError:
+        return runner.deep_to_json(value)
 
 
 def from_json(data: Any) -> Any:
@@ -95,10 +101,9 @@ def from_json(data: Any) -> Any:
             kind, length = content
             return Opaque(str(kind), length if type(length) is int else None)
         case "array":
-            import numpy as np  # late, as in `_numpy`
-
-            dimensions, character, number = content
-            return np.array(_numpy(character, number), ndmin=dimensions)
+            return _array(*content)
+        case "deep":
+            return _deep(content)
     return _numpy(kind, content)
 
 
@@ -135,6 +140,58 @@ def _numpy(character: str, content: Any) -> Any:
     if not isinstance(number, int | float | complex):  # a list would become an array
         raise ValueError(f"{number!r} is not a number")
     return np.dtype(character).type(number)
+
+
+def _array(dimensions: int, character: str, content: Any) -> Any:
+    """An array of one number, string or object."""
+    import numpy as np  # late, as in `_numpy`
+
+    if character not in ("U", "S", "O"):
+        return np.array(_numpy(character, content), ndmin=dimensions)
+    array = np.empty((1,) * dimensions, object)
+    array[(0,) * dimensions] = from_json(content)
+    if character == "O":
+        return array
+    if not isinstance(array.item(), str | bytes):
+        raise ValueError(f"{array.item()!r} is not a string")
+    return array.astype(character)
+
+
+def _deep(parts: list[tuple[str, Any]]) -> Any:
+    """A value from what `runner.deep_to_json` makes."""
+    made: list[tuple[int, Any]] = []  # depth and value of what is not yet a member
+    for kind, content in parts:
+        if kind == "data":
+            made.append((0, from_json(content)))
+            continue
+        start = len(made) - content
+        if not 0 <= start <= len(made):
+            raise ValueError(f"a {kind} of {content} members has only {len(made)}")
+        depth = 1 + max([depth for depth, _ in made[start:]], default=0)
+        if depth > _MAX_DEPTH:
+            raise ValueError(f"it is nested deeper than {_MAX_DEPTH}")
+        members = [member for _, member in made[start:]]
+        made[start:] = [(depth, _container(kind, members))]
+    ((_, value),) = made
+    return value
+
+
+def _container(kind: str, members: list[Any]) -> Any:
+    """A container of these members: those of a dict are its keys and values by turns."""
+    match kind:
+        case "list":
+            return members
+        case "tuple":
+            return tuple(members)
+        case "set" | "frozenset":
+            return _MAKERS[kind](set_of(members))
+        case "dict":
+            set_of(members[::2])  # raises ValueError for keys of one hash
+            return dict(zip(members[::2], members[1::2], strict=True))
+        case "subclass":
+            (base,) = members
+            return _SUBCLASSES[type(base)](base)
+    raise ValueError(f"{kind!r} is not a kind of container")
 
 
 def set_of(members: Iterable[Any] = ()) -> set[Any]:

@@ -1,46 +1,38 @@
 """Checkpoints: load models from a folder, the Hub or the package, and write Dream checkpoints.
 
-For: understanding a config without remote code, checking weights before reading them, choosing device and dtype.
-Not for: where models are (`hub`), the forward pass (`denoiser`), text (`tokenizer`), training state.
+For: finding and loading models, choosing device and dtype, saving. Not for: where models are (`hub`), reading a config
+(`model_config`) or weights (`weights`), the forward pass (`denoiser`), text (`tokenizer`), training state.
 
 A Dream model is a Qwen2 model that attends both ways, so it loads as transformers' Qwen2. Models that Dream can
 represent are written as Dream; Llama parents get zero q/k/v biases. Other models (Qwen3's q/k norms, scaled RoPE,
 unshifted rows) keep their type, and `diffucoder.json` has the rest.
 """
 
-import dataclasses
 import json
-import math
+import os
 import platform
 import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
-from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedConfig
-from transformers.utils import logging as transformers_logging
 
 from diffucoder.errors import CheckpointError, ConfigError
 from diffucoder.files import Json, write_json
+from diffucoder.model_files import read_json, shown
 from diffucoder.models.denoiser import Denoiser
 from diffucoder.models.families import Family, family_of
 from diffucoder.models.hub import find
+from diffucoder.models.model_config import transformers_config, whole_number
+from diffucoder.models.weights import INDEX, expected_shapes, load_causal_lm
 from diffucoder.tokenizer import Tokenizer
-from diffucoder.tokenizer_files import read_json
 
-WEIGHTS = "model.safetensors"
-INDEX = "model.safetensors.index.json"
 EXTRAS = "diffucoder.json"
-DTYPES = ("float32", "bfloat16", "float16", "float64")
-_STORED_DTYPES = ("F32", "BF16", "F16", "F64")  # as safetensors calls them
 _DREAM_SIZES = (
     *("attention_dropout", "bos_token_id", "eos_token_id", "hidden_act", "hidden_size", "initializer_range"),
     *("intermediate_size", "max_position_embeddings", "num_attention_heads", "num_hidden_layers"),
@@ -93,26 +85,21 @@ def load_denoiser(
         )
     device, dtype = default_device_and_dtype(device, dtype)
     folder = find(checkpoint.source, revision=checkpoint.revision, weights=True)
-    _check_weights(folder, checkpoint.config, checkpoint.family)
-    with transformers_silenced():
-        model = AutoModelForCausalLM.from_pretrained(
-            folder,
-            config=checkpoint.config,
-            dtype=dtype,
-            attn_implementation="sdpa",
-            local_files_only=True,
-            key_mapping=dict(checkpoint.family.weight_names) or None,
-        )
-    model.to(device).eval()
+    model = load_causal_lm(folder, checkpoint.config, checkpoint.family, dtype=dtype, device=device)
     return Denoiser.from_causal_lm(model, mask_id=mask_id, shifted=checkpoint.shifted)
 
 
 def load_tokenizer(source: Source = None) -> Tokenizer:
     """Load the tokenizer beside a model; a parent's gets a mask token. CheckpointError if it is damaged or unfit."""
     checkpoint = find_checkpoint(source)
-    tokenizer = Tokenizer.load(checkpoint.folder, add_mask=checkpoint.mask_id is None)
-    if checkpoint.mask_id is not None:
-        tokenizer.check_fits(mask_id=checkpoint.mask_id, rows=checkpoint.config.vocab_size)
+    try:
+        tokenizer = Tokenizer.load(checkpoint.folder, add_mask=checkpoint.mask_id is None)
+        if checkpoint.mask_id is not None:
+            tokenizer.check_fits(mask_id=checkpoint.mask_id, rows=checkpoint.config.vocab_size)
+    except CheckpointError as error:
+        if str(checkpoint.folder) in str(error):
+            raise
+        raise CheckpointError(f"{checkpoint.folder}: {error}") from error
     return tokenizer
 
 
@@ -169,10 +156,10 @@ def find_checkpoint(source: Source, *, revision: str | None = None) -> Checkpoin
     if isinstance(source, Checkpoint):
         return source
     folder = find(source, revision=revision)
-    if (folder / "adapter_config.json").exists():  # transformers would add it to the model
+    if os.path.lexists(folder / "adapter_config.json"):  # transformers would add it to the model
         raise CheckpointError(f"{folder} holds an adapter (adapter_config.json); merge it, or move it elsewhere")
-    if not (folder / "config.json").exists():
-        if (folder / "settings.json").exists():
+    if not os.path.lexists(folder / "config.json"):
+        if os.path.lexists(folder / "settings.json"):
             raise CheckpointError(
                 f"{folder} is the folder of a training run; name its finished model: {folder / 'model'}"
             )
@@ -180,129 +167,21 @@ def find_checkpoint(source: Source, *, revision: str | None = None) -> Checkpoin
     fields = read_json(folder / "config.json")
     extras = read_json(folder / EXTRAS)
     family = family_of(fields, folder)
-    mask_id = _whole(extras.get("mask_token_id", fields.get("mask_token_id")))
+    mask_id = whole_number(extras.get("mask_token_id", fields.get("mask_token_id")))
     if mask_id is None:
         mask_id = family.mask_id
     if mask_id is None and family.diffusion:
         kind = family.model_type
         raise CheckpointError(f"{folder}/config.json: {kind} needs a mask_token_id; add it (DiffuCoder's is 151666)")
-    config = _transformers_config(family, fields, folder)
+    config = transformers_config(family, fields, folder)
     if mask_id is not None and (type(mask_id) is not int or mask_id not in range(config.vocab_size)):
-        raise CheckpointError(f"{folder}: mask_token_id={mask_id!r} is not an id below vocab_size={config.vocab_size}")
-    shifted = bool(extras.get("shifted", family.shifted))
+        raise CheckpointError(
+            f"{folder}: mask_token_id={shown(mask_id)} is not an id below vocab_size={config.vocab_size}"
+        )
+    shifted = extras.get("shifted", family.shifted)
+    if not isinstance(shifted, bool):
+        raise CheckpointError(f"{folder / EXTRAS}: shifted={shown(shifted)} is not true or false; fetch it again")
     return Checkpoint(source, revision, folder, config, mask_id, shifted, family)
-
-
-def _transformers_config(family: Family, fields: Json, folder: Path) -> Any:
-    """The config as transformers has it. CheckpointError if it does not describe a model that can be loaded.
-
-    Only fields that describe layers are passed on. Others set up remote code, attention kernels or other classes.
-    """
-    quantised = fields.get("quantization_config")
-    if quantised:
-        raise CheckpointError(
-            f"{folder}/config.json: the weights are quantised (quantization_config={_one_line(quantised)}), which is "
-            "not supported; use the model with dense weights"
-        )
-    kind = CONFIG_MAPPING[family.architecture]
-    of_every_kind = {field.name for field in dataclasses.fields(PreTrainedConfig)}
-    of_layers = {field.name for field in dataclasses.fields(kind)} - of_every_kind
-    described: Json = {"dtype": _named_dtype(fields, folder)}
-    for theirs, value in fields.items():
-        name = family.config_names.get(theirs, theirs)
-        if name.endswith("_token_id"):
-            value = _whole(value)
-        if isinstance(value, float) and not math.isfinite(value):
-            raise CheckpointError(f"{folder}/config.json: {theirs}={value} is not a finite number; fetch it again")
-        if name in of_layers or (name in ("head_dim", "rope_theta", "rope_scaling") and value is not None):
-            described[name] = value
-    try:
-        config = kind(**described)
-    except (TypeError, ValueError, KeyError, StrictDataclassError) as error:
-        name = fields["model_type"]
-        raise CheckpointError(f"{folder}/config.json is not a {name} config: {_one_line(error)}") from error
-    turned = fields.get("partial_rotary_factor", config.rope_parameters.get("partial_rotary_factor"))
-    if turned not in (None, 1):
-        raise CheckpointError(f"{folder}/config.json: partial_rotary_factor={turned!r} is not supported; it must be 1")
-    return config
-
-
-def _named_dtype(fields: Json, folder: Path) -> torch.dtype | None:
-    """The dtype that a config.json names, None if it names none. CheckpointError if weights cannot have it."""
-    name = fields.get("dtype") or fields.get("torch_dtype")
-    if name is None:
-        return None
-    if str(name).removeprefix("torch.") not in DTYPES:
-        raise CheckpointError(f"{folder}/config.json: dtype {name!r} is not one of {', '.join(DTYPES)}; write one")
-    return getattr(torch, str(name).removeprefix("torch."))  # type: ignore[no-any-return]  # of a module
-
-
-def _whole(value: Any) -> Any:  # Any: from a file
-    """`value`, an id or a list of ids, with whole numbers such as 2.0 as integers."""
-    if isinstance(value, list):
-        return [_whole(each) for each in value]
-    return int(value) if isinstance(value, float) and value.is_integer() else value
-
-
-def _check_weights(folder: Path, config: Any, family: Family) -> None:
-    """CheckpointError unless the files hold exactly the weights that `config` describes. Reads headers only."""
-    present = _stored_shapes(folder)
-    if not 0 < config.num_hidden_layers <= len(present):  # checked first, because layers are made one by one
-        layers = config.num_hidden_layers
-        raise CheckpointError(
-            f"{folder}/config.json has num_hidden_layers={layers}, but there are {len(present)} weights"
-        )
-    try:
-        expected = _expected_shapes(config)
-    except (TypeError, ValueError, KeyError, RuntimeError, AssertionError, ArithmeticError) as error:
-        raise CheckpointError(f"{folder}/config.json describes an impossible model: {_one_line(error)}") from error
-    stored = {}
-    for name, shape in present.items():
-        if not name.endswith("rotary_emb.inv_freq"):  # a buffer of old checkpoints, which follows from the config
-            stored[family.weight_name(name)] = shape
-    missing = expected.keys() - stored.keys()
-    if config.tie_word_embeddings:
-        missing.discard("lm_head.weight")  # one matrix, stored once
-    unexpected = stored.keys() - expected.keys()
-    common = expected.keys() & stored.keys()
-    wrong = [f"{name} {stored[name]} instead of {expected[name]}" for name in common if stored[name] != expected[name]]
-    problems = {"lacks": missing, "has unexpected": unexpected, "has wrong shapes for": wrong}
-    for problem, names in problems.items():
-        if names:
-            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-            raise CheckpointError(f"{folder} {problem} {min(names)}{more}; config.json and weights do not match")
-
-
-def _expected_shapes(config: Any) -> dict[str, tuple[int, ...]]:
-    """The shapes of all weights of the model that a transformers config describes, by name."""
-    with torch.device("meta"):  # takes no memory
-        model = AutoModelForCausalLM.from_config(config)
-    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-
-
-def _stored_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
-    """Shapes of all tensors in the folder's safetensors files. CheckpointError if a file is missing or damaged."""
-    file_names = {WEIGHTS}
-    if not (folder / WEIGHTS).exists() and (folder / INDEX).exists():
-        weight_map = read_json(folder / INDEX).get("weight_map")
-        if not isinstance(weight_map, dict) or not weight_map:
-            raise CheckpointError(f"{folder / INDEX} has no weight_map; fetch it again")
-        file_names = set(map(str, weight_map.values()))
-    shapes: dict[str, tuple[int, ...]] = {}
-    for path in sorted(folder / name for name in file_names):
-        if not path.is_file():
-            raise CheckpointError(f"{folder} lacks weight file {path.name}; fetch it again (safetensors only)")
-        try:
-            with safe_open(path, framework="pt") as file:
-                for name in file.keys():  # noqa: SIM118  # not a dict
-                    tensor = file.get_slice(name)
-                    shapes[name] = tuple(tensor.get_shape())
-                    if tensor.get_dtype() not in _STORED_DTYPES:
-                        kind = tensor.get_dtype()
-                        raise CheckpointError(f"{path}: {name} is {kind}, quantised; use the model with dense weights")
-        except SafetensorError as error:
-            raise CheckpointError(f"{path} is damaged or cut short ({_one_line(error)}); fetch it again") from error
-    return shapes
 
 
 def save_denoiser(
@@ -362,7 +241,7 @@ def _named_weights(denoiser: Denoiser, state: Mapping[str, Tensor] | None) -> di
     if state is None:
         state = denoiser.model.state_dict()
     weights = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
-    extra = sorted(weights.keys() - _expected_shapes(denoiser.config).keys())
+    extra = sorted(weights.keys() - expected_shapes(denoiser.config).keys())
     if extra:
         raise CheckpointError(
             f"model has {len(extra)} weights that its config does not explain, as {extra[0]}; merge adapters first"
@@ -422,22 +301,3 @@ def _write_weights(folder: Path, weights: dict[str, Tensor]) -> None:
         shutil.copymode(folder / "config.json", path)  # safetensors keeps files from everyone else
         path.replace(folder / path.name)
     partial.rmdir()
-
-
-def _one_line(error: object) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__
-
-
-@contextmanager
-def transformers_silenced() -> Iterator[None]:
-    """Keep transformers' progress bar and reports out of our output: we check what they report."""
-    shows_bar = transformers_logging.is_progress_bar_enabled()
-    verbosity = transformers_logging.get_verbosity()
-    transformers_logging.disable_progress_bar()
-    transformers_logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        transformers_logging.set_verbosity(verbosity)
-        if shows_bar:
-            transformers_logging.enable_progress_bar()

@@ -80,7 +80,11 @@ def _load_parent(source: str | Path, dtype: torch.dtype | None, revision: str | 
         )
     tokenizer = load_tokenizer(checkpoint)
     dtype = dtype or checkpoint.dtype
-    return load_denoiser(checkpoint, dtype=dtype, device="cpu", mask_id=tokenizer.mask_id), tokenizer
+    denoiser = load_denoiser(checkpoint, dtype=dtype, device="cpu", mask_id=tokenizer.mask_id)
+    for name, weight in denoiser.model.named_parameters():
+        if dtype == torch.float16 and not weight.isfinite().all():
+            raise ConfigError(f"{name} has numbers over 65504, which float16 cannot hold; use --dtype bfloat16")
+    return denoiser, tokenizer
 
 
 def _make_folder(folder: Path) -> None:

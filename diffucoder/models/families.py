@@ -10,6 +10,7 @@ from pathlib import Path
 
 from diffucoder.errors import CheckpointError
 from diffucoder.files import Json
+from diffucoder.model_files import shown
 
 
 @dataclass(frozen=True)
@@ -46,4 +47,4 @@ def family_of(fields: Json, folder: Path) -> Family:
         if family.model_type == model_type:
             return family
     known = ", ".join(family.model_type for family in FAMILIES)
-    raise CheckpointError(f"{folder}/config.json: model_type {model_type!r} is not supported; use one of {known}")
+    raise CheckpointError(f"{folder}/config.json: model_type {shown(model_type)} is not supported; use one of {known}")

@@ -7,22 +7,42 @@ transformers reads GGUF files, but silently drops what it does not expect in the
 checks that there is nothing of the kind. llama.cpp's `dream` is Qwen2 that attends both ways; its row i-1 is our row i.
 """
 
+import math
 import os
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, GgufConfig
 
 from diffucoder.errors import CheckpointError, ConfigError
-from diffucoder.models.checkpoint import dream_can_represent, dream_weights, transformers_silenced
+from diffucoder.model_files import one_line, shown
+from diffucoder.models.checkpoint import dream_can_represent, dream_weights
 from diffucoder.models.denoiser import Denoiser
+from diffucoder.models.gguf_header import Tensor as StoredTensor
+from diffucoder.models.gguf_header import read_header
 from diffucoder.models.gguf_tokenizer import add_tokenizer, read_tokenizer
+from diffucoder.models.model_config import check_layers
+from diffucoder.models.weights import check_memory, expected_shapes, transformers_silenced
 from diffucoder.tokenizer import Tokenizer
 
+Value = TypeVar("Value")
 ARCHITECTURES = ("llama", "qwen2")
+_SIZES = {  # of a config of transformers, and GGUF's names for them
+    "num_hidden_layers": "block_count",
+    "max_position_embeddings": "context_length",
+    "hidden_size": "embedding_length",
+    "intermediate_size": "feed_forward_length",
+    "num_attention_heads": "attention.head_count",
+    "num_key_value_heads": "attention.head_count_kv",
+    "rms_norm_eps": "attention.layer_norm_rms_epsilon",
+    "rope_theta": "rope.freq_base",
+    "head_dim": "attention.key_length",
+    "vocab_size": "vocab_size",
+}
 # dtype of weight matrices -> ggml's name for the number format, and for a file of it
 TYPES = {
     "float32": ("F32", "ALL_F32"),
@@ -38,25 +58,31 @@ def read_gguf(path: str | Path, *, dtype: torch.dtype = torch.float32) -> tuple[
     CheckpointError if the file is missing, damaged or not supported; ConfigError if the `gguf` package is missing.
     """
     path = Path(os.path.expanduser(path))
-    fields, tensor_names = _read_metadata(path)
+    gguf = _import_gguf()
+    fields, tensors = read_header(path, {int(kind): sizes for kind, sizes in gguf.GGML_QUANT_SIZES.items()})
     architecture = fields.get("general.architecture")
     if architecture not in ARCHITECTURES:
         known = " or ".join(ARCHITECTURES)
-        raise CheckpointError(f"{path}: architecture {architecture!r} is not supported as a parent; use {known}")
+        raise CheckpointError(f"{path}: architecture {shown(architecture)} is not supported as a parent; use {known}")
     tokenizer = read_tokenizer(path, fields)
+    _check_sizes(path, architecture, fields, tensors, dtype)
     try:
-        with transformers_silenced():
-            config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
+        with transformers_silenced(), tempfile.TemporaryDirectory() as folder:  # it reads files beside a GGUF too
+            (Path(folder) / "parent.gguf").symlink_to(path.resolve())
+            config = AutoConfig.from_pretrained(folder, gguf_file="parent.gguf")
             _check_metadata(path, architecture, fields, config)
+            _check_tensors(path, config, tensors)
             model = AutoModelForCausalLM.from_pretrained(
-                path.parent, gguf_file=path.name, quantization_config=GgufConfig(dequantize=True), dtype=dtype
+                folder, gguf_file="parent.gguf", quantization_config=GgufConfig(dequantize=True), dtype=dtype
             )
-    except (RuntimeError, ValueError, TypeError, KeyError) as error:
-        reason = " ".join(str(error).split())
+    except CheckpointError:
+        raise
+    except (RuntimeError, ValueError, TypeError, LookupError, ArithmeticError, AssertionError, OSError) as error:
         raise CheckpointError(
-            f"{path}: metadata and weights do not make a {architecture} model ({reason}); use the parent's own folder"
+            f"{path}: metadata and weights do not make a {architecture} model ({one_line(error)}); use the parent's "
+            "own folder"
         ) from error
-    _check_tensors(path, model, tensor_names)
+    model.name_or_path = model.config.name_or_path = str(path)
     model.config.rms_norm_eps = float(f"{model.config.rms_norm_eps:.7g}")  # stored as float32: 9.99999997e-07
     return model.eval(), tokenizer
 
@@ -111,17 +137,20 @@ def _import_gguf() -> Any:  # Any: a module that mypy does not follow
     return gguf
 
 
-def _read_metadata(path: Path) -> tuple[dict[str, Any], set[str]]:
-    """The metadata of a file by key, and the names of its tensors."""
-    gguf = _import_gguf()
-    if not path.is_file():
-        raise CheckpointError(f"GGUF file {str(path)!r} does not exist; check the path")
-    try:
-        reader = gguf.GGUFReader(path)
-        fields = {name: field.contents() for name, field in reader.fields.items()}
-    except (ValueError, IndexError, KeyError, OverflowError) as error:  # from numpy, wherever the file ends
-        raise CheckpointError(f"{path} is damaged, cut short or not a GGUF file ({error}); fetch it again") from error
-    return fields, {tensor.name for tensor in reader.tensors}
+def _check_sizes(
+    path: Path, architecture: str, fields: Mapping[str, Any], tensors: Mapping[str, StoredTensor], dtype: torch.dtype
+) -> None:
+    """CheckpointError for sizes of the wrong type or larger than any model's, and for weights too large for memory."""
+    described = {}
+    for name, key in _SIZES.items():
+        if f"{architecture}.{key}" in fields:
+            described[name] = fields[f"{architecture}.{key}"]
+    check_layers(described, f"{path} is not a {architecture} model")
+    layers = described.get("num_hidden_layers", 0)
+    if layers > len(tensors):
+        raise CheckpointError(f"{path}: {architecture}.block_count={layers}, but there are {len(tensors)} tensors")
+    numbers = sum(math.prod(tensor.shape) for tensor in tensors.values())
+    check_memory(numbers * dtype.itemsize, torch.device("cpu"), str(path))
 
 
 def _check_metadata(path: Path, architecture: str, fields: Mapping[str, Any], config: Any) -> None:  # Any: transformers
@@ -161,24 +190,33 @@ def _check_metadata(path: Path, architecture: str, fields: Mapping[str, Any], co
             continue
         switched_off = name not in described and (not value or value == "none")
         if not switched_off and value != described.get(name):
-            raise CheckpointError(f"{path}: {key}={value!r} is not read from GGUF; use the parent's own folder")
+            raise CheckpointError(
+                f"{path}: {one_line(key)}={shown(value)} is not read from GGUF; use the parent's own folder"
+            )
     heads = fields.get(f"{architecture}.attention.head_count_kv", config.num_attention_heads)
     if heads != config.num_key_value_heads:
         raise CheckpointError(f"{path} lacks {architecture}.attention.head_count_kv; use the parent's own folder")
 
 
-def _check_tensors(path: Path, model: Any, stored: set[str]) -> None:
-    """CheckpointError unless the file holds exactly the model's weights: transformers ignores what differs."""
-    expected = set(_with_gguf_names(model.state_dict(), model.config.num_hidden_layers))
-    if model.config.tie_word_embeddings:
-        expected.discard("output.weight")
-    for problem, names in (("lacks", expected - stored), ("has unexpected", stored - expected)):
+def _check_tensors(path: Path, config: Any, stored: Mapping[str, StoredTensor]) -> None:  # Any: transformers
+    """CheckpointError unless the file holds exactly the weights of `config`: transformers ignores what differs."""
+    expected = _with_gguf_names(expected_shapes(config), config.num_hidden_layers)
+    if config.tie_word_embeddings:
+        expected.pop("output.weight", None)
+    missing = expected.keys() - stored.keys()
+    for problem, names in (("lacks", missing), ("has unexpected", stored.keys() - expected.keys())):
         if names:
-            raise CheckpointError(f"{path} {problem} tensor {min(names)}; use the parent's own folder")
+            raise CheckpointError(f"{path} {problem} tensor {one_line(min(names))}; use the parent's own folder")
+    for name, shape in expected.items():
+        if stored[name].shape[::-1] != shape:
+            raise ValueError(f"{name} has shape {stored[name].shape[::-1]} instead of {shape}")
 
 
-def _with_gguf_names(weights: Mapping[str, Tensor], layers: int) -> dict[str, Tensor]:
-    """`weights` by GGUF's names instead of transformers'; Llama, Qwen2 and Dream have the same ones."""
+def _with_gguf_names(weights: Mapping[str, Value], layers: int) -> dict[str, Value]:
+    """`weights`, or what is known of each, by GGUF's names instead of transformers'.
+
+    Llama, Qwen2 and Dream have the same ones.
+    """
     gguf = _import_gguf()
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.DREAM, layers)
     return {names.get_name(name, try_suffixes=(".weight", ".bias")): tensor for name, tensor in weights.items()}
@@ -209,4 +247,6 @@ def _add_tensors(writer: Any, weights: Mapping[str, Tensor], matrix_type: Any) -
             type_ = gguf.GGMLQuantizationType.F16
         else:
             type_ = matrix_type
+        if type_ == gguf.GGMLQuantizationType.F16 and tensor.abs().max() > torch.finfo(torch.float16).max:
+            raise ConfigError(f"{name} has numbers over 65504, which float16 cannot hold; use --dtype bfloat16")
         writer.add_tensor(name, gguf.quants.quantize(tensor.float().numpy(), type_), raw_dtype=type_)

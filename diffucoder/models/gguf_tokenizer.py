@@ -13,7 +13,9 @@ import tokenizers
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 
 from diffucoder.errors import CheckpointError
+from diffucoder.model_files import one_line, shown
 from diffucoder.tokenizer import MASK_TOKEN, Tokenizer
+from diffucoder.tokenizer_checks import check_names
 from diffucoder.tokenizer_files import add_special, qwen2_words
 
 NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5  # llama.cpp's token types
@@ -32,16 +34,17 @@ def read_tokenizer(file: Path, fields: Mapping[str, Any]) -> Tokenizer:
     kind = fields.get("tokenizer.ggml.model")
     pre = fields.get("tokenizer.ggml.pre")
     known = _pre_tokenizers()
-    if kind != "gpt2" or pre not in known:
+    if kind != "gpt2" or not isinstance(pre, str) or pre not in known:
         raise CheckpointError(
-            f"{file}: tokenizer.ggml.model={kind!r} with tokenizer.ggml.pre={pre!r} is not supported and would give "
-            f"wrong ids; use a GGUF of gpt2 with {' or '.join(known)}, or the parent's folder with its tokenizer.json"
+            f"{file}: tokenizer.ggml.model={shown(kind)} with tokenizer.ggml.pre={shown(pre)} is not supported and "
+            f"would give wrong ids; use a GGUF of gpt2 with {' or '.join(known)}, or the parent's folder with its "
+            "tokenizer.json"
         )
     try:
         backend = _read_bpe(fields)
         config = _read_roles(fields)
     except Exception as error:  # tokenizers raises bare Exceptions, whatever is wrong with a vocabulary
-        raise CheckpointError(f"{file}: tokenizer cannot be read ({error!r}); fetch it again") from error
+        raise CheckpointError(f"{file}: tokenizer cannot be read ({one_line(repr(error))}); fetch it again") from error
     backend.pre_tokenizer = known[pre]
     add_special(backend, MASK_TOKEN)
     return Tokenizer(backend, config=config)
@@ -89,9 +92,12 @@ def _read_bpe(fields: Mapping[str, Any]) -> tokenizers.Tokenizer:
     merges = [tuple(merge.split(" ")) for merge in fields["tokenizer.ggml.merges"]]
     backend = tokenizers.Tokenizer(models.BPE(vocab=vocabulary, merges=merges))
     backend.decoder = decoders.ByteLevel()
+    added = []
     for token, type_ in zip(tokens, types, strict=False):
         if type_ in (CONTROL, USER_DEFINED):
-            backend.add_tokens([AddedToken(token, special=type_ == CONTROL, normalized=False)])
+            added.append(AddedToken(token, special=type_ == CONTROL, normalized=False))
+    check_names([token.content for token in added], "tokenizer.ggml.tokens")
+    backend.add_tokens(added)
     return backend
 
 

@@ -41,8 +41,10 @@ KNOWN_MODELS = (
 )
 
 
-def find(source: str | Path | None, *, revision: str | None = None, weights: bool = False) -> Path:
+def find(source: str | Path | None, *, revision: str | None = None, weights: bool = False, fetch: bool = True) -> Path:
     """The folder of `source`, or of the shipped model (None); files of the Hub are downloaded if need be.
+
+    Without `fetch` nothing asks the Hub: for names that a file holds, which may be anybody's.
 
     CheckpointError if there is no such model, the name has two meanings here, or the Hub cannot be reached.
     """
@@ -50,35 +52,41 @@ def find(source: str | Path | None, *, revision: str | None = None, weights: boo
         if not SHIPPED.is_dir():
             raise CheckpointError("no model ships with this installation; name a folder or a Hub id")
         return SHIPPED
+    if len(str(source)) > 4000 or "\0" in str(source):
+        raise CheckpointError(f"model {str(source)[:40]!r}... is not the name of a folder or a model; shorten it")
     folder = Path(os.path.expanduser(source))  # unlike Path.expanduser it leaves an unknown ~user as it is
     known = {model.name: model.hub_id for model in KNOWN_MODELS} | {"tiny": str(SHIPPED)}
     is_known = isinstance(source, str) and source in known
-    if is_known and (folder / "config.json").exists():
+    if is_known and os.path.exists(folder / "config.json"):
         raise CheckpointError(
             f"model {source!r} is both a known name and a folder here; write './{source}' for the folder, or "
             f"{known[str(source)]!r} for the known model"
         )
     if source == "tiny":
         return find(None)
-    if folder.is_dir() and not is_known:
+    if os.path.isdir(folder) and not is_known:
         return folder
     if folder.suffix == ".gguf":
         raise CheckpointError(
             f"model {str(source)!r} is a GGUF file, which has to be converted first: diffucoder convert {source} FOLDER"
         )
-    if folder.is_file():
+    if os.path.isfile(folder):
         raise CheckpointError(f"model {str(source)!r} is a file; name the folder that it is in")
     hub_id = known.get(str(source), str(source))
     if isinstance(source, Path) or hub_id.count("/") != 1 or hub_id[0] in "/.~":
         names = ", ".join(known)
         raise CheckpointError(f"model {str(source)!r} is not a folder, a Hub id (owner/name) or one of {names}")
-    return _download(hub_id, revision, TEXT_FILES + WEIGHT_FILES if weights else TEXT_FILES)
+    patterns = TEXT_FILES + WEIGHT_FILES if weights else TEXT_FILES
+    return _download(hub_id, revision, patterns, fetch=fetch)
 
 
-def _download(hub_id: str, revision: str | None, patterns: list[str]) -> Path:
+def _download(hub_id: str, revision: str | None, patterns: list[str], *, fetch: bool) -> Path:
     """Bring the files of a Hub repository that match `patterns` into the Hub's cache, if they are not there."""
     try:
-        return Path(snapshot_download(hub_id, revision=revision, allow_patterns=patterns, etag_timeout=5))
+        folder = snapshot_download(
+            hub_id, revision=revision, allow_patterns=patterns, etag_timeout=5, local_files_only=not fetch
+        )
+        return Path(folder)
     except (errors.HFValidationError, errors.HTTPError, OSError) as error:
         raise CheckpointError(f"model {hub_id!r} {_reason(error, hub_id, revision)}") from error
 

@@ -57,7 +57,6 @@ def save_adapters(adapters: Any, state: Mapping[str, Tensor], folder: Path) -> N
 
     whole = {f"base_model.model.{name}": tensor for name, tensor in state.items()}
     tensors = get_peft_model_state_dict(adapters, state_dict=whole, save_embedding_layers=False)
-    folder.mkdir(exist_ok=True)
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     adapters.peft_config["default"].save_pretrained(folder)
 

@@ -1,19 +1,20 @@
 """Checkpoints of a run: written whole or not at all, verified before they are used, a few kept.
 
 A run folder holds `settings.json` (what the run began with), `metrics.jsonl`, `checkpoints/step-00000500/` and, at the
-end, `model/`. A checkpoint has torch's distributed format, the same for one process, DDP and FSDP2, so a run may resume
-with another number of processes. Its `whole.json` lists the files with sizes and checksums, and is written last.
+end, `model/`. A checkpoint has safetensors files, which torch's distributed checkpoints write and read: the same for
+one process, DDP and FSDP2, so a run may resume with another number of processes. Its `whole.json` lists the files with
+sizes and checksums, and is written last.
+
+Anybody may have made the folder: nothing in it is a pickle, and what is read has the sizes of this run's own tensors.
 """
 
-import io
-import json
 import os
-import pickle
-import shutil
+import re
 import sys
 import warnings
 import zlib
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,36 +23,20 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
-from torch.distributed.checkpoint.filesystem import FileSystemReader
-from torch.distributed.checkpoint.metadata import Metadata
-from torch.distributed.checkpoint.planner import ReadItem
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.planner import SavePlan
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 from torch.optim import Optimizer
 
-from diffucoder.errors import CheckpointError, ConfigError
-from diffucoder.files import Json, disk_is_full, read_whole_lines, write_json, write_jsonl
+from diffucoder.errors import CheckpointError, ConfigError, printable
+from diffucoder.files import Json, disk_is_full, open_file, read_json, read_whole_lines, remove, write_json, write_jsonl
 from diffucoder.training.settings import MAY_CHANGE, TrainSettings
 
 WHOLE = "whole.json"
 MAY_GROW = ("steps", "epochs")  # settings that a resumed run may raise: it is then trained further
 LOGS = ("metrics.jsonl", "samples.jsonl")  # files that grow with the steps; each line names its step
 
-_METADATA = {  # what the index of a checkpoint is made of, and the tensors' dtypes
-    "pathlib.PosixPath",
-    "pathlib._local.PosixPath",  # from Python 3.13 on
-    "torch.Size",
-    "torch.serialization._get_layout",
-    "torch.distributed.checkpoint.filesystem._StorageInfo",
-    "torch.distributed.checkpoint.metadata.BytesStorageMetadata",
-    "torch.distributed.checkpoint.metadata.ChunkStorageMetadata",
-    "torch.distributed.checkpoint.metadata.Metadata",
-    "torch.distributed.checkpoint.metadata.MetadataIndex",
-    "torch.distributed.checkpoint.metadata.StorageMeta",
-    "torch.distributed.checkpoint.metadata.TensorProperties",
-    "torch.distributed.checkpoint.metadata.TensorStorageMetadata",
-    "torch.distributed.checkpoint.metadata._MEM_FORMAT_ENCODING",
-}
+_FILE_SIZE = 2**30  # bytes after which a process begins another file: one is copied in memory to be written
 
 
 @dataclass(frozen=True)
@@ -73,8 +58,12 @@ def open_run_folder(settings: TrainSettings, *, write: bool) -> None:
     path = run / "settings.json"
     fixed = _fixed_settings(settings)
     try:
+        if os.path.lexists(run / "checkpoints") and not (run / "checkpoints").is_dir():
+            raise ConfigError(
+                f"run={str(run)!r} has a file in the place of its folder checkpoints; name another folder"
+            )
         if settings.resume and path.exists():
-            _check_unchanged(fixed, json.loads(path.read_text(encoding="utf-8")), run)
+            _check_unchanged(fixed, read_json(path), run)
         elif settings.resume and checkpoint_steps(run):
             raise ConfigError(f"run={str(run)!r} has checkpoints but no settings.json to check; name another folder")
         elif not settings.resume and (checkpoint_steps(run) or (run / "model").exists()):
@@ -84,14 +73,16 @@ def open_run_folder(settings: TrainSettings, *, write: bool) -> None:
             write_json(path, fixed)
             if not settings.resume:  # of a run that never reached its first checkpoint
                 _trim_logs(run, 0)
-    except (OSError, json.JSONDecodeError, UnicodeDecodeError) as error:
+    except ConfigError:
+        raise
+    except (OSError, ValueError) as error:
         raise ConfigError(f"run={str(run)!r} cannot be used ({error}); name another folder") from error
 
 
 def checkpoint_steps(run: Path) -> list[int]:
     """The steps of the run's checkpoints, whole or torn, in order."""
-    names = [folder.name.removeprefix("step-") for folder in (run / "checkpoints").glob("step-*")]
-    return sorted(int(name) for name in names if name.isdigit())
+    names = [re.fullmatch("step-([0-9]{8,15})", folder.name) for folder in (run / "checkpoints").glob("step-*")]
+    return sorted(int(name[1]) for name in names if name)
 
 
 def _fixed_settings(settings: TrainSettings) -> Json:
@@ -107,9 +98,9 @@ def _check_unchanged(wanted: Json, begun: Json, run: Path, table: str = "") -> N
         before = begun.get(name)
         if isinstance(value, dict) and isinstance(before, dict):
             _check_unchanged(value, before, run, f"{table}{name}.")
-        elif before != value and not (f"{table}{name}" in MAY_GROW and before is not None and value > before):
+        elif before != value and not (f"{table}{name}" in MAY_GROW and type(before) is type(value) and value > before):
             raise ConfigError(
-                f"{table}{name}={value} but the run in {str(run)!r} began with {before}; "
+                f"{table}{name}={value} but the run in {str(run)!r} began with {str(before)[:100]}; "
                 "set it back, or name another folder with run=..."
             )
 
@@ -117,8 +108,12 @@ def _check_unchanged(wanted: Json, begun: Json, run: Path, table: str = "") -> N
 def _trim_logs(run: Path, step: int) -> None:
     """Keep the lines of the logs up to `step`; the resumed run writes the later ones again."""
     for path in (run / name for name in LOGS):
-        if path.exists():
-            write_jsonl(path, [line for line in read_whole_lines(path) if line["step"] <= step])
+        if os.path.lexists(path):  # a link that leads nowhere would lead what is written there
+            kept: list[Json] = []
+            for line in read_whole_lines(path):
+                if isinstance(line.get("step"), int) and line["step"] <= step:
+                    kept.append(line)
+            write_jsonl(path, kept)
 
 
 def save(run: Path, step: int, state: State, accelerator: Accelerator, *, keep: int) -> None:
@@ -126,31 +121,31 @@ def save(run: Path, step: int, state: State, accelerator: Accelerator, *, keep: 
     folder = _folder(run, step)
     partial = folder.with_name(folder.name + ".partial")
     if accelerator.is_main_process:
-        for cut_short in folder.parent.glob("*.partial"):
-            shutil.rmtree(cut_short)
+        for cut_short in folder.parent.glob("step-*.partial"):
+            remove(cut_short)
         partial.mkdir(parents=True)
     accelerator.wait_for_everyone()
     try:
         with warnings.catch_warnings(action="ignore", category=UserWarning):  # that there is only one process
-            state_dict_saver.save(_tensors(state), checkpoint_id=partial)
+            tensors, _ = _tensors(state)
+            state_dict_saver.save(tensors, storage_writer=_Writer(str(partial), save_distributed=True))
     except CheckpointException as error:  # a BaseException that holds one of each process
         if accelerator.is_main_process:
-            shutil.rmtree(partial, ignore_errors=True)
+            remove(partial)
         raise CheckpointError(
             f"checkpoint {folder} cannot be written ({_reason(error)}); free some space and continue with --resume"
         ) from error
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        files = {file.name: _size_and_checksum(file) for file in sorted(partial.iterdir())}
-        write_json(partial / WHOLE, {"step": step, "files": files})
+        write_json(partial / WHOLE, {"step": step, "files": _sizes_and_checksums(partial)})
         _sync(partial)
-        shutil.rmtree(folder, ignore_errors=True)  # a torn checkpoint of this step, found when the run was resumed
+        remove(folder)  # a torn checkpoint of this step, found when the run was resumed
         os.replace(partial, folder)
         _sync(folder.parent)
         steps = checkpoint_steps(run)
         kept = [old for old in steps if old <= step][-keep:]  # later ones were torn, and passed over
         for old in set(steps) - set(kept):
-            shutil.rmtree(_folder(run, old))
+            remove(_folder(run, old))
     accelerator.wait_for_everyone()
 
 
@@ -165,69 +160,78 @@ def load_newest(run: Path, state: State, accelerator: Accelerator) -> int:
         _trim_logs(run, step)
     step = int(accelerator.reduce(torch.tensor(step, device=accelerator.device), "sum"))  # only the first looked
     if step:
-        tensors = _tensors(state)
+        tensors, settings = _tensors(state)
         folder = _folder(run, step)
+        reader = HuggingFaceStorageReader(str(folder))
         try:
+            reader.read_metadata()  # torch would log a traceback
             with warnings.catch_warnings(action="ignore", category=UserWarning):
-                state_dict_loader.load(tensors, storage_reader=_PlainReader(folder), planner=_PlainPlanner())
-        except CheckpointException as error:
+                state_dict_loader.load(tensors, storage_reader=reader)
+        except (CheckpointException, Exception) as error:  # the first is a BaseException; the header may hold anything
             raise CheckpointError(f"checkpoint {folder} cannot be read ({_reason(error)}); delete it") from error
         set_state_dict(
             state.model,
             state.optimizer,
             model_state_dict=tensors["model"],
-            optim_state_dict=tensors["optimizer"],
+            optim_state_dict={"state": tensors["optimizer"], "param_groups": settings},
             options=StateDictOptions(ignore_frozen_params=True, strict=False),
         )
     return step
 
 
-class _PlainUnpickler(pickle.Unpickler):
-    """Makes objects of the few classes that `.metadata` needs, and calls nothing else."""
+class _Writer(HuggingFaceStorageWriter):
+    """Writes what each process holds as safetensors files of about `_FILE_SIZE` bytes."""
 
-    def find_class(self, module: str, name: str) -> Any:  # Any: a class
-        is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
-        if f"{module}.{name}" not in _METADATA and not is_dtype:
-            raise pickle.UnpicklingError(f"its .metadata names {module}.{name}, which no checkpoint needs")
-        return super().find_class(module, name)
-
-
-class _PlainReader(FileSystemReader):
-    """Reads a checkpoint that anybody may have made, and runs no code of it: torch's own unpickles everything."""
-
-    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:  # Any: as torch has it
-        content = Path(self.path, ".metadata").read_bytes()
-        _PlainUnpickler(io.BytesIO(content)).load()  # raises, else torch may read it
-        return super().read_metadata(*args, **kwargs)
-
-
-class _PlainPlanner(DefaultLoadPlanner):
-    """Reads settings of the optimiser, which are pickled too, as torch reads weights."""
-
-    def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
-        torch.load(value, weights_only=True)  # raises, else torch may read it
-        value.seek(0)
-        super().load_bytes(read_item, value)
+    def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
+        """Number the processes, and in each the file of every tensor."""
+        numbered: list[SavePlan] = []
+        for process, plan in enumerate(plans, start=1):
+            files: dict[str, int] = {}
+            size = 0
+            for item in plan.items:
+                assert item.tensor_data is not None
+                files[item.index.fqn] = 1 + size // _FILE_SIZE
+                size += item.tensor_data.chunk.sizes.numel() * item.tensor_data.properties.dtype.itemsize
+            numbered.append(replace(plan, storage_data={"fqn_to_index_mapping": files, "shard_index": process}))
+        return numbered
 
 
 def _newest_whole(run: Path) -> int:
     """The step of the newest checkpoint whose files are as they were written, 0 if there is none; names torn ones."""
     for step in reversed(checkpoint_steps(run)):
         folder = _folder(run, step)
-        try:
-            files = json.loads((folder / WHOLE).read_text(encoding="utf-8"))["files"]
-            torn = [name for name, written in files.items() if _size_and_checksum(folder / name) != written]
-        except (OSError, ValueError, KeyError) as error:
-            torn = [str(error)]
-        if not torn:
+        if (folder / ".metadata").exists():
+            raise CheckpointError(
+                f"checkpoint {folder} has the format of an earlier version, which can run code when it is read; "
+                "finish the run with that version, or begin another from its model"
+            )
+        fault = _fault(folder)
+        if fault is None:
             return step
-        print(f"checkpoint {folder} is torn ({torn[0]}); using the one before it", file=sys.stderr)
+        print(printable(f"checkpoint {folder} is torn ({fault}); using the one before it"), file=sys.stderr)
     return 0
 
 
-def _reason(error: CheckpointException) -> str:
-    """What went wrong in the first of the processes that failed."""
-    failure = next(iter(error.failures.values()))[0]
+def _fault(folder: Path) -> str | None:
+    """What is wrong with the files of a checkpoint, None if they are as they were written."""
+    try:
+        written = read_json(folder / WHOLE).get("files")
+        present = _sizes_and_checksums(folder)
+    except (OSError, ValueError) as error:
+        return str(error)
+    if not isinstance(written, dict):
+        return f"{WHOLE} lists no files"
+    for name in sorted(written.keys() | present.keys()):
+        if written.get(name) != present.get(name):
+            return name
+    return None
+
+
+def _reason(error: BaseException) -> str:
+    """What went wrong, in the first of the processes that failed."""
+    failure = error
+    if isinstance(error, CheckpointException):
+        failure = next(iter(error.failures.values()))[0]
     return "the disk is full" if disk_is_full(failure) else " ".join(str(failure).split())[:200]
 
 
@@ -235,19 +239,27 @@ def _folder(run: Path, step: int) -> Path:
     return run / "checkpoints" / f"step-{step:08d}"
 
 
-def _tensors(state: State) -> dict[str, Any]:  # Any: nested dictionaries of tensors
-    """What is stored; loading writes into these very tensors. Of adapters, the weights they adapt are left out."""
+def _tensors(state: State) -> tuple[dict[str, Mapping[str, Any]], list[Any]]:  # Any: nested, down to tensors
+    """What is stored, and the optimiser's settings, which follow from those of the run.
+
+    Loading writes into these very tensors. Of adapters, the weights they adapt are left out.
+    """
     options = StateDictOptions(ignore_frozen_params=True)
     model, optimizer = get_state_dict(state.model, state.optimizer, options=options)
-    return {"model": model, "optimizer": optimizer, "average": state.average, "kept": state.stage}
+    stored = {"model": model, "optimizer": optimizer["state"], "average": state.average, "kept": state.stage}
+    return stored, optimizer["param_groups"]
 
 
-def _size_and_checksum(file: Path) -> list[int]:
-    checksum = 0
-    with file.open("rb") as content:
-        while block := content.read(2**24):
-            checksum = zlib.crc32(block, checksum)
-    return [file.stat().st_size, checksum]
+def _sizes_and_checksums(folder: Path) -> dict[str, list[int]]:
+    """Size and checksum of each file of tensors in the folder of a checkpoint."""
+    files: dict[str, list[int]] = {}
+    for path in folder.glob("*.safetensors"):
+        checksum = 0
+        with open_file(path) as content:
+            while block := content.read(2**24):
+                checksum = zlib.crc32(block, checksum)
+        files[path.name] = [path.stat().st_size, checksum]
+    return files
 
 
 def _sync(folder: Path) -> None:

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from diffucoder.diffusion import keyed_generator
 from diffucoder.errors import CheckpointError, ConfigError, DiffuCoderError, PromptError
-from diffucoder.files import Json, write_json
+from diffucoder.files import Json, disk_is_full, read_json, write_json
 from diffucoder.tokenizer import Tokenizer
 from diffucoder.training.sources import (
     SUFFIXES,
@@ -48,9 +48,13 @@ _WRITTEN_ROWS = 256  # written together, for the same reason
 class TokenStore:
     """Tokenised examples in memory-mapped files: opening them costs next to nothing, whatever their size."""
 
-    def __init__(self, dataset: Dataset, folder: Path) -> None:
-        """`dataset` has the columns `ids`, the tokens of an example, and `answer`, where in them its answer begins."""
+    def __init__(self, dataset: Dataset, folder: Path, vocab_size: int = 2**32) -> None:
+        """`dataset` has the columns `ids`, the tokens of an example, and `answer`, where in them its answer begins.
+
+        Reading a token from `vocab_size` on raises CheckpointError.
+        """
         self.folder = folder
+        self.vocab_size = vocab_size
         self._answers = dataset.data.column("answer")
         self._ids = dataset.data.column("ids")
         self._stream = pyarrow.chunked_array([ids.flatten() for ids in self._ids.chunks])  # views of the files
@@ -63,8 +67,7 @@ class TokenStore:
     @property
     def manifest(self) -> Json:
         """What the table was made of: `fingerprint`, `sources`, and of `skipped` rows the `count` and the `first`."""
-        content: Json = json.loads((self.folder / MANIFEST).read_text(encoding="utf-8"))
-        return content
+        return read_json(self.folder / MANIFEST)
 
     @cached_property
     def lengths(self) -> NDArray[np.int64]:
@@ -75,7 +78,8 @@ class TokenStore:
         """Example `index`: its tokens, (T,) int64, and where in them the answer begins (0 for a document)."""
         if not 0 <= index < len(self):
             raise IndexError(f"example {index} of {len(self)}")
-        return _int64(self._ids[index].values), self._answers[index].as_py()
+        tokens = self._checked(self._ids[index].values)
+        return tokens, min(self._answers[index].as_py(), len(tokens))
 
     def windows(self, length: int) -> int:
         """How many whole windows of `length` tokens the stream of all examples has. Raises ConfigError for none."""
@@ -88,7 +92,13 @@ class TokenStore:
         """Window `index` of the stream of all examples, across their borders: (length,) int64."""
         if not 0 <= index < self.windows(length):
             raise IndexError(f"window {index} of {self.windows(length)}")
-        return _int64(self._stream.slice(index * length, length))
+        return self._checked(self._stream.slice(index * length, length))
+
+    def _checked(self, values: Any) -> NDArray[np.int64]:  # Any: pyarrow has no types
+        tokens = _int64(values)
+        if tokens.max(initial=0) >= self.vocab_size or tokens.min(initial=0) < 0:
+            raise CheckpointError(f"{self.folder} has tokens that the model lacks; delete it: it is made again")
+        return tokens
 
 
 def _int64(values: Any) -> NDArray[np.int64]:  # Any: pyarrow has no types
@@ -127,7 +137,7 @@ def prepare(sources: Sources, tokenizer: Tokenizer, cache: str | Path, *, kind: 
             listed = "all" if len(skipped) <= _LISTED else f"the first {_LISTED:,}"
             print(f"{folder / MANIFEST} lists {listed} of the skipped records", file=sys.stderr)
 
-    return TokenStore(_open_or_generate(folder, examples, tokenizer.vocab_size), folder)
+    return TokenStore(_open_or_generate(folder, examples, tokenizer.vocab_size), folder, tokenizer.vocab_size)
 
 
 def epoch_index(position: int, n: int, seed: tuple[int, ...]) -> int:
@@ -162,22 +172,31 @@ def _open_or_generate(folder: Path, examples: Callable[[], Iterator[Json]], voca
     if not sys.stderr.isatty():
         disable_progress_bars()
     ids = Value("uint16" if vocab_size <= 2**16 else "uint32")
+    features = Features({"ids": List(ids), "answer": Value("int32")})
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(f"cache={str(folder.parent)!r} cannot be written ({error}); name another folder") from error
     try:
-        return Dataset.from_generator(
+        dataset = Dataset.from_generator(
             examples,
-            features=Features({"ids": List(ids), "answer": Value("int32")}),
+            features=features,
             cache_dir=str(folder),
             fingerprint=folder.name,
             writer_batch_size=_WRITTEN_ROWS,
         )
+        dataset.data.validate(full=True)  # lists of a damaged file may begin and end outside of it
+        if dataset.features != features:
+            raise ValueError(f"its columns are {dataset.features}")
+        return dataset
     except Exception as error:  # of `examples`, of writing, or of whatever reads a damaged file
         cause = error.__cause__ if isinstance(error, DatasetGenerationError) else error
-        if isinstance(cause, DiffuCoderError):
+        if isinstance(cause, DiffuCoderError | MemoryError):
             raise cause from None
+        if disk_is_full(error):
+            raise CheckpointError(
+                f"{folder} cannot be written: the disk is full; free some space, or name another folder with cache=..."
+            ) from error
         raise CheckpointError(f"{folder} cannot be read or written ({cause}); delete it: it is made again") from error
 
 

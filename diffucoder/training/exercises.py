@@ -3,7 +3,6 @@
 A line of their JSONL is {"id": "mbpp/601", "prompt": "Write a function ...", "tests": ["assert f(2) == 4"]}.
 """
 
-import ast
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -11,6 +10,8 @@ from typing import Any
 
 from diffucoder.errors import ConfigError
 from diffucoder.files import Json, write_jsonl
+from diffucoder.grading.reading import read_limited
+from diffucoder.grading.syntax import asserts_of_check
 from diffucoder.training.sources import Sources, first_name, read_usable, text_field, text_of
 
 
@@ -62,32 +63,10 @@ def tests_of(fields: Json) -> tuple[str, ...]:
     return tuple(text_of(test, f"a test of {name!r}") for test in tests)
 
 
-def _check_complete(statement: ast.Assert, definitions: list[ast.stmt]) -> None:
-    """ValueError if an assert needs a name that other statements of the test code define."""
-    inside = [node for node in ast.walk(statement) if isinstance(node, ast.Name)]
-    used = {node.id for node in inside}
-    for definition in definitions:
-        for node in ast.walk(definition):
-            if not isinstance(node, ast.Name) or not isinstance(node.ctx, ast.Store) or node in inside:
-                continue
-            if node.id in used:
-                raise ValueError(f"{ast.unparse(statement)!r} in field 'test' needs {node.id!r}, defined beside it")
-
-
 def _asserts_of_check(code: str, function: str) -> list[str]:
     """The asserts in the body of HumanEval's `check(candidate)`, with the name of the function as the candidate."""
-    try:
-        definitions = ast.parse(code).body
-    except SyntaxError as error:
-        raise ValueError(f"field 'test' is not Python ({error.msg})") from None
-    asserts = []
-    for definition in definitions:
-        if isinstance(definition, ast.FunctionDef) and definition.name == "check":
-            for statement in definition.body:
-                names = [node for node in ast.walk(statement) if isinstance(node, ast.Name) and node.id == "candidate"]
-                for name in names:
-                    name.id = function
-                if names and isinstance(statement, ast.Assert):
-                    asserts.append(ast.unparse(statement))
-                    _check_complete(statement, definitions)
+    too_long: tuple[list[str], bool, str] = ([], False, "takes too long to read")
+    asserts, _, problem = read_limited(asserts_of_check, code, function, otherwise=too_long)
+    if problem:
+        raise ValueError(f"field 'test' {problem}")
     return asserts

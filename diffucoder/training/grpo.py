@@ -22,7 +22,8 @@ from torch import Tensor, nn
 from diffucoder.decoding.coder import DiffuCoder
 from diffucoder.diffusion import View, keyed_generator, score_views
 from diffucoder.errors import ConfigError
-from diffucoder.grading.asserts import parse
+from diffucoder.grading.asserts import parse_all
+from diffucoder.grading.constants import passing_constants
 from diffucoder.grading.sandbox import Sandbox
 from diffucoder.models.denoiser import Denoiser
 from diffucoder.training import objectives
@@ -247,19 +248,29 @@ def usable(exercises: Sequence[Exercise], name: str) -> list[Exercise]:
     """The exercises of the setting `name`, with only the tests that a program cannot tamper with.
 
     A test that cannot be split into a call and an expected value runs beside the program: its reward could be hacked.
-    What is left out is counted on stderr. ConfigError if nothing is left.
+    Left out, too, are exercises that a constant solves. All is counted on stderr. ConfigError if nothing is left.
     """
     kept = []
     dropped = 0
+    lost = 0
+    solved = 0
     for exercise in exercises:
-        tests = tuple(test for test in exercise.tests if parse(test) is not None)
+        tests = []
+        for test, split in zip(exercise.tests, parse_all(exercise.tests), strict=True):
+            if split is not None:
+                tests.append(test)
         dropped += len(exercise.tests) - len(tests)
-        if tests:
-            kept.append(replace(exercise, tests=tests))
+        if not tests:
+            lost += 1
+        elif passing_constants(tests):
+            solved += 1
+        else:
+            kept.append(replace(exercise, tests=tuple(tests)))
     if dropped and first_process():
-        lost = len(exercises) - len(kept)
         message = f"left out {dropped:,} tests that a program could tamper with, and {lost:,} problems with no other"
         print(f"{name}: {message}", file=sys.stderr)
+    if solved and first_process():
+        print(f"{name}: left out {solved:,} problems whose tests a constant passes", file=sys.stderr)
     if not kept:
         raise ConfigError(f"{name} has no usable test in {len(exercises)} problems; write them as assert f(2) == 4")
     return kept

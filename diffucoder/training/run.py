@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
 from diffucoder.errors import CheckpointError, ConfigError
+from diffucoder.files import written_folder
 from diffucoder.models.checkpoint import find_checkpoint, load_with_tokenizer, save_denoiser
 from diffucoder.models.denoiser import Denoiser
 from diffucoder.tokenizer import Tokenizer
@@ -85,12 +86,14 @@ def train_and_export(
         state = {name.removeprefix("model."): tensor for name, tensor in gathered.items()}
         changes = compared_with_start(state, settings)
         if adapters is not None:
-            save_adapters(adapters, state, settings.run / "adapter")
+            with written_folder(settings.run / "adapter") as partial:
+                save_adapters(adapters, state, partial)
             changes = merged(state, settings)
             untie(trained)
         weights, kept = rounded(changes, getattr(torch, settings.export_dtype))
-        save_denoiser(trained, folder, state=weights, as_parent=parent)
-        tokenizer.save(folder)
+        with written_folder(folder) as partial:
+            save_denoiser(trained, partial, state=weights, as_parent=parent)
+            tokenizer.save(partial)
         report_rounding(kept, settings)
     trainer.close()
     return folder
@@ -118,13 +121,19 @@ def rounded(
     """The weights after training in `dtype`, and the share of the update that they keep; None if nothing changed.
 
     The share is the component of the rounded update in the direction of the exact one: 1 if rounding only adds noise, 0
-    if all weights are what they were. Vocabulary that was added since the start does not count.
+    if all weights are what they were. Vocabulary that was added since the start does not count. ConfigError for a
+    weight that `dtype` cannot hold.
     """
     weights = {}
     kept = 0.0
     whole = 0.0
     for name, before, after in changes:
         weights[name] = after.to(dtype)
+        if dtype == torch.float16 and not weights[name].isfinite().all():
+            raise ConfigError(
+                f"export_dtype=float16 holds numbers up to 65504, and {name} has {float(after.abs().max()):.6g}; use "
+                "--resume --set export_dtype=bfloat16"
+            )
         if before is not None and before is not after:
             old = before.float()
             update = after[: len(old)].float() - old

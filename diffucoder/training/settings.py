@@ -10,7 +10,7 @@ from diffucoder.decoding.params import DecodingParams
 
 Share = Annotated[float, Field(ge=0, lt=1)]
 Sources = Annotated[tuple[str, ...], BeforeValidator(lambda given: (given,) if isinstance(given, str) else given)]
-Dtype = Literal["bfloat16", "float32"]
+Dtype = Literal["bfloat16", "float32", "float16"]
 Times = Literal["uniform", "stratified", "antithetic"]
 Normaliser = Literal["length", "masked", "masked_micro"]
 Estimator = Literal["coupled", "decoupled", "full_mask", "d1"]

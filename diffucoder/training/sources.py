@@ -6,15 +6,14 @@ No row is dropped in silence: one that cannot be used becomes a `Skipped`, which
 import os
 import re
 import sys
-import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from diffucoder.errors import CheckpointError, ConfigError
-from diffucoder.files import Json, decode_text, parse_json_line, read_lines, without_nulls
+from diffucoder.errors import CheckpointError, ConfigError, printable
+from diffucoder.files import Json, decode_text, parse_json_line, read_bytes, read_lines, without_nulls
 
 Kind = Literal["documents", "chat"]
 T = TypeVar("T")
@@ -25,6 +24,9 @@ SUFFIXES: Mapping[Kind, tuple[str, ...]] = {"documents": (".py", ".txt", ".md"),
 Sources = str | Path | Sequence[str | Path]
 """One source or several: a folder, a file, or `hub:owner/name[/config][@split]`."""
 _HUB = re.compile(r"hub:(?P<name>[^/@]+/[^/@]+)(?:/(?P<config>[^@]+))?(?:@(?P<split>.+))?")
+
+_MOST_SKIPPED = 10**6  # rows, which are all kept in memory until the end
+_LONGEST_REASON = 300  # characters; it may quote the row
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,7 @@ class Skipped:
     reason: str
 
     def __str__(self) -> str:
-        return f"{self.where}: {self.reason}"
+        return printable(f"{self.where}: {self.reason}")
 
 
 def records(sources: Sources, kind: Kind, suffixes: Sequence[str] | None = None) -> Iterator[Record | Skipped]:
@@ -76,12 +78,14 @@ def read_rows(sources: Sources, parse: Parse[T], suffixes: Sequence[str] = JSONL
 def usable(rows: Iterable[T | Skipped], name: str, skipped: list[Skipped]) -> Iterator[T]:
     """Yield the rows that can be used and append the others to `skipped`; then report those on stderr.
 
-    Raises ConfigError at the end if no row can be used.
+    Raises ConfigError at the end if no row can be used, and before it if over `_MOST_SKIPPED` cannot.
     """
     count = 0
     for row in rows:
         if isinstance(row, Skipped):
             skipped.append(row)
+            if len(skipped) > _MOST_SKIPPED:
+                raise ConfigError(f"over {_MOST_SKIPPED:,} records of {name} cannot be used; the first: {skipped[0]}")
         else:
             count += 1
             yield row
@@ -135,12 +139,12 @@ def _file_rows(path: Path, parse: Parse[T]) -> Iterator[T | Skipped]:
     number = 0
     try:
         if not path.name.endswith(JSONL):
-            text = path.read_bytes()
-            yield _row(str(path), text, lambda content: {"text": text_of(decode_text(content), "file")}, parse)
+            content = read_bytes(path)
+            yield _row(str(path), content, lambda content: {"text": text_of(decode_text(content), "file")}, parse)
             return
         for number, line in read_lines(path):
             yield _row(f"{path}:{number}", line, parse_json_line, parse)
-    except (OSError, EOFError, zlib.error) as error:
+    except OSError as error:
         yield Skipped(f"{path}:{number + 1}", f"cannot be read from here on ({error})")
 
 
@@ -148,7 +152,7 @@ def _row(where: str, content: Any, read: Callable[[Any], Json], parse: Parse[T])
     try:
         return parse(where, without_nulls(read(content)))
     except ValueError as error:
-        return Skipped(where, str(error))
+        return Skipped(where, str(error)[:_LONGEST_REASON])
 
 
 def _hub_rows(source: str, parse: Parse[T]) -> Iterator[T | Skipped]:

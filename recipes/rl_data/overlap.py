@@ -11,7 +11,8 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 
 from diffucoder.evaluation.benchmarks import Asserts, Calls, Task
-from diffucoder.grading.extract import parsed
+from diffucoder.grading.reading import read_limited
+from diffucoder.grading.syntax import statements_of
 from diffucoder.training.exercises import Exercise
 
 WORDS = 10
@@ -47,14 +48,17 @@ def phrases(text: str, lengths: Iterable[int]) -> Iterator[str]:
             yield f"words: {' '.join(words[start : start + length])}"
 
 
-def code_marks(tests: Iterable[str], solution: str, function: str | None = None) -> Iterator[str]:
-    """Calls in the tests (of `function`), and the solution."""
+def code_marks(tests: Iterable[str], solution: str, function: str | None = None) -> list[str]:
+    """Calls in the tests (of `function`), and the solution; nothing if that takes too long to read."""
+    return read_limited(read_code_marks, [*tests], solution, function, otherwise=[])
+
+
+def read_code_marks(tests: list[str], solution: str, function: str | None) -> list[str]:
+    marks = []
     for test in tests:
-        for call in calls_in(test, function):
-            yield f"call: {call}"
+        marks += [f"call: {call}" for call in calls_in(test, function)]
     shape = shape_of(solution)
-    if shape:
-        yield f"solution: {shape}"
+    return [*marks, f"solution: {shape}"] if shape else marks
 
 
 def marks_of(task: Task) -> Iterator[str]:
@@ -74,13 +78,6 @@ def marks_of(task: Task) -> Iterator[str]:
     yield from code_marks(tests, task.canonical, task.entry_point)
 
 
-def parse_or_none(code: str) -> ast.Module | None:
-    try:
-        return parsed(code)
-    except (SyntaxError, ValueError, RecursionError, MemoryError):
-        return None
-
-
 def words_of(text: str) -> list[str]:
     without_asserts = re.sub(r"^\s*assert\b.*$", "", text, flags=re.MULTILINE)
     return re.findall(r"[^\W\d_]+", without_asserts.lower())
@@ -88,8 +85,7 @@ def words_of(text: str) -> list[str]:
 
 def calls_in(code: str, function: str | None) -> Iterator[str]:
     """Calls with literal arguments: of `function`, or of all functions that are not built in."""
-    tree = parse_or_none(code)
-    for node in ast.walk(tree) if tree else ():
+    for node in ast.walk(ast.Module(statements_of(code) or [], [])):
         if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Name):
             continue
         name = node.func.id
@@ -106,9 +102,7 @@ def calls_in(code: str, function: str | None) -> Iterator[str]:
 
 def shape_of(program: str) -> str:
     """The program without comments, docstrings and the names that it defines, or "" if it is not a program."""
-    tree = parse_or_none(program)
-    if tree is None:
-        return ""
+    tree = ast.Module(statements_of(program) or [], [])
     names: dict[str, str] = {}
     for node in ast.walk(tree):
         body = getattr(node, "body", None)

@@ -14,11 +14,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-from overlap import Overlaps, parse_or_none
+from overlap import Overlaps
 
-from diffucoder.errors import ConfigError, DiffuCoderError
+from diffucoder.errors import ConfigError, DiffuCoderError, printable
 from diffucoder.evaluation.benchmarks import Task, load
 from diffucoder.files import Json, write_json
+from diffucoder.grading.reading import read_limited
+from diffucoder.grading.syntax import all_parse
 from diffucoder.training.exercises import Exercise, parse_exercise, read_exercises, tests_of, write_exercises
 from diffucoder.training.sources import Skipped, read_usable, text_of
 
@@ -46,7 +48,7 @@ def main() -> None:
         benchmarks = {name: load(name, options.benchmarks) for name in options.against.split(",") if name}
         report = prepare(options.source, options.out, benchmarks, data=options.data, spread=options.spread)
     except DiffuCoderError as error:
-        sys.exit(f"error: {error}")
+        sys.exit(f"error: {printable(str(error))}")
     print(f"{report['exercises']:,} exercises; left out {report['left_out']}; overlaps {report['overlaps']}")
     print(f"{options.out}: try: diffucoder train grpo --set 'data=[\"{options.out}\"]'")
 
@@ -67,7 +69,7 @@ def prepare(source: str, out: Path, benchmarks: Benchmarks, data: str | None = N
             continue
         exercise, solution = row
         shared = overlaps.find(exercise, solution)
-        if not all(map(parse_or_none, exercise.tests)):
+        if not read_limited(all_parse, list(exercise.tests), otherwise=False):
             left_out["has a test that is not Python"] += 1
         elif shared:
             dropped.append({"id": exercise.id, "overlaps": shared})
@@ -117,9 +119,11 @@ def parse_acecode(where: str, fields: Json) -> tuple[Exercise, str, list[float]]
     """The exercise, the best answer of any model, and the pass rates of ACECODE_MODELS."""
     try:
         best = max(fields["inferences"], key=lambda answer: answer["pass_rate"])["completion"]
-        rates = [each["pass_rate"] for each in fields["inferences"] if each["model_name"] in ACECODE_MODELS]
+        rates = [float(each["pass_rate"]) for each in fields["inferences"] if each["model_name"] in ACECODE_MODELS]
     except (KeyError, TypeError) as error:
         raise ValueError(f"field 'inferences' has no usable {error}") from None
+    if not isinstance(best, str):
+        raise ValueError("field 'inferences' has a completion that is not text")
     if not rates:
         raise ValueError(f"has no answer of {' or '.join(ACECODE_MODELS)}")
     return replace(parse_exercise(where, fields), source="acecode"), best, rates

@@ -1,6 +1,8 @@
 """Replies in the styles of instruct models: right ones are graded as right, and wrong ones as wrong, everywhere."""
 
+import html
 import json
+import textwrap
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -34,6 +36,7 @@ MAIN = 'def spread(xs: list[int]) -> str:\n    return f"apart: {gap(min(xs), max
 CLASS = "class Gap:\n    def __init__(self, low, high):\n        self.width = high OPERATOR low"
 WITH_CLASS = 'def spread(xs):\n    return f"apart: {Gap(min(xs), max(xs)).width}"'
 WITH_MATH = BARE.replace("max", "math.floor(1) * max")
+TYPED = BARE.replace("{", "{{").replace("}", "}}").replace("\n", "\n{0}")
 TESTS = "```python\ndef test_spread():\n    assert spread([1, 4]) == 'apart: 3'\n\n\ntest_spread()\n```"
 OTHER_TESTS = (
     "```python\nimport unittest\n\n\nclass Spread(unittest.TestCase):\n    def test(self):\n        self.fail()\n\n\n"
@@ -86,6 +89,20 @@ FENCED = {  # whatever the prompt's end is
     "fences in a docstring": f"Sure:\n```python\n{IN_DOC}\n```\nDone.",
     "fences in strings": f"Sure:\n```python\n{IN_STRINGS}\n```\nDone.",
     "quotes in prose": f'With a docstring (""") it is:\n```python\n{PROGRAM}\n```\nDone.',
+    "code on the fence's line": f"```python {BARE}\n```",
+    "code on the fence's line, no language": f"Here it is: ```{BARE}```",
+    "HTML": f'<p>So:</p>\n<pre><code class="language-python">{html.escape(BARE)}</code></pre>\n<p>Done.</p>',
+    "HTML on lines of its own": f"So:\n<pre>\n{html.escape(BARE)}\n</pre>\nDone &amp; dusted.",
+    "prompts": f"In the shell:\n\n>>> {TYPED.format('... ')}\n>>> spread([1, 4])\n'apart: 3'\n",
+    "prompts in a fence": f"```python\n>>> {TYPED.format('... ')}\n>>> spread([1, 4])\n'apart: 3'\n```\nDone.",
+    "IPython": f"```\nIn [1]: {TYPED.format('   ...: ')}\n\nIn [2]: spread([1, 4])\nOut[2]: 'apart: 3'\n```",
+    "indented as a whole": textwrap.indent(BARE, "    "),
+    "BEGIN and DONE": f"[BEGIN]\n{BARE}\n[DONE]\nThat is it.",
+    "PYTHON": f"[PYTHON]\n{BARE}\n[/PYTHON]\n[TESTS]\nassert spread([1]) == 0\n[/TESTS]",
+    "a faster one": f"```python\n{BARE}\n```\nFaster:\n```python\n@numba.jit\ndef fast_spread(xs):\n    return 0\n```",
+    "files": f"spread.py:\n```python\nfrom helpers import gap\n\n{MAIN}\n```\nhelpers.py:\n```python\n{HELPER}\n```",
+    "pseudocode first": f"```text\ndef spread(xs):\n    return max - min\n```\nIn Python:\n```python\n{BARE}\n```",
+    "another language": f"```js\nspread = Math.max\n```\n```python\n{BARE}\n```\n```java\nspread = 1\n```",
     "a bare answer": f"Here is the function:\n\n{BARE}\n\nThis is how it works:\n  - it is simple\n",
     "a bare answer with fences": f"{IN_DOC}\n",
 }

@@ -422,3 +422,108 @@ def test_a_list_too_large_to_carry_is_compared_by_its_digest() -> None:
     one, same, other = (outcome.value for outcome in call(program, calls, Limits(seconds=60, memory=2 << 30)))
     assert one == same != other
     assert from_json(to_json(one)) == one
+
+
+# What an assert gives in the program's own process, it gives here
+
+
+AS_IN_PYTHON = """
+import itertools
+class Number:
+    __int__ = lambda self: 4
+    __float__ = lambda self: 0.5
+    __abs__ = lambda self: 4
+    __round__ = lambda self, digits=0: digits
+class Sized:
+    __index__ = lambda self: 4
+def endless(x): return itertools.count(x)
+def breaks(x):
+    yield x
+    raise ValueError
+def number(): return Number()
+def sized(): return Sized()
+def nested(depth, kind=list):
+    value = kind()
+    for _ in range(depth):
+        value = kind([value])
+    return value
+def text(x): return x
+"""
+
+
+@pytest.mark.parametrize(
+    ("test", "passes"),
+    [
+        ("assert any(endless(0))", True),
+        ("assert all(endless(0))", False),
+        ("assert not all(endless(0))", True),
+        ("assert any(endless(0)) == True", True),
+        ("assert any(breaks(1))", True),
+        ("assert any(breaks(0))", False),
+        ("assert not any(breaks(0))", False),
+        ("assert all(breaks(0)) == False", True),
+        ("assert all(breaks(1))", False),
+        ("assert any(number())", False),
+        ("assert int(number()) == 4", True),
+        ("assert int(sized()) == 4", True),
+        ("assert int(number()) == 5", False),
+        ("assert float(number()) == 0.5", True),
+        ("assert 0 < float(number()) < 1", True),
+        ("assert abs(number()) == 4", True),
+        ("assert round(number(), 3) == 3", True),
+        ("assert int(text('4')) == 4", True),
+        ("assert int(text('x')) == 4", False),
+        ("assert len(nested(900)) == 1", True),
+        ("assert isinstance(nested(900, tuple), tuple)", True),
+        ("assert nested(900, tuple) != ()", True),
+        ("assert (nested(900) == [[]]) == False", True),
+        ("assert nested(2000) > []", True),
+        ("assert nested(900, frozenset) == 1", False),
+        ("assert len(nested(900, frozenset)) == 1", True),
+        ("assert text('%d') % 3 == '3'", True),
+        ("assert text('%5.2f|') % 3 == ' 3.00|'", True),
+        ("assert text('%d*%s') % (3, 'a') == '3*a'", True),
+        ("assert text(b'%d') % 3 == b'3'", True),
+        ("assert text('%d') % 3 == '4'", False),
+        ("assert text('%*d') % (5, 3) == 3", False),
+    ],
+)
+def test_an_assert_gives_what_it_gives_in_python(test: str, passes: bool) -> None:
+    (verdict,) = grade(AS_IN_PYTHON, [test], Limits(seconds=5)).tests
+    assert (verdict.passed, verdict.trusted) == (passes, True), verdict
+    names: dict[str, object] = {}
+    exec(AS_IN_PYTHON, names)
+    try:
+        exec(test, names)
+    except Exception:
+        assert not passes
+    else:
+        assert passes
+
+
+def test_results_that_are_nested_deep_can_be_told_apart() -> None:
+    program = AS_IN_PYTHON + "def loop():\n    value = {}\n    value[1] = [value, value]\n    return value\n"
+    expressions = ["nested(900)", "nested(901)", "nested(900, tuple)", "loop()", "[nested(900)] * 3", "nested(50_000)"]
+    outcomes = call(program, [Call(each) for each in expressions], Limits(output=1 << 20))
+    first, second, third, loop, several, deepest = [outcome.value for outcome in outcomes]
+    assert first != second
+    assert third != first
+    assert several == [first] * 3
+    assert isinstance(loop[1][0], Opaque)
+    assert from_json(to_json(first)) == first
+    assert outcomes[-1].status == "failed"  # beyond what can be hashed and printed
+    assert deepest is None
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [
+        "[]", '[["list",1]]', '[["list",-1]]', '[["data",1],["data",2]]', '[["dict",1]]', '[["what",0]]', "3",
+        '[["data",1],["subclass",1],["list"]]', '[["data",{"set":[[1]]}]]', '[["list",0],["set",1]]', '[["list","x"]]',
+        '[["data",1],["dict",1]]',
+    ],
+)  # fmt: skip
+def test_no_forged_nesting_is_an_answer(parts: str) -> None:
+    program = f"import os\nos.write(4, b'ready\\n={{\"deep\":{parts}}}\\n')\nos._exit(0)\n"
+    (outcome,) = call(program, [Call("f()")])
+    assert (outcome.status, outcome.value) == ("failed", None)

@@ -81,6 +81,20 @@ def test_a_rounded_update_is_measured_along_the_exact_one() -> None:
     assert rounded([("b", None, before)], torch.bfloat16)[1] is None
 
 
+def test_float16_keeps_more_of_an_update_and_no_weight_that_it_cannot_hold() -> None:
+    before = torch.full((1000,), 1.0)
+    after = before + torch.where(torch.arange(1000) < 250, 2**-6, 2**-10)  # one step of float16 at 1 is 2^-10
+    weights, kept = rounded([("a", before, after)], torch.float16)
+    assert torch.equal(weights["a"].float(), after)
+    assert kept == 1
+    after[3] = -70_000
+    assert rounded([("a", before, after)], torch.bfloat16)[0]["a"].isfinite().all()
+    with pytest.raises(
+        ConfigError, match="holds numbers up to 65504, and a has 70000; use --resume --set export_dtype"
+    ):
+        rounded([("a", before, after)], torch.float16)
+
+
 # --- a whole run -----------------------------------------------------------------------------------------------------
 
 

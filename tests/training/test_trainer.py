@@ -3,7 +3,6 @@ are passed over. Runs are real: a process that is killed, two processes over glo
 
 import json
 import os
-import pickle
 import resource
 import shutil
 import signal
@@ -23,6 +22,7 @@ from torch.optim import AdamW
 from transformers import get_cosine_with_min_lr_schedule_with_warmup
 
 from diffucoder.errors import CheckpointError, ConfigError
+from diffucoder.files import disk_is_full
 from diffucoder.training import checkpoints
 from diffucoder.training.settings import TrainSettings
 from diffucoder.training.trainer import Trainer, schedule
@@ -193,7 +193,7 @@ def test_a_torn_checkpoint_is_named_and_the_one_before_it_used(
     run = tmp_path / "run"
     worker.run({"run": run, "keep": 5})
     newest = run / "checkpoints" / "step-00000010"
-    file = next(newest.glob("*.distcp"))
+    file = next(newest.glob("*.safetensors"))
     if harm == "cut":
         file.write_bytes(file.read_bytes()[:-100])
     elif harm == "flip":
@@ -280,39 +280,23 @@ def test_a_full_disk_is_one_line_and_leaves_no_part_of_a_checkpoint(tmp_path: Pa
     assert [line["step"] for line in lines(run)] == list(range(1, 15))
 
 
-class Harmful:
-    """Touches a file when it is unpickled."""
-
-    def __init__(self, marker: Path) -> None:
-        self.marker = marker
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return os.mkdir, (str(self.marker),)
-
-
-@pytest.mark.parametrize("place", ["metadata", "optimizer", "dotted"])
-def test_a_checkpoint_from_elsewhere_runs_no_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str) -> None:
+def test_an_export_on_a_full_disk_leaves_nothing_and_keeps_the_one_before(tmp_path: Path) -> None:
     run = tmp_path / "run"
-    marker = tmp_path / "marker"
-    if place == "optimizer":  # torch's writer pickles what is not a tensor
-        monkeypatch.setattr(checkpoints, "_tensors", lambda state: {"optimizer": {"lr": Harmful(marker)}})
     worker.run({"run": run, "steps": 2})
-    monkeypatch.undo()
-    folder = run / "checkpoints" / "step-00000002"
-    if place == "optimizer":
-        monkeypatch.setattr(checkpoints, "_tensors", lambda state: {"optimizer": {"lr": 1.0}})
-    else:
-        harmful = pickle.dumps(Harmful(marker))
-        if place == "dotted":  # a function that is reached through an allowed name
-            harmful = b"\x80\x04\x8c\x25torch.distributed.checkpoint.metadata\x8c\x0bos.getcwdbX\x93)R."
-        (folder / ".metadata").write_bytes(harmful)
-        whole = json.loads((folder / "whole.json").read_text())
-        whole["files"][".metadata"] = checkpoints._size_and_checksum(folder / ".metadata")
-        (folder / "whole.json").write_text(json.dumps(whole))
-    with pytest.raises(CheckpointError, match=r"step-00000002 cannot be read \(.*\); delete it"):
-        worker.run({"run": run, "steps": 2, "resume": True})
-    assert not marker.exists()
-    _reset()
+    before = weights(run)
+    for model_is_there in (True, False):
+        if not model_is_there:
+            shutil.rmtree(run / "model")
+        with limited_files(5_000), pytest.raises(Exception, match=r".") as caught:
+            worker.run({"run": run, "steps": 2, "resume": True})
+        assert disk_is_full(caught.value)
+        _reset()
+        assert (run / "model").exists() == model_is_there
+        assert not (run / "model.partial").exists()
+        if model_is_there:
+            assert same(weights(run), before)
+    worker.run({"run": run, "steps": 2, "resume": True})
+    assert same(weights(run), before)
 
 
 def test_an_export_that_was_cut_short_leaves_nothing_in_the_next(tmp_path: Path, whole: Path) -> None:

@@ -1,0 +1,106 @@
+"""The text files of a model's folder, read without trusting whoever made them.
+
+For: every file that describes a model or its tokenizer. Whatever is wrong with one is a CheckpointError of one line.
+Not for: weights (`models.weights`), what the files mean.
+
+A file has to be a regular one, of a bounded size, inside the folder: a pipe would never end, and a link could bring a
+private file into a chat template, which is sent to whoever chats.
+"""
+
+import json
+import stat
+from pathlib import Path
+
+from diffucoder.errors import CheckpointError
+from diffucoder.files import Json, decode_text
+
+_MAX_TEXT = 16 * 2**20  # bytes: the index of a model with 10,000 experts has 8 MiB
+_MAX_VOCABULARY = 64 * 2**20  # of 250,000 tokens: 33 MiB
+_VOCABULARIES = ("tokenizer.json", "vocab.json", "merges.txt")
+_MAX_DEPTH = 50  # brackets inside brackets
+
+
+def read_json(path: Path) -> Json:
+    """The object in a JSON file of a model, {} if there is no such file. CheckpointError if it is damaged."""
+    text = read_model_text(path)
+    if text is None:
+        return {}
+    try:
+        content = json.loads(text)
+        _check_depth(content)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} cannot be read as JSON ({one_line(error)}); fetch it again") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} holds no JSON object; fetch it again")
+    return content
+
+
+def read_model_text(path: Path, *, folder: Path | None = None) -> str | None:
+    """The text of a file of the model in `folder`, by default the one it is in; None if there is no such file.
+
+    CheckpointError if it is not a regular file, leads out of the folder, is too large or not UTF-8.
+    """
+    limit = _MAX_VOCABULARY if path.name in _VOCABULARIES else _MAX_TEXT
+    try:
+        if not is_regular(path):
+            return None
+        if path.is_symlink() and not _is_inside(path.resolve(), (folder or path.parent).resolve()):
+            raise CheckpointError(f"{path} is a link out of the model's folder; copy the file into it")
+        with path.open("rb") as file:
+            content = file.read(limit + 1)
+        if len(content) > limit:
+            raise CheckpointError(f"{path} is larger than {limit // 2**20} MiB, as no {path.name} is; fetch it again")
+        return decode_text(content)
+    except CheckpointError:
+        raise
+    except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: links in a circle
+        raise CheckpointError(f"{path} cannot be read ({one_line(error)}); fetch it again") from error
+
+
+def is_regular(path: Path) -> bool:
+    """Whether there is a file. CheckpointError if something else has its name: a folder, a pipe, a device, a dead link.
+
+    Raises OSError.
+    """
+    try:
+        mode = path.stat().st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        if path.is_symlink():
+            raise CheckpointError(f"{path} is a link to a file that is not there; fetch it again") from None
+        return False
+    if not stat.S_ISREG(mode):
+        raise CheckpointError(f"{path} is not a regular file but a folder, pipe, socket or device; fetch it again")
+    return True
+
+
+def one_line(error: object) -> str:
+    """The text of an error on one line of printable characters; the name of its class if it has no text."""
+    text = " ".join(str(error).split())[:200] or type(error).__name__
+    return "".join(character if character.isprintable() else "?" for character in text)
+
+
+def shown(value: object) -> str:
+    """How a value from a file is shown in an error: not longer than a few words."""
+    return one_line(repr(value))[:80]
+
+
+def _is_inside(target: Path, folder: Path) -> bool:
+    """Whether a file belongs to a model's folder; those in the Hub's cache link to the `blobs` of their model."""
+    if folder.parent.name == "snapshots" and target.is_relative_to(folder.parent.parent / "blobs"):
+        return True
+    return target.is_relative_to(folder)
+
+
+def _check_depth(content: object) -> None:
+    """Raise ValueError for lists and objects inside each other that would exhaust the stack of whoever walks them."""
+    level = [content]
+    for _ in range(_MAX_DEPTH):
+        inside: list[object] = []
+        for each in level:
+            if isinstance(each, dict):
+                inside += [value for value in each.values() if isinstance(value, (dict, list))]
+            elif isinstance(each, list):
+                inside += [value for value in each if isinstance(value, (dict, list))]
+        level = inside
+    if level:
+        raise ValueError(f"brackets more than {_MAX_DEPTH} deep")

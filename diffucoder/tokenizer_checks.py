@@ -1,0 +1,164 @@
+"""Which tokenizer.json files are read: those whose parts cost time and memory in proportion to the text.
+
+For: files that anybody may have made. The library that reads them ends the process, or works for hours, on some parts:
+expressions that backtrack, replacements that grow, prefixes that are longer than a token. Published tokenizers of the
+supported models have few kinds of parts, which are listed here; expressions that are not known are tried first, in a
+process of their own. Not for: reading (`tokenizer_files`).
+"""
+
+import re
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Regex, pre_tokenizers
+
+from diffucoder.errors import CheckpointError
+from diffucoder.files import Json
+from diffucoder.limited import Limited, LimitError
+from diffucoder.model_files import one_line, shown
+
+_NORMALIZERS = {"NFC", "NFD", "NFKC", "NFKD", "Lowercase", "Strip", "StripAccents", "Prepend", "Replace"}
+_PRE_TOKENIZERS = {"ByteLevel", "Split", "Digits", "Whitespace", "WhitespaceSplit", "Punctuation", "Metaspace"}
+_POST_PROCESSORS = {"ByteLevel", "TemplateProcessing", "RobertaProcessing", "BertProcessing"}
+_DECODERS = {"ByteLevel", "Replace", "ByteFallback", "Fuse", "Strip", "Metaspace"}
+_MODELS = {"BPE", "WordLevel"}
+_ONCE = {"ByteLevel", "Metaspace"}  # twice they make bytes of bytes
+_MAX_PARTS = 16
+_MAX_GROWTH = 16  # times, by all replacements together
+_MAX_NAME = 256  # characters of an added token
+_MAX_NAMES = 2**17  # characters of all added tokens
+_QWEN2 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_KNOWN_EXPRESSIONS = {
+    _QWEN2,
+    _QWEN2.replace(r"\p{N}|", r"\p{N}{1,3}|"),  # Llama 3's
+    r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",  # GPT-2's
+    r"\p{N}{1,3}",
+    r"\p{N}",
+}
+_REFERENCES = re.compile(r"\\[gk1-9]")
+_TRIED = Limited(seconds=10, memory=2**30)
+_TRIED_LENGTH = 20_000
+
+
+def check_tokenizer_json(fields: Json, path: Path) -> None:
+    """CheckpointError unless the parts of a tokenizer.json are known and bounded. Raises what wrong types raise."""
+    model = fields["model"]
+    if model.get("type", "BPE") not in _MODELS:  # the oldest files have no type
+        raise CheckpointError(f"{path}: model {shown(model['type'])} is not supported; use one of {_listed(_MODELS)}")
+    for name in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"):
+        if model.get(name):
+            raise CheckpointError(f"{path}: model has {name}={shown(model[name])}, which is not supported")
+    expressions: set[str] = set()
+    for part, kinds in (
+        ("normalizer", _NORMALIZERS),
+        ("pre_tokenizer", _PRE_TOKENIZERS),
+        ("post_processor", _POST_PROCESSORS),
+        ("decoder", _DECODERS),
+    ):
+        steps = list(_steps(fields.get(part)))
+        for step in steps:
+            if step["type"] not in kinds:
+                kind = shown(step["type"])
+                raise CheckpointError(f"{path}: {part} {kind} is not supported; use one of {_listed(kinds)}")
+        reason = _reason_against(steps, expressions)
+        if reason:
+            raise CheckpointError(f"{path}: {part} {reason}")
+    check_names([token["content"] for token in fields.get("added_tokens") or ()], path)
+    _check_ids(fields, path)
+    unknown = expressions - _KNOWN_EXPRESSIONS
+    if unknown:
+        _try_expressions(sorted(unknown), path)
+
+
+def check_names(names: Iterable[str], place: object) -> None:
+    """CheckpointError for added tokens that are too long or too many to be searched for in each text."""
+    total = 0
+    for name in names:
+        if len(name) > _MAX_NAME:
+            start = one_line(name[:40])
+            raise CheckpointError(f"{place}: added token {start}... has over {_MAX_NAME} characters; shorten it")
+        total += len(name)
+    if total > _MAX_NAMES:
+        raise CheckpointError(f"{place}: added tokens have {total:,} characters, over {_MAX_NAMES:,}; leave some out")
+
+
+def split_samples(expressions: list[str]) -> int:
+    """Cut texts on which expressions usually backtrack, and return how many pieces there are; called in a child."""
+    characters = set(" \n\ta1A'._-é日\u0301").union(*expressions)
+    units = [*sorted(characters), "aA", "a ", "a1", "a'", " \n", "1,", "ab"]
+    count = 0
+    for expression in expressions:
+        cut = pre_tokenizers.Split(Regex(expression), "isolated")
+        for unit in units:
+            for end in ("", "!", "\0"):
+                count += len(cut.pre_tokenize_str(unit * (_TRIED_LENGTH // len(unit)) + end))
+    return count
+
+
+def _try_expressions(expressions: list[str], path: Path) -> None:
+    try:
+        _TRIED(split_samples, expressions)
+    except LimitError as error:
+        reason = f"cutting {_TRIED_LENGTH:,} characters {one_line(error)}"
+        raise CheckpointError(f"{path}: expression {shown(expressions[0])} is not safe: {reason}") from None
+
+
+def _steps(part: Any) -> Iterator[Json]:  # Any: from a file
+    """The steps of a part, those of sequences in their place."""
+    if part is None:
+        return
+    if part["type"] != "Sequence":
+        yield part
+        return
+    names = ("normalizers", "pretokenizers", "processors", "decoders")
+    for name in names:
+        for step in part.get(name, ()):
+            yield from _steps(step)
+
+
+def _reason_against(steps: list[Json], expressions: set[str]) -> str | None:
+    """What is wrong with the steps of a part, None if nothing is; adds their expressions to `expressions`."""
+    if len(steps) > _MAX_PARTS:
+        return f"has {len(steps)} steps; use at most {_MAX_PARTS}"
+    growth = 1.0
+    kinds = [step["type"] for step in steps]
+    for step in steps:
+        pattern = step.get("pattern")
+        if pattern is not None and "Regex" in pattern:
+            expressions.add(pattern["Regex"])
+            if _REFERENCES.search(pattern["Regex"]):
+                return f"has an expression that refers to itself ({shown(pattern['Regex'])}), which is not supported"
+        if step["type"] == "Replace":
+            replaced = len(pattern["String"]) if "String" in pattern else 0
+            growth *= max(1, len(step["content"]) / max(1, replaced) + (replaced == 0))
+        if step["type"] == "Prepend" and len(step["prepend"]) > _MAX_GROWTH:
+            return f"prepends {len(step['prepend'])} characters; use at most {_MAX_GROWTH}"
+        if step["type"] == "TemplateProcessing" and not _is_plain(step["single"]):
+            return "repeats, drops or adds texts; its template must have the text once"
+        if step["type"] in _ONCE and kinds.count(step["type"]) > 1:
+            return f"has {step['type']} twice; use it once"
+    if growth > _MAX_GROWTH:
+        return f"replaces text by text that is {growth:,.0f} times as long; use at most {_MAX_GROWTH} times"
+    return None
+
+
+def _is_plain(template: list[Json]) -> bool:
+    """Whether a template of a post-processor has the text once, and few tokens around it."""
+    texts = [piece["Sequence"]["id"] for piece in template if "Sequence" in piece]
+    return texts == ["A"] and len(template) <= _MAX_PARTS
+
+
+def _check_ids(fields: Json, path: Path) -> None:
+    """CheckpointError for ids that are far beyond the number of tokens: a row of the model is made for each."""
+    ids = list(fields["model"]["vocab"].values())
+    ids += [token["id"] for token in fields.get("added_tokens") or ()]
+    limit = 2 * len(ids) + 1000
+    if max(ids, default=0) >= limit:
+        raise CheckpointError(f"{path}: id {shown(max(ids))} is too large for {len(ids):,} tokens; number them from 0")
+
+
+def _listed(kinds: set[str]) -> str:
+    return ", ".join(sorted(kinds))
