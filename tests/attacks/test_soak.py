@@ -1,8 +1,16 @@
 """A short form of `make soak`: a real server, everything at once, and nothing is lost."""
 
+import os
+import signal
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
+
+from soak import children_of
+
+from diffucoder.grading.sandbox import Sandbox
 
 SOAK = Path(__file__).parents[2] / "tools" / "soak.py"
 
@@ -15,3 +23,18 @@ def test_nothing_is_lost_in_twenty_seconds() -> None:
     assert "every promise held" in ended.stdout
     for kind in ("short", "grade", "memory"):
         assert f"\n{kind} " in ended.stdout
+
+
+def test_a_program_whose_sandbox_is_killed_from_outside_runs_again() -> None:
+    before = children_of(os.getpid())
+    results = []
+    with Sandbox(1) as sandbox:
+        assert sandbox.run("pass").status == "ok"
+        [worker] = set(children_of(os.getpid())) - set(before)
+        program = "import time; time.sleep(2); print('finished')"
+        thread = threading.Thread(target=lambda: results.append(sandbox.run(program)))
+        thread.start()
+        time.sleep(0.5)
+        os.kill(worker, signal.SIGKILL)
+        thread.join()
+    assert [result.stdout for result in results] == ["finished\n"]
