@@ -21,5 +21,5 @@ USER 10001
 EXPOSE 8000
 HEALTHCHECK --interval=30s --timeout=5s --start-period=60s \
     CMD ["python", "-c", "import urllib.request as u; u.urlopen('http://127.0.0.1:8000/ready', timeout=4)"]
-# give the key as $DIFFUCODER_API_KEY, or by --api-key-file after the image's name
+# give the key as $DIFFUCODER_API_KEY, or by --api-key-file after the image's name; without one it needs --no-key
 ENTRYPOINT ["diffucoder", "serve", "--host", "0.0.0.0"]

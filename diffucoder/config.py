@@ -94,7 +94,7 @@ def _explain(kind: type[Settings], error: ValidationError) -> str:
     key = ".".join(str(part) for part in first["loc"])
     settings = dict(all_settings(kind))
     if first["type"] == "extra_forbidden":
-        return f"unknown setting {key!r}; {_hint(key, sorted({*settings, *kind.model_fields}))}"
+        return f"unknown setting {_shown(key)}; {_hint(key, sorted({*settings, *kind.model_fields}))}"
     if first["type"] == "missing":
         return f"setting {key!r} is missing; give it in the settings file or as {key}=..."
     message = first["msg"].removeprefix("Value error, ")
@@ -104,7 +104,16 @@ def _explain(kind: type[Settings], error: ValidationError) -> str:
         return f"in [{key}]: {message}"
     field = settings.get(key)
     description = f" ({field.description})" if field and field.description else ""
-    return f"{key}={repr(first['input'])[:200]}: {message[:1].lower()}{message[1:]}{description}"
+    shown = f"{key}={_shown(first['input'])}"
+    if field and not field.repr:  # a secret
+        shown = key
+    return f"{shown}: {message[:1].lower()}{message[1:]}{description}"
+
+
+def _shown(value: object) -> str:
+    """A value as Python has it, cut if it is long."""
+    text = repr(value)
+    return text if len(text) <= 100 else f"{text[:100]}..."
 
 
 def _hint(key: str, known: list[str]) -> str:

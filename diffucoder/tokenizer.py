@@ -34,6 +34,7 @@ DEFAULT_SYSTEM = "You are a helpful assistant."  # Qwen2.5's, which DiffuCoder w
 
 _FIRST_STAND_IN = 0xDC00  # a lone surrogate, which no Unicode text has
 _NO_CHARACTER = "\ufdd0"
+_LONG = 4096  # characters; while a longer text is encoded, other threads go on
 
 Messages = Sequence[Mapping[str, str]]
 
@@ -190,6 +191,8 @@ class Tokenizer:
 
     def _encoded(self, backend: tokenizers.Tokenizer, text: str) -> tokenizers.Encoding:
         try:
+            if len(text) > _LONG:
+                return backend.encode_batch([text], add_special_tokens=False)[0]
             return backend.encode(text, add_special_tokens=False)
         except TypeError:
             raise PromptError(f"text {text[:40]!r} is not Unicode; give it as UTF-8") from None

@@ -13,7 +13,9 @@ from diffucoder.errors import ConfigError
 from diffucoder.serving.settings import EngineSettings, ScaleSettings
 
 
-@partial(with_options, of=ScaleSettings, into="settings", without=("api_key", "max_body", "decoding", "engine"))
+@partial(
+    with_options, of=ScaleSettings, into="settings", without=("api_key", "hosts", "max_body", "decoding", "engine")
+)
 def serve(
     *,
     settings: ScaleSettings,
@@ -28,24 +30,31 @@ def serve(
     api_key_file: Annotated[
         Path | None, typer.Option(help="file of the key that clients must send; else $DIFFUCODER_API_KEY, else none")
     ] = None,
+    no_key: Annotated[bool, typer.Option("--no-key", help="allow an address of other machines without a key")] = False,
+    allowed_hosts: Annotated[
+        list[str] | None,
+        typer.Option("--allowed-host", help="name by which clients reach a server without a key; repeatable"),
+    ] = None,
     ray: Annotated[bool, typer.Option("--ray", help="serve by replicas of Ray, here or at $RAY_ADDRESS")] = False,
 ) -> None:
     """Serve a model: OpenAI's completions and chat, infilling, holes and edits."""
     with naming_extra("serve", "serving needs"):
         from diffucoder.serving.app import create_app
         from diffucoder.serving.engine import load_in_own_thread
-        from diffucoder.serving.run import read_api_key, run
+        from diffucoder.serving.run import check_exposure, read_api_key, run
     if not ray and settings.model_fields_set & {"replicas", "cpus", "gpus"}:
         raise ConfigError("--replicas, --cpus and --gpus are for Ray's replicas; add --ray")
     more = {
         "api_key": read_api_key(api_key_file),
+        "hosts": (host, *(allowed_hosts or ())),
         "decoding": load_settings(DecodingParams, overrides=changes or ()),
         "engine": load_settings(EngineSettings, overrides=limits or ()),
     }
     settings = ScaleSettings(**(dict(settings) | more))
+    check_exposure(host, settings, no_key)
     if not ray:
         coder = load_in_own_thread(lambda: load_model(settings.model, settings.dtype, settings.device))
-        run(create_app(coder, settings), host=host, port=port)
+        run(create_app(coder, settings), settings, host=host, port=port)
         return
     with naming_extra("scale", "replicas need"):
         from diffucoder.serving.scale import run_replicas

@@ -212,17 +212,19 @@ class DiffuCoder:
     def _holes(
         self, pieces: list[str | Hole], params: DecodingParams, *, whole: bool, most: int | None = None
     ) -> Request:
-        encoded = [self.tokenizer.encode(piece) if isinstance(piece, str) else [] for piece in pieces]
-        sizes = [len(ids) for ids in encoded]
         lengths: tuple[int, ...] = (0,)
         if Hole() in pieces:
             lengths = tuple(length for length in HOLE_LENGTHS if most is None or length <= most) or (1,)
-        needed = sum(sizes)
-        for piece in pieces:  # before lists of that length are made
+        needed = 0
+        for piece in pieces:  # before their texts are read, and lists of that length are made
             if isinstance(piece, Hole):
                 if piece.length is not None and piece.length < 1:
                     raise PromptError(f"length={piece.length} is not a hole; give at least 1 token, or leave it out")
                 needed += piece.length or lengths[-1]
+        self._check_length(needed, "the holes")
+        encoded = [self.tokenizer.encode(piece) if isinstance(piece, str) else [] for piece in pieces]
+        sizes = [len(ids) for ids in encoded]
+        needed += sum(sizes)
         self._check_length(needed, "text and holes")
         rows = []
         for length in lengths:

@@ -31,7 +31,7 @@ class DecodingParams(Settings):
     steps: int | None = Field(default=None, ge=1, le=10**6)
     """denoising steps, each one forward pass; None = one for each masked token"""
 
-    new_tokens: int = Field(default=64, ge=1)
+    new_tokens: int = Field(default=64, ge=1, le=10**6)
     """masks after a prompt: the longest answer; for text-level generation (a canvas brings its own)"""
 
     num_samples: int = Field(default=1, ge=1, le=10**6)
@@ -40,7 +40,7 @@ class DecodingParams(Settings):
     stop: tuple[Annotated[str, Field(min_length=1)], ...] = ()
     """end an answer, or the text of each hole, before the first of these strings; for text-level generation"""
 
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, lt=2**64)
     """fixes the result, together with the number of the sample"""
 
     # sampling: which token a position proposes
@@ -51,7 +51,7 @@ class DecodingParams(Settings):
     top_p: float | None = Field(default=None, gt=0, le=1)
     """propose only the likeliest tokens that together reach this probability; None = all"""
 
-    top_k: int | None = Field(default=None, ge=1)
+    top_k: int | None = Field(default=None, ge=1, lt=2**31)
     """propose only this many of the likeliest tokens; None = all"""
 
     # order: which positions go first
@@ -62,7 +62,7 @@ class DecodingParams(Settings):
     policy_temperature: float = Field(default=0.0, ge=0, allow_inf_nan=False)
     """temperature for sampling positions by confidence; 0 = always the most confident"""
 
-    block: int | None = Field(default=None, ge=1)
+    block: int | None = Field(default=None, ge=1, lt=2**31)
     """fill the canvas in blocks of this many positions from left to right, any order within; None = one block"""
 
     # rule: what a step may commit beyond its schedule
@@ -70,10 +70,10 @@ class DecodingParams(Settings):
     threshold: float | None = Field(default=None, gt=0, le=1)
     """also commit every token at least this probable; for the policy margin, of at least this margin (Fast-dLLM)"""
 
-    factor: float | None = Field(default=None, gt=0)
+    factor: float | None = Field(default=None, gt=0, allow_inf_nan=False)
     """also commit the n most probable tokens, for the largest n with (n + 1)(1 - p of the nth) < this (Fast-dLLM)"""
 
-    entropy_bound: float | None = Field(default=None, ge=0)
+    entropy_bound: float | None = Field(default=None, ge=0, allow_inf_nan=False)
     """also commit tokens of low entropy while their sum, without the largest, is at most this (EB-Sampler)"""
 
     revoke: float = Field(default=0.0, ge=0, lt=1)

@@ -4,6 +4,7 @@ from bisect import bisect_left
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from diffucoder.decoding.canvas import Canvas
@@ -11,6 +12,80 @@ from diffucoder.decoding.params import DecodingParams
 from diffucoder.decoding.sequence import Sequence, Until
 from diffucoder.decoding.trace import Trace, commit_order
 from diffucoder.tokenizer import Hole, Tokenizer
+
+
+class StopSearch:
+    """Whether the text of ids that come from the left has a stop string. It decodes what is new since the last call."""
+
+    def __init__(self, tokenizer: Tokenizer, stops: Iterable[str]) -> None:
+        self.tokenizer = tokenizer
+        self.stops = tuple(stops)
+        self._before = 4 * max(map(len, self.stops)) + 4  # ids that may have a part in a stop: a character has 4 bytes
+        self._seen = torch.empty(0, dtype=torch.long)  # (n,) at the last call
+
+    def __call__(self, settled: Tensor) -> bool:
+        start = 0
+        if torch.equal(settled[: len(self._seen)], self._seen):
+            start = max(0, len(self._seen) - self._before)
+        self._seen = settled
+        text = self.tokenizer.decode(settled[start:].tolist())
+        return before_stops(text, self.stops) != text
+
+
+class SettledText:
+    """The text of ids that come from the left, as far as neither later ones nor a stop string can change it.
+
+    It decodes each id a few times, however long the text becomes.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, stops: Iterable[str]) -> None:
+        self.tokenizer = tokenizer
+        self.stops = tuple(stops)
+        self.length = 0  # characters that were returned
+        self._context: list[int] = []  # the ids before `_ids`, since some decoders change the beginning of a text
+        self._ids: list[int] = []  # those that may end in a part of a character
+        self._decoded = 0  # characters of theirs that are known
+        self._held = ""  # known, but perhaps the beginning of a stop string
+        self._stopped = False
+
+    def add(self, ids: list[int]) -> str:
+        """What the next `ids` add to the text."""
+        if self._stopped:
+            return ""
+        text = self._held + self._decode(ids)
+        whole = before_stops(text, self.stops)
+        self._stopped = whole != text
+        held = 0 if self._stopped else _stop_begun(whole, self.stops)
+        self._held = whole[len(whole) - held :]
+        new = whole[: len(whole) - held]
+        self.length += len(new)
+        return new
+
+    def _decode(self, ids: list[int]) -> str:
+        self._ids += ids
+        text = self.tokenizer.decode(self._context + self._ids)[len(self.tokenizer.decode(self._context)) :]
+        whole = text if len(self._ids) > 64 else text.rstrip("\ufffd")  # the first bytes of an incomplete character
+        new = whole[self._decoded :]
+        self._decoded = len(whole)
+        if whole == text:
+            visible = [id_ for id_ in self._ids if id_ not in self.tokenizer.special_ids]
+            self._context = visible[-4:] or self._context
+            self._ids = []
+            self._decoded = 0
+        return new
+
+
+def _stop_begun(text: str, stops: Iterable[str]) -> int:
+    """How many characters at the end of `text` may be the beginning of a stop string."""
+    most = 0
+    for stop in stops:
+        tail = text[-(len(stop) - 1) :] if len(stop) > 1 else ""
+        start = tail.find(stop[0])
+        while start >= 0 and not stop.startswith(tail[start:]):
+            start = tail.find(stop[0], start + 1)
+        if start >= 0:
+            most = max(most, len(tail) - start)
+    return most
 
 
 @dataclass(frozen=True)
@@ -63,29 +138,25 @@ class Request:
 
     def prompt_tokens(self, index: int) -> int:
         """The number of tokens that the result `index` is made from: those that are known before decoding."""
-        return int((self.canvas.valid & ~self.canvas.masked)[index].sum())
+        return int((self.canvas.valid[index] & (self.canvas.tokens[index] != self.canvas.mask_id)).sum())
 
     @property
     def until(self) -> Until | None:
         """What ends a row early: a stop string in its text."""
-        return self._has_stop if self.params.stop else None
-
-    def _has_stop(self, settled: Tensor) -> bool:
-        text = self.tokenizer.decode(settled.tolist())
-        return before_stops(text, self.params.stop) != text
+        return StopSearch(self.tokenizer, self.params.stop) if self.params.stop else None
 
     def sequences(self, *, entropies: int = 0) -> list[Sequence]:
         """One for each row; their traces hold the entropies of the first `entropies` steps."""
         rows = range(len(self.canvas.tokens))
         return [Sequence(self.canvas, self.params, row=n, until=self.until, entropies=entropies) for n in rows]
 
-    def settled_ids(self, sequence: Sequence) -> list[int]:
-        """The ids of an answer that no later step can change, from its beginning; none while tokens may be revoked."""
+    def settled_ids(self, sequence: Sequence, *, start: int = 0) -> list[int]:
+        """The ids of an answer that no later step can change, from the id `start` on; none while any may be revoked."""
         if sequence.verifier is not None and sequence.finish_reason is None:
             return []
         masks = int(sequence.holes.sum())
         end = min(sequence.written_end, sequence.first_hole + masks)
-        ids: list[int] = sequence.tokens[sequence.first_hole : end].tolist()
+        ids: list[int] = sequence.tokens[sequence.first_hole + start : end].tolist()
         return ids
 
     def results(self, sequences: list[Sequence], seconds: float) -> list[Generation]:

@@ -8,30 +8,34 @@ the JSON of answers (`responses`), errors (`edge`), or batches (`engine`).
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any, TypeVar
 
 import fastapi
-from fastapi import APIRouter, Depends, FastAPI, Response
+from fastapi import FastAPI, Response
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import FileResponse, PlainTextResponse, StreamingResponse
 from fastapi.staticfiles import StaticFiles
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
+from pydantic_core import to_json
 
 from diffucoder.decoding.canvas import Canvas
 from diffucoder.decoding.coder import DiffuCoder, Span
 from diffucoder.decoding.params import DecodingParams
 from diffucoder.decoding.requests import Generation, Request
-from diffucoder.errors import PromptError
 from diffucoder.serving import protocol, responses
-from diffucoder.serving.edge import ApiError, add_error_handlers, answer_head, limit_body, require_key
-from diffucoder.serving.engine import Engine
+from diffucoder.serving.edge import ApiError, add_error_handlers, answer_head
+from diffucoder.serving.engine import BusyError, Engine
+from diffucoder.serving.guard import Guard
 from diffucoder.serving.responses import Json
 from diffucoder.serving.settings import ServerSettings
+from diffucoder.serving.threads import Threads
 
+T = TypeVar("T")
 _OBJECT = {"application/json": {"schema": {"type": "object"}}}
 _ERRORS: dict[int | str, Json] = {"default": {"description": "an error in OpenAI's form", "content": _OBJECT}}
 _STREAMS: dict[int | str, Json] = {
@@ -39,8 +43,6 @@ _STREAMS: dict[int | str, Json] = {
 }
 _PAGE = Path(__file__).parent / "page"
 _CANVAS = Path(__file__).parents[1] / "data" / "canvas"  # the report on order has it too
-# the browser must not load anything from elsewhere
-_PAGE_POLICY = "default-src 'self'; img-src data:; base-uri 'none'; frame-ancestors 'none'"
 
 
 def create_app(coder: DiffuCoder, settings: ServerSettings | None = None) -> FastAPI:
@@ -52,30 +54,34 @@ def create_app(coder: DiffuCoder, settings: ServerSettings | None = None) -> Fas
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         yield
         await asyncio.to_thread(server.engine.close)
+        server.threads.close()
 
     # FastAPI's own pages are off, since they fetch scripts from elsewhere; /openapi.json is there
-    app = FastAPI(title="DiffuCoder", summary="Code in any order", lifespan=lifespan, docs_url=None, redoc_url=None)
+    app = FastAPI(
+        title="DiffuCoder",
+        summary="Code in any order",
+        lifespan=lifespan,
+        docs_url=None,
+        redoc_url=None,
+        redirect_slashes=False,  # a redirect would repeat the Host header
+    )
     app.state.server = server
-    app.add_middleware(limit_body, max_bytes=settings.max_body)
     app.add_middleware(answer_head)
+    app.add_middleware(Guard, settings=settings)
     if settings.cors:
         app.add_middleware(CORSMiddleware, allow_origins=settings.cors, allow_methods=["*"], allow_headers=["*"])
     add_error_handlers(app)
 
-    protected = APIRouter(responses=_ERRORS)
-    if settings.api_key:
-        protected.dependencies.append(Depends(require_key(settings.api_key)))
-    protected.get("/v1/models")(server.models)
-    protected.get("/v1/models/{model:path}")(server.model)
-    post_or_stream = partial(protected.post, responses=_STREAMS, response_model=None)
+    app.get("/v1/models", responses=_ERRORS)(server.models)
+    app.get("/v1/models/{model:path}", responses=_ERRORS)(server.model)
+    post_or_stream = partial(app.post, responses={**_ERRORS, **_STREAMS}, response_model=None)
     post_or_stream("/v1/completions")(server.completions)
     post_or_stream("/v1/chat/completions")(server.chat)
     post_or_stream("/v1/fill")(server.fill)
     post_or_stream("/v1/edit")(server.edit)
     post_or_stream("/infill")(server.infill)
     post_or_stream("/completion")(server.completion)
-    protected.post("/tokenize")(server.tokenize)
-    app.include_router(protected)
+    app.post("/tokenize", responses=_ERRORS)(server.tokenize)
     app.get("/health")(server.health)
     app.get("/ready", responses=_ERRORS)(server.ready)
     app.get("/metrics", response_class=PlainTextResponse)(server.metrics)
@@ -92,6 +98,7 @@ class Server:
         self.coder = coder
         self.settings = settings
         self.engine = Engine(coder, settings.engine)
+        self.threads = Threads()
         self.registry = CollectorRegistry()
         self.registry.register(self.engine)
 
@@ -105,37 +112,45 @@ class Server:
         card = {"id": model, "object": "model", "created": 0, "owned_by": "diffucoder"}
         return {**card, "max_model_len": self.coder.model.max_length, "infill": True}
 
-    async def completions(self, body: protocol.CompletionRequest, http: fastapi.Request) -> Json | Response:
-        params = self._params(body)
-        prompts = protocol.prompts_of(body.prompt)
-        if body.suffix is None:
-            request = self._continuation(prompts, params)
-        else:
-            request = self.coder.infill_request(str(prompts[0]), body.suffix, params, length=body.max_tokens)
-        return await self._reply(responses.CompletionAnswer(self.coder, request, body), http)
+    async def completions(self, body: protocol.CompletionRequest, http: fastapi.Request) -> Response:
+        def request() -> Request:
+            params = self._params(body)
+            prompts = protocol.prompts_of(body.prompt)
+            if body.suffix is None:
+                return self._continuation(prompts, params)
+            return self.coder.infill_request(str(prompts[0]), body.suffix, params, length=body.max_tokens)
 
-    async def chat(self, body: protocol.ChatRequest, http: fastapi.Request) -> Json | Response:
-        request = self.coder.request([message.plain() for message in body.messages], self._params(body))
-        return await self._reply(responses.ChatAnswer(self.coder, request, body), http)
+        return await self._reply(request, responses.CompletionAnswer, body, http)
+
+    async def chat(self, body: protocol.ChatRequest, http: fastapi.Request) -> Response:
+        def request() -> Request:
+            return self.coder.request([message.plain() for message in body.messages], self._params(body))
+
+        return await self._reply(request, responses.ChatAnswer, body, http)
 
     # --- our own, and llama.cpp's ---
 
-    async def fill(self, body: protocol.FillRequest, http: fastapi.Request) -> Json | Response:
+    async def fill(self, body: protocol.FillRequest, http: fastapi.Request) -> Response:
         """Fill every hole of a text, all of them jointly; a stream has the text in its last chunk."""
-        request = self.coder.fill_request(body.text, self._params_of_holes(body))
-        return await self._reply(responses.FillAnswer(self.coder, request, body), http)
 
-    async def edit(self, body: protocol.EditRequest, http: fastapi.Request) -> Json | Response:
+        def request() -> Request:
+            return self.coder.fill_request(body.text, self._params_of_holes(body))
+
+        return await self._reply(request, responses.FillAnswer, body, http)
+
+    async def edit(self, body: protocol.EditRequest, http: fastapi.Request) -> Response:
         """Rewrite spans of a text while the rest is frozen, or change it by an instruction."""
-        if body.instruction is None:
-            spans = [Span(span.start, span.end, span.tokens) for span in body.spans]
-            request = self.coder.edit_request(body.text, spans, self._params_of_holes(body))
-        else:
-            prompt = f"{body.instruction}\n\n```python\n{body.text}\n```"
-            request = self.coder.request(prompt, self._params(body))
-        return await self._reply(responses.EditAnswer(self.coder, request, body), http)
 
-    async def infill(self, body: protocol.InfillRequest, http: fastapi.Request) -> Json | list[Json] | Response:
+        def request() -> Request:
+            if body.instruction is None:
+                spans = [Span(span.start, span.end, span.tokens) for span in body.spans]
+                return self.coder.edit_request(body.text, spans, self._params_of_holes(body))
+            prompt = f"{body.instruction}\n\n```python\n{body.text}\n```"
+            return self.coder.request(prompt, self._params(body))
+
+        return await self._reply(request, responses.EditAnswer, body, http)
+
+    async def infill(self, body: protocol.InfillRequest, http: fastapi.Request) -> Response:
         """Infill as llama.cpp does, for editor plug-ins."""
 
         def request(params: DecodingParams) -> Request:
@@ -144,21 +159,26 @@ class Server:
 
         return await self._llama_reply(request, body, http)
 
-    async def completion(self, body: protocol.ContinueRequest, http: fastapi.Request) -> Json | list[Json] | Response:
+    async def completion(self, body: protocol.ContinueRequest, http: fastapi.Request) -> Response:
         """Continue text as llama.cpp does, for plug-ins that write their prompts themselves."""
-        prompts = protocol.prompts_of(body.prompt)
-        return await self._llama_reply(partial(self._continuation, prompts), body, http)
+        return await self._llama_reply(partial(self._continuation, body.prompts()), body, http)
 
-    async def tokenize(self, body: protocol.TokenizeRequest) -> Json:
+    async def tokenize(self, body: protocol.TokenizeRequest, http: fastapi.Request) -> Response:
         """Tokens of a text, as llama.cpp's route gives them."""
-        tokenizer = self.coder.tokenizer
-        ids = tokenizer.encode(body.content, special=body.parse_special)
-        if body.add_special and tokenizer.bos_id is not None:
-            ids.insert(0, tokenizer.bos_id)
-        if not body.with_pieces:
-            return {"tokens": ids}
-        pieces = [responses.text_or_bytes(tokenizer.token_bytes(token)) for token in ids]
-        return {"tokens": [{"id": token, "piece": piece} for token, piece in zip(ids, pieces, strict=True)]}
+
+        def answer() -> Response:
+            tokenizer = self.coder.tokenizer
+            ids = tokenizer.encode(body.content, special=body.parse_special)
+            if body.add_special and tokenizer.bos_id is not None:
+                ids.insert(0, tokenizer.bos_id)
+            if not body.with_pieces:
+                return _printed({"tokens": ids})
+            tokens = []
+            for token in ids:
+                tokens.append({"id": token, "piece": responses.text_or_bytes(tokenizer.token_bytes(token))})
+            return _printed({"tokens": tokens})
+
+        return await self._prepare(answer, http)
 
     # --- the server's state; no key is needed ---
 
@@ -178,7 +198,7 @@ class Server:
 
     async def page(self) -> Response:
         """The page that shows decoding."""
-        return FileResponse(_PAGE / "index.html", headers={"Content-Security-Policy": _PAGE_POLICY})
+        return FileResponse(_PAGE / "index.html")
 
     # --- from a request to its answer ---
 
@@ -198,7 +218,7 @@ class Server:
         params = self._params(body)
         return params.replace(stop=()) if body.stop is None else params
 
-    def _continuation(self, prompts: list[str | list[int]], params: DecodingParams) -> Request:
+    def _continuation(self, prompts: Sequence[str | Sequence[int | str]], params: DecodingParams) -> Request:
         """What continues each of some prompts as it is. Raises PromptError, and ConfigError for many rows."""
         self.engine.check_rows(len(prompts) * params.num_samples)  # before they are made
         requests = []
@@ -206,54 +226,76 @@ class Server:
             if isinstance(prompt, str):
                 requests.append(self.coder.request(prompt, params, chat=False))
                 continue
-            known = min(self.coder.model.vocab_size, self.coder.tokenizer.vocab_size)
-            for token in prompt:
-                if not 0 <= token < known or token == self.coder.model.mask_id:
-                    raise PromptError(f"token id {token} is not one of 0 to {known - 1}, or is the mask; use /tokenize")
-            requests.append(self.coder.request_of_ids(prompt, params))
+            requests.append(self.coder.request_of_ids(responses.ids_of(self.coder, prompt), params))
         return replace(requests[0], canvas=Canvas.stacked([request.canvas for request in requests]))
 
     async def _llama_reply(
         self, request_of: Callable[[DecodingParams], Request], body: protocol.LlamaRequest, http: fastapi.Request
-    ) -> Json | list[Json] | Response:
+    ) -> Response:
         """Decode a request, and answer it in llama.cpp's form."""
         self._check_model(body.model)
         count = body.n_cmpl or self.settings.decoding.num_samples
         if isinstance(body, protocol.ContinueRequest):
-            count *= len(protocol.prompts_of(body.prompt))
+            count *= len(body.prompts())
         answers = [responses.nothing_written(self.coder)] * count
         if body.n_predict != 0:
-            request = request_of(self._params(body))
+            request = await self._prepare(lambda: request_of(self._params(body)), http)
             results = await self._results(request, http)
             answers = [responses.llama_answer(self.coder, request, result) for result in results]
         if body.stream:
             return Response(responses.llama_events(answers, body.response_fields), media_type="text/event-stream")
         shown = [responses.only_fields(answer, body.response_fields) for answer in answers]
-        return shown if len(shown) > 1 else shown[0]
+        return _printed(shown if len(shown) > 1 else shown[0])
 
-    async def _reply(self, answer: responses.Answer, http: fastapi.Request) -> Json | Response:
+    async def _reply(
+        self,
+        request_of: Callable[[], Request],
+        kind: type[responses.Answer],
+        body: protocol.SamplingRequest,
+        http: fastapi.Request,
+    ) -> Response:
         """Decode a request, and answer it whole or as a stream."""
-        if not answer.body.stream:
-            return answer.whole(await self._results(answer.request, http))
-        job = self.engine.submit(answer.request)  # its errors are answers with a status, not events
+        request = await self._prepare(request_of, http)
+        answer = kind(self.coder, request, body)
+        if not body.stream:
+            results = await self._results(request, http)
+            return await self.threads.run(lambda: _printed(answer.whole(results)), size=request.canvas.tokens.numel())
+        job = self.engine.submit(request)  # its errors are answers with a status, not events
         headers = {"Cache-Control": "no-store"}
         return StreamingResponse(answer.events(job), media_type="text/event-stream", headers=headers)
 
+    async def _prepare(self, work: Callable[[], T], http: fastapi.Request) -> T:
+        """Read what a body says, on a thread. Raises BusyError, and what `work` raises."""
+        most = self.settings.engine.max_batch + self.settings.engine.max_waiting
+        if self.threads.pending >= most:
+            raise BusyError(self.threads.pending, retry_after=5)
+        return await _unless_gone(self.threads.run(work, size=http.scope.get("body_bytes", 0)), http)
+
     async def _results(self, request: Request, http: fastapi.Request) -> list[Generation]:
         """Decode a request, unless its client disconnects before it is finished."""
-        results = asyncio.create_task(self.engine.submit(request, watched=False).results())
-        disconnect = asyncio.create_task(_disconnected(http))
-        try:
-            await asyncio.wait({results, disconnect}, return_when=asyncio.FIRST_COMPLETED)
-            if not results.done():
-                raise ApiError(499, "the client disconnected")  # the client is gone and cannot read this
-            return results.result()
-        finally:
-            results.cancel()
-            disconnect.cancel()
+        return await _unless_gone(self.engine.submit(request, watched=False).results(), http)
+
+
+async def _unless_gone(work: Coroutine[Any, Any, T], http: fastapi.Request) -> T:
+    """Return what `work` returns; cancel it if the client of the request disconnects."""
+    task = asyncio.create_task(work)
+    disconnect = asyncio.create_task(_disconnected(http))
+    try:
+        await asyncio.wait({task, disconnect}, return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise ApiError(499, "the client disconnected")  # the client is gone and cannot read this
+        return task.result()
+    finally:
+        task.cancel()
+        disconnect.cancel()
 
 
 async def _disconnected(http: fastapi.Request) -> None:
     """Wait until the client is gone."""
     while (await http.receive())["type"] != "http.disconnect":
         pass
+
+
+def _printed(content: Any) -> Response:  # Any: JSON
+    """An answer of JSON, printed by a library that is fast enough for an answer of megabytes."""
+    return Response(to_json(content, inf_nan_mode="null"), media_type="application/json")

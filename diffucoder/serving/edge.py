@@ -1,10 +1,9 @@
-"""What holds for every HTTP request alike: how errors are answered, the API key, the size of a body.
+"""What holds for every answer alike: how errors are answered, and HEAD.
 
-Not for: the fields of a request (`protocol`) or the routes (`app`).
+Not for: which requests are let in (`guard`), the fields of a request (`protocol`) or the routes (`app`).
 """
 
-import secrets
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,18 +36,6 @@ class ApiError(Exception):
         return {"error": {"message": self.message, "type": kind, "param": self.param, "code": None}}
 
 
-def require_key(key: str) -> Callable[[Request], Awaitable[None]]:
-    """Return a FastAPI dependency that rejects requests without this API key."""
-
-    async def check(http: Request) -> None:
-        scheme, _, token = http.headers.get("authorization", "").partition(" ")
-        if scheme.lower() != "bearer" or not secrets.compare_digest(token.strip().encode(), key.encode()):
-            message = "the API key is missing or wrong; send it as 'Authorization: Bearer KEY'"
-            raise ApiError(401, message, headers={"WWW-Authenticate": "Bearer"})
-
-    return check
-
-
 def add_error_handlers(app: FastAPI) -> None:
     """Answer every error in OpenAI's form."""
 
@@ -75,7 +62,10 @@ def api_error(error: Exception, route: str = "") -> ApiError:
         message = f"{route}: {error.detail}"
         if error.status_code == 400:  # FastAPI raises it for a body that its JSON parser cannot read
             message = "the body cannot be read; send JSON in UTF-8, not too deep, with numbers of sensible length"
-        return ApiError(error.status_code, message, headers=dict(error.headers or {}))
+        headers = dict(error.headers or {})
+        if headers.get("Allow") == "GET":
+            headers["Allow"] = "GET, HEAD"  # `answer_head`
+        return ApiError(error.status_code, message, headers=headers)
     return ApiError(500, "the server made a mistake; its log has the reason")
 
 
@@ -142,22 +132,3 @@ def answer_head(app: ASGIApp) -> ASGIApp:
         await app({**scope, "method": "GET"}, receive, send_head)
 
     return answered
-
-
-def limit_body(app: ASGIApp, max_bytes: int) -> ASGIApp:
-    """Wrap an application so that a route that reads a larger body gets an HTTPException, answered with 413."""
-
-    async def limited(scope: Scope, receive: Receive, send: Send) -> None:
-        received = 0
-
-        async def receive_counted() -> Message:
-            nonlocal received
-            message = await receive()
-            received += len(message.get("body", b""))
-            if received > max_bytes:
-                raise HTTPException(413, f"the request is over {max_bytes:,} bytes; send less")
-            return message
-
-        await app(scope, receive_counted, send)
-
-    return limited

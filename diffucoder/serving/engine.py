@@ -3,41 +3,50 @@
 For: a bounded queue, deadlines, cancelling, fair turns, a graceful end. Not for: text and HTTP (`app`), or what a step
 does (`decoding.step`).
 
-A request is one or several rows: samples, or lengths that a hole is tried at. At most `max_batch` rows hold a slot and
-share a forward pass. A free slot goes to a row of the request that holds the fewest slots, then of the request that has
-waited longest. A row that has held a slot for `turn` steps while others wait goes to the back of the queue.
+A request is one or several rows: samples, or lengths that a hole is tried at. At most `max_batch` rows share a forward
+pass. They are chosen again for each pass (`jobs`), so that no request waits for the end of another.
 
 Clients call from an event loop, and the engine's thread never waits for them. One lock guards all shared state.
 """
 
-import asyncio
 import logging
 import re
 import threading
 import time
-from collections import Counter
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass
 from itertools import count
-from typing import NamedTuple
 
 import torch
 from prometheus_client import Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
 from diffucoder.decoding.coder import DiffuCoder
-from diffucoder.decoding.requests import Generation, Request
-from diffucoder.decoding.step import Sequence, Step, advance
+from diffucoder.decoding.requests import Request
+from diffucoder.decoding.step import Step, advance
 from diffucoder.errors import ConfigError, DiffuCoderError
+from diffucoder.serving.cost import Budget
+from diffucoder.serving.jobs import (
+    BusyError,
+    ClosingError,
+    Event,
+    FailedError,
+    Job,
+    LateError,
+    Row,
+    least_computed,
+    rows_of_next_pass,
+)
 from diffucoder.serving.settings import EngineSettings
+
+__all__ = ["BusyError", "ClosingError", "Engine", "Event", "FailedError", "Job", "LateError", "load_in_own_thread"]
 
 log = logging.getLogger(__name__)
 
 STATS = {
-    "waiting": "requests without a slot",
-    "running": "rows with a slot",
+    "waiting": "requests without a row in the pass",
+    "running": "rows in the pass",
     "passes": "forward passes",
     "rows": "rows of all passes",
     "committed": "tokens committed",
@@ -60,28 +69,6 @@ def load_in_own_thread(load: Callable[[], DiffuCoder]) -> DiffuCoder:
     """
     with ThreadPoolExecutor(1) as thread:
         return thread.submit(load).result()
-
-
-class BusyError(DiffuCoderError):
-    """The queue is full; `retry_after` is an estimate in seconds."""
-
-    def __init__(self, waiting: int, retry_after: float) -> None:
-        super().__init__(f"{waiting} requests wait already; try again in {retry_after:.0f} s")
-        self.retry_after = retry_after
-
-
-class ClosingError(DiffuCoderError):
-    """The engine accepts nothing new: it is stopping, or it has stopped."""
-
-    retry_after = 5.0  # seconds
-
-
-class LateError(DiffuCoderError):
-    """The deadline passed before the request was finished."""
-
-
-class FailedError(DiffuCoderError):
-    """Decoding this request failed."""
 
 
 _STAT_OF_END = {type(None): "cancelled", LateError: "late", FailedError: "failed"}
@@ -112,78 +99,6 @@ def device_is_lost(error: BaseException, device: torch.device) -> bool:
     return False
 
 
-class Event(NamedTuple):
-    """A step of one row of a request."""
-
-    row: int
-    step: Step  # of (1, length of the row)
-    settled: list[int]  # the ids of the answer's beginning that no later step can change
-
-
-class Job:
-    """A request that the engine has accepted. Its client reads the events, then the results."""
-
-    def __init__(self, engine: "Engine", request: Request, watched: bool, ticket: int) -> None:
-        """Made by `Engine.submit` in the client's event loop, whose timer ends the job at its deadline."""
-        self.request = request
-        self.sequences = request.sequences()
-        self.watched = watched  # whether each step becomes an event
-        self.accepted = time.monotonic()
-        self.seconds = 0.0  # from its first forward pass to its last
-        self._engine = engine
-        self._events: asyncio.Queue[Event | DiffuCoderError | None] = asyncio.Queue()
-        self._loop = asyncio.get_running_loop()
-        self._timer = self._loop.call_later(engine.settings.deadline, self._time_out, engine.settings.deadline)
-        # State of the queue: the engine changes it under its lock.
-        self.ticket = ticket  # smaller numbers go first
-        self.unfinished = len(self.sequences)
-        self.started: float | None = None  # when its first forward pass began
-
-    async def events(self) -> AsyncIterator[Event]:
-        """Yield each step of each row, if watched. Raises LateError or FailedError. Leaving early cancels the job."""
-        try:
-            while (event := await self._events.get()) is not None:
-                if isinstance(event, DiffuCoderError):
-                    raise event
-                yield event
-        finally:
-            self._timer.cancel()
-            self._engine.end(self)
-
-    def _time_out(self, deadline: float) -> None:
-        late = LateError(f"not finished after {deadline:.0f} s; ask for fewer tokens or samples")
-        self._events.put_nowait(late)  # first, whatever has become of the engine
-        self._engine.end(self, late)
-
-    async def results(self) -> list[Generation]:
-        """Wait for the answers. Raises LateError or FailedError. Cancelling this cancels the job."""
-        async for _ in self.events():
-            pass
-        return self.results_now()
-
-    def results_now(self) -> list[Generation]:
-        """The answers, once `events` has ended."""
-        return self.request.results(self.sequences, self.seconds)
-
-    def send(self, event: Event | DiffuCoderError | None) -> bool:
-        """Pass an event, an error or the end (None) to the client, from any thread; False if its loop is closed."""
-        try:
-            self._loop.call_soon_threadsafe(self._events.put_nowait, event)
-        except RuntimeError:
-            return False
-        return True
-
-
-@dataclass(eq=False)
-class _Row:
-    """A sequence of a job in the queue or in the batch."""
-
-    job: Job
-    number: int
-    sequence: Sequence
-    steps_in_slot: int = 0
-
-
 class Engine:
     """Decodes the requests that are submitted, until it is closed."""
 
@@ -191,14 +106,14 @@ class Engine:
         """Start the thread. From now on it alone may use `coder`'s model."""
         self.coder = coder
         self.settings = settings
+        self.budget = Budget(coder.model, settings)
         self.batch_limit = settings.max_batch  # rows of a pass; smaller after memory ran out
         self._stats: dict[str, float] = dict.fromkeys(STATS, 0)
         self._latency = Histogram(
             "diffucoder_request_seconds", "from acceptance to the last token", buckets=BUCKETS, registry=None
         )
         self._jobs: list[Job] = []  # accepted and not ended
-        self._waiting: list[_Row] = []
-        self._running: list[_Row] = []  # they hold a slot
+        self._running: list[Row] = []  # those of the pass
         self._ended: list[Job] = []  # their cache rows are still to be released
         self._tickets = count()
         self._quiet_passes = 0  # since memory ran out
@@ -212,25 +127,33 @@ class Engine:
     # --- for clients, on any thread ---
 
     def submit(self, request: Request, *, watched: bool = True) -> Job:
-        """Accept a request. Needs a running event loop. Raises BusyError, ClosingError, and ConfigError for many rows.
+        """Accept a request. Needs a running event loop. Raises BusyError, ClosingError, and ConfigError over a limit.
 
         Unless it is `watched` its steps make no events, which saves waking the event loop.
         """
         self.check_rows(len(request.canvas.tokens))
+        cost = self.budget.cost_of(request)
+        self.budget.check(cost, request.params)
         with self._changed:
             if not self.alive:
                 raise ClosingError("the server is shutting down, or its engine has stopped or hangs; try again later")
-            waiting = self._count_waiting()
-            free = max(0, self.batch_limit - len(self._running))  # slots, which requests get before the next pass
-            if waiting >= self.settings.max_waiting + free:
+            kept = cost.kept + sum(job.kept for job in self._jobs)
+            full = len(self._jobs) >= self.settings.max_batch + self.settings.max_waiting
+            if full or kept + cost.passing > self.budget.memory:
+                waiting = self._count_waiting()
                 self._stats["refused"] += 1
                 raise BusyError(waiting, max(1.0, self._mean_seconds * (waiting + 1) / self.batch_limit))
             job = Job(self, request, watched, next(self._tickets))
+            job.kept = cost.kept
+            job.computed = least_computed(self._jobs)
             self._jobs.append(job)
-            for number, sequence in enumerate(job.sequences):
-                self._waiting.append(_Row(job, number, sequence))
             self._changed.notify()
         return job
+
+    def wake(self) -> None:
+        """Look again for rows that can be computed: a client has read what its job was paused for."""
+        with self._changed:
+            self._changed.notify()
 
     def check_rows(self, rows: int) -> None:
         """Raise ConfigError for a request of too many rows."""
@@ -288,7 +211,6 @@ class Engine:
     def _remove(self, job: Job, outcome: DiffuCoderError | None) -> None:
         """Take a job out of the queue and the batch, and send its client the outcome."""
         self._jobs.remove(job)
-        self._waiting = [row for row in self._waiting if row.job is not job]
         self._running = [row for row in self._running if row.job is not job]
         self._ended.append(job)
         job.send(outcome)
@@ -300,20 +222,8 @@ class Engine:
                 self.end(job, error)
 
     def _fill_slots(self) -> None:
-        """Take slots from rows whose turn is over while others wait, then hand out the free slots."""
-        if self._waiting:
-            for row in tuple(self._running):
-                if row.steps_in_slot >= self.settings.turn:
-                    self._running.remove(row)
-                    self._waiting.append(row)
-                    row.job.ticket = next(self._tickets)
-        slots = Counter(row.job for row in self._running)
-        while self._waiting and len(self._running) < self.batch_limit:
-            row = min(self._waiting, key=lambda row: (slots[row.job], row.job.ticket))
-            self._waiting.remove(row)
-            self._running.append(row)
-            slots[row.job] += 1
-            row.steps_in_slot = 0
+        """Choose the rows of the next pass."""
+        self._running = rows_of_next_pass(self._jobs, most_rows=self.batch_limit, most_positions=self.budget.positions)
 
     # --- the thread ---
 
@@ -333,7 +243,7 @@ class Engine:
     def _run_pass(self) -> bool:
         """Wait for jobs, and run a forward pass; False once the engine is closed and no job is left."""
         with self._changed:
-            self._changed.wait_for(lambda: self._jobs or self._ended or self._closing)
+            self._changed.wait_for(self._has_work)
             for job in self._ended:  # only now, since a pass may use their cache rows
                 for sequence in job.sequences:
                     sequence.release()
@@ -347,7 +257,12 @@ class Engine:
             self._pass_began = None
         return more
 
-    def _advance(self, rows: list[_Row]) -> None:
+    def _has_work(self) -> bool:
+        if self._ended or (self._closing and not self._jobs):
+            return True
+        return any(job.is_read for job in self._jobs)
+
+    def _advance(self, rows: list[Row]) -> None:
         """Run one forward pass for `rows`. If it fails, run one for each row alone, or for fewer if memory ran out."""
         began = time.monotonic()
         passes_before = [row.sequence.forward_passes for row in rows]
@@ -377,7 +292,7 @@ class Engine:
             if row.job in self._jobs:
                 self._advance([row])
 
-    def _deliver(self, rows: list[_Row], steps: list[Step], began: float) -> None:
+    def _deliver(self, rows: list[Row], steps: list[Step], began: float) -> None:
         """Count a pass, send its steps, and finish the jobs whose rows are all finished."""
         now = time.monotonic()
         with self._changed:
@@ -389,21 +304,19 @@ class Engine:
                 self.batch_limit = min(2 * self.batch_limit, self.settings.max_batch)
             for row, step in zip(rows, steps, strict=True):
                 self._stats["committed"] += int(step.committed.sum())
-                row.steps_in_slot += 1
                 job = row.job
                 if job not in self._jobs:  # it was ended during the pass
                     continue
                 if job.started is None:
                     job.started = began
-                if job.watched:
-                    event = Event(row.number, step, job.request.settled_ids(row.sequence))
-                    if not job.send(event):  # the client's event loop is closed
-                        self.end(job)
-                        continue
+                if not job.send_step(row, step):  # the client's event loop is closed
+                    self.end(job)
+                    continue
+                row.passed(self.coder.model)
                 if row.sequence.finish_reason is not None:
                     self._running.remove(row)
-                    job.unfinished -= 1
-                    if job.unfinished == 0:
+                    job.rows.remove(row)
+                    if not job.rows:
                         job.seconds = now - job.started
                         self._stats["finished"] += 1
                         self._latency.observe(now - job.accepted)
@@ -416,8 +329,6 @@ class Engine:
         with self._changed:
             self._quiet_passes = 0
             self.batch_limit = max(1, rows // 2)
-            self._waiting = self._running[self.batch_limit :] + self._waiting
-            del self._running[self.batch_limit :]
 
     def _fail(self, job: Job, reason: str) -> None:
         self.end(job, FailedError(f"this request failed: {reason}"))

@@ -9,7 +9,16 @@ What the usual fields mean when tokens are written in any order is in docs/servi
 
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StrictInt, model_validator
+from pydantic import (
+    AfterValidator,
+    AliasChoices,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    StrictInt,
+    model_validator,
+)
 
 from diffucoder.decoding.params import DecodingParams
 from diffucoder.errors import ConfigError
@@ -23,6 +32,9 @@ HINTS = frozenset(
     dry_base dry_allowed_length dry_penalty_last_n dry_sequence_breakers
     """.split()
 )
+
+MOST_FIELDS = 256  # of an object; each that is unknown costs an error
+MOST_ITEMS = 1024  # messages, parts of one, texts from other files: objects that are checked one by one
 
 # Values by which clients leave a field out, besides null.
 OFF: dict[str, tuple[Any, ...]] = {  # Any: JSON
@@ -61,14 +73,42 @@ def _asks_nothing(field: str, value: Any) -> bool:  # Any: JSON
     return any(value == off and isinstance(value, bool) == isinstance(off, bool) for off in OFF.get(field, ()))
 
 
+def _without_empty(given: Any) -> Any:  # Any: JSON
+    """Stop strings without empty ones, which ask for nothing; None if there are no others."""
+    if isinstance(given, list) and "" in given:
+        return [stop for stop in given if stop != ""] or None
+    return None if given == "" else given
+
+
 def _as_list(stop: str | list[str] | None) -> list[str] | None:
     return [stop] if isinstance(stop, str) else stop
 
 
-NonEmpty = Annotated[str, Field(min_length=1)]
-Stops = Annotated[NonEmpty | Annotated[list[NonEmpty], Field(max_length=16)] | None, AfterValidator(_as_list)]
-Ids = Annotated[list[StrictInt], Field(min_length=1)]
-Prompts = str | Ids | Annotated[list[str | Ids], Field(min_length=1, max_length=64)]
+# Lists stop at their first error: a body of 1 MiB has room for half a million of them
+Stop = Annotated[str, Field(max_length=1000)]
+Stops = Annotated[
+    Stop | Annotated[list[Stop], Field(max_length=16, fail_fast=True)] | None,
+    BeforeValidator(_without_empty),
+    AfterValidator(_as_list),
+]
+Ids = Annotated[list[StrictInt], Field(min_length=1, fail_fast=True)]
+Prompt = str | Ids
+Prompts = str | Ids | Annotated[list[Prompt], Field(min_length=1, max_length=64, fail_fast=True)]
+Length = Annotated[int, Field(ge=1, le=10**6)]  # tokens, where the model's context is the limit
+Count = Annotated[int, Field(ge=1, le=64)]  # answers
+
+
+class TextPrompt(BaseModel):
+    """llama.cpp's object for a prompt, without images."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    prompt_string: str
+
+
+Mixed = Annotated[list[StrictInt | str], Field(min_length=1, fail_fast=True)]  # ids and text, one prompt
+LlamaPrompt = str | TextPrompt | Mixed
+LlamaPrompts = LlamaPrompt | Annotated[list[LlamaPrompt], Field(min_length=1, max_length=64, fail_fast=True)]
 
 
 def prompts_of(given: Prompts) -> list[str | list[int]]:
@@ -88,6 +128,8 @@ class Body(BaseModel):
     def _leave_out_what_asks_nothing(cls, given: Any) -> Any:  # Any: JSON
         if not isinstance(given, dict):
             return given
+        if len(given) > MOST_FIELDS:
+            raise ValueError(f"{len(given)} fields are over {MOST_FIELDS}; leave out those that are not supported")
         return {field: value for field, value in given.items() if not _asks_nothing(field, value)}
 
 
@@ -113,7 +155,9 @@ class DecodingRequest(Body):
     )
     seed: int | None = Field(default=None, ge=0, lt=2**63, description="fixes the answers")
     stop: Stops = Field(default=None, description="end an answer before the first of these; empty: none")
-    decoding: dict[str, Any] = Field(default_factory=dict, description="other settings, see docs/decoding.md")
+    decoding: dict[str, Any] = Field(
+        default_factory=dict, max_length=MOST_FIELDS, description="other settings, see docs/decoding.md"
+    )
 
     def params(self, default: DecodingParams) -> DecodingParams:
         """Return the server's settings with those of this request on top. Raises ConfigError."""
@@ -135,8 +179,8 @@ class SamplingRequest(DecodingRequest):
 
     own_fields = {**DecodingRequest.own_fields, "new_tokens": "max_tokens", "num_samples": "n"}
 
-    max_tokens: int | None = Field(default=None, ge=1, description="length of the canvas; the server's if left out")
-    n: int | None = Field(default=None, ge=1, le=64, description="number of answers to each prompt")
+    max_tokens: Length | None = Field(default=None, description="length of the canvas; the server's if left out")
+    n: Count | None = Field(default=None, description="number of answers to each prompt")
     stream: bool = Field(default=False, description="send text as it settles, from the left, as server-sent events")
     stream_options: StreamOptions = Field(default_factory=StreamOptions, description="only with stream")
 
@@ -158,7 +202,7 @@ class CompletionRequest(SamplingRequest):
     )
     echo: bool = Field(default=False, description="repeat the prompt before the answer")
     logprobs: int | None = Field(default=None, ge=0, le=1, description="with each token's log-probability")
-    best_of: int | None = Field(default=None, description="only the same as n: answers are not sorted out")
+    best_of: Count | None = Field(default=None, description="only the same as n: answers are not sorted out")
 
     @model_validator(mode="after")
     def _fields_fit(self) -> Self:
@@ -185,7 +229,9 @@ class Message(Body):
     """A turn of a conversation."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[TextPart] | None = Field(default=None, description="may be null in an assistant's message")
+    content: str | Annotated[list[TextPart], Field(max_length=MOST_ITEMS, fail_fast=True)] | None = Field(
+        default=None, description="may be null in an assistant's message"
+    )
     name: str | None = None
 
     @model_validator(mode="after")
@@ -207,8 +253,8 @@ class Message(Body):
 class ChatRequest(SamplingRequest):
     """`/v1/chat/completions`: the next turn of a conversation."""
 
-    messages: list[Message] = Field(min_length=1)
-    max_completion_tokens: int | None = Field(default=None, ge=1, description="the newer name of max_tokens")
+    messages: list[Message] = Field(min_length=1, max_length=MOST_ITEMS, fail_fast=True)
+    max_completion_tokens: Length | None = Field(default=None, description="the newer name of max_tokens")
     logprobs: bool = Field(default=False, description="with each token's log-probability when it was committed")
 
     @model_validator(mode="after")
@@ -237,8 +283,8 @@ class FillRequest(SamplingRequest):
 class Span(Body):
     """The characters from start to end of a text, which are to be rewritten."""
 
-    start: int = Field(ge=0)
-    end: int = Field(ge=0)
+    start: int = Field(ge=0, lt=2**31)
+    end: int = Field(ge=0, lt=2**31)
     tokens: int | None = Field(default=None, ge=1, le=4096, description="new length; lengths are tried if left out")
 
 
@@ -246,7 +292,9 @@ class EditRequest(SamplingRequest):
     """`/v1/edit`: a text to change, either in some spans while the rest is frozen, or by an instruction."""
 
     text: str
-    spans: list[Span] = Field(default_factory=list, max_length=64, description="in order, without overlaps")
+    spans: list[Span] = Field(
+        default_factory=list, max_length=64, fail_fast=True, description="in order, without overlaps"
+    )
     instruction: str | None = Field(default=None, min_length=1, description="what to change; only without spans")
 
     @model_validator(mode="after")
@@ -271,9 +319,15 @@ class LlamaRequest(DecodingRequest):
 
     own_fields = {**DecodingRequest.own_fields, "new_tokens": "n_predict", "num_samples": "n_cmpl", "top_k": "top_k"}
 
-    n_predict: int | None = Field(default=None, ge=0, description="the most tokens; 0 writes nothing")
-    n_cmpl: int | None = Field(default=None, ge=1, le=64, description="number of answers; several come as a list")
-    top_k: int | None = Field(default=None, ge=1, description="propose only this many of the likeliest tokens")
+    n_predict: int | None = Field(default=None, ge=0, le=10**6, description="the most tokens; 0 writes nothing")
+    n_cmpl: Count | None = Field(
+        default=None,
+        validation_alias=AliasChoices("n_cmpl", "n"),
+        description="number of answers, or `n`; several come as a list",
+    )
+    top_k: int | None = Field(
+        default=None, ge=1, lt=2**31, description="propose only this many of the likeliest tokens"
+    )
     stream: bool = Field(default=False, description="as events: the text of each answer at once, then its figures")
     response_fields: list[str] = Field(
         default_factory=list, max_length=64, description="send only these fields, such as timings/prompt_n; empty: all"
@@ -286,13 +340,36 @@ class InfillRequest(LlamaRequest):
     input_prefix: str
     input_suffix: str
     prompt: str = Field(default="", description="what has been typed after the prefix already")
-    input_extra: list[Extra] = Field(default_factory=list, description="put before the prefix as far as it fits")
+    input_extra: list[Extra] = Field(
+        default_factory=list,
+        max_length=MOST_ITEMS,
+        fail_fast=True,
+        description="put before the prefix as far as it fits",
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _null_is_no_text(cls, given: Any) -> Any:  # Any: JSON
+        if not isinstance(given, dict):
+            return given
+        nulls = [name for name in ("input_prefix", "input_suffix") if name in given and given[name] is None]
+        return {**given, **dict.fromkeys(nulls, "")}
 
 
 class ContinueRequest(LlamaRequest):
     """llama.cpp's `/completion`: text or token ids to be continued."""
 
-    prompt: Prompts
+    prompt: LlamaPrompts = Field(description="text, ids, both in a list, {prompt_string: text}, or a list of these")
+
+    def prompts(self) -> list[str | list[int | str]]:
+        """Each is text, or a list of token ids and text."""
+        given: list[Any] = self.prompt if isinstance(self.prompt, list) else [self.prompt]  # Any: its many types
+        if any(isinstance(part, int) for part in given):  # one prompt; a list of texts has several
+            given = [given]
+        prompts = []
+        for prompt in given:
+            prompts.append(prompt.prompt_string if isinstance(prompt, TextPrompt) else prompt)
+        return prompts
 
 
 class TokenizeRequest(Body):

@@ -6,19 +6,20 @@ Each route of the OpenAI kind has a subclass of `Answer`, which makes both the w
 two agree. The index of a choice is that of its result, `Generation.index`.
 """
 
+import asyncio
 import difflib
 import io
 import json
 import logging
 import time
 import uuid
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
 from typing import Any, ClassVar
 
 from diffucoder.decoding.coder import HOLE_LENGTHS, DiffuCoder
-from diffucoder.decoding.requests import Generation, Request, before_stops
+from diffucoder.decoding.requests import Generation, Request, SettledText
 from diffucoder.decoding.trace import as_json
-from diffucoder.errors import DiffuCoderError
+from diffucoder.errors import DiffuCoderError, PromptError
 from diffucoder.grading.extract import program_from
 from diffucoder.serving import protocol
 from diffucoder.serving.edge import api_error
@@ -27,11 +28,27 @@ from diffucoder.serving.engine import Event, Job
 log = logging.getLogger(__name__)
 
 Json = dict[str, Any]  # Any: what is sent as JSON
+_CONTEXT = 3  # lines around a change
+_MOST_COMPARED = 10**6  # lines times lines; in longer texts everything from the first to the last change is replaced
 
 
 def token_text(coder: DiffuCoder, token: int) -> str:
     """The text of one token; special tokens are shown."""
     return coder.tokenizer.pieces([token])[0]
+
+
+def ids_of(coder: DiffuCoder, prompt: Sequence[int | str]) -> list[int]:
+    """The ids of a prompt of token ids and text. Raises PromptError for an id that is none of the vocabulary."""
+    known = min(coder.model.vocab_size, coder.tokenizer.vocab_size)
+    ids: list[int] = []
+    for part in prompt:
+        if isinstance(part, str):
+            ids += coder.tokenizer.encode(part)
+            continue
+        if not 0 <= part < known or part == coder.model.mask_id:
+            raise PromptError(f"token id {part} is not one of 0 to {known - 1}, or is the mask; use /tokenize")
+        ids.append(part)
+    return ids
 
 
 def text_or_bytes(content: bytes) -> str | list[int]:
@@ -40,18 +57,6 @@ def text_or_bytes(content: bytes) -> str | list[int]:
         return content.decode()
     except UnicodeDecodeError:
         return list(content)
-
-
-def settled_text(request: Request, settled: list[int]) -> str:
-    """The text of the `settled` ids of an answer, as far as neither later tokens nor a stop string can change it."""
-    text = request.tokenizer.decode(settled).rstrip("\ufffd")  # the first bytes of an incomplete character
-    text = before_stops(text, request.params.stop)
-    held_back = 0  # characters that may be the beginning of a stop string
-    for stop in request.params.stop:
-        for length in range(1, len(stop)):
-            if text.endswith(stop[:length]):
-                held_back = max(held_back, length)
-    return text[: len(text) - held_back]
 
 
 class Answer:
@@ -90,14 +95,18 @@ class Answer:
 
         An error is one of them, since it comes too late for a status.
         """
-        sent = [""] * self.request.result_count  # the text of each choice until now
+        sent: list[SettledText] = []  # the text of each choice until now
+        for _ in range(self.request.result_count):
+            sent.append(SettledText(self.request.tokenizer, self.request.params.stop))
         try:
             for chunk in self._first_chunks(job):
                 yield self._event(chunk)
+                await asyncio.sleep(0)  # other connections have their turn, however much is ready to be sent
             async for event in job.events():
+                await asyncio.sleep(0)
                 for chunk in self._step_chunks(job, event, sent):
                     yield self._event(chunk)
-            for chunk in self._last_chunks(job, sent):
+            for chunk in self._last_chunks(job, await job.made_results(), sent):
                 yield self._event(chunk)
         except Exception as error:  # whatever it is, the client must hear of it
             if not isinstance(error, DiffuCoderError):
@@ -117,21 +126,18 @@ class Answer:
             for row in range(len(job.sequences)):
                 yield {"denoise": {"row": row, "canvas": self._canvas(job, row)}}
 
-    def _step_chunks(self, job: Job, event: Event, sent: list[str]) -> Iterator[Json]:
+    def _step_chunks(self, job: Job, event: Event, sent: list[SettledText]) -> Iterator[Json]:
         if self.options.denoise:
             yield {"denoise": self._committed(job, event)}
         rows_are_choices = len(sent) == len(job.sequences)
         if self.piece("") and rows_are_choices and not self.request.params.revoke:
-            text = settled_text(self.request, event.settled)
-            known = sent[event.row]
-            if text != known and text.startswith(known):
-                sent[event.row] = text
-                yield {"choices": [_choice(event.row, self.piece(text[len(known) :]))]}
+            text = sent[event.row].add(event.settled)
+            if text:
+                yield {"choices": [_choice(event.row, self.piece(text))]}
 
-    def _last_chunks(self, job: Job, sent: list[str]) -> Iterator[Json]:
-        results = job.results_now()
+    def _last_chunks(self, job: Job, results: list[Generation], sent: list[SettledText]) -> Iterator[Json]:
         for result in results:
-            rest = result.text[len(sent[result.index]) :]
+            rest = result.text[sent[result.index].length :]
             content = self.piece(rest) or self.choice(result)
             if self.options.denoise:
                 content |= {"row": self._row(job, result), "trace": as_json(result.trace)}
@@ -285,10 +291,61 @@ def unified_diff(before: str, after: str) -> str:
     """What changes `before` into `after`, as `git apply` and `patch` read it: only a newline ends a line."""
     old = list(io.StringIO(before, newline="\n"))
     new = list(io.StringIO(after, newline="\n"))
-    diff = ""
-    for line in difflib.unified_diff(old, new, "before", "after"):
-        diff += line if line.endswith("\n") else f"{line}\n\\ No newline at end of file\n"
+    if old == new:
+        return ""
+    start = _common(old, new)
+    end = _common(old[start:][::-1], new[start:][::-1])
+    first = max(0, start - _CONTEXT)  # of the lines that are shown
+    last = max(0, end - _CONTEXT)  # from the end
+    old_end = len(old) - end - first
+    new_end = len(new) - end - first
+    old = old[first : len(old) - last]
+    new = new[first : len(new) - last]
+    groups: Iterable[list[tuple[str, int, int, int, int]]]
+    if (old_end - _CONTEXT) * (new_end - _CONTEXT) <= _MOST_COMPARED:
+        groups = difflib.SequenceMatcher(None, old, new).get_grouped_opcodes(_CONTEXT)
+    else:  # its time is the square or the cube of the number of lines
+        start -= first
+        groups = [
+            [
+                ("equal", 0, start, 0, start),
+                ("replace", start, old_end, start, new_end),
+                ("equal", old_end, len(old), new_end, len(new)),
+            ]
+        ]
+    diff = "--- before\n+++ after\n"
+    for group in groups:
+        diff += f"@@ -{_lines(first, group[0][1], group[-1][2])} +{_lines(first, group[0][3], group[-1][4])} @@\n"
+        for kind, i, j, k, m in group:
+            if kind == "equal":
+                diff += _marked(" ", old[i:j])
+            else:
+                diff += _marked("-", old[i:j]) + _marked("+", new[k:m])
     return diff
+
+
+def _common(old: list[str], new: list[str]) -> int:
+    """How many lines two texts begin with alike."""
+    count = 0
+    for one, other in zip(old, new, strict=False):
+        if one != other:
+            break
+        count += 1
+    return count
+
+
+def _lines(first: int, start: int, end: int) -> str:
+    """The lines of a hunk, from 1, and their number."""
+    count = end - start
+    number = first + start + (count > 0)
+    return f"{number}" if count == 1 else f"{number},{count}"
+
+
+def _marked(mark: str, lines: Sequence[str]) -> str:
+    text = ""
+    for line in lines:
+        text += f"{mark}{line}" if line.endswith("\n") else f"{mark}{line}\n\\ No newline at end of file\n"
+    return text
 
 
 # --- llama.cpp's /infill and /completion -----------------------------------------------------------------------------

@@ -1,41 +1,91 @@
 """A server process: the application under uvicorn.
 
-On SIGTERM or Ctrl-C it accepts nothing new, answers what it has accepted, and ends. A second signal ends it at once.
+On SIGTERM or Ctrl-C it accepts nothing new, answers what it has accepted, and ends with status 0. A second signal ends
+it at once.
 """
 
+import asyncio
+import gc
+import logging
 import os
+import resource
+import signal
 import sys
+import time
+from functools import partial
 from pathlib import Path
+from types import FrameType
+from typing import Any
 
 import uvicorn
 from starlette.types import ASGIApp
 
 from diffucoder.errors import ConfigError
+from diffucoder.serving.connections import Connection
+from diffucoder.serving.guard import is_loopback
+from diffucoder.serving.settings import ServerSettings
+
+_LOG = logging.getLogger("uvicorn.error")
+_NO_DESCRIPTOR = "socket.accept() out of system resource"  # asyncio's own words
+_KEY_BYTES = 4096  # a larger file is not a key
 
 
 def read_api_key(file: Path | None) -> str | None:
     """Return the API key in `file`, else in $DIFFUCODER_API_KEY, else None. Raises ConfigError for a bad file."""
     if file is None:
-        return os.environ.get("DIFFUCODER_API_KEY") or None
+        key = os.environ.get("DIFFUCODER_API_KEY")
+        if key is not None and not key.strip():
+            raise ConfigError("$DIFFUCODER_API_KEY is empty; set it to the key, or unset it to serve without one")
+        return key
     try:
-        key = file.read_text(encoding="utf-8-sig").strip()
+        with file.open("rb") as opened:
+            key = opened.read(_KEY_BYTES).decode("utf-8-sig").strip()
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"API key file {str(file)!r} cannot be read ({error}); check the path") from None
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
+        raise ConfigError(f"API key file {str(file)!r} cannot be read ({reason}); check the path") from None
     if not key:
         raise ConfigError(f"API key file {str(file)!r} is empty; write the key into it")
     return key
 
 
-def run(app: ASGIApp, *, host: str, port: int) -> None:
+def check_exposure(host: str, settings: ServerSettings, no_key: bool) -> None:
+    """Raise ConfigError if others than this machine's users could use the server without a key, or by a mistake."""
+    if settings.api_key is not None and no_key:
+        raise ConfigError("--no-key, but there is a key; leave out one of them ($DIFFUCODER_API_KEY is one too)")
+    if settings.api_key is None and not no_key and not is_loopback(host):
+        raise ConfigError(
+            f"--host {host} lets other machines use the server, and there is no key; give one by --api-key-file or"
+            " $DIFFUCODER_API_KEY, or add --no-key"
+        )
+
+
+def run(app: ASGIApp, settings: ServerSettings, *, host: str, port: int) -> None:
     """Serve `app` until a signal ends it. Raises ConfigError if the address is not available."""
-    server = _Server(uvicorn.Config(app, host=host, port=port, log_level="warning", access_log=False))
+    descriptors, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if descriptors == resource.RLIM_INFINITY:
+        descriptors = 2**20
+    most = settings.max_connections or max(512, 2 * (settings.engine.max_batch + settings.engine.max_waiting))
+    connection = partial(Connection, settings=settings, most=min(most, descriptors // 2))
+    config = uvicorn.Config(
+        app,
+        host=host,
+        port=port,
+        http=connection,  # type: ignore[arg-type]  # makes one for each connection
+        ws="none",
+        backlog=max(1, min(128, descriptors // 8)),  # asyncio accepts as many at once
+        proxy_headers=False,
+        log_level="critical",  # until it listens: the error of an address is ours
+        access_log=False,
+        timeout_graceful_shutdown=int(settings.engine.deadline) + 1,
+    )
+    server = _Server(config)
     try:
         server.run()
     except SystemExit as error:
         if server.started:
             raise
-        # uvicorn has printed why it could not listen
-        raise ConfigError(f"cannot listen on {host}:{port}; choose another --port, or 0 for any") from error
+        reason = getattr(error.__context__, "strerror", None) or "see above"
+        raise ConfigError(f"cannot listen on {host}:{port} ({reason}); choose another --port, or 0 for any") from error
 
 
 def announce(host: str, port: int) -> None:
@@ -45,16 +95,52 @@ def announce(host: str, port: int) -> None:
     print(f"listening on http://{host}:{port}, OpenAI's protocol under /v1", file=sys.stderr, flush=True)
 
 
+def restore_signals() -> None:
+    """Let the next SIGTERM or Ctrl-C end the process at once, whatever it does."""
+    for name in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(name, signal.SIG_DFL)
+
+
 class _Server(uvicorn.Server):
-    """Prints where it listens, and that it is stopping."""
+    """Prints where it listens and that it is stopping, and closes connections of clients that are too slow."""
 
     async def startup(self, sockets: list[object] | None = None) -> None:  # type: ignore[override]  # sockets: unused
         """Begin to listen."""
         await super().startup(sockets)  # type: ignore[arg-type]
-        if self.started:
-            announce(self.config.host, self.servers[0].sockets[0].getsockname()[1])
+        if not self.started:
+            return
+        _LOG.setLevel(logging.ERROR)
+        asyncio.get_running_loop().set_exception_handler(_Complaints().report)
+        gc.freeze()  # else each body of many small values makes the collector look at all of torch's objects
+        self._watcher = asyncio.create_task(self._watch())
+        announce(self.config.host, self.servers[0].sockets[0].getsockname()[1])
 
     async def shutdown(self, sockets: list[object] | None = None) -> None:  # type: ignore[override]  # unused
         """Answer what was accepted."""
         print("stopping: accepted requests are still answered; a second signal stops at once", file=sys.stderr)
         await super().shutdown(sockets)  # type: ignore[arg-type]
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Stop, on a signal."""
+        self.should_exit = True
+        restore_signals()
+
+    async def _watch(self) -> None:
+        while True:
+            await asyncio.sleep(0.5)
+            for connection in tuple(self.server_state.connections):
+                assert isinstance(connection, Connection)
+                connection.end_if_late()
+
+
+class _Complaints:
+    """Reports errors of the event loop, and a lack of descriptors in one line now and then."""
+
+    _printed = -60.0
+
+    def report(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:  # Any: as asyncio has it
+        if context["message"] != _NO_DESCRIPTOR:
+            loop.default_exception_handler(context)
+        elif time.monotonic() - self._printed > 60:
+            self._printed = time.monotonic()
+            _LOG.error("no descriptor is free for a connection; raise the limit (ulimit -n)")

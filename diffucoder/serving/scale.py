@@ -24,7 +24,7 @@ from diffucoder.errors import ConfigError
 from diffucoder.models.checkpoint import load_tokenizer
 from diffucoder.serving.app import create_app
 from diffucoder.serving.engine import load_in_own_thread
-from diffucoder.serving.run import announce, read_api_key
+from diffucoder.serving.run import announce, read_api_key, restore_signals
 from diffucoder.serving.settings import ScaleSettings
 
 _NAME = "diffucoder"
@@ -33,7 +33,7 @@ _QUIET = LoggingConfig(log_level="WARNING", enable_access_log=False)
 
 def app(settings: ScaleSettings) -> serve.Application:
     """Return the replicas as an application of Ray Serve; `serve run` and `serve deploy` call this too."""
-    settings = settings.model_copy(update={"api_key": settings.api_key or read_api_key(None)})
+    settings = ScaleSettings(**(dict(settings) | {"api_key": settings.api_key or read_api_key(None)}))
     least, most = settings.bounds
     max_batch = settings.engine.max_batch
 
@@ -74,8 +74,13 @@ def run_replicas(settings: ScaleSettings, *, host: str, port: int) -> None:
     else:
         ray.init("local", logging_level="warning", include_dashboard=False, object_store_memory=128 * 2**20)
     stop = threading.Event()
+
+    def begin_to_stop(*_: object) -> None:
+        stop.set()
+        restore_signals()
+
     for name in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(name, lambda *_: stop.set())
+        signal.signal(name, begin_to_stop)
     port = port or _free_port(host)
     serve.start(http_options=HTTPOptions(host=host, port=port), proxy_location="HeadOnly", logging_config=_QUIET)
     try:

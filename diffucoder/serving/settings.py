@@ -3,7 +3,7 @@
 import re
 from typing import Literal
 
-from pydantic import Field, field_validator
+from pydantic import ConfigDict, Field, field_validator
 
 from diffucoder.config import Settings
 from diffucoder.decoding.params import DecodingParams
@@ -13,20 +13,63 @@ class EngineSettings(Settings):
     """Limits of the engine."""
 
     max_batch: int = Field(default=16, ge=1, description="rows in one forward pass")
-    max_waiting: int = Field(default=64, ge=0, description="requests that may wait for a slot; more are rejected")
+    max_waiting: int = Field(default=64, ge=0, description="requests beyond max_batch; more are rejected")
     max_rows: int = Field(default=64, ge=1, description="rows of one request: samples, times lengths tried")
     deadline: float = Field(default=300.0, gt=0, description="seconds until a request is ended with an error")
-    turn: int = Field(default=64, ge=1, description="steps until a row goes back to the queue if others wait")
+    max_positions: int | None = Field(
+        default=None,
+        ge=1,
+        description="rows of one forward pass times the longest of them; a longer row goes alone; "
+        "None: 1024 on CPUs, 8192 elsewhere",
+    )
+    max_computed: int | None = Field(
+        default=None, ge=1, description="rows x positions x passes of one request; None: max_rows of the whole context"
+    )
+    max_memory: int | None = Field(
+        default=None, ge=1, description="bytes that requests may take; None: half of what is free at the start"
+    )
 
 
 class ServerSettings(Settings):
     """Settings of one server."""
 
-    api_key: str | None = Field(default=None, min_length=8, description="key clients must send; None: no key")
+    model_config = ConfigDict(hide_input_in_errors=True)  # Ray validates too, and the key is no text for its log
+
+    api_key: str | None = Field(default=None, repr=False, description="key clients must send; None: no key")
+    hosts: tuple[str, ...] = Field(default=(), description="names in Host headers besides loopback's; a key allows all")
     cors: tuple[str, ...] = Field(default=(), description="allowed CORS origins")
     max_body: int = Field(default=2**20, ge=1024, description="largest request body in bytes")
+    max_connections: int | None = Field(
+        default=None,
+        ge=8,
+        description="open connections, at most half the descriptors; more close those that wait longest;"
+        " None: 512, or twice the requests that run and wait",
+    )
+    read_timeout: float = Field(default=20.0, gt=0, description="seconds a client may take to send a head, then a body")
+    write_timeout: float = Field(default=30.0, gt=0, description="seconds a client may leave an answer unread")
     decoding: DecodingParams = Field(default_factory=DecodingParams, description="defaults for fields left out")
     engine: EngineSettings = Field(default_factory=EngineSettings)
+
+    @field_validator("api_key")
+    @classmethod
+    def _check_key(cls, key: str | None) -> str | None:
+        """Reject keys that no client could send or anyone could guess. No message has the key."""
+        if key is None:
+            return None
+        key = key.strip("\ufeff \t\r\n")
+        if not 8 <= len(key) <= 512:
+            raise ValueError(f"the key has {len(key)} characters; use 8 to 512, such as those of openssl rand -hex 32")
+        if not re.fullmatch("[!#-&(-~]+", key):
+            raise ValueError("the key has a space, a quote, a line end or a character beyond ASCII; leave it out")
+        return key
+
+    @field_validator("hosts")
+    @classmethod
+    def _check_hosts(cls, hosts: tuple[str, ...]) -> tuple[str, ...]:
+        for host in hosts:
+            if not re.fullmatch(r"[\w.-]+|[\da-f:.]+(%\w+)?", host, re.IGNORECASE):
+                raise ValueError(f"{host!r} is not a name or address; leave out scheme, port and brackets")
+        return tuple(map(str.lower, hosts))
 
 
 class ScaleSettings(ServerSettings):

@@ -445,7 +445,7 @@ def test_a_terminated_server_answers_what_it_accepted() -> None:
         wait(lambda: figure(url, "running") == 3)
         process.send_signal(signal.SIGTERM)
         assert [answer.result().status_code for answer in accepted] == [200] * 3
-        assert process.wait(PATIENCE) in (0, -signal.SIGTERM)
+        assert process.wait(PATIENCE) == 0
         assert process.stderr is not None
         assert "stopping: accepted requests are still answered" in process.stderr.read()
 
@@ -454,5 +454,6 @@ def test_an_address_that_is_taken_is_one_line(server: str) -> None:
     command = [sys.executable, "-m", "diffucoder.cli", "serve", "--port", server.rsplit(":", 1)[1]]
     done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE)
     assert done.returncode == 2
-    assert "Traceback" not in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert "in use" in done.stderr
     assert "choose another --port" in done.stderr

@@ -185,7 +185,7 @@ def part(**fields: Any) -> list[Json]:
         ("chat/completions", {"messages": part(type="audio")}, "messages.0.content.0.type", "should be 'text'"),
         ("chat/completions", {"messages": [{"role": "user", "content": 5}]}, "messages.0.content", "string, or"),
         ("completions", {"stop": 5}, "stop", "valid string, or Input should be a valid list"),
-        ("completions", {"stop": ""}, "stop", "stop: String should have at least 1 character"),
+        ("completions", {"stop": "x" * 1001}, "stop", "stop: String should have at most 1000 characters"),
         ("completions", {"stop": ["a", 3]}, "stop.1", "stop.1: Input should be a valid string"),
         ("completions", {"stop": ["a"] * 17}, "stop", "stop: List should have at most 16 items"),
         ("completions", {"prompt": 5}, "prompt", "valid string, or Input should be a valid list"),
