@@ -307,10 +307,10 @@ def fuzz_requests(
 
 def repeat(path: Path, report: Report) -> None:
     """Do again what a file of `Report.fails` holds; a file of lines holds several."""
-    readers = Children(read_honest_files, 1)
-    servers = Children(answer_honest_requests, 1)
-    for line in path.read_text(encoding="utf-8").splitlines():
-        example = json.loads(line)
+    examples = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    servers = Children(answer_honest_requests, any("requests" in example for example in examples))
+    readers = Children(read_honest_files, any("target" in example for example in examples))
+    for example in examples:
         if "requests" in example:
             send_requests(example["requests"], servers, report)
         elif "target" in example:
