@@ -43,7 +43,7 @@ def load_settings(kind: type[S], path: Path | None = None, overrides: Iterable[s
     """Build `kind` from a TOML file and then `key=value` overrides. Raises ConfigError naming value, rule, way out."""
     values: dict[str, Any] = {}
     if path is not None:
-        values = _read_toml(path)
+        values = read_toml(path)
     for override in overrides:
         key, separator, text = override.partition("=")
         if not separator:
@@ -71,7 +71,8 @@ def all_settings(kind: type[Settings], prefix: str = "") -> Iterator[tuple[str, 
             yield prefix + name, field
 
 
-def _read_toml(path: Path) -> dict[str, Any]:
+def read_toml(path: Path) -> dict[str, Any]:
+    """The content of a TOML file. Raises ConfigError."""
     try:
         return tomllib.loads(read_text(path))
     except OSError as error:
@@ -94,9 +95,9 @@ def _explain(kind: type[Settings], error: ValidationError) -> str:
     key = ".".join(str(part) for part in first["loc"])
     settings = dict(all_settings(kind))
     if first["type"] == "extra_forbidden":
-        return f"unknown setting {_shown(key)}; {_hint(key, sorted({*settings, *kind.model_fields}))}"
+        return f"unknown setting {_shown(key)}; {suggestion(key, sorted({*settings, *kind.model_fields}))}"
     if first["type"] == "missing":
-        return f"setting {key!r} is missing; give it in the settings file or as {key}=..."
+        return _name_missing(error)
     message = first["msg"].removeprefix("Value error, ")
     if not first["loc"]:  # a rule over several settings names them itself
         return message
@@ -116,7 +117,17 @@ def _shown(value: object) -> str:
     return text if len(text) <= 100 else f"{text[:100]}..."
 
 
-def _hint(key: str, known: list[str]) -> str:
+def _name_missing(error: ValidationError) -> str:
+    missing = []
+    for detail in error.errors():
+        if detail["type"] == "missing":
+            missing.append(".".join(str(part) for part in detail["loc"]))
+    if len(missing) == 1:
+        return f"setting {missing[0]!r} is missing; give it in the settings file or as --set {missing[0]}=..."
+    return f"settings {', '.join(missing)} are missing; give them in the settings file or as --set {missing[0]}=..."
+
+
+def suggestion(key: str, known: list[str]) -> str:
     """What an unknown name may have meant: the same name in a table, or one that is spelt alike."""
     likely = [name for name in known if name.endswith(f".{key}")] or get_close_matches(key, known, n=1)
     return f"did you mean {likely[0]!r}?" if likely else f"known: {', '.join(known)}"

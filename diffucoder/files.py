@@ -9,15 +9,16 @@ whatever the file holds or unpacks to.
 
 import errno
 import gzip
+import io
 import json
 import os
 import shutil
 import stat
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from diffucoder.errors import ConfigError
 
@@ -44,11 +45,16 @@ def cache_folder() -> Path:
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """Write a whole file, or leave it as it was. Raises OSError."""
+    """Write a whole file, or leave it as it was; permissions stay. Raises OSError.
+
+    A link is replaced: in a stranger's folder it could lead to any file. Resolve the path of one that may be followed.
+    """
     path = Path(path)
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")  # several processes may write the same file
     try:
         partial.write_text(text, encoding="utf-8", errors="backslashreplace")  # JSON may spell half characters
+        if path.exists() and not path.is_symlink():
+            shutil.copymode(path, partial)
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
@@ -108,7 +114,7 @@ def disk_is_full(error: BaseException | None) -> bool:
     return disk_is_full(error.__cause__) or disk_is_full(error.__context__)
 
 
-def open_file(path: str | Path) -> IO[bytes]:
+def open_file(path: str | Path) -> io.BufferedReader:
     """Open a regular file to read it, never a pipe or a device, which may have no end. Raises OSError."""
     try:
         handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
@@ -150,11 +156,11 @@ def read_lines(path: str | Path) -> Iterator[tuple[int, bytes]]:
     with open_file(path) as file:
         zipped = file.read(2) == b"\x1f\x8b"
         file.seek(0)
-        content = gzip.GzipFile(fileobj=file) if zipped else file
+        readline: Callable[[int], bytes] = gzip.GzipFile(fileobj=file).readline if zipped else file.readline
         number = 0
         unpacked = 0
         try:
-            while line := content.readline(LONGEST_LINE + 1):
+            while line := readline(LONGEST_LINE + 1):
                 number += 1
                 unpacked += len(line)
                 if len(line) > LONGEST_LINE:

@@ -126,8 +126,8 @@ def _reason_against(steps: list[Json], expressions: set[str]) -> str | None:
     growth = 1.0
     kinds = [step["type"] for step in steps]
     for step in steps:
-        pattern = step.get("pattern")
-        if pattern is not None and "Regex" in pattern:
+        pattern: Json = step.get("pattern") or {}
+        if "Regex" in pattern:
             expressions.add(pattern["Regex"])
             if _REFERENCES.search(pattern["Regex"]):
                 return f"has an expression that refers to itself ({shown(pattern['Regex'])}), which is not supported"

@@ -116,7 +116,8 @@ def _read_vocabulary(folder: Path, config: Json) -> tokenizers.Tokenizer:
         if line and not line.startswith("#version"):
             first, second = line.split(" ")
             pairs.append((first, second))
-    return _qwen2_backend(vocabulary, pairs)
+    backend: tokenizers.Tokenizer = _qwen2_backend(vocabulary, pairs)
+    return backend
 
 
 def _added_tokens(

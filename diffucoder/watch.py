@@ -1,7 +1,7 @@
 """What a terminal shows of decoding: the live view of `--watch`, tokens coloured by step, or just a progress bar."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 from rich.color import Color, blend_rgb
@@ -83,7 +83,7 @@ class CanvasView:
         for position, token in enumerate(self._answer()):
             written += position in self.step_of and token not in self.tokenizer.terminator_ids
         figures = (
-            f"{self.passes} forward passes · {written / max(1, self.passes):.2f} tokens per pass · "
+            f"{written} tokens in {self.passes} forward passes · {seconds:.1f} s · "
             f"{written / max(seconds, 1e-9):.0f} tokens/s"
         )
         grid = Table.grid(padding=(0, 1), expand=True)
@@ -111,10 +111,10 @@ def watch(request: Request, tokenizer: Tokenizer, console: Console) -> Iterator[
 
 
 @contextmanager
-def progress(request: Request, console: Console) -> Iterator[OnStep]:
-    """Show a progress bar over the tokens of all rows of a request, which goes away at the end."""
+def progress(requests: Iterable[Request], console: Console) -> Iterator[OnStep]:
+    """Show a progress bar over the tokens of all rows of `requests`, which goes away at the end."""
     with Progress(console=console, transient=True) as bar:
-        task = bar.add_task("decoding", total=int(request.canvas.masked.sum()))
+        task = bar.add_task("decoding", total=sum(int(request.canvas.masked.sum()) for request in requests))
 
         def show(_: Sequence, step: Step) -> None:
             taken_back = 0 if step.revoked is None else int(step.revoked.sum())

@@ -10,10 +10,7 @@ from rich.console import Console
 from diffucoder import DecodingParams, DiffuCoder
 from diffucoder.watch import CanvasView
 
-PROMPT = (
-    "Write a function filter_numbers(nums) that keeps the numbers greater than 3, then squares each number, "
-    "then sums the numbers."
-)
+PROMPT = "Write a function filter_numbers(nums) that keeps only the even numbers, then sums the numbers."
 MOMENTS = (0.15, 0.4, 0.7, 1.0)  # shares of the passes
 
 
@@ -23,7 +20,7 @@ def main() -> None:
     canvas = coder.request(PROMPT, params).canvas
     passes = len(list(coder.stream(PROMPT, params)))
     wanted = {max(1, round(share * passes)) for share in MOMENTS}
-    console = Console(record=True, width=96, force_terminal=True, color_system="truecolor")
+    console = Console(record=True, width=96, force_terminal=True)
     console.print(f'[bold]$ diffucoder generate --watch [green]"{PROMPT}"[/green][/bold]')
     view = CanvasView(coder.tokenizer, canvas.masked[0])
     for step in coder.stream(PROMPT, params):

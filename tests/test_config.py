@@ -98,7 +98,7 @@ def test_an_unknown_key_of_a_file_is_refused_too(tmp_path: Path) -> None:
 
 
 def test_a_missing_setting_says_how_to_give_it() -> None:
-    with pytest.raises(ConfigError, match=r"setting 'model' is missing; .*as model="):
+    with pytest.raises(ConfigError, match=r"setting 'model' is missing; .*as --set model="):
         load_settings(Named)
 
 

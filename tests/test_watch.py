@@ -1,6 +1,8 @@
 """The live view: masks as placeholders, tokens coloured by their step, figures that agree with the result."""
 
+import html
 import io
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -126,7 +128,7 @@ def test_a_revoked_token_is_a_mask_again_and_counts_no_more(view: CanvasView, ca
     assert view.text().plain == "x" + PLACEHOLDER * 7
     assert view.step_of == {0: 0}
     console.print(view.render())
-    assert "2 forward passes · 0.50 tokens per pass" in console.export_text()
+    assert "1 tokens in 2 forward passes" in console.export_text()
 
 
 def test_figures_count_passes_and_the_tokens_before_the_terminator(
@@ -136,7 +138,7 @@ def test_figures_count_passes_and_the_tokens_before_the_terminator(
     view.update(at(canvas, 1, {0: one, 1: two, 2: view.tokenizer.encode("<|im_end|>", special=True)[0], 3: three}))
     console.print(view.render(finished=True))
     shown = console.export_text()
-    assert "2 forward passes · 1.00 tokens per pass" in shown
+    assert "2 tokens in 2 forward passes" in shown
     assert "tokens/s" in shown
     assert "first" in shown
 
@@ -174,7 +176,7 @@ def test_a_progress_bar_counts_every_token_and_leaves_no_trace(
     counted: list[float] = []
     monkeypatch.setattr("rich.progress.Progress.advance", lambda self, task, advance: counted.append(advance))
     pipe = io.StringIO()
-    with progress(request, Console(file=pipe, width=80)) as on_step:
+    with progress([request], Console(file=pipe, width=80)) as on_step:
         [results] = coder.run([request], on_step=on_step)
     assert any(result.trace.revoked for result in results) == ("revoke" in more)
     assert sum(counted) == 2 * 8
@@ -189,3 +191,13 @@ def test_the_view_can_be_saved_as_a_picture(
     console.print(view.render(finished=True))
     console.save_svg(str(tmp_path / "watch.svg"), title="diffucoder")
     assert "<svg" in (tmp_path / "watch.svg").read_text(encoding="utf-8")
+
+
+def test_the_recorded_picture_shows_what_the_shipped_model_writes() -> None:
+    picture = (Path(__file__).parents[1] / "docs" / "watch.svg").read_text(encoding="utf-8")
+    shown = "".join(html.unescape(text) for text in re.findall(r">([^<]*)<", picture)).replace("\xa0", " ")
+    prompt = re.search(r'--watch "(.*?)"', shown, re.DOTALL)
+    assert prompt is not None
+    answer = DiffuCoder.load().generate(" ".join(prompt[1].split()))
+    last_canvas = "".join(shown.rpartition(" canvas ")[2].replace("│", "").split())
+    assert "".join(answer.text.split()) in last_canvas

@@ -28,7 +28,7 @@ function rowOf(sample) {
 
 const shadeOf = (sample) => {
   const by = $("#colour").value;
-  return by === "kind" ? (cell) => HUES[sample.kinds[cell.position]] : shades[by];
+  return by === "kind" ? (cell) => `hsl(${HUES[sample.kinds[cell.position]]} 70% 55%)` : shades[by];
 };
 
 function strip(sample) {
@@ -40,7 +40,7 @@ function strip(sample) {
   const shade = shadeOf(sample);
   standing(row, row.steps.length).forEach((cell, at) => {
     if (!cell || cell.known || at >= sample.length) return;
-    pen.fillStyle = `hsl(${shade(cell, row)} 70% 55%)`;
+    pen.fillStyle = shade(cell, row);
     pen.fillRect(at, 0, 1, 1);
   });
   return canvas;
@@ -142,11 +142,16 @@ function list() {
 
 function legend() {
   const by = $("#colour").value;
-  const keys = by === "kind" ? classes.map((name, at) => [name, HUES[at]]) : by === "order" ? [["first", 215], ["last", 28]] : [["sure", 215], ["unsure", 28]];
+  if (by !== "kind") {
+    const [first, last] = by === "order" ? ["first step", "last step"] : ["sure", "unsure"];
+    const bar = said("span", "", "legend");
+    bar.append(first, document.createElement("i"), last);
+    return $("#legend").replaceChildren(bar);
+  }
   $("#legend").replaceChildren(
-    ...keys.flatMap(([name, hue]) => {
+    ...classes.flatMap((name, at) => {
       const key = said("span", "", "key");
-      key.style.setProperty("--hue", hue);
+      key.style.setProperty("--colour", `hsl(${HUES[at]} 70% 55%)`);
       return [key, name];
     }),
   );

@@ -1,6 +1,7 @@
-"""What several commands share: their options, loading a model, naming the extra that is not installed."""
+"""What several commands share: their options and help, loading a model, naming the extra that is not installed."""
 
 import inspect
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin
 
 import typer
 from pydantic.fields import FieldInfo
+from typer.core import TyperCommand
 
 from diffucoder.config import Settings, all_settings, put
 from diffucoder.decoding.params import DecodingParams
@@ -18,16 +20,64 @@ if TYPE_CHECKING:
 
     from diffucoder.decoding.coder import DiffuCoder
 
+_DTYPES = ("float32", "bfloat16", "float16")
+_DEVICES = ("cpu", "cuda", "mps")
+_VARIABLES = ("model", "dtype", "device", "host", "port")  # options with a variable, such as $DIFFUCODER_MODEL
+
+# Decoding settings under the headings of --help; the rest is under Options
+_GROUPS = {
+    "Sampling": ("temperature", "top_p", "top_k", "num_samples", "seed", "stop"),
+    "Order": ("policy", "policy_temperature", "block"),
+    "Speed": ("preset", "steps", "threshold", "factor", "entropy_bound", "revoke", "cache", "eps"),
+}
+
 Model = Annotated[
-    str | None, typer.Option(help="folder, hub id, or name from `diffucoder models`; the shipped model if left out")
+    str | None,
+    typer.Option(
+        help="folder, hub id, or name from `diffucoder models`; the shipped model if left out",
+        envvar="DIFFUCODER_MODEL",
+        show_envvar=False,
+    ),
 ]
 DType = Annotated[
-    str | None, typer.Option(help="float32, bfloat16 or float16; the fastest on this machine if left out")
+    str | None,
+    typer.Option(
+        help="of the weights; the fastest on this machine if left out",
+        metavar="|".join(_DTYPES),
+        autocompletion=lambda: list(_DTYPES),
+        envvar="DIFFUCODER_DTYPE",
+        show_envvar=False,
+    ),
 ]
-Device = Annotated[str | None, typer.Option(help="cpu, cuda or mps; the best on this machine if left out")]
+Device = Annotated[
+    str | None,
+    typer.Option(
+        help="the best on this machine if left out",
+        metavar="|".join(_DEVICES),
+        autocompletion=lambda: list(_DEVICES),
+        envvar="DIFFUCODER_DEVICE",
+        show_envvar=False,
+    ),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="print one JSON object per result instead of text")]
 
-_DTYPES = ("float32", "bfloat16", "float16")
+
+class GroupedHelp(TyperCommand):
+    """A command whose help lists its options under headings, those of `rich_help_panel`."""
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:  # Any: typer does not export these types
+        groups: dict[str, list[tuple[str, str]]] = {"Arguments": [], "Options": []}
+        for parameter in self.get_params(ctx):
+            heading = getattr(parameter, "rich_help_panel", None) or "Options"
+            if parameter.param_type_name == "argument":
+                heading = "Arguments"
+            record = parameter.get_help_record(ctx)
+            if record is not None:
+                groups.setdefault(heading, []).append(record)
+        for heading, records in groups.items():
+            if records:
+                with formatter.section(heading):
+                    formatter.write_dl(records)
 
 
 def with_options(
@@ -74,10 +124,13 @@ def _parameter(name: str, field: FieldInfo, *, positional: bool) -> inspect.Para
     kind: Any = field.annotation  # Any: annotations are not all plain types
     parts = get_args(kind)
     text = str(field.description)
+    choices = _choices(kind)
+    metavar = "|".join(choices) or None
     if get_origin(kind) is tuple:
         kind = list[Path] if parts[0] is Path else list[str]
+        metavar = "<path>" if parts[0] is Path else "<str>"
         text += "; repeatable"
-    elif any(get_origin(part) is Literal for part in (kind, *parts)):
+    elif choices:
         kind = str  # the settings class names the choices when a value is wrong
     if positional:
         default = inspect.Parameter.empty if field.is_required() else None
@@ -87,15 +140,39 @@ def _parameter(name: str, field: FieldInfo, *, positional: bool) -> inspect.Para
     if not any(field.default is value for value in (None, False, ())):
         text += f" [default: {field.default}]"
     names = [f"--{name}"] if kind is bool else []  # else typer adds --no-...
-    option = Annotated[kind | None, typer.Option(*names, help=text, show_default=False)]
-    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=option)
+    option = typer.Option(
+        *names,
+        help=text,
+        show_default=False,
+        metavar=metavar,
+        autocompletion=(lambda: choices) if choices else None,
+        rich_help_panel=next((group for group, members in _GROUPS.items() if name in members), None),
+        envvar=f"DIFFUCODER_{name.upper()}" if name in _VARIABLES else None,
+        show_envvar=False,
+    )
+    annotation = Annotated[kind | None, option]
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
+
+
+def _choices(kind: Any) -> list[str]:  # Any: as above
+    """The values of a Literal, alone or with None."""
+    for part in (kind, *get_args(kind)):
+        if get_origin(part) is Literal:
+            return list(map(str, get_args(part)))
+    return []
 
 
 def load_model(model: str | None, dtype: str | None, device: str | None) -> "DiffuCoder":
-    """Load a model; None is the shipped one."""
+    """Load a model; None is the shipped one. A terminal shows that it is being loaded."""
+    note = f"loading {model or 'tiny'} ..."
+    if sys.stderr.isatty():
+        print(note, end="\r", file=sys.stderr, flush=True)
     from diffucoder.decoding.coder import DiffuCoder
 
-    return DiffuCoder.load(model, dtype=torch_dtype(dtype), device=device)
+    coder = DiffuCoder.load(model, dtype=torch_dtype(dtype), device=device)
+    if sys.stderr.isatty():
+        print(" " * len(note), end="\r", file=sys.stderr, flush=True)
+    return coder
 
 
 def torch_dtype(name: str | None) -> "torch.dtype | None":

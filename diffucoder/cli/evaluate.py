@@ -15,9 +15,10 @@ from diffucoder.evaluation.settings import EvaluateSettings, OrderSettings
 
 @partial(with_options, of=EvaluateSettings, into="settings", argument="benchmark")
 def evaluate(*, settings: EvaluateSettings, as_json: AsJson = False) -> None:
-    """Measure a model, or anybody's completions, on a benchmark: pass@1 and a verdict for every task.
+    """Measure a model on a benchmark.
 
-    A run that was stopped is continued. Programs run in the sandbox.
+    Prints pass@1, and writes a verdict for every task; --samples grades anybody's completions. A stopped run is
+    continued. Programs run in the sandbox.
     """
     from diffucoder.evaluation.run import evaluate as run_evaluation
 
@@ -37,9 +38,10 @@ def order(
     show: Annotated[int, typer.Option(min=1, help="samples of each run that the page holds")] = 100,
     as_json: AsJson = False,
 ) -> None:
-    """Analyse the order in which models write: AR-ness, entropies, what comes first; a page to look at it.
+    """Analyse the order in which a model writes.
 
-    A run that was stopped is continued. Answers are graded, in the sandbox, where there are tests.
+    Measures AR-ness, entropies and what comes first, and writes a page to look at. A run that was stopped is
+    continued. Answers are graded, in the sandbox, where there are tests.
     """
     with naming_extra("report", "the report needs"):
         from diffucoder.analysis.report import summary, write

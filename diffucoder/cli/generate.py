@@ -1,11 +1,14 @@
-"""The commands that write: `diffucoder generate`, `infill` and `chat`."""
+"""The commands that write: `diffucoder generate`, `infill` and `edit`; `chat` is in a module of its own."""
 
 import json
+import math
+import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -14,7 +17,7 @@ import typer
 from diffucoder.cli.common import AsJson, Device, DType, Model, load_model, with_options
 from diffucoder.decoding.params import DecodingParams
 from diffucoder.errors import ConfigError, PromptError, printable
-from diffucoder.files import LARGEST_FILE
+from diffucoder.files import LARGEST_FILE, parse_json, write_text
 from diffucoder.tokenizer import split_holes
 
 if TYPE_CHECKING:
@@ -22,116 +25,292 @@ if TYPE_CHECKING:
     from diffucoder.decoding.requests import Generation, Request
 
 BYTE_ORDER_MARK = "\ufeff"  # some editors begin a UTF-8 file with it
+BATCH = 16  # requests of --prompts that are decoded together
+UNSURE = 0.7  # mean probability of a hole's tokens below which the model is probably guessing
 
 Watch = Annotated[bool, typer.Option("--watch", help="show the canvas filling in, coloured by step")]
+TraceFile = Annotated[
+    Path | None, typer.Option("--trace", help="write which step committed each token to this JSONL file")
+]
+InPlace = Annotated[bool, typer.Option("--in-place", help="write the text back to the file")]
+File = Annotated[
+    str, typer.Argument(help="a file with holes, <|hole|> or <|hole:12|>; - for standard input", show_default=False)
+]
 
 _REPORTED = (  # by --json, besides the name of the model
     *("text", "tokens", "forward_passes", "tokens_per_forward", "seconds", "tokens_per_second"),
-    *("finish_reason", "seed"),
+    *("finish_reason", "seed", "index"),
 )
 
 
 @with_options
 def generate(
-    prompt: Annotated[str, typer.Argument(help="the request; - reads it from standard input")],
+    prompt: Annotated[
+        str | None, typer.Argument(help="the request; - or nothing reads it from standard input", show_default=False)
+    ] = None,
     *,
+    prompts: Annotated[
+        Path | None, typer.Option(help='file of requests: one a line, or JSONL with "prompt"; decoded in batches')
+    ] = None,
     model: Model = None,
     raw: Annotated[
         bool, typer.Option("--raw", help="continue the prompt as it is, without a chat template (base models)")
     ] = False,
     watch: Watch = False,
     as_json: AsJson = False,
-    trace: Annotated[Path | None, typer.Option(help="write the order of commitment to this JSONL file")] = None,
+    trace: TraceFile = None,
     dtype: DType = None,
     device: Device = None,
     params: DecodingParams,
 ) -> None:
     """Answer a request with code."""
-    if prompt == "-":
-        prompt = _read_text("-").removeprefix(BYTE_ORDER_MARK).replace("\r\n", "\n")
+    texts = _requests_of(prompt, prompts)
+    if watch and len(texts) > 1:
+        raise ConfigError("--watch shows one request, and --prompts gives several; leave one of them out")
     coder = load_model(model, dtype, device)
-    results = _decode(coder, coder.request(prompt, params, chat=not raw), watched=watch)
-    for result in results:
-        _print_answer(result, coder, as_json=as_json)
-    if trace is not None:
-        from diffucoder.decoding.trace import write_traces
-
-        write_traces(trace, [result.trace for result in results])
+    traces = []
+    for first in range(0, len(texts), BATCH):
+        requests = [coder.request(text, params, chat=not raw) for text in texts[first : first + BATCH]]
+        for number, results in enumerate(decode(coder, requests, watched=watch), first + 1):
+            print_answers(results, coder, as_json=as_json, shown=watch, number=number if len(texts) > 1 else None)
+            traces += results
+            if not all(result.text.strip() for result in results):
+                note("an answer is empty: the model ended at once; ask in other words, or for fewer --new-tokens")
+    _write_traces(trace, traces)
 
 
 @partial(with_options, without=("new_tokens",))  # holes have a length of their own
 def infill(
-    path: Annotated[str, typer.Argument(help="a file with holes, <|hole|> or <|hole:12|>; - for standard input")],
+    path: File,
     *,
     model: Model = None,
+    watch: Watch = False,
     as_json: AsJson = False,
-    in_place: Annotated[bool, typer.Option("--in-place", help="write the filled text back to the file")] = False,
+    in_place: InPlace = False,
+    trace: TraceFile = None,
     dtype: DType = None,
     device: Device = None,
     params: DecodingParams,
 ) -> None:
     """Fill every hole of a file, all of them jointly."""
-    if path == "-" and in_place:
-        raise ConfigError("--in-place needs a file to write to, and '-' is standard input; give a path")
+    _check_in_place(path, params, in_place)
     text = _read_text(path)
     coder = load_model(model, dtype, device)
-    plain = text.removeprefix(BYTE_ORDER_MARK).replace("\r\n", "\n")  # as models know text
-    result = coder.fill(plain, params)
-    result = replace(result, text=_filled(text, result.pieces))
+    request = coder.fill_request(_as_models_know(text), params)
+    [results] = decode(coder, [request], watched=watch)
+    results = [replace(result, text=_filled(text, result.pieces)) for result in results]
+    _finish_file(path, results, coder, as_json=as_json, in_place=in_place, shown=watch)
+    _write_traces(trace, results)
+
+
+@partial(with_options, without=("new_tokens",))
+def edit(
+    path: Annotated[str, typer.Argument(help="a file of code; - for standard input", show_default=False)],
+    *,
+    lines: Annotated[
+        list[str],
+        typer.Option(help="lines to write again: 3, or 3:5 for three of them; repeatable", show_default=False),
+    ],
+    tokens: Annotated[
+        int | None, typer.Option(min=1, help="tokens for each span of lines; as many as it has now if left out")
+    ] = None,
+    model: Model = None,
+    watch: Watch = False,
+    as_json: AsJson = False,
+    in_place: InPlace = False,
+    trace: TraceFile = None,
+    dtype: DType = None,
+    device: Device = None,
+    params: DecodingParams,
+) -> None:
+    """Write some lines of a file again while the rest stays as it is."""
+    from diffucoder.decoding.coder import Span
+
+    _check_in_place(path, params, in_place)
+    text = _read_text(path)
+    plain = _as_models_know(text)
+    coder = load_model(model, dtype, device)
+    spans = []
+    for start, end in _spans_of(plain, lines):
+        spans.append(Span(start, end, tokens or max(1, len(coder.tokenizer.encode(plain[start:end])))))
+    request = coder.edit_request(plain, spans, params)
+    [results] = decode(coder, [request], watched=watch)
+    results = [replace(result, text=_replaced(text, _spans_of(text, lines), result.pieces)) for result in results]
+    _finish_file(path, results, coder, as_json=as_json, in_place=in_place, shown=watch)
+    _write_traces(trace, results)
+
+
+def decode(
+    coder: "DiffuCoder", requests: "Sequence[Request]", *, watched: bool = False
+) -> "Iterator[list[Generation]]":
+    """Yield the answers to each request. Show the live view, or a progress bar on a terminal, on standard error."""
+    from rich.console import Console
+
+    from diffucoder.watch import progress, watch
+
+    console = Console(stderr=True)
+    view: AbstractContextManager[OnStep | None] = nullcontext()
+    if watched:
+        view = watch(requests[0], coder.tokenizer, console)
+    elif console.is_terminal:
+        view = progress(requests, console)
+    with view as on_step:
+        results = coder.run(requests, on_step=on_step)
+    yield from results
+
+
+def print_answers(
+    results: "Sequence[Generation]",
+    coder: "DiffuCoder",
+    *,
+    as_json: bool = False,
+    shown: bool = False,
+    number: int | None = None,
+) -> None:
+    """Print answers as text, or each with its figures as a JSON object. `number` is that of the request, if several.
+
+    The first answer is not printed again if a terminal shows it already.
+    """
+    shown = shown and sys.stdout.isatty() and sys.stderr.isatty()
+    for result in results:
+        if as_json:
+            fields = {name: getattr(result, name) for name in _REPORTED} | {"model": coder.name}
+            print(json.dumps(fields if number is None else {"request": number, **fields}), flush=True)
+            continue
+        heading = [] if number is None else [f"request {number}"]
+        if len(results) > 1:
+            heading.append(f"answer {result.index + 1} of {len(results)}")
+        if heading:
+            print(f"--- {', '.join(heading)} ---")
+        if not (shown and result.index == 0):
+            text = result.text.removesuffix("\n")
+            print(printable(text) if sys.stdout.isatty() else text, flush=True)
+
+
+def note(message: str) -> None:
+    """Print what a user should know about a result, on standard error."""
+    print(f"note: {message}", file=sys.stderr)
+
+
+def _requests_of(prompt: str | None, file: Path | None) -> list[str]:
+    """The requests of a command line. Raises PromptError."""
+    if file is not None:
+        if prompt is not None:
+            raise ConfigError("a request and --prompts are given; leave one of them out")
+        requests = []
+        for number, line in enumerate(_read_text(str(file)).removeprefix(BYTE_ORDER_MARK).splitlines(), 1):
+            if line.strip():
+                requests.append(_request_in(line, f"{file}:{number}") if file.suffix == ".jsonl" else line)
+        if not requests:
+            raise PromptError(f"file {str(file)!r} has no requests; write one a line")
+        return requests
+    if prompt is None and sys.stdin.isatty():
+        raise PromptError('no request is given; write it after the command: diffucoder generate "Write ..."')
+    if prompt in (None, "-"):
+        prompt = _as_models_know(_read_text("-"))
+    return [str(prompt)]
+
+
+def _request_in(line: str, where: str) -> str:
+    try:
+        row = parse_json(line)
+    except ValueError as error:
+        raise PromptError(f'{where} is {error}; write an object with "prompt" on each line') from None
+    if not isinstance(row, dict) or not isinstance(row.get("prompt"), str):
+        raise PromptError(f'{where} has no text "prompt"; write {{"prompt": "..."}}')
+    return str(row["prompt"])
+
+
+def _check_in_place(path: str, params: DecodingParams, in_place: bool) -> None:
+    if in_place and path == "-":
+        raise ConfigError("--in-place needs a file to write to, and '-' is standard input; give a path")
+    if in_place and params.num_samples > 1:
+        raise ConfigError(f"--in-place writes one text, and num_samples={params.num_samples}; leave one of them out")
+
+
+def _finish_file(
+    path: str,
+    results: "Sequence[Generation]",
+    coder: "DiffuCoder",
+    *,
+    as_json: bool,
+    in_place: bool,
+    shown: bool,
+) -> None:
+    """Print the texts or write the one back, and warn where the model was guessing."""
     if in_place:
         try:
-            Path(path).write_bytes(result.text.encode())
+            write_text(Path(path).resolve(), results[0].text)
         except OSError as error:
             raise ConfigError(f"file {path!r} cannot be written ({error.strerror}); leave out --in-place") from None
     if as_json or not in_place:
-        _print_answer(result, coder, as_json=as_json)
+        print_answers(results, coder, as_json=as_json, shown=shown)
+    surest = max(math.exp(result.trace.mean_log_prob) for result in results)
+    if surest < UNSURE:
+        note(f"the model is unsure of this text (mean probability of a token {surest:.0%}); check it")
 
 
-@partial(with_options, without=("num_samples",))  # a conversation has one next answer
-def chat(
-    *, model: Model = None, watch: Watch = False, dtype: DType = None, device: Device = None, params: DecodingParams
-) -> None:
-    """Talk to a model; an empty line or end of file ends the conversation."""
-    coder = load_model(model, dtype, device)
-    messages: list[dict[str, str]] = []
-    while True:
-        try:
-            line = input("> " if sys.stdin.isatty() else "")
-        except EOFError:
-            return
-        except UnicodeDecodeError as error:
-            raise PromptError(f"standard input is not UTF-8 ({error.reason}); write it as UTF-8") from None
-        if not line.strip():
-            return
-        messages.append({"role": "user", "content": line})
-        try:
-            request = coder.request(messages, params)
-        except PromptError:
-            if len(messages) == 1:
-                raise
-            messages = messages[-1:]
-            print("(the conversation outgrew the model's context; starting again)", file=sys.stderr)
-            request = coder.request(messages, params)
-        [result] = _decode(coder, request, watched=watch)
-        _print_answer(result, coder, as_json=False)
-        messages.append({"role": "assistant", "content": result.text})
+def _write_traces(path: Path | None, results: "Sequence[Generation]") -> None:
+    if path is not None:
+        from diffucoder.decoding.trace import write_traces
+
+        write_traces(path, [result.trace for result in results])
+
+
+def _spans_of(text: str, lines: Sequence[str]) -> list[tuple[int, int]]:
+    """Begin and end of each span of lines, without indentation and line end, in order. Raises ConfigError."""
+    starts = [0]
+    for line in text.splitlines(keepends=True):
+        starts.append(starts[-1] + len(line))
+    spans = []
+    for span in lines:
+        numbers = re.fullmatch(r"(\d{1,9})(?::(\d{1,9}))?", span)
+        first, last = (int(numbers[1]), int(numbers[2] or numbers[1])) if numbers else (0, 0)
+        if not 1 <= first <= last < len(starts):
+            raise ConfigError(f"--lines {span!r} is not a line or a range of the {len(starts) - 1} lines, such as 3:5")
+        written = text[starts[first - 1] : starts[last]]
+        end = starts[first - 1] + len(written.rstrip("\r\n"))
+        spans.append((end - len(written.rstrip("\r\n").lstrip(" \t")), end))
+    spans.sort()
+    for (_, end), (start, _) in pairwise(spans):
+        if start < end:
+            raise ConfigError(f"--lines {' and '.join(lines)} overlap; give each line once")
+    return spans
+
+
+def _as_models_know(text: str) -> str:
+    return text.removeprefix(BYTE_ORDER_MARK).replace("\r\n", "\n")
 
 
 def _filled(text: str, answers: Sequence[str]) -> str:
-    """Return `text` with its holes filled and everything else as it is. Answers get the line ends of the text."""
-    line_end = "\r\n" if "\r\n" in text else "\n"
+    """Return `text` with its holes filled and everything else as it is."""
     remaining = iter(answers)
     filled = ""
     for piece in split_holes(text):
-        filled += piece if isinstance(piece, str) else next(remaining).replace("\r\n", "\n").replace("\n", line_end)
+        filled += piece if isinstance(piece, str) else _with_line_ends_of(text, next(remaining))
     return filled
+
+
+def _replaced(text: str, spans: Sequence[tuple[int, int]], answers: Sequence[str]) -> str:
+    """Return `text` with its spans replaced and everything else as it is."""
+    for (start, end), answer in reversed(list(zip(spans, answers, strict=True))):
+        text = text[:start] + _with_line_ends_of(text, answer) + text[end:]
+    return text
+
+
+def _with_line_ends_of(text: str, answer: str) -> str:
+    line_end = "\r\n" if "\r\n" in text else "\n"
+    return answer.replace("\r\n", "\n").replace("\n", line_end)
 
 
 def _read_text(path: str) -> str:
     """Return the text of a file, or of standard input for "-", every character as it is. Raises PromptError."""
     try:
-        with nullcontext(sys.stdin.buffer) if path == "-" else Path(path).open("rb") as file:
-            content = file.read(LARGEST_FILE + 1)
+        if path == "-":
+            content = sys.stdin.buffer.read(LARGEST_FILE + 1)
+        else:
+            with Path(path).open("rb") as file:
+                content = file.read(LARGEST_FILE + 1)
         if len(content) > LARGEST_FILE:
             raise PromptError(f"file {path!r} is larger than {LARGEST_FILE // 2**20} MiB; give a part of it")
         return content.decode()
@@ -140,28 +319,3 @@ def _read_text(path: str) -> str:
         raise PromptError(f"{name} is not UTF-8 text; convert it") from None
     except OSError as error:
         raise PromptError(f"file {path!r} cannot be read ({error.strerror}); check the path") from None
-
-
-def _decode(coder: "DiffuCoder", request: "Request", *, watched: bool) -> "list[Generation]":
-    """Return the answers to a request. Show the live view, or a progress bar on a terminal, on standard error."""
-    from rich.console import Console
-
-    from diffucoder.watch import progress, watch
-
-    console = Console(stderr=True)
-    view: AbstractContextManager[OnStep | None] = nullcontext()
-    if watched:
-        view = watch(request, coder.tokenizer, console)
-    elif console.is_terminal:
-        view = progress(request, console)
-    with view as on_step:
-        return coder.run([request], on_step=on_step)[0]
-
-
-def _print_answer(result: "Generation", coder: "DiffuCoder", *, as_json: bool) -> None:
-    """Print an answer as text, or with its figures as one JSON object."""
-    if as_json:
-        print(json.dumps({name: getattr(result, name) for name in _REPORTED} | {"model": coder.name}))
-    else:
-        text = result.text.removesuffix("\n")
-        print(printable(text) if sys.stdout.isatty() else text)

@@ -1,7 +1,6 @@
 """The commands about models: `diffucoder models`, `convert` and `bench`."""
 
 import json
-import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
@@ -12,27 +11,35 @@ from diffucoder.cli.common import AsJson, Device, DType, Model, load_model, torc
 from diffucoder.errors import ConfigError
 
 
-def models() -> None:
-    """List the models that are here, and those that can be fetched."""
-    from rich.console import Console
-    from rich.table import Table
-
+def models(*, as_json: AsJson = False) -> None:
+    """List the models that load by name."""
     from diffucoder.models.hub import KNOWN_MODELS, SHIPPED
 
-    table = Table("name", box=None)
-    for heading in ("model", "parameters", "size", "licence", "here", "note"):
-        table.add_column(heading, overflow="fold")  # never cut: these are to be copied
+    rows = []
     if SHIPPED.is_dir():
         stored = (SHIPPED / "model.safetensors").stat().st_size
-        size = f"{stored / 1e6:.0f} MB"
-        parameters = f"{stored / 2e6:.1f}M"  # of two bytes
-        note = "short functions; see docs/models.md"
-        table.add_row("(default)", "tiny, shipped", parameters, size, "Apache-2.0", "yes", note)
+        rows.append(
+            {
+                "name": "tiny",
+                "source": "shipped with the package; the default",
+                "parameters": f"{stored / 2e6:.1f}M",  # of two bytes
+                "size_gb": round(stored / 1e9, 3),
+                "licence": "Apache-2.0",
+                "here": True,
+                "note": "short functions; see docs/models.md",
+            }
+        )
     for known in KNOWN_MODELS:
-        here = "yes" if known.cached else "no"
-        size = f"{known.size_gb} GB"
-        table.add_row(known.name, known.hub_id, known.parameters, size, known.licence, here, known.note)
-    Console(width=None if sys.stdout.isatty() else 160).print(table)
+        row = asdict(known)
+        source = row.pop("hub_id")
+        rows.append({"name": row.pop("name"), "source": source, **row, "here": known.cached})
+    for row in rows:
+        if as_json:
+            print(json.dumps(row))
+            continue
+        here = "here" if row["here"] else "not downloaded"
+        print(f"{row['name']:12} {row['source']}")
+        print(f"{'':12} {row['parameters']}, {row['size_gb']} GB, {here}; {row['licence']}; {row['note']}")
 
 
 def convert(
@@ -48,7 +55,11 @@ def convert(
     ] = None,
     revision: Annotated[str | None, typer.Option(help="branch, tag or commit of a hub id")] = None,
 ) -> None:
-    """Make a denoiser of an autoregressive model, or a GGUF file of a denoiser."""
+    """Turn a causal model into a denoiser.
+
+    The denoiser is to be trained by `diffucoder train adapt`. With an OUT that ends with .gguf, writes a denoiser as a
+    GGUF file for llama.cpp.
+    """
     from diffucoder.models.convert import convert as convert_parent
     from diffucoder.models.convert import export
 
@@ -74,7 +85,10 @@ def bench(
     dtype: DType = None,
     device: Device = None,
 ) -> None:
-    """Measure a model here: ms per forward pass, tokens per second, share of this machine's matmul."""
+    """Measure the speed of a model on this machine.
+
+    Prints ms per forward pass, tokens per second and the share of the machine's matmul.
+    """
     from diffucoder.bench import bench as measure
 
     denoiser = load_model(model, dtype, device).model

@@ -37,7 +37,10 @@ def serve(
     ] = None,
     ray: Annotated[bool, typer.Option("--ray", help="serve by replicas of Ray, here or at $RAY_ADDRESS")] = False,
 ) -> None:
-    """Serve a model: OpenAI's completions and chat, infilling, holes and edits."""
+    """Serve a model over HTTP.
+
+    The protocols are OpenAI's completions and chat, llama.cpp's infilling, and our own for holes and edits.
+    """
     with naming_extra("serve", "serving needs"):
         from diffucoder.serving.app import create_app
         from diffucoder.serving.engine import load_in_own_thread

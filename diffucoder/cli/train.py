@@ -10,7 +10,7 @@ from diffucoder.cli.common import naming_extra
 from diffucoder.config import all_settings, load_settings
 from diffucoder.training.settings import STAGES, TrainSettings
 
-stages = typer.Typer(help="Train a model, stage by stage; recipes/ holds settings to begin with.")
+stages = typer.Typer(help="Train a model, stage by stage. The repository's recipes/ has settings to begin with.")
 
 
 def train(

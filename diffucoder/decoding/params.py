@@ -31,7 +31,7 @@ class DecodingParams(Settings):
     steps: int | None = Field(default=None, ge=1, le=10**6)
     """denoising steps, each one forward pass; None = one for each masked token"""
 
-    new_tokens: int = Field(default=64, ge=1, le=10**6)
+    new_tokens: int = Field(default=64, ge=1, lt=2**31)
     """masks after a prompt: the longest answer; for text-level generation (a canvas brings its own)"""
 
     num_samples: int = Field(default=1, ge=1, le=10**6)

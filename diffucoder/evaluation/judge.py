@@ -204,8 +204,8 @@ def _tests_of(task: Task, tests: Asserts | Script) -> tuple[Sequence[str], Limit
 
 def check_asserts(code: str, entry_point: str) -> list[str]:
     """Return the asserts of HumanEval's `check(candidate)`, about the entry point itself; none if it does more."""
-    nothing: tuple[list[str], bool, str] = ([], False, "")
-    asserts, is_all, _ = read_limited(asserts_of_check, code, entry_point, otherwise=nothing)
+    none: tuple[list[str], bool, str] = ([], False, "")
+    asserts, is_all, _ = read_limited(asserts_of_check, code, entry_point, otherwise=none)
     return asserts if is_all else []
 
 

@@ -30,8 +30,7 @@ _CALLED = re.compile(r"(?:[^\W\d]\w*(?:\(\))?\.)*[^\W\d]\w*")
 
 def passing_constants(tests: Sequence[str]) -> str:
     """The constants that pass all tests that are split, as in "f: nan"; "" if there are none."""
-    found: str = read_limited(_passing_constants, list(tests), otherwise="")
-    return found
+    return read_limited(_passing_constants, list(tests), otherwise="")
 
 
 def _passing_constants(tests: list[str]) -> str:

@@ -33,7 +33,8 @@ import time
 from contextlib import suppress
 from typing import Any
 
-NEW_NAMESPACES = 0x78020000  # flags of clone: user, mount, pid, ipc and network namespaces
+NEW_NAMESPACES = 0x38020000  # flags of clone: user, mount, pid and ipc namespaces
+NEW_NETWORK = 0x50000000  # flags of unshare: user and network namespaces
 MS_RDONLY, MS_NOSUID, MS_NODEV, MS_NOEXEC, MS_REMOUNT, MS_BIND = 1, 2, 4, 8, 32, 4096
 PR_SET_DUMPABLE = 4
 PR_SET_SECCOMP = 22
@@ -175,9 +176,7 @@ def reap(program: int) -> tuple[int, int] | None:
 
 def enter_namespaces(tmpfs_bytes: int, stdin_bytes: int, home: bytes) -> None:
     """In the new namespaces: stay the same user, mount what belongs to the job, forbid further namespaces."""
-    same_user = b"%d %d 1" % (user, user)
-    for name, content in (("setgroups", b"deny"), ("gid_map", same_user), ("uid_map", same_user)):
-        write_file(f"/proc/self/{name}", content)
+    keep_user()
     for folder, size in ((b"/tmp", tmpfs_bytes + stdin_bytes), (b"/dev/shm", tmpfs_bytes), (home, tmpfs_bytes)):
         bounds = b"size=%d,nr_inodes=4096,mode=755" % size
         call("mount", b"tmpfs", folder, b"tmpfs", MS_NOSUID | MS_NODEV, bounds)
@@ -186,8 +185,26 @@ def enter_namespaces(tmpfs_bytes: int, stdin_bytes: int, home: bytes) -> None:
     terminals = b"newinstance,ptmxmode=0666,mode=620,max=%d" % MAX_TERMINALS
     call("mount", b"devpts", b"/dev/pts", b"devpts", MS_NOSUID | MS_NOEXEC, terminals)
     write_file("/proc/sys/user/max_user_namespaces", b"0")
+
+
+def keep_user() -> None:
+    """In a new user namespace: stay the same user."""
+    same_user = b"%d %d 1" % (user, user)
+    for name, content in (("setgroups", b"deny"), ("gid_map", same_user), ("uid_map", same_user)):
+        write_file(f"/proc/self/{name}", content)
+
+
+def limit_connections() -> None:
+    """Enter a network namespace that limits waiting connections, for all programs: making one for each takes long."""
+    call("unshare", NEW_NETWORK)
+    keep_user()
     with suppress(OSError):  # older kernels do not let a namespace choose
         write_file("/proc/sys/net/core/somaxconn", b"%d" % MAX_WAITING)
+    drop_capabilities()
+
+
+def drop_capabilities() -> None:
+    call("capset", struct.pack("=II", CAPABILITY_VERSION_3, 0), bytes(24))
 
 
 def lower_priority() -> None:
@@ -222,7 +239,7 @@ def set_limits(job: dict[str, Any], isolated: bool) -> None:
 def confine() -> None:
     """No capability, no privilege to gain, no look at this process, no switch in /proc, few ways into the kernel."""
     call("mount", None, b"/proc", None, MS_REMOUNT | MS_BIND | MS_RDONLY | MS_NOSUID | MS_NODEV | MS_NOEXEC, None)
-    call("capset", struct.pack("=II", CAPABILITY_VERSION_3, 0), bytes(24))
+    drop_capabilities()
     call("prctl", PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
     # other processes of the same user may neither trace this one and its children nor open their files in /proc
     call("prctl", PR_SET_DUMPABLE, 0, 0, 0, 0)
@@ -235,7 +252,7 @@ def call(name: str, *arguments: object) -> int:
     """Call a function of the C library. Raises OSError."""
     result: int = getattr(libc, name)(*arguments)
     if result < 0:
-        raise OSError(ctypes.get_errno(), f"{name} {arguments[1]!r}: {os.strerror(ctypes.get_errno())}")
+        raise OSError(ctypes.get_errno(), f"{name} {arguments[:2]!r}: {os.strerror(ctypes.get_errno())}")
     return result
 
 
@@ -301,6 +318,7 @@ if __name__ == "__main__":
     if isolated:
         libc = ctypes.CDLL(None, use_errno=True)
         user = os.geteuid()
+        limit_connections()
         adapt_modules()
     sys.path += sys.argv[2:]
     for module in WARM.split():

@@ -247,6 +247,6 @@ def _only_parameter(function: ast.FunctionDef) -> str | None:
 
 def _does_nothing(statement: ast.stmt) -> bool:
     """Whether it is a constant or `assert True`, which HumanEval has 48 times."""
-    value = getattr(statement, "test", getattr(statement, "value", None))
-    is_constant = isinstance(statement, ast.Assert | ast.Expr) and isinstance(value, ast.Constant)
-    return is_constant and (isinstance(statement, ast.Expr) or bool(value.value))
+    if isinstance(statement, ast.Expr):
+        return isinstance(statement.value, ast.Constant)
+    return isinstance(statement, ast.Assert) and isinstance(statement.test, ast.Constant) and bool(statement.test.value)

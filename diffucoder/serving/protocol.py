@@ -94,7 +94,7 @@ Stops = Annotated[
 Ids = Annotated[list[StrictInt], Field(min_length=1, fail_fast=True)]
 Prompt = str | Ids
 Prompts = str | Ids | Annotated[list[Prompt], Field(min_length=1, max_length=64, fail_fast=True)]
-Length = Annotated[int, Field(ge=1, le=10**6)]  # tokens, where the model's context is the limit
+Length = Annotated[int, Field(ge=1, lt=2**31)]  # tokens, where the model's context is the limit
 Count = Annotated[int, Field(ge=1, le=64)]  # answers
 
 
@@ -319,7 +319,7 @@ class LlamaRequest(DecodingRequest):
 
     own_fields = {**DecodingRequest.own_fields, "new_tokens": "n_predict", "num_samples": "n_cmpl", "top_k": "top_k"}
 
-    n_predict: int | None = Field(default=None, ge=0, le=10**6, description="the most tokens; 0 writes nothing")
+    n_predict: int | None = Field(default=None, ge=0, lt=2**31, description="the most tokens; 0 writes nothing")
     n_cmpl: Count | None = Field(
         default=None,
         validation_alias=AliasChoices("n_cmpl", "n"),

@@ -13,7 +13,6 @@ import re
 import sys
 import warnings
 import zlib
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -98,7 +97,9 @@ def _check_unchanged(wanted: Json, begun: Json, run: Path, table: str = "") -> N
         before = begun.get(name)
         if isinstance(value, dict) and isinstance(before, dict):
             _check_unchanged(value, before, run, f"{table}{name}.")
-        elif before != value and not (f"{table}{name}" in MAY_GROW and type(before) is type(value) and value > before):
+            continue
+        grows = f"{table}{name}" in MAY_GROW and isinstance(before, int | float) and value > before
+        if before != value and not grows:
             raise ConfigError(
                 f"{table}{name}={value} but the run in {str(run)!r} began with {str(before)[:100]}; "
                 "set it back, or name another folder with run=..."
@@ -239,7 +240,7 @@ def _folder(run: Path, step: int) -> Path:
     return run / "checkpoints" / f"step-{step:08d}"
 
 
-def _tensors(state: State) -> tuple[dict[str, Mapping[str, Any]], list[Any]]:  # Any: nested, down to tensors
+def _tensors(state: State) -> tuple[dict[str, Any], Any]:  # Any: nested, down to tensors
     """What is stored, and the optimiser's settings, which follow from those of the run.
 
     Loading writes into these very tensors. Of adapters, the weights they adapt are left out.

@@ -256,6 +256,8 @@ def test_links_in_a_run_folder_lead_nothing_that_is_written(saved: Path, tmp_pat
     (saved / "metrics.jsonl").symlink_to(elsewhere / "new")
     (saved / "checkpoints/step-00000000.partial").symlink_to(elsewhere)
     (saved / "model").symlink_to(elsewhere)
+    (saved / "settings.json").symlink_to(elsewhere / "settings")
+    files.write_json(saved / "settings.json", {})
     assert _load(saved) == 1
     files.append_jsonl(saved / "metrics.jsonl", [{"step": 2}])
     checkpoints.save(saved, 2, _state(), _accelerator(), keep=1)

@@ -49,9 +49,9 @@ def test_json_has_the_documented_keys_and_they_agree(cli: Run) -> None:
     result = json.loads(out)
     assert set(result) == {
         *("text", "tokens", "forward_passes", "tokens_per_forward", "seconds", "tokens_per_second"),
-        *("finish_reason", "seed", "model"),
+        *("finish_reason", "seed", "index", "model"),
     }
-    assert (result["seed"], result["model"]) == (7, "tiny")
+    assert (result["seed"], result["index"], result["model"]) == (7, 0, "tiny")
     assert result["finish_reason"] in ("stop", "length")
     assert 1 <= result["forward_passes"] <= 4
     assert result["tokens_per_forward"] == len(result["tokens"]) / result["forward_passes"]
@@ -59,7 +59,31 @@ def test_json_has_the_documented_keys_and_they_agree(cli: Run) -> None:
 
 def test_json_has_one_line_a_sample(cli: Run) -> None:
     out = cli("generate", REQUEST, *QUICK, "--json", "--num-samples", 3, "--temperature", 1).out
-    assert len([json.loads(line) for line in out.splitlines()]) == 3
+    assert [json.loads(line)["index"] for line in out.splitlines()] == [0, 1, 2]
+
+
+def test_several_answers_have_headings(cli: Run, tmp_path: Path) -> None:
+    out = cli("generate", REQUEST, *QUICK, "--num-samples", 2).out
+    assert re.findall(r"^--- .* ---$", out, re.MULTILINE) == ["--- answer 1 of 2 ---", "--- answer 2 of 2 ---"]
+    (tmp_path / "requests.txt").write_text(f"{REQUEST}\n\nReverse the string.\n")
+    out = cli("generate", "--prompts", tmp_path / "requests.txt", *QUICK).out
+    first, second = re.split(r"--- request \d ---\n", out)[1:]
+    assert (first, second) == (cli("generate", REQUEST, *QUICK).out, cli("generate", "Reverse the string.", *QUICK).out)
+
+
+def test_requests_of_a_jsonl_file_are_numbered_in_json(cli: Run, tmp_path: Path) -> None:
+    path = tmp_path / "requests.jsonl"
+    path.write_text("".join(json.dumps({"prompt": f"{REQUEST}\nAgain {n}."}) + "\n" for n in range(18)))
+    rows = [json.loads(line) for line in cli("generate", "--prompts", path, *QUICK, "--json").out.splitlines()]
+    assert [row["request"] for row in rows] == list(range(1, 19))
+    path.write_text('{"prompt": "x"}\n{"text": "y"}\n')
+    assert_refused(cli("generate", "--prompts", path), f'{path}:2 has no text "prompt"')
+
+
+def test_an_empty_answer_says_so(cli: Run) -> None:
+    outcome = cli("generate", REQUEST, *QUICK, "--stop", "def", "--stop", " ")
+    assert (outcome.code, outcome.out.strip()) == (0, "")
+    assert outcome.err.startswith("note: an answer is empty")
 
 
 def test_the_prompt_comes_from_an_argument_or_a_pipe(cli: Run) -> None:
@@ -117,7 +141,8 @@ def test_infill_prints_the_file_with_its_holes_filled(cli: Run, tmp_path: Path) 
     path = tmp_path / "code.py"
     path.write_text("def f(xs):\n    <|hole:3|>\n    return <|hole:2|>\n")
     code, out, err = cli("infill", path, "--dtype", "float32")
-    assert (code, err) == (0, "")
+    assert code == 0
+    assert err.startswith("note: the model is unsure of this text")
     assert out.startswith("def f(xs):\n    ")
     assert "\n    return " in out
     assert "<|hole" in path.read_text()
@@ -128,8 +153,52 @@ def test_infill_in_place_writes_the_file_and_prints_nothing(cli: Run, tmp_path: 
     path = tmp_path / "code.py"
     path.write_text("def f(xs):\n    <|hole:3|>\n    return xs\n")
     wanted = cli("infill", path, "--dtype", "float32").out
-    assert cli("infill", path, "--dtype", "float32", "--in-place") == (0, "", "")
+    assert cli("infill", path, "--dtype", "float32", "--in-place")[:2] == (0, "")
     assert path.read_text() == wanted
+
+
+def test_in_place_keeps_links_and_permissions(cli: Run, tmp_path: Path) -> None:
+    path, link = tmp_path / "code.py", tmp_path / "link.py"
+    path.write_text("x = <|hole:2|>\n")
+    path.chmod(0o700)
+    link.symlink_to(path)
+    assert cli("infill", link, "--dtype", "float32", "--in-place").code == 0
+    assert link.is_symlink()
+    assert path.stat().st_mode & 0o777 == 0o700
+    assert "<|hole" not in path.read_text()
+
+
+def test_infill_watches_traces_and_gives_every_sample(cli: Run, tmp_path: Path) -> None:
+    path = tmp_path / "code.py"
+    path.write_text("def keep(nums):\n    nums = [n for n in nums if n % 2 == <|hole:1|>]\n    return nums\n")
+    options = ("--dtype", "float32", "--num-samples", 2, "--trace", tmp_path / "trace.jsonl", "--watch", "--json")
+    code, out, err = cli("infill", path, *options)
+    assert code == 0
+    assert "forward passes" in err
+    assert "unsure" not in err
+    assert [json.loads(line)["index"] for line in out.splitlines()] == [0, 1]
+    assert len(read_traces(tmp_path / "trace.jsonl")) == 2
+    assert_refused(cli("infill", path, "--num-samples", 2, "--in-place"), "--in-place writes one text")
+
+
+# --- edit ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("line_end", ["\n", "\r\n"])
+def test_edit_writes_the_given_lines_again_and_nothing_else(cli: Run, tmp_path: Path, line_end: str) -> None:
+    path = tmp_path / "code.py"
+    lines = ["def f(nums):", "    # <|hole|> is text here", "    nums = sorted(nums)", "    return nums", ""]
+    path.write_bytes(line_end.join(lines).encode())
+    assert cli("edit", path, "--lines", "3", "--dtype", "float32", "--in-place")[:2] == (0, "")
+    written = path.read_bytes().decode()
+    assert written.startswith(line_end.join([*lines[:2], "    "]))
+    assert written.endswith(line_end.join(["", *lines[3:]]))
+
+
+@pytest.mark.parametrize("lines", ["0", "5", "2:1", "x", "1:9", "2:3 --lines 3"])
+def test_lines_that_are_not_there_are_rejected(cli: Run, tmp_path: Path, lines: str) -> None:
+    (tmp_path / "code.py").write_text("a = 1\nb = 2\nc = 3\n")
+    assert_refused(cli("edit", tmp_path / "code.py", "--lines", *lines.split()), "--lines")
 
 
 @pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"])
@@ -142,7 +211,7 @@ def test_infill_in_place_changes_the_holes_alone(
     before = mark + line_end.join([b"x = 'e\xcc\x81\x0c\xe2\x80\xa8'", b"def f(xs):", b"    return "])
     after = b" + y" + line_end + b"z = 1" + last
     path.write_bytes(before + b"<|hole:3|>" + after)
-    assert cli("infill", path, "--dtype", "float32", "--in-place") == (0, "", "")
+    assert cli("infill", path, "--dtype", "float32", "--in-place")[:2] == (0, "")
     content = path.read_bytes()
     assert content.startswith(before)
     assert content.endswith(after)
@@ -173,20 +242,34 @@ def test_chat_forgets_rather_than_outgrow_the_context(cli: Run) -> None:
     lines = f"{REQUEST * 10}\n" * 2
     outcome = cli("chat", "--new-tokens", 280, "--steps", 1, "--dtype", "float32", stdin=lines)
     assert outcome.code == 0
-    assert outcome.err == "(the conversation outgrew the model's context; starting again)\n"
+    assert outcome.err == "note: the conversation is longer than the model's context; it begins again here\n"
+
+
+def test_chat_has_commands(cli: Run) -> None:
+    lines = f"/set steps=4\n/set steps=none\n/help\n/settings\n/x\n{REQUEST}\n/clear\n{REQUEST}\n/exit\nx\n"
+    code, out, err = cli("chat", "--new-tokens", 8, "--dtype", "float32", stdin=lines)
+    assert code == 0
+    assert "steps=4, new_tokens=8" in out
+    assert out.count("/settings ") == 2  # once for /help, once for /x
+    first, second = err.splitlines()[0], err.splitlines()[1:]
+    assert first.startswith("note: steps='none': input should be a valid integer")
+    assert second == ["note: /x is not a command", "note: the conversation is forgotten"]
+    answer = cli("generate", REQUEST, *QUICK).out
+    assert out.endswith(answer * 2)
 
 
 def test_models_lists_what_is_here_and_what_can_be_fetched_with_licences(cli: Run) -> None:
+    rows = [json.loads(line) for line in cli("models", "--json").out.splitlines()]
+    assert [row["name"] for row in rows] == ["tiny", *(known.name for known in KNOWN_MODELS)]
+    apple = [row for row in rows if row["source"].startswith("apple/")]
+    assert len(apple) == 3
+    assert all(row["licence"] == "apple-amlr (research only)" and row["size_gb"] == 15.2 for row in apple)
+    assert (rows[0]["here"], rows[0]["licence"]) == (True, "Apache-2.0")
     code, out, _ = cli("models")
     assert code == 0
-    rows = {known.hub_id: line for line in out.splitlines() for known in KNOWN_MODELS if known.hub_id in line}
-    assert len(rows) == len(KNOWN_MODELS)
-    apple = [line for hub_id, line in rows.items() if hub_id.startswith("apple/")]
-    assert len(apple) == 3
-    assert all("apple-amlr (research only)" in line and "15.2 GB" in line for line in apple)
-    (shipped,) = [line for line in out.splitlines() if "shipped" in line]
-    assert "Apache-2.0" in shipped
-    assert "yes" in shipped
+    for row in rows:
+        assert f"{row['name']:12} {row['source']}\n" in out
+        assert row["licence"] in out
 
 
 def test_bench_prints_figures_for_people_and_for_programs(cli: Run) -> None:
@@ -240,7 +323,7 @@ def test_a_trace_that_cannot_be_written_does_not_cost_the_answer(cli: Run, tmp_p
 @pytest.mark.parametrize(
     ("arguments", "stdin", "parts"),
     [
-        (["generate"], "", ["Missing argument 'prompt'", "generate --help"]),
+        (["generate"], "", ["the prompt is empty"]),
         (["generate", ""], "", ["the prompt is empty; say what to write"]),
         (["generate", "-"], " \n", ["the prompt is empty"]),
         (["generate", "-"], b"caf\xe9", ["standard input", "not UTF-8"]),

@@ -32,7 +32,7 @@ def page(browser: Any, server: str) -> Iterator[Any]:
 
 def write(page: Any) -> None:
     page.click("#go")
-    page.wait_for_selector("#status:has-text('done')")
+    page.wait_for_selector("#status:has-text('Done')")
 
 
 def shot(page: Any, name: str) -> None:
@@ -61,9 +61,12 @@ def test_a_request_is_written_and_replayed(page: Any) -> None:
 
 
 def test_two_holes_are_filled(page: Any) -> None:
-    page.fill("#text", "def total(nums):\n    nums = [n for n in nums if <|hole:5|>]\n    return sum(<|hole:1|>)\n")
+    request = "# Write a function total(nums) that keeps only the even numbers, then sums the numbers.\n"
+    page.fill(
+        "#text", f"{request}def total(nums):\n    nums = [n for n in nums if<|hole:7|>]\n    return<|hole:1|>(nums)\n"
+    )
     write(page)
-    assert page.locator(".canvas .token").count() == 6
+    assert page.locator(".canvas .token").count() == 8
     assert "▢" not in page.locator(".canvas").inner_text()
     shot(page, "holes")
 
@@ -79,12 +82,37 @@ def test_two_settings_side_by_side(page: Any) -> None:
     assert page.locator(".panel").count() == 1
 
 
+def test_the_text_before_a_hole_is_shown_and_an_example_is_a_click_away(page: Any) -> None:
+    page.click("#examples button:has-text('fill two holes')")
+    page.wait_for_selector("#status:has-text('Done')")
+    assert page.locator(".canvas").inner_text().splitlines() == [
+        "# Write a function total(nums) that keeps only the even numbers, then sums the numbers.",
+        "def total(nums):",
+        "    nums = [n for n in nums if n % 2 == 0]",
+        "    return sum(nums)",
+    ]
+
+
+def test_the_legend_follows_the_colours(page: Any) -> None:
+    page.select_option("#colour", "sure")
+    assert page.locator(".legend").inner_text().split() == ["sure", "unsure"]
+
+
+def test_nothing_moves_when_an_answer_comes(page: Any) -> None:
+    def places() -> list[float]:
+        return [page.locator(where).bounding_box()["y"] for where in ("#go", ".canvas", "[name=play]")]
+
+    before = places()
+    write(page)
+    assert places() == before
+
+
 @contextmanager
 def busy(url: str) -> Iterator[None]:
     """Have the server decode something else meanwhile, so that what is asked of it takes seconds."""
     body = {"prompt": "def f(x):\n", "max_tokens": 400, "n": 8, "stream": True}
     with stream(f"{url}/v1/completions", body):
-        wait(lambda: figure(url, "running") == 8)
+        wait(lambda: figure(url, "running") > 0)
         yield
 
 
@@ -93,7 +121,7 @@ def test_the_keyboard_does_it_all(page: Any, server: str) -> None:
     page.keyboard.press("ControlOrMeta+a")
     page.keyboard.type("Given a number, double the number.")
     page.keyboard.press("Control+Enter")
-    page.wait_for_selector("#status:has-text('done')")
+    page.wait_for_selector("#status:has-text('Done')")
     assert "return" in page.locator(".canvas").inner_text()
     page.select_option("#colour", "sure")
     page.fill("#text", "Write a function that takes a string and removes the vowels.")
@@ -102,7 +130,7 @@ def test_the_keyboard_does_it_all(page: Any, server: str) -> None:
         page.keyboard.press("Control+Enter")
         page.wait_for_selector(".canvas .token, .canvas .end")
         page.keyboard.press("Escape")
-        page.wait_for_selector("#status:has-text('stopped')")
+        page.wait_for_selector("#status:has-text('Stopped')")
 
 
 def test_a_trace_can_be_kept(page: Any, tmp_path: Path) -> None:
@@ -125,6 +153,24 @@ def test_what_is_wrong_is_said(browser: Any, server: str) -> None:
     page.click("#go")
     page.wait_for_selector("#status.error:has-text('begins with a hole')")
     page.close()
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [390, 1200])
+def test_everybody_can_use_it(browser: Any, server: str, scheme: str, width: int) -> None:
+    axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="the dev extra brings axe").Axe()
+    page = browser.new_page(viewport={"width": width, "height": 844}, color_scheme=scheme, reduced_motion="reduce")
+    page.set_default_timeout(1000 * PATIENCE)
+    page.goto(server)
+    write(page)
+    found = axe.run(page).response["violations"]
+    page.close()
+    serious = [
+        (each["id"], [node["html"][:80] for node in each["nodes"]])
+        for each in found
+        if each["impact"] in ("serious", "critical")
+    ]
+    assert not serious
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

@@ -336,7 +336,7 @@ def test_bad_bodies_are_refused(server: str, content: bytes, status: int) -> Non
         (b'{"prompt":"\xff"}', "application/json", "JSON in UTF-8", None),
         (b'{"prompt":"a"}', "text/plain", "Content-Type: application/json", None),
         (b"", "application/json", "Content-Type: application/json", None),
-        (b'{"prompt":"a","stop":""}', "application/json", "stop: ", "stop"),
+        (b'{"prompt":"a","stop":["a",3]}', "application/json", "stop.1: ", "stop.1"),
         (b'{"prompt":"a","best_of":3}', "application/json", "best_of=3", None),
     ],
 )
@@ -397,7 +397,7 @@ def test_who_hangs_up_is_forgotten(server: str, streamed: bool) -> None:
         with socket.create_connection((host, int(port)), timeout=PATIENCE) as connection:
             head = f"POST /v1/completions HTTP/1.1\r\nhost: {host}\r\ncontent-type: application/json\r\n"
             connection.sendall(f"{head}content-length: {len(content)}\r\n\r\n{content}".encode())
-            wait(lambda: figure(server, "running") == 8)
+            wait(lambda: figure(server, "running") > 0)
     wait(lambda: figure(server, "cancelled_total") == before + 1)
     wait(lambda: figure(server, "running") == 0)
 

@@ -185,7 +185,7 @@ def test_a_process_trains_and_says_where_the_model_is(settings: list[str], tmp_p
 @pytest.mark.parametrize(
     ("arguments", "parts"),
     [
-        (["adapt"], ["setting 'run' is missing; give it in the settings file or as run=..."]),
+        (["adapt"], ["settings run, steps, lr, data are missing; give them in the settings file or as --set run=..."]),
         (["adapt", *said(run="x", steps=1, lr=1)], ["setting 'data' is missing"]),
         (["adapt", *said(contxt=3)], ["unknown setting 'contxt'; did you mean 'context'?"]),
         (["sft", *said(run="x", data=["y"], lr=1, anneal_steps=3)], ["unknown setting 'anneal_steps'"]),

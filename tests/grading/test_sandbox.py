@@ -295,7 +295,8 @@ def test_a_job_finds_nothing_of_the_one_before() -> None:
     leave = """
 import os, socket, time
 open("/tmp/left", "w").close(), open("/dev/shm/left", "w").close()
-socket.socket(socket.AF_UNIX).bind("\\0left")
+bound = socket.socket(socket.AF_UNIX)
+bound.bind("\\0left")
 if os.fork() == 0:
     os.setpriority(os.PRIO_PROCESS, 0, 19)
     time.sleep(60)

@@ -1,12 +1,18 @@
 // A canvas as it stands after some steps: what the server's page and the report on order both draw.
 // A row is { canvas: [text, or null where masked], steps: [{ committed: [{ position, text, bytes, log_prob }], revoked: [position] }] }.
 
-const [EARLY, LATE] = [215, 28]; // hues of the first step and the last
+// The colours of the first step and the last, as in the terminal. Blue and orange differ for colour-blind readers too.
+const EARLY = [86, 156, 255];
+const LATE = [255, 166, 77];
 
-// how a token is coloured: hues, from the cell and its row
+function ramp(share) {
+  return `rgb(${EARLY.map((early, channel) => Math.round(early + (LATE[channel] - early) * share)).join(" ")})`;
+}
+
+// how a token is coloured: a colour, from the cell and its row
 export const shades = {
-  order: (cell, row) => EARLY + (LATE - EARLY) * (cell.step / Math.max(row.steps.length - 1, 1)),
-  sure: (cell) => EARLY + (LATE - EARLY) * (1 - cell.sure),
+  order: (cell, row) => ramp(cell.step / Math.max(row.steps.length - 1, 1)),
+  sure: (cell) => ramp(1 - cell.sure),
 };
 
 export function standing(row, upTo) {
@@ -50,7 +56,7 @@ export function spans(row, upTo, shade) {
     } else {
       span.className = cell.known ? "known" : "token";
       if (!cell.known) {
-        span.style.setProperty("--hue", Math.round(shade(cell, row)));
+        span.style.setProperty("--colour", shade(cell, row));
         span.title = `step ${cell.step + 1}, probability ${cell.sure.toFixed(3)}`;
         if (cell.step === upTo - 1) span.classList.add("new");
       }

@@ -5,6 +5,14 @@ import { isControl, shades, spans, standing } from "../canvas/canvas.js";
 
 const $ = (selector, within = document) => within.querySelector(selector);
 const HOLE = /<\|hole(:\d+)?\|>/;
+const EXAMPLES = {
+  "sum the even numbers": "Write a function filter_numbers(nums) that keeps only the even numbers, then sums the numbers.",
+  "reverse a string": "Write a function that reverses the string.",
+  "join words": "Write a function that takes a list of words and joins the words with dashes.",
+  "fill two holes":
+    "# Write a function total(nums) that keeps only the even numbers, then sums the numbers.\n" +
+    "def total(nums):\n    nums = [n for n in nums if<|hole:7|>]\n    return<|hole:1|>(nums)\n",
+};
 let stop = null; // ends what is running
 
 // --- a run, from the server's events ---
@@ -45,7 +53,7 @@ function asked(text, settings) {
 
 function take(run, told) {
   const made = told.denoise;
-  if (made?.canvas) run.rows[made.row] = { canvas: made.canvas, steps: [] };
+  if (made?.canvas) run.rows[made.row] = { canvas: made.canvas, before: run.before, steps: [] };
   else if (made) {
     run.rows[made.row].steps.push(made);
     run.passes = Math.max(run.passes, made.passes);
@@ -59,6 +67,10 @@ function take(run, told) {
 
 // --- what is shown of it ---
 
+function counted(count, one, many = `${one}s`) {
+  return `${count} ${count === 1 ? one : many}`;
+}
+
 function figures(run) {
   const row = run.rows[run.row];
   const cells = standing(row, row.steps.length);
@@ -66,7 +78,7 @@ function figures(run) {
   const end = tokens.findIndex((cell) => isControl(cell.text));
   const count = end < 0 ? tokens.length : end;
   const passes = Math.max(...row.steps.map((step) => step.passes), 1);
-  return `${count} tokens in ${passes} passes: ${(count / passes).toFixed(2)} a pass, ${(count / run.seconds).toFixed(0)} a second`;
+  return `${counted(count, "token")} in ${counted(passes, "pass", "passes")}, ${run.seconds.toFixed(1)} s, ${(count / run.seconds).toFixed(0)} tokens/s`;
 }
 
 // --- a panel: settings, canvas, replay ---
@@ -75,6 +87,7 @@ class Panel {
   constructor(name) {
     this.root = $("#panel").content.cloneNode(true).firstElementChild;
     $("h2", this.root).textContent = name;
+    $(".settings", this.root).open = matchMedia("(min-width: 44rem)").matches;
     for (const field of this.root.querySelectorAll(".settings input[type=range]")) {
       const say = () => ($("output", field.parentElement).textContent = this.said(field));
       field.addEventListener("input", say);
@@ -91,8 +104,8 @@ class Panel {
   }
 
   said(field) {
-    if (field.name === "steps" && field.value === "0") return "one a token";
-    if (field.name === "threshold" && field.value === "1") return "only what is due";
+    if (field.name === "steps" && field.value === "0") return "one per token";
+    if (field.name === "threshold" && field.value === "1") return "off";
     return field.name === "threshold" ? `p ≥ ${field.value}` : field.value;
   }
 
@@ -103,8 +116,11 @@ class Panel {
 
   async write(text, signal) {
     const began = performance.now();
-    const run = (this.run = { rows: [], row: 0, passes: 0, seconds: 0, answer: null });
+    // what stands before the first hole is not part of the answer, but a reader wants to see it
+    const before = HOLE.test(text) ? text.slice(0, text.search(HOLE)) : "";
+    const run = (this.run = { rows: [], row: 0, passes: 0, seconds: 0, answer: null, before });
     this.enable(false);
+    $(".canvas", this.root).classList.add("old");
     const [path, body] = asked(text, this.settings);
     for await (const told of events(path, body, signal)) {
       take(run, told);
@@ -118,7 +134,12 @@ class Panel {
 
   show(upTo) {
     const row = this.run.rows[this.run.row];
-    $(".canvas", this.root).replaceChildren(...spans(row, upTo, shades[$("#colour").value]));
+    const canvas = $(".canvas", this.root);
+    canvas.classList.remove("old");
+    const before = document.createElement("span");
+    before.className = "known";
+    before.textContent = row.before;
+    canvas.replaceChildren(before, ...spans(row, upTo, shades[$("#colour").value]));
     const slider = this.field("step");
     slider.max = row.steps.length;
     slider.value = upTo;
@@ -140,7 +161,7 @@ class Panel {
   async copy() {
     const { answer } = this.run;
     await navigator.clipboard.writeText(answer.text ?? $(".canvas", this.root).textContent.trimEnd() + "\n");
-    say("copied");
+    say("Copied.");
   }
 
   save() {
@@ -171,11 +192,11 @@ async function write() {
   stop = new AbortController();
   $("#go").disabled = true;
   $("#halt").disabled = false;
-  say("writing …");
+  say("Writing …");
   const ended = await Promise.allSettled(panels.map((panel) => panel.write($("#text").value, stop.signal)));
   const wrong = ended.find((each) => each.status === "rejected");
-  if (!wrong) say("done; the step slider replays it");
-  else say(wrong.reason.name === "AbortError" ? "stopped" : wrong.reason.message, wrong.reason.name !== "AbortError");
+  if (!wrong) say("Done. Move the step slider to replay it.");
+  else say(wrong.reason.name === "AbortError" ? "Stopped." : wrong.reason.message, wrong.reason.name !== "AbortError");
   stop = null;
   $("#go").disabled = false;
   $("#halt").disabled = true;
@@ -186,7 +207,22 @@ $("#ask").addEventListener("submit", (event) => {
   write();
 });
 $("#halt").addEventListener("click", () => stop?.abort());
-$("#colour").addEventListener("change", () => panels.forEach((panel) => panel.again()));
+$("#colour").addEventListener("change", () => {
+  const [low, high] = $("#colour").value === "order" ? ["first step", "last step"] : ["sure", "unsure"];
+  $("#low").textContent = low;
+  $("#high").textContent = high;
+  panels.forEach((panel) => panel.again());
+});
+for (const [name, text] of Object.entries(EXAMPLES)) {
+  const button = document.createElement("button");
+  button.type = "button";
+  button.textContent = name;
+  button.addEventListener("click", () => {
+    $("#text").value = text;
+    write();
+  });
+  $("#examples").append(button);
+}
 $("#hole").addEventListener("click", () => {
   const field = $("#text");
   field.setRangeText("<|hole:4|>", field.selectionStart, field.selectionEnd, "end");
@@ -209,4 +245,4 @@ document.addEventListener("keydown", (event) => {
 fetch("ready")
   .then((response) => response.json())
   .then((state) => ($("#model").textContent = state.model ? `Model: ${state.model}.` : ""))
-  .catch(() => say("the server does not answer", true));
+  .catch(() => say("The server does not answer.", true));
