@@ -39,7 +39,6 @@ import httpx
 from diffucoder.errors import SandboxError
 from diffucoder.grading.sandbox import Sandbox
 
-DEADLINE = 60  # seconds, of each request to the server
 GRACE = 15  # seconds that an answer may come later on a busy machine
 CODE = "def f(x):\n"
 SHORT = {"prompt": CODE, "max_tokens": 16}
@@ -98,7 +97,8 @@ class Soak:
 
     server: Server
     dice: random.Random
-    ends: float  # of the clock: no request is sent later
+    deadline: float  # seconds of each request
+    ends: float = 0.0  # of the clock: no request is sent later
     outcomes: dict[str, Counter[str]] = field(default_factory=lambda: defaultdict(Counter))
     latencies: list[float] = field(default_factory=list)  # seconds of short requests
     slowest: float = 0.0  # seconds of any request
@@ -232,10 +232,10 @@ class Soak:
         began = time.monotonic()
         name = kind.__name__
         try:
-            outcome = await asyncio.wait_for(kind(client), DEADLINE + GRACE)
+            outcome = await asyncio.wait_for(kind(client), self.deadline + GRACE)
         except TimeoutError:
             outcome = "past its deadline"
-            self.breaks(f"{name}: no answer after {DEADLINE + GRACE} s")
+            self.breaks(f"{name}: no answer after {self.deadline + GRACE} s")
         except (httpx.HTTPError, OSError) as error:
             outcome = "lost"
             self.breaks(f"{name}: {error!r}")
@@ -278,7 +278,7 @@ class Soak:
 
     def client(self) -> httpx.AsyncClient:
         """A client of the server."""
-        return httpx.AsyncClient(base_url=self.server.url, timeout=DEADLINE + 2 * GRACE)
+        return httpx.AsyncClient(base_url=self.server.url, timeout=self.deadline + 2 * GRACE)
 
 
 # --- beside the clients ----------------------------------------------------------------------------------------------
@@ -366,7 +366,7 @@ async def soak_all(
     await asyncio.gather(soak.short_client(), watch(soak, quarters, seconds), *work)
     async with soak.client() as client:
         while "diffucoder_running 0.0" not in (figures := (await client.get("/metrics")).text):
-            if time.monotonic() > soak.ends + DEADLINE + GRACE:
+            if time.monotonic() > soak.ends + soak.deadline + GRACE:
                 soak.breaks(f"the server works for nobody: {re.findall('diffucoder_running .*', figures)}")
                 break
             await asyncio.sleep(0.1)
@@ -386,7 +386,7 @@ def judge(
     late = beside[min(len(beside) - 1, int(0.99 * len(beside)))]
     print(f"short request  alone {median:.3f} s (worst {max(alone):.3f}); beside {statistics.median(beside):.3f},")
     print(f"               99 % {late:.3f} = {late / median:.1f} times, worst {beside[-1]:.3f} s")
-    print(f"any request    at most {soak.slowest:.1f} s, of {DEADLINE} s")
+    print(f"any request    at most {soak.slowest:.1f} s, of {soak.deadline:g} s")
     print("at the end     " + ", ".join(f"{name} {value}" for name, value in after.items()))
     if late > times_alone * median:
         soak.breaks(f"a short request takes {late / median:.1f} times its time alone, more than {times_alone:g}")
@@ -407,11 +407,12 @@ def main() -> int:
     options.add_argument("--seconds", type=float, default=600)
     options.add_argument("--clients", type=int, default=8, help="that send requests of all kinds")
     options.add_argument("--seed", type=int, default=0)
+    options.add_argument("--deadline", type=float, default=60, help="seconds of each request")
     options.add_argument("--pressure", type=float, default=0.25, help="share of the free memory that a process takes")
     options.add_argument("--times-alone", type=float, default=5, help="of a short request, the most")
     given = options.parse_args()
-    with serving("--dtype", "float32", "--limit", f"deadline={DEADLINE}") as server:
-        soak = Soak(server, random.Random(given.seed), ends=0.0)
+    with serving("--dtype", "float32", "--limit", f"deadline={given.deadline}") as server:
+        soak = Soak(server, random.Random(given.seed), given.deadline)
         stopped = threading.Event()
         beside = [
             threading.Thread(target=kill_workers, args=(soak, stopped)),

@@ -119,7 +119,7 @@ def near(value: Json) -> list[Json]:
     if isinstance(value, bool):
         return [not value, int(value), str(value).lower(), None]
     if isinstance(value, (int, float)):
-        return [value + 1, value - 1, -value, value * 2, value * 1000, value * 2**31, float(value), str(value), [value]]
+        return [value + 1, value - 1, -value, value * 2, value * 1000, value * 2**31, str(value), f"{value}.0", [value]]
     if isinstance(value, str):
         return ["", value + "x", value[:-1], value.upper(), value * 2, value * 1000, [value], {"content": value}, 0]
     if isinstance(value, list):
