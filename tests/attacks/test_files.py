@@ -64,7 +64,7 @@ def _no_request(*_: object) -> None:
 
 def zipped(content: bytes, times: int = 1) -> bytes:
     packed = io.BytesIO()
-    with gzip.open(packed, "wb", 9) as file:
+    with gzip.GzipFile(fileobj=packed, mode="wb", mtime=0) as file:  # the same bytes in every process of the tests
         for _ in range(times):
             file.write(content)
     return packed.getvalue()
