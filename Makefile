@@ -5,13 +5,14 @@ PYTHON3 ?= python3
 PROMPT  ?= Write a function filter_numbers(nums) that keeps only the even numbers, then sums the numbers.
 PROCESSES ?= 1
 TEST_PROCESSES ?= 2
+SEED    ?= 0
 STAMP   := $(VENV)/.installed
 DEV     := $(VENV)/.installed-dev
 PEER    := .venv-peer
 SHARED  ?= ../shared
 REPLAY  ?= $(SHARED)/replay/1.5b
 
-.PHONY: run test check docs tiny tiny-lab tiny-ablations tiny-grpo tiny-eval bench bench-training bench-sandbox replay gguf-peer sandbox browser clean help
+.PHONY: run test check docs tiny tiny-lab tiny-ablations tiny-grpo tiny-eval bench bench-training bench-sandbox replay gguf-peer fuzz soak sandbox browser clean help
 
 help:            ## this list
 	@grep -hE '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 16
@@ -58,6 +59,13 @@ bench-sandbox: $(STAMP) sandbox  ## programs a second in the sandbox, warm and c
 
 replay: $(STAMP) sandbox  ## grade published completions, compare with their published verdicts (minutes; needs SHARED=...)
 	$(PYTHON) benchmarks/replay.py $(REPLAY) --data $(SHARED)/data
+
+fuzz: $(DEV) sandbox  ## send hostile requests and files, 20,000 and 5,000 (half an hour; MINUTES=5: as many as fit)
+	FUZZ_EXAMPLES=$(if $(MINUTES),50,300) $(PYTHON) -m pytest tests/attacks/test_schemathesis.py
+	$(PYTHON) tests/attacks/fuzz.py --seed $(SEED) $(if $(MINUTES),--minutes $(MINUTES))
+
+soak: $(DEV) sandbox  ## keep a server busy with everything at once for ten minutes, and check what it promises (SECONDS=60)
+	$(PYTHON) tools/soak.py $(if $(SECONDS),--seconds $(SECONDS))
 
 gguf-peer: $(DEV) $(PEER)/.installed  ## compare GGUF files with llama.cpp, built first into an environment of its own (10 minutes)
 	$(PYTHON) benchmarks/gguf_peer.py --peer-python $(PEER)/bin/python

@@ -39,7 +39,8 @@ _START = 30.0  # seconds that a program may take to start, on a busy machine
 _GRACE = 30.0  # seconds that a supervisor, on a busy machine, may be late before its worker is killed
 _CLOSE = 2.0  # seconds in which a worker ends by itself
 _PAUSES = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 30.0)  # seconds before a worker that did not start is tried again
-_RUNS = 3  # of a program, where the machine runs out of memory meanwhile
+_RUNS = 3  # of a program, where the machine runs out of memory meanwhile, or somebody kills its sandbox
+_KILLED_FROM_OUTSIDE = "the sandbox was killed from outside"
 _MAX_JOBS = 5000  # programs that a worker runs before it is replaced
 # A fixed hash seed: the same program ends the same way every time, even if it prints a set.
 _ENVIRONMENT = {"PATH": "/usr/bin:/bin", "LANG": "C.UTF-8", "PYTHONHASHSEED": "0"}
@@ -122,7 +123,7 @@ class Sandbox:
             for _ in range(_RUNS):
                 kills = _out_of_memory_kills()
                 result = self._run_in_any(source, limits, data)
-                if _out_of_memory_kills() == kills:
+                if _out_of_memory_kills() == kills and result.detail != _KILLED_FROM_OUTSIDE:
                     break
             return result
 
@@ -312,7 +313,11 @@ class _Worker:
             status, detail = _ending("timeout", 0, "", limits)
             return ExecutionResult(status, "", "", time.monotonic() - begin, 0, detail)
         except (OSError, ValueError):
-            return ExecutionResult("killed", "", "", time.monotonic() - begin, 0, "the whole sandbox was killed")
+            detail = "the whole sandbox was killed"
+            with suppress(subprocess.TimeoutExpired):
+                if self.process.wait(_CLOSE) == -signal.SIGKILL:  # by no program, since bubblewrap is outside
+                    detail = _KILLED_FROM_OUTSIDE
+            return ExecutionResult("killed", "", "", time.monotonic() - begin, 0, detail)
         status, detail = _ending(limit, int(code), stderr, limits)
         return ExecutionResult(status, stdout, stderr, float(seconds), int(memory), detail)
 
