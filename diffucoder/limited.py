@@ -114,7 +114,7 @@ def _serve() -> None:
             answer = [None, getattr(import_module(module), function)(*args)]
         except MemoryError:
             os._exit(1)
-        except Exception as error:
+        except BaseException as error:  # a panic of a library in Rust is not an Exception
             answer = [type(error).__name__, str(error)]
         answers.write(json.dumps(answer).encode() + b"\n")
         answers.flush()

@@ -22,6 +22,7 @@ from diffucoder.chat_templates import render_chat
 from diffucoder.errors import CheckpointError, PromptError
 from diffucoder.files import Json, write_json
 from diffucoder.model_files import one_line, shown
+from diffucoder.tokenizer_checks import is_panic
 from diffucoder.tokenizer_files import CONTROL, ROLES, add_special, read_backend, read_config, role_tokens, token_name
 
 MASK_TOKEN = "<|mask|>"
@@ -196,8 +197,8 @@ class Tokenizer:
             return backend.encode(text, add_special_tokens=False)
         except TypeError:
             raise PromptError(f"text {text[:40]!r} is not Unicode; give it as UTF-8") from None
-        except BaseException as error:  # a panic of the library is not an Exception
-            if type(error).__name__ != "PanicException":
+        except BaseException as error:
+            if not is_panic(error):
                 raise
             reason = one_line(error)
             raise PromptError(f"text {text[:40]!r} cannot be cut by this tokenizer ({reason})") from None
@@ -213,8 +214,16 @@ class Tokenizer:
             raise
 
     def decode(self, ids: Iterable[int], *, skip_special: bool = True) -> str:
-        """Text of `ids`. Bytes that form no character become U+FFFD; spare ids become nothing."""
-        return str(self.backend.decode(list(ids), skip_special_tokens=skip_special))
+        """Text of `ids`. Bytes that form no character become U+FFFD; spare ids become nothing.
+
+        PromptError if the tokenizer's decoder cannot decode them.
+        """
+        try:
+            return str(self.backend.decode(list(ids), skip_special_tokens=skip_special))
+        except BaseException as error:
+            if not is_panic(error):
+                raise
+            raise PromptError(f"this tokenizer's decoder cannot decode the answer ({one_line(error)})") from None
 
     def encode_chat(self, messages: str | Messages, *, prefill: str = "") -> list[int]:
         """Token ids of `chat(messages)` and the `prefill` that the answer begins with. Errors of `chat` and `encode`.

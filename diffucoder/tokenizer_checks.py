@@ -51,7 +51,7 @@ def check_tokenizer_json(fields: Json, path: Path) -> None:
     for name in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"):
         if model.get(name):
             raise CheckpointError(f"{path}: model has {name}={shown(model[name])}, which is not supported")
-    expressions: set[str] = set()
+    expressions: dict[str, set[str]] = {"decoder": set(), "others": set()}
     for part, kinds in (
         ("normalizer", _NORMALIZERS),
         ("pre_tokenizer", _PRE_TOKENIZERS),
@@ -63,14 +63,15 @@ def check_tokenizer_json(fields: Json, path: Path) -> None:
             if step["type"] not in kinds:
                 kind = shown(step["type"])
                 raise CheckpointError(f"{path}: {part} {kind} is not supported; use one of {_listed(kinds)}")
-        reason = _reason_against(steps, expressions)
+        reason = _reason_against(steps, expressions["decoder" if part == "decoder" else "others"])
         if reason:
             raise CheckpointError(f"{path}: {part} {reason}")
     check_names([token["content"] for token in fields.get("added_tokens") or ()], path)
     _check_ids(fields, path)
-    unknown = expressions - _KNOWN_EXPRESSIONS
-    if unknown:
-        _try_expressions(sorted(unknown), path)
+    for part, found in expressions.items():
+        unknown = sorted(found - _KNOWN_EXPRESSIONS)
+        if unknown:
+            _try_expressions(unknown, path, may_give_up=part == "decoder")
 
 
 def check_names(names: Iterable[str], place: object) -> None:
@@ -85,8 +86,12 @@ def check_names(names: Iterable[str], place: object) -> None:
         raise CheckpointError(f"{place}: added tokens have {total:,} characters, over {_MAX_NAMES:,}; leave some out")
 
 
-def split_samples(expressions: list[str]) -> int:
-    """Cut texts on which expressions usually backtrack, and return how many pieces there are; called in a child."""
+def split_samples(expressions: list[str], may_give_up: bool) -> int:
+    """Cut texts on which expressions usually backtrack, and return how many pieces there are; called in a child.
+
+    `may_give_up`: the library may end the search by itself. A decoder sees only what the model wrote, and what it
+    cannot decode is an error of one request. An expression that cuts users' texts must always do so.
+    """
     characters = set(" \n\ta1A'._-é日\u0301").union(*expressions)
     units = [*sorted(characters), "aA", "a ", "a1", "a'", " \n", "1,", "ab"]
     count = 0
@@ -94,16 +99,26 @@ def split_samples(expressions: list[str]) -> int:
         cut = pre_tokenizers.Split(Regex(expression), "isolated")
         for unit in units:
             for end in ("", "!", "\0"):
-                count += len(cut.pre_tokenize_str(unit * (_TRIED_LENGTH // len(unit)) + end))
+                try:
+                    count += len(cut.pre_tokenize_str(unit * (_TRIED_LENGTH // len(unit)) + end))
+                except BaseException as error:
+                    if not (is_panic(error) and may_give_up):
+                        raise
+                    return count
     return count
 
 
-def _try_expressions(expressions: list[str], path: Path) -> None:
+def _try_expressions(expressions: list[str], path: Path, *, may_give_up: bool) -> None:
     try:
-        _TRIED(split_samples, expressions)
+        _TRIED(split_samples, expressions, may_give_up)
     except LimitError as error:
         reason = f"cutting {_TRIED_LENGTH:,} characters {one_line(error)}"
         raise CheckpointError(f"{path}: expression {shown(expressions[0])} is not safe: {reason}") from None
+
+
+def is_panic(error: BaseException) -> bool:
+    """Whether it is a panic of the tokenizers library, which is not an Exception."""
+    return type(error).__name__ == "PanicException"
 
 
 def _steps(part: Any) -> Iterator[Json]:  # Any: from a file
