@@ -15,6 +15,7 @@ import resource
 import signal
 import subprocess
 import sys
+import time
 import weakref
 from collections.abc import Callable
 from contextlib import suppress
@@ -24,6 +25,7 @@ from typing import Any
 from diffucoder import errors
 
 _SERVE = "from diffucoder.limited import _serve; _serve()"
+_PAUSES = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0)  # seconds before a child that did not start is tried again
 _PATIENCE = 10  # seconds of the clock for each second of a processor: the machine may be busy
 
 
@@ -47,7 +49,7 @@ class Limited:
         try:
             child = self._idle.pop()
         except IndexError:
-            child = self._start()
+            child = self._start_patiently()
         name = f"{function.__module__}:{function.__qualname__}"
         answer = b""
         assert child.stdin is not None
@@ -66,6 +68,14 @@ class Limited:
         if hasattr(errors, kind):
             raise getattr(errors, kind)(value)
         raise LimitError(f"{kind}: {value}")
+
+    def _start_patiently(self) -> subprocess.Popen[bytes]:
+        """Start a child. Where the machine lacks descriptors, processes or memory, wait for them half a minute."""
+        for pause in _PAUSES:
+            with suppress(OSError):
+                return self._start()
+            time.sleep(pause)
+        return self._start()
 
     def _start(self) -> subprocess.Popen[bytes]:
         limits = [str(self.seconds), str(self.memory)]
