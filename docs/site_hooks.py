@@ -30,6 +30,8 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     files.append(File.generated(config, "reference/settings.md", content=settings_page()))
     for name, page in ROOT_PAGES.items():
         text = (ROOT / name).read_text(encoding="utf-8").replace("](docs/", "](")
+        for other, target in ROOT_PAGES.items():
+            text = text.replace(f"]({other}", f"]({target}")
         files.append(File.generated(config, page, content=text))
     for pattern in LINKED:
         for path in sorted(ROOT.glob(pattern)):
