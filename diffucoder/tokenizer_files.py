@@ -96,8 +96,8 @@ def read_backend(folder: Path, config: Json) -> tokenizers.Tokenizer:
 
 def _read_vocabulary(folder: Path, config: Json) -> tokenizers.Tokenizer:
     """The tokenizer without what the config adds. Raises whatever tokenizers does if its files are damaged."""
-    fields = read_json(folder / "tokenizer.json")
-    if fields:
+    if (folder / "tokenizer.json").exists():
+        fields = read_json(folder / "tokenizer.json")
         check_tokenizer_json(fields, folder / "tokenizer.json")
         return tokenizers.Tokenizer.from_str(json.dumps(fields))  # what was checked: a key may be there twice
     vocabulary = read_json(folder / "vocab.json")
