@@ -243,12 +243,27 @@ def _folder(run: Path, step: int) -> Path:
 def _tensors(state: State) -> tuple[dict[str, Any], Any]:  # Any: nested, down to tensors
     """What is stored, and the optimiser's settings, which follow from those of the run.
 
-    Loading writes into these very tensors. Of adapters, the weights they adapt are left out.
+    Loading writes into these very tensors. Of adapters, the weights they adapt are left out; of tied matrices there is
+    one.
     """
     options = StateDictOptions(ignore_frozen_params=True)
     model, optimizer = get_state_dict(state.model, state.optimizer, options=options)
+    for name in _tied_names(state.model):
+        model.pop(name, None)
     stored = {"model": model, "optimizer": optimizer["state"], "average": state.average, "kept": state.stage}
     return stored, optimizer["param_groups"]
+
+
+def _tied_names(model: nn.Module) -> list[str]:
+    """The second names of parameters that have two, as a state dict has them."""
+    first = {id(parameter) for parameter in model.parameters()}
+    tied = []
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if id(parameter) in first:
+            first.remove(id(parameter))
+        else:
+            tied.append(name.removeprefix("module."))  # the prefix of a model in several processes
+    return tied
 
 
 def _sizes_and_checksums(folder: Path) -> dict[str, list[int]]:
