@@ -114,8 +114,9 @@ class Answer:
             if not isinstance(error, DiffuCoderError):
                 log.exception("a stream broke")
             yield f"data: {json.dumps(api_error(error).body)}\n\n"
-        finally:
+        except BaseException:  # the client has left, perhaps before the first step
             job.leave()
+            raise
         yield "data: [DONE]\n\n"
 
     def _event(self, content: Json) -> str:
