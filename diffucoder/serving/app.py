@@ -29,7 +29,7 @@ from diffucoder.decoding.params import DecodingParams
 from diffucoder.decoding.requests import Generation, Request
 from diffucoder.serving import protocol, responses
 from diffucoder.serving.edge import ApiError, add_error_handlers, answer_head
-from diffucoder.serving.engine import BusyError, Engine
+from diffucoder.serving.engine import BusyError, Engine, LateError
 from diffucoder.serving.guard import Guard
 from diffucoder.serving.responses import Json
 from diffucoder.serving.settings import ServerSettings
@@ -173,10 +173,8 @@ class Server:
                 ids.insert(0, tokenizer.bos_id)
             if not body.with_pieces:
                 return _printed({"tokens": ids})
-            tokens = []
-            for token in ids:
-                tokens.append({"id": token, "piece": responses.text_or_bytes(tokenizer.token_bytes(token))})
-            return _printed({"tokens": tokens})
+            pieces = {token: responses.text_or_bytes(tokenizer.token_bytes(token)) for token in set(ids)}
+            return _printed({"tokens": [{"id": token, "piece": pieces[token]} for token in ids]})
 
         return await self._prepare(answer, http)
 
@@ -205,7 +203,7 @@ class Server:
     def _check_model(self, name: str | None) -> None:
         """Raise ApiError for a request to another model."""
         if name not in (None, self.coder.name):
-            message = f"the model {name!r} is not here; this server has {self.coder.name!r}"
+            message = f"the model {name[:100]!r} is not here; this server has {self.coder.name!r}"
             raise ApiError(404, message, param="model")
 
     def _params(self, body: protocol.DecodingRequest) -> DecodingParams:
@@ -269,7 +267,12 @@ class Server:
         most = self.settings.engine.max_batch + self.settings.engine.max_waiting
         if self.threads.pending >= most:
             raise BusyError(self.threads.pending, retry_after=5)
-        return await _unless_gone(self.threads.run(work, size=http.scope.get("body_bytes", 0)), http)
+        deadline = self.settings.engine.deadline
+        try:
+            async with asyncio.timeout(deadline):
+                return await _unless_gone(self.threads.run(work, size=http.scope.get("body_bytes", 0)), http)
+        except TimeoutError:
+            raise LateError(f"the text was not read within {deadline:.0f} s; send a shorter one, or later") from None
 
     async def _results(self, request: Request, http: fastapi.Request) -> list[Generation]:
         """Decode a request, unless its client disconnects before it is finished."""

@@ -6,6 +6,7 @@ that idle ones cannot keep others out.
 """
 
 import asyncio
+import select
 import time
 from collections.abc import Hashable
 from typing import Any
@@ -88,7 +89,7 @@ class Connection(H11Protocol):
         if self.transport.is_closing():
             return "end"
         if self.flow.write_paused:
-            return "read", self._reads
+            return "read", self._reads, self.transport.get_write_buffer_size() // 2**16
         if self.cycle is None or self.cycle.response_complete:
             return "head", self.cycle
         if self.cycle.more_body:
@@ -105,8 +106,15 @@ class Connection(H11Protocol):
         timeout = self.settings.read_timeout
         if self.flow.write_paused:
             timeout = self.settings.write_timeout
-        if activity is not None and now - self.since > timeout:
+        late = activity is not None and now - self.since > timeout
+        if late or (self.flow.read_paused and self._has_left()):
             self.transport.abort()
+
+    def _has_left(self) -> bool:
+        """Whether the client has closed its side; while nothing is read, the event loop does not notice."""
+        poll = select.poll()
+        poll.register(self.transport.get_extra_info("socket"), getattr(select, "POLLRDHUP", 0))  # 0: not on macOS
+        return bool(poll.poll(0))
 
     # --- what uvicorn and the event loop call ---
 

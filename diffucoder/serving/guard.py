@@ -80,7 +80,7 @@ class Guard:
             raise self._too_large()
 
     def _check_site(self, headers: Headers, scope: Scope) -> None:
-        host = headers.get("host", "").lower()
+        host = headers.get("host", "localhost").lower()  # only HTTP/1.0 has none, which no browser sends
         name = _name_of(f"//{host}")
         address = (scope.get("server") or ("",))[0]  # an address: no name of a stranger leads there
         if not (is_loopback(name) or name in self.settings.hosts or name == address):

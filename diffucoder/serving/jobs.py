@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 LEAD = 256  # positions; about what a processor computes in the time that a pass takes whatever its size
 LONG = 2**13  # positions, whose answers take some milliseconds to make
 UNCLAIMED = 30.0  # seconds until a job ends whose client has not begun to wait for it: it left before
-UNREAD = 2**20  # positions in the steps that a client has not read yet, after which its request pauses
+UNREAD = 2**17  # positions in the steps that a client has not read yet, after which its request pauses
 
 
 class BusyError(DiffuCoderError):
@@ -94,7 +94,7 @@ class Job:
         self._most_unread = max(16, UNREAD // request.canvas.tokens.shape[1])
         self._loop = asyncio.get_running_loop()
         self._timer = self._loop.call_later(engine.settings.deadline, self._time_out, engine.settings.deadline)
-        self._unclaimed = self._loop.call_later(UNCLAIMED, self._drop)
+        self._unclaimed = self._loop.call_later(UNCLAIMED, self.leave)
         # State of the queue: the engine changes it under its lock.
         self.ticket = ticket  # of two jobs that have had as much, the smaller goes first
         self.rows = [Row(self, number, sequence) for number, sequence in enumerate(self.sequences)]  # to be finished
@@ -114,7 +114,7 @@ class Job:
 
     async def events(self) -> AsyncIterator[Event]:
         """Yield each step of each row, if watched. Raises LateError or FailedError. Leaving early cancels the job."""
-        self._unclaimed.cancel()
+        self.claim()
         try:
             while (event := await self._events.get()) is not None:
                 if isinstance(event, DiffuCoderError):
@@ -125,10 +125,14 @@ class Job:
                     self._engine.wake()
                 yield event
         finally:
-            self._timer.cancel()
-            self._engine.end(self)
+            self.leave()
 
-    def _drop(self) -> None:
+    def claim(self) -> None:
+        """Note that a client waits for the job; it has to `leave` it."""
+        self._unclaimed.cancel()
+
+    def leave(self) -> None:
+        """Note that no client waits for the job."""
         self._timer.cancel()
         self._engine.end(self)
 

@@ -98,6 +98,7 @@ class Answer:
         sent: list[SettledText] = []  # the text of each choice until now
         for _ in range(self.request.result_count):
             sent.append(SettledText(self.request.tokenizer, self.request.params.stop))
+        job.claim()
         try:
             for chunk in self._first_chunks(job):
                 yield self._event(chunk)
@@ -108,10 +109,14 @@ class Answer:
                     yield self._event(chunk)
             for chunk in self._last_chunks(job, await job.made_results(), sent):
                 yield self._event(chunk)
+                await asyncio.sleep(0)
         except Exception as error:  # whatever it is, the client must hear of it
             if not isinstance(error, DiffuCoderError):
                 log.exception("a stream broke")
             yield f"data: {json.dumps(api_error(error).body)}\n\n"
+        except BaseException:  # the client has left, perhaps before the first step
+            job.leave()
+            raise
         yield "data: [DONE]\n\n"
 
     def _event(self, content: Json) -> str:

@@ -27,6 +27,7 @@ from diffucoder.serving.settings import ServerSettings
 
 _LOG = logging.getLogger("uvicorn.error")
 _NO_DESCRIPTOR = "socket.accept() out of system resource"  # asyncio's own words
+_MOST_UNREAD = 2**28  # bytes of answers that clients have not read yet
 _KEY_BYTES = 4096  # a larger file is not a key
 
 
@@ -128,9 +129,13 @@ class _Server(uvicorn.Server):
     async def _watch(self) -> None:
         while True:
             await asyncio.sleep(0.5)
+            unread = {}
             for connection in tuple(self.server_state.connections):
                 assert isinstance(connection, Connection)
                 connection.end_if_late()
+                unread[connection] = connection.transport.get_write_buffer_size()
+            if sum(unread.values()) > _MOST_UNREAD:
+                max(unread, key=unread.__getitem__).transport.abort()
 
 
 class _Complaints:

@@ -22,7 +22,7 @@ from diffucoder.serving.app import create_app
 from diffucoder.serving.cost import Budget, free_memory
 from diffucoder.serving.engine import BusyError, Engine, Job
 from diffucoder.serving.jobs import LEAD
-from diffucoder.serving.responses import unified_diff
+from diffucoder.serving.responses import CompletionAnswer, unified_diff
 from diffucoder.serving.settings import EngineSettings, ServerSettings
 
 Json = Any
@@ -259,6 +259,58 @@ def test_a_newcomer_and_who_pauses_save_nothing_up(coder: DiffuCoder, monkeypatc
         for row, sequence in enumerate(unread.sequences):
             steps = [event.step.index for event in events if event.row == row]
             assert steps == list(range(sequence.forward_passes))
+
+    asyncio.run(asyncio.wait_for(work(), PATIENCE))
+    engine.close()
+
+
+def test_requests_of_one_pass_each_do_not_keep_others_out(coder: DiffuCoder) -> None:
+    engine = Engine(coder, EngineSettings(max_positions=128))
+
+    async def work() -> None:
+        one_pass = coder.request("x = 1\n" * 20, DecodingParams(new_tokens=1), chat=False)
+
+        async def again_and_again() -> None:
+            while True:
+                await engine.submit(one_pass, watched=False).results()
+
+        others = [asyncio.create_task(again_and_again()) for _ in range(4)]
+        while engine.stats()["finished"] < 8:
+            await asyncio.sleep(0.01)
+        short = coder.request(PROMPT, DecodingParams(new_tokens=16), chat=False)
+        before = engine.stats()["passes"]
+        answered = asyncio.create_task(engine.submit(short, watched=False).results())
+        while not answered.done():
+            assert engine.stats()["passes"] - before < 120
+            await asyncio.sleep(0.01)
+        for task in others:
+            task.cancel()
+
+    asyncio.run(asyncio.wait_for(work(), PATIENCE))
+    engine.close()
+
+
+def test_a_slow_reader_of_the_first_chunks_gets_the_whole_stream(
+    coder: DiffuCoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(jobs_module, "UNCLAIMED", 0.1)
+    engine = Engine(coder, EngineSettings())
+    request = coder.request(PROMPT, DecodingParams(new_tokens=200), chat=False)
+    body = protocol.CompletionRequest(prompt=PROMPT, stream=True, stream_options=protocol.StreamOptions(denoise=True))
+
+    async def work() -> None:
+        chunks: list[str] = []
+        async for chunk in CompletionAnswer(coder, request, body).events(engine.submit(request)):
+            if not chunks:
+                await asyncio.sleep(0.3)
+            chunks.append(chunk)
+        whole = (await engine.submit(request).results())[0]
+        ends = [json.loads(chunk[6:])["choices"] for chunk in chunks[:-1] if '"finish_reason": null' not in chunk]
+        assert [end[0]["trace"]["tokens"] for end in ends if end] == [list(whole.trace.tokens)]
+        leaving: Any = CompletionAnswer(coder, request, body).events(engine.submit(request))
+        await anext(leaving)
+        await leaving.aclose()  # within the first chunks
+        assert not engine._jobs
 
     asyncio.run(asyncio.wait_for(work(), PATIENCE))
     engine.close()

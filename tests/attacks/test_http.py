@@ -1,5 +1,7 @@
 """Hostile clients of a real server: they hold connections, send little, read nothing, come from another site."""
 
+import asyncio
+import json
 import os
 import resource
 import signal
@@ -11,14 +13,19 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from pathlib import Path
+from unittest.mock import Mock
 
 import httpx
 import pytest
+import uvicorn
 from pydantic import ValidationError
 from serving import PATIENCE, figure, get, post, serving, stream, wait
+from uvicorn.server import ServerState
 
 from diffucoder.cli import main
 from diffucoder.errors import ConfigError
+from diffucoder.serving import connections
+from diffucoder.serving.connections import Connection
 from diffucoder.serving.settings import ServerSettings
 
 KEY = "a-key-of-many-letters"
@@ -169,6 +176,43 @@ def test_a_client_that_does_not_read_is_left(impatient: tuple[str, "subprocess.P
         assert answer(connection).count("HTTP/1.1 200 OK") < requests
 
 
+def test_a_client_that_reads_64_kib_in_time_is_not_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 0.0
+    monkeypatch.setattr(connections, "time", Mock(monotonic=lambda: now))
+    transport = Mock(is_closing=lambda: False)
+
+    async def work() -> None:
+        nonlocal now
+        config = uvicorn.Config(Mock(), log_level="critical")
+        config.load()
+        settings = ServerSettings()
+        state = ServerState()
+        connection = Connection(settings=settings, most=9, config=config, server_state=state, app_state={})
+        connection.connection_made(transport)
+        connection.pause_writing()
+        for size in (*range(900_000, 150_000, -70_000), 100_000, 100_000, 100_000):
+            assert not transport.abort.called
+            transport.get_write_buffer_size.return_value = size
+            connection.end_if_late()
+            now += settings.write_timeout / 2 + 1
+        assert transport.abort.called
+
+    asyncio.run(work())
+
+
+def test_a_client_that_sends_more_and_leaves_is_noticed(impatient: tuple[str, "subprocess.Popen[str]"]) -> None:
+    """Nothing is read of a second request while the first one is answered, so its end is not either."""
+    url, _ = impatient
+    left = figure(url, "cancelled_total")
+    body = json.dumps({**LONG, "max_tokens": 480, "n": 64, "temperature": 1.5})
+    with connect(url, f"{HEAD}Content-Length: {len(body)}\r\n\r\n{body}") as connection:
+        wait(lambda: figure(url, "running") > 0)
+        connection.sendall(b"G")
+        time.sleep(0.5)
+    wait(lambda: figure(url, "running") == 0)
+    assert figure(url, "cancelled_total") == left + 1
+
+
 # --- what is read before the key, and how much of it -----------------------------------------------------------------
 
 
@@ -246,6 +290,11 @@ def test_only_its_own_names_are_answered_without_a_key(
         assert get(impatient[0] + path, headers={"host": host}).status_code == status
     told = post(f"{impatient[0]}/tokenize", json={"content": "x"}, headers={"host": host})
     assert told.status_code == status
+
+
+def test_a_client_of_http_1_0_need_not_send_a_host(impatient: tuple[str, "subprocess.Popen[str]"]) -> None:
+    with connect(impatient[0], "GET /health HTTP/1.0\r\n\r\n") as connection:
+        assert answer(connection)[9:12] == "200"
 
 
 def test_pages_of_other_sites_may_not_post(impatient: tuple[str, "subprocess.Popen[str]"]) -> None:
