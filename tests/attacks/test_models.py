@@ -13,18 +13,21 @@ import struct
 import subprocess
 import sys
 import time
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from tokenizers import Regex, pre_tokenizers
 
 from diffucoder.errors import CheckpointError, PromptError
 from diffucoder.models.checkpoint import find_checkpoint, load_tokenizer
 from diffucoder.models.gguf import read_gguf
 from diffucoder.models.hub import SHIPPED
 from diffucoder.tokenizer import Tokenizer
+from diffucoder.tokenizer_checks import check_tokenizer_json
 
 CONFIG = json.loads((SHIPPED / "config.json").read_text())
 ROLES = json.loads((SHIPPED / "tokenizer_config.json").read_text())
@@ -399,6 +402,19 @@ def test_links_inside_a_folder_and_of_the_hubs_cache_are_followed(tmp_path: Path
     (snapshot / "tokenizer_config.json").rename(snapshot / "other")
     (snapshot / "tokenizer_config.json").symlink_to("other")
     assert load_tokenizer(snapshot).chat("hi") == load_tokenizer().chat("hi")
+
+
+def test_blanks_are_cut_as_deepseek_coder_does_in_linear_time() -> None:
+    pattern = {"Regex": r"\s+$"}
+    step = {"type": "Split", "pattern": pattern, "behavior": "Isolated", "invert": False}
+    check_tokenizer_json({"model": {"vocab": {}}, "pre_tokenizer": step}, Path("tokenizer.json"))
+    slow, fast = (pre_tokenizers.Split(Regex(each), "isolated") for each in (r"\s+$", pattern["Regex"]))
+    for characters in product(" \n\ra", repeat=6):
+        text = "".join(characters)
+        assert slow.pre_tokenize_str(text) == fast.pre_tokenize_str(text)
+    began = time.process_time()
+    fast.pre_tokenize_str(" " * 2**20 + "x")
+    assert time.process_time() - began < 5
 
 
 def test_loading_the_shipped_tokenizer_stays_quick() -> None:
