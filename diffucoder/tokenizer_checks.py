@@ -153,6 +153,8 @@ def _reason_against(steps: list[Json], expressions: set[str]) -> str | None:
             if _REFERENCES.search(pattern["Regex"]):
                 return f"has an expression that refers to itself ({shown(pattern['Regex'])}), which is not supported"
         if step["type"] == "Replace":
+            if not any(pattern.values()):
+                return "replaces an empty text, on which the library stops; leave that step out"
             replaced = len(pattern["String"]) if "String" in pattern else 0
             growth *= max(1, len(step["content"]) / max(1, replaced) + (replaced == 0))
         if step["type"] == "Prepend" and len(step["prepend"]) > _MAX_GROWTH:

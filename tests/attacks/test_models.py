@@ -404,6 +404,13 @@ def test_links_inside_a_folder_and_of_the_hubs_cache_are_followed(tmp_path: Path
     assert load_tokenizer(snapshot).chat("hi") == load_tokenizer().chat("hi")
 
 
+@pytest.mark.parametrize("kind", ["String", "Regex"])
+def test_an_empty_text_is_not_replaced(kind: str) -> None:
+    step = {"type": "Replace", "pattern": {kind: ""}, "content": "x"}
+    with pytest.raises(CheckpointError, match="normalizer replaces an empty text"):
+        check_tokenizer_json({"model": {"vocab": {}}, "normalizer": step}, Path("tokenizer.json"))
+
+
 def test_blanks_are_cut_as_deepseek_coder_does_in_linear_time() -> None:
     pattern = {"Regex": r"\s+$"}
     step = {"type": "Split", "pattern": pattern, "behavior": "Isolated", "invert": False}
@@ -512,6 +519,8 @@ GGUFS = {
     "a text that is not UTF-8": gguf(field(8, struct.pack("<Q", 2) + b"\xff\xff")),
     "an array of 2**60 bytes": gguf(field(9, struct.pack("<IQ", 0, 2**60))),
     "an array of 2**60 texts": gguf(field(9, struct.pack("<IQ", 8, 2**60))),
+    "an array that nobody reads": gguf(field(9, struct.pack("<IQ", 8, 5000) + bytes(40_000))),
+    "a long vocabulary": gguf(field(9, struct.pack("<IQ", 0, 2**20 + 1) + bytes(2**20 + 1), "tokenizer.ggml.scores")),
     "arrays of arrays": gguf(field(9, struct.pack("<IQ", 9, 1) * 5000)),
     "an unknown type": gguf(field(99, b"")),
     "an unknown type of items": gguf(field(9, struct.pack("<IQ", 99, 1))),
