@@ -203,7 +203,7 @@ def test_damaged_and_missing_files(base_folder: Path, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"has no tokenizer.json, nor vocab.json and merges.txt"):
         Tokenizer.load(tmp_path)
     (tmp_path / "tokenizer.json").write_text('{"model"')
-    with pytest.raises(CheckpointError, match="tokenizer cannot be read"):
+    with pytest.raises(CheckpointError, match="cannot be read"):
         Tokenizer.load(tmp_path)
     (tmp_path / "tokenizer.json").unlink()
     (tmp_path / "tokenizer_config.json").write_text("[]")

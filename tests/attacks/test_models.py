@@ -404,11 +404,17 @@ def test_links_inside_a_folder_and_of_the_hubs_cache_are_followed(tmp_path: Path
     assert load_tokenizer(snapshot).chat("hi") == load_tokenizer().chat("hi")
 
 
-@pytest.mark.parametrize("kind", ["String", "Regex"])
-def test_an_empty_text_is_not_replaced(kind: str) -> None:
-    step = {"type": "Replace", "pattern": {kind: ""}, "content": "x"}
-    with pytest.raises(CheckpointError, match="normalizer replaces an empty text"):
+@pytest.mark.parametrize("pattern", [{"String": ""}, {"Regex": ""}, {"Regex": "a*"}, {"Regex": r"\b"}])
+def test_a_replacement_of_an_empty_text_is_one_line(pattern: dict[str, str]) -> None:
+    step = {"type": "Replace", "pattern": pattern, "content": "x"}
+    with pytest.raises(CheckpointError, match="normalizer cannot replace"):
         check_tokenizer_json({"model": {"vocab": {}}, "normalizer": step}, Path("tokenizer.json"))
+
+
+@pytest.mark.parametrize("pattern", [{"String": " "}, {"String": "\u2581"}, {"Regex": " {2,}"}])
+def test_replacements_of_published_models_are_read(pattern: dict[str, str]) -> None:
+    step = {"type": "Replace", "pattern": pattern, "content": "x"}
+    check_tokenizer_json({"model": {"vocab": {}}, "normalizer": step, "decoder": step}, Path("tokenizer.json"))
 
 
 def test_blanks_are_cut_as_deepseek_coder_does_in_linear_time() -> None:
