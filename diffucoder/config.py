@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic.fields import FieldInfo
 
 from diffucoder.errors import ConfigError
-from diffucoder.files import read_text
+from diffucoder.files import DEEPEST, is_deeper, read_text
 
 
 class Settings(BaseModel):
@@ -49,6 +49,8 @@ def load_settings(kind: type[S], path: Path | None = None, overrides: Iterable[s
         if not separator:
             raise ConfigError(f"setting {override!r} is not of the form key=value; write for example lr=1e-5")
         put(values, key.strip(), _parse(text.strip()))
+    if is_deeper(values, DEEPEST):
+        raise ConfigError(f"settings are tables over {DEEPEST} deep; write names such as lr or decoding.steps")
     return kind(**values)
 
 
@@ -74,7 +76,10 @@ def all_settings(kind: type[Settings], prefix: str = "") -> Iterator[tuple[str, 
 def read_toml(path: Path) -> dict[str, Any]:
     """The content of a TOML file. Raises ConfigError."""
     try:
-        return tomllib.loads(read_text(path))
+        content = tomllib.loads(read_text(path))
+        if is_deeper(content, DEEPEST):
+            raise ValueError(f"tables over {DEEPEST} deep")
+        return content
     except OSError as error:
         raise ConfigError(f"settings file {str(path)!r} cannot be read ({error.strerror}); check the path") from None
     except (ValueError, RecursionError) as error:  # also integers of thousands of digits, and brackets as deep

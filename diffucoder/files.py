@@ -27,7 +27,7 @@ Json = dict[str, Any]  # Any: whatever a JSON object holds
 LONGEST_LINE = 2**26  # bytes; the longest line of a published benchmark has 200,000
 LARGEST_FILE = 2**28  # bytes of a file that is read as a whole
 _MOST_UNPACKED = 100  # times its packed size, after LONGEST_LINE; JSON of programs has 5 to 30
-_DEEPEST = 200  # levels of lists and objects: code that walks through them must not run out of stack
+DEEPEST = 200  # levels of lists and objects: code that walks through them must not run out of stack
 
 
 class UnreadableError(OSError):
@@ -50,9 +50,12 @@ def write_text(path: str | Path, text: str) -> None:
     A link is replaced: in a stranger's folder it could lead to any file. Resolve the path of one that may be followed.
     """
     path = Path(path)
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")  # several processes may write the same file
+    # several processes may write the same file, and its name may be as long as names can be
+    partial = path.parent / f"{path.name[:50]}.{os.getpid()}.partial"
     try:
-        partial.write_text(text, encoding="utf-8", errors="backslashreplace")  # JSON may spell half characters
+        partial.unlink(missing_ok=True)
+        with partial.open("x", encoding="utf-8", errors="backslashreplace") as file:  # "x" follows no link
+            file.write(text)  # JSON may spell half characters
         if path.exists() and not path.is_symlink():
             shutil.copymode(path, partial)
         partial.replace(path)
@@ -238,15 +241,20 @@ def parse_json(text: str) -> Any:  # Any: whatever JSON can hold
         raise ValueError(f"not JSON ({error.msg} at character {error.pos + 1})") from None
     except (ValueError, RecursionError) as error:  # numbers of thousands of digits, brackets thousands deep
         raise ValueError(f"not JSON that can be read ({error})") from None
+    if is_deeper(document, DEEPEST):
+        raise ValueError(f"not JSON that can be read (lists or objects over {DEEPEST} deep)")
+    return document
+
+
+def is_deeper(document: Any, most: int) -> bool:  # Any: whatever JSON or TOML can hold
+    """Whether lists and objects are inside each other `most` times and more: they exhaust the stack of their reader."""
     level = [document]
-    for _ in range(_DEEPEST):
+    for _ in range(most):
         deeper: list[Any] = []
         for value in level:
             if isinstance(value, dict):
                 deeper += value.values()
             elif isinstance(value, list):
                 deeper += value
-        if not deeper:
-            return document
         level = deeper
-    raise ValueError(f"not JSON that can be read (lists or objects over {_DEEPEST} deep)")
+    return bool(level)

@@ -12,7 +12,7 @@ import stat
 from pathlib import Path
 
 from diffucoder.errors import CheckpointError
-from diffucoder.files import Json, decode_text
+from diffucoder.files import Json, decode_text, is_deeper
 
 _MAX_TEXT = 16 * 2**20  # bytes: the index of a model with 10,000 experts has 8 MiB
 _MAX_VOCABULARY = 64 * 2**20  # of 250,000 tokens: 33 MiB
@@ -27,7 +27,8 @@ def read_json(path: Path) -> Json:
         return {}
     try:
         content = json.loads(text)
-        _check_depth(content)
+        if is_deeper(content, _MAX_DEPTH):
+            raise ValueError(f"brackets more than {_MAX_DEPTH} deep")
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} cannot be read as JSON ({one_line(error)}); fetch it again") from error
     if not isinstance(content, dict):
@@ -89,18 +90,3 @@ def _is_inside(target: Path, folder: Path) -> bool:
     if folder.parent.name == "snapshots" and target.is_relative_to(folder.parent.parent / "blobs"):
         return True
     return target.is_relative_to(folder)
-
-
-def _check_depth(content: object) -> None:
-    """Raise ValueError for lists and objects inside each other that would exhaust the stack of whoever walks them."""
-    level = [content]
-    for _ in range(_MAX_DEPTH):
-        inside: list[object] = []
-        for each in level:
-            if isinstance(each, dict):
-                inside += [value for value in each.values() if isinstance(value, (dict, list))]
-            elif isinstance(each, list):
-                inside += [value for value in each if isinstance(value, (dict, list))]
-        level = inside
-    if level:
-        raise ValueError(f"brackets more than {_MAX_DEPTH} deep")

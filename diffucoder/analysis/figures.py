@@ -38,6 +38,7 @@ def draw(report: Json, folder: Path) -> dict[str, str]:
             figure.savefig(text, format="svg", metadata={"Date": None})
             svg = text.getvalue()
             write_text(folder / f"{name}.svg", svg)
+            (folder / f"{name}.png").unlink(missing_ok=True)  # a link could lead to any file
             figure.savefig(folder / f"{name}.png", dpi=150, metadata={"Software": None})
             inline = svg[svg.index("<svg") :]
             drawings[name] = inline.replace(_INK, "currentColor").replace("fill: #ffffff", "fill: none")
@@ -90,7 +91,7 @@ def _by_temperature(runs: Sequence[Json]) -> list[_Panel]:
     for name in _TEMPERED:
         lines: list[_Line] = []
         for group in groups.values():
-            having = [run for run in group if name in run["figures"]]
+            having = [run for run in group if name in run["figures"] and run["settings"].get("temperature") is not None]
             having.sort(key=lambda run: run["settings"]["temperature"])
             if having:
                 x = [run["settings"]["temperature"] for run in having]

@@ -200,9 +200,10 @@ def mean_map(maps: Iterable[np.ndarray], most: int = 64) -> np.ndarray:
         shape = np.maximum(total.shape, entropies.shape)
         if np.prod(shape) > LARGEST_MAP:
             raise ConfigError(f"entropies of {shape[0]:,} steps and {shape[1]:,} tokens are too many to be averaged")
-        more = [(0, new - old) for new, old in zip(shape, total.shape, strict=True)]
-        total = np.pad(total, more)
-        count = np.pad(count, more)
+        if (shape > total.shape).any():
+            more = [(0, new - old) for new, old in zip(shape, total.shape, strict=True)]
+            total = np.pad(total, more)
+            count = np.pad(count, more)
         total[:steps, :length] += np.nan_to_num(entropies)
         count[:steps, :length] += ~np.isnan(entropies)
     if not total.size:

@@ -137,7 +137,7 @@ def read_runs(paths: Iterable[Path], model: str | None = None) -> list[Run]:
         for trace in read_traces(file):
             tokenizer = _tokenizer(model) if model else _tokenizer_of(trace.model, file)
             _check_tokens(trace, tokenizer, file)
-            settings = {"model": trace.model, **prompts, **trace.params}
+            settings = {"model": trace.model, **prompts, **trace.params} | {"model": trace.model}
             settings.pop("seed", None)
             set_values = {name: value for name, value in settings.items() if value is not None}  # old traces lack some
             key = json.dumps([str(path) if path.is_dir() else "", set_values], sort_keys=True)

@@ -1,5 +1,6 @@
 """The commands that write: `diffucoder generate`, `infill` and `edit`; `chat` is in a module of its own."""
 
+import io
 import json
 import math
 import re
@@ -128,14 +129,15 @@ def edit(
 
     _check_in_place(path, params, in_place)
     text = _read_text(path)
-    plain = _as_models_know(text)
+    places = _spans_of(text, lines)
     coder = load_model(model, dtype, device)
     spans = []
-    for start, end in _spans_of(plain, lines):
-        spans.append(Span(start, end, tokens or max(1, len(coder.tokenizer.encode(plain[start:end])))))
-    request = coder.edit_request(plain, spans, params)
+    for start, end in places:
+        length = tokens or max(1, len(coder.tokenizer.encode(_as_models_know(text[start:end]))))
+        spans.append(Span(len(_as_models_know(text[:start])), len(_as_models_know(text[:end])), length))
+    request = coder.edit_request(_as_models_know(text), spans, params)
     [results] = decode(coder, [request], watched=watch)
-    results = [replace(result, text=_replaced(text, _spans_of(text, lines), result.pieces)) for result in results]
+    results = [replace(result, text=_replaced(text, places, result.pieces)) for result in results]
     _finish_file(path, results, coder, as_json=as_json, in_place=in_place, shown=watch)
     _write_traces(trace, results)
 
@@ -198,9 +200,10 @@ def _requests_of(prompt: str | None, file: Path | None) -> list[str]:
         if prompt is not None:
             raise ConfigError("a request and --prompts are given; leave one of them out")
         requests = []
-        for number, line in enumerate(_read_text(str(file)).removeprefix(BYTE_ORDER_MARK).splitlines(), 1):
+        for number, line in enumerate(_lines_of(_read_text(str(file)).removeprefix(BYTE_ORDER_MARK)), 1):
             if line.strip():
-                requests.append(_request_in(line, f"{file}:{number}") if file.suffix == ".jsonl" else line)
+                request = line.rstrip("\r\n")
+                requests.append(_request_in(request, f"{file}:{number}") if file.suffix == ".jsonl" else request)
         if not requests:
             raise PromptError(f"file {str(file)!r} has no requests; write one a line")
         return requests
@@ -260,7 +263,7 @@ def _write_traces(path: Path | None, results: "Sequence[Generation]") -> None:
 def _spans_of(text: str, lines: Sequence[str]) -> list[tuple[int, int]]:
     """Begin and end of each span of lines, without indentation and line end, in order. Raises ConfigError."""
     starts = [0]
-    for line in text.splitlines(keepends=True):
+    for line in _lines_of(text):
         starts.append(starts[-1] + len(line))
     spans = []
     for span in lines:
@@ -270,12 +273,17 @@ def _spans_of(text: str, lines: Sequence[str]) -> list[tuple[int, int]]:
             raise ConfigError(f"--lines {span!r} is not a line or a range of the {len(starts) - 1} lines, such as 3:5")
         written = text[starts[first - 1] : starts[last]]
         end = starts[first - 1] + len(written.rstrip("\r\n"))
-        spans.append((end - len(written.rstrip("\r\n").lstrip(" \t")), end))
+        spans.append((end - len(written.rstrip("\r\n").lstrip(BYTE_ORDER_MARK + " \t")), end))
     spans.sort()
-    for (_, end), (start, _) in pairwise(spans):
-        if start < end:
+    for span_before, (start, end) in pairwise(spans):
+        if start < span_before[1] or (start, end) == span_before:  # the same blank line
             raise ConfigError(f"--lines {' and '.join(lines)} overlap; give each line once")
     return spans
+
+
+def _lines_of(text: str) -> Iterator[str]:
+    """The lines as editors count them: other separators that Python knows, such as a form feed, end none."""
+    return io.StringIO(text, newline="")
 
 
 def _as_models_know(text: str) -> str:

@@ -26,6 +26,7 @@ FORMAT = "diffucoder-trace"
 VERSION = 3
 LONGEST_ANSWER = 2**15  # tokens, as the next two limits of what is read: a file of traces may be anybody's
 _MOST_STEPS = 10**6
+_HOTTEST = 10**9  # temperature; larger ones cannot be drawn
 LARGEST_MAP = 2**24  # entropies of a trace, as 4,096 steps of 4,096 tokens have
 
 
@@ -165,8 +166,8 @@ def _problem(trace: Trace) -> str | None:
         if any(isinstance(each, list | dict) for each in values):
             return f"params.{name[:40]} is not a value of a setting"
     temperature = trace.params.get("temperature") or 0.0
-    if not isinstance(temperature, int | float) or not 0 <= temperature < math.inf:
-        return f"params.temperature is {str(temperature)[:40]!r}, not a number of 0 or more"
+    if not isinstance(temperature, int | float) or not 0 <= temperature <= _HOTTEST:
+        return f"params.temperature is {str(temperature)[:40]!r}, not a number from 0 to {_HOTTEST:,}"
     try:
         _ = trace.entropy_map
     except (ValueError, zlib.error) as error:

@@ -17,7 +17,9 @@ from diffucoder.model_files import is_regular, one_line, shown
 _FORMATS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}  # by type
 _STRING = 8
 _ARRAY = 9
-_MAX_ITEMS = 2**21  # of all arrays together: a vocabulary of 250,000 tokens has 1.3 million
+_MAX_ITEMS = 2**20  # of all arrays together, which transformers reads slowly: Llama 3's 128,256 tokens have 540,000
+_MAX_OTHER_ITEMS = 2**12  # of an array that is not of the vocabulary
+_VOCABULARY = tuple(f"tokenizer.ggml.{name}" for name in ("tokens", "token_type", "scores", "merges"))
 _MAX_TEXT = 2**24  # bytes of one string
 _MAX_DIMENSIONS = 4
 
@@ -67,6 +69,8 @@ class _Reader:
         for key in self.keys(field_count):
             (kind,) = self.numbers("I")
             fields[key] = self.value(kind)
+            if isinstance(fields[key], list) and len(fields[key]) > _MAX_OTHER_ITEMS and key not in _VOCABULARY:
+                raise ValueError(f"{shown(key)} has {len(fields[key]):,} items, over {_MAX_OTHER_ITEMS:,}")
         tensors: dict[str, Tensor] = {}
         for name in self.keys(tensor_count):
             (dimensions,) = self.numbers("I")

@@ -22,8 +22,10 @@ import torch
 
 from diffucoder import files
 from diffucoder.analysis.order import mean_map
+from diffucoder.analysis.report import write
+from diffucoder.analysis.settings import Conventions
 from diffucoder.cli import main
-from diffucoder.decoding.trace import Trace, as_json, global_ar_ness, write_traces
+from diffucoder.decoding.trace import Trace, as_json, global_ar_ness, pack_entropies, write_traces
 from diffucoder.errors import CheckpointError, ConfigError, printable
 from diffucoder.files import UnreadableError, parse_json, read_bytes, read_lines, read_whole_lines, write_json
 from diffucoder.models.hub import SHIPPED
@@ -181,6 +183,7 @@ BOMB = base64.b64encode(zlib.compress(bytes(2**27), 9)).decode()
         ({"entropies": BOMB}, "entropies"),
         ({"params": {"temperature": "hot"}}, "temperature"),
         ({"params": {"temperature": float("inf")}}, "temperature"),
+        ({"params": {"temperature": 10**400}}, "temperature"),
         ({"params": {"policy": {"a": 1}}}, "params.policy"),
         ({"params": {"stop": [["a"]]}}, "params.stop"),
         ({"id": 5}, "id is"),
@@ -194,6 +197,32 @@ def test_a_hostile_trace_is_one_line(tmp_path: Path, refused: Refused, change: J
     line = refused("order", "--traces", path)
     assert reason in line
     assert "t.jsonl" in line
+
+
+def test_settings_that_only_some_traces_have_are_drawn(tmp_path: Path) -> None:
+    settings: list[Json] = [{}, {"temperature": None}, {"temperature": 0.5}, {"temperature": 1}, {"model": ["a"]}]
+    entropies = pack_entropies([torch.ones(2)] * 2)
+    rows = [{**GOOD, "model": "tiny", "params": params, "entropies": entropies} for params in settings]
+    (tmp_path / "t.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    report = write(tmp_path / "report", [tmp_path / "t.jsonl"], Conventions())
+    assert {run["settings"]["model"] for run in report["runs"]} == {"tiny"}
+    assert (tmp_path / "report" / "temperature.svg").exists()
+
+
+def test_drawings_and_texts_are_written_through_no_link(tmp_path: Path) -> None:
+    (tmp_path / "t.jsonl").write_text(json.dumps({**GOOD, "model": "tiny"}) + "\n")
+    report = tmp_path / "report"
+    report.mkdir()
+    names = ["ar_ness.png", "ar_ness.svg", "index.html", f"index.html.{os.getpid()}.partial"]
+    for name in names:
+        (report / name).symlink_to(tmp_path / "elsewhere")
+    write(report, [tmp_path / "t.jsonl"], Conventions())
+    assert not (tmp_path / "elsewhere").exists()
+
+
+def test_a_name_may_be_as_long_as_names_can_be(tmp_path: Path) -> None:
+    files.write_text(tmp_path / ("x" * 255), "text")
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["text"]
 
 
 @pytest.mark.parametrize("content", [b"", b"\xff", DEEP.encode(), b"{}", b"\x1f\x8bxx", b"[]\n", b'{"format": 1e999}'])
@@ -365,11 +394,17 @@ def test_costs_that_are_no_numbers_count_as_nothing(tokens: object) -> None:
         "steps = '\\u001b'",
         '"\\u001b[2J" = 1',
         "\0",
+        f"run.{'a.' * 5000}b = 1",
+        f"[decoding]\ntemperature.{'a.' * 5000}b = 1",
     ],
 )
 def test_a_hostile_recipe_is_one_line(tmp_path: Path, refused: Refused, content: str) -> None:
     (tmp_path / "recipe.toml").write_text(content)
     refused("train", "sft", tmp_path / "recipe.toml")
+
+
+def test_a_setting_of_many_tables_is_one_line(refused: Refused) -> None:
+    assert "over 200 deep" in refused("train", "sft", "--set", f"run.{'a.' * 5000}b=1")
 
 
 def test_a_recipe_that_is_a_pipe_is_one_line(tmp_path: Path, refused: Refused) -> None:

@@ -13,18 +13,21 @@ import struct
 import subprocess
 import sys
 import time
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from tokenizers import Regex, pre_tokenizers
 
 from diffucoder.errors import CheckpointError, PromptError
 from diffucoder.models.checkpoint import find_checkpoint, load_tokenizer
 from diffucoder.models.gguf import read_gguf
 from diffucoder.models.hub import SHIPPED
 from diffucoder.tokenizer import Tokenizer
+from diffucoder.tokenizer_checks import check_tokenizer_json
 
 CONFIG = json.loads((SHIPPED / "config.json").read_text())
 ROLES = json.loads((SHIPPED / "tokenizer_config.json").read_text())
@@ -401,6 +404,32 @@ def test_links_inside_a_folder_and_of_the_hubs_cache_are_followed(tmp_path: Path
     assert load_tokenizer(snapshot).chat("hi") == load_tokenizer().chat("hi")
 
 
+@pytest.mark.parametrize("pattern", [{"String": ""}, {"Regex": ""}, {"Regex": "a*"}, {"Regex": r"\b"}])
+def test_a_replacement_of_an_empty_text_is_one_line(pattern: dict[str, str]) -> None:
+    step = {"type": "Replace", "pattern": pattern, "content": "x"}
+    with pytest.raises(CheckpointError, match="normalizer cannot replace"):
+        check_tokenizer_json({"model": {"vocab": {}}, "normalizer": step}, Path("tokenizer.json"))
+
+
+@pytest.mark.parametrize("pattern", [{"String": " "}, {"String": "\u2581"}, {"Regex": " {2,}"}])
+def test_replacements_of_published_models_are_read(pattern: dict[str, str]) -> None:
+    step = {"type": "Replace", "pattern": pattern, "content": "x"}
+    check_tokenizer_json({"model": {"vocab": {}}, "normalizer": step, "decoder": step}, Path("tokenizer.json"))
+
+
+def test_blanks_are_cut_as_deepseek_coder_does_in_linear_time() -> None:
+    pattern = {"Regex": r"\s+$"}
+    step = {"type": "Split", "pattern": pattern, "behavior": "Isolated", "invert": False}
+    check_tokenizer_json({"model": {"vocab": {}}, "pre_tokenizer": step}, Path("tokenizer.json"))
+    slow, fast = (pre_tokenizers.Split(Regex(each), "isolated") for each in (r"\s+$", pattern["Regex"]))
+    for characters in product(" \n\ra", repeat=6):
+        text = "".join(characters)
+        assert slow.pre_tokenize_str(text) == fast.pre_tokenize_str(text)
+    began = time.process_time()
+    fast.pre_tokenize_str(" " * 2**20 + "x")
+    assert time.process_time() - began < 5
+
+
 def test_loading_the_shipped_tokenizer_stays_quick() -> None:
     load_tokenizer()  # imports
     times = []
@@ -496,6 +525,8 @@ GGUFS = {
     "a text that is not UTF-8": gguf(field(8, struct.pack("<Q", 2) + b"\xff\xff")),
     "an array of 2**60 bytes": gguf(field(9, struct.pack("<IQ", 0, 2**60))),
     "an array of 2**60 texts": gguf(field(9, struct.pack("<IQ", 8, 2**60))),
+    "an array that nobody reads": gguf(field(9, struct.pack("<IQ", 8, 5000) + bytes(40_000))),
+    "a long vocabulary": gguf(field(9, struct.pack("<IQ", 0, 2**20 + 1) + bytes(2**20 + 1), "tokenizer.ggml.scores")),
     "arrays of arrays": gguf(field(9, struct.pack("<IQ", 9, 1) * 5000)),
     "an unknown type": gguf(field(99, b"")),
     "an unknown type of items": gguf(field(9, struct.pack("<IQ", 99, 1))),

@@ -80,6 +80,15 @@ def test_requests_of_a_jsonl_file_are_numbered_in_json(cli: Run, tmp_path: Path)
     assert_refused(cli("generate", "--prompts", path), f'{path}:2 has no text "prompt"')
 
 
+@pytest.mark.parametrize("separator", ["\u2028", "\x85", "\f"])
+def test_only_line_ends_end_a_request(cli: Run, tmp_path: Path, separator: str) -> None:
+    request = f"{REQUEST}{separator}x"
+    (tmp_path / "requests.txt").write_text(f"{request}\r\n", encoding="utf-8", newline="")
+    (tmp_path / "requests.jsonl").write_text(json.dumps({"prompt": request}, ensure_ascii=False), encoding="utf-8")
+    for name in ("requests.txt", "requests.jsonl"):
+        assert cli("generate", "--prompts", tmp_path / name, *QUICK) == cli("generate", request, *QUICK)
+
+
 def test_an_empty_answer_says_so(cli: Run) -> None:
     outcome = cli("generate", REQUEST, *QUICK, "--stop", "def", "--stop", " ")
     assert (outcome.code, outcome.out.strip()) == (0, "")
@@ -195,9 +204,33 @@ def test_edit_writes_the_given_lines_again_and_nothing_else(cli: Run, tmp_path: 
     assert written.endswith(line_end.join(["", *lines[3:]]))
 
 
-@pytest.mark.parametrize("lines", ["0", "5", "2:1", "x", "1:9", "2:3 --lines 3"])
+@pytest.mark.parametrize(
+    ("text", "kept"),
+    [
+        ("a = 1\n\f\n    b = 2\nc = 3\n", "a = 1\n\f\n    "),
+        ("a = '\u2028\x85'\nd = 1\n    b = 2\nc = 3\n", "a = '\u2028\x85'\nd = 1\n    "),
+        ("a = 1\r\r\n    b = 2\r\nc = 3\n", "a = 1\r\r\n    "),
+    ],
+)
+def test_lines_are_those_of_an_editor(cli: Run, tmp_path: Path, text: str, kept: str) -> None:
+    path = tmp_path / "code.py"
+    path.write_bytes(text.encode())
+    assert cli("edit", path, "--lines", "3", "--dtype", "float32", "--in-place").code == 0
+    written = path.read_bytes().decode()
+    assert written.startswith(kept)
+    assert written.endswith("\nc = 3\n")
+
+
+def test_a_file_that_begins_with_a_mark_keeps_it_and_its_indentation(cli: Run, tmp_path: Path) -> None:
+    path = tmp_path / "code.py"
+    path.write_bytes("\ufeff    a = 1\nb = 2\n".encode())
+    assert cli("edit", path, "--lines", "1", "--dtype", "float32", "--in-place").code == 0
+    assert path.read_bytes().decode().startswith("\ufeff    ")
+
+
+@pytest.mark.parametrize("lines", ["0", "6", "2:1", "x", "1:9", "2:3 --lines 3", "4 --lines 4"])
 def test_lines_that_are_not_there_are_rejected(cli: Run, tmp_path: Path, lines: str) -> None:
-    (tmp_path / "code.py").write_text("a = 1\nb = 2\nc = 3\n")
+    (tmp_path / "code.py").write_text("a = 1\nb = 2\nc = 3\n\n")
     assert_refused(cli("edit", tmp_path / "code.py", "--lines", *lines.split()), "--lines")
 
 
