@@ -251,6 +251,7 @@ ODD = [
     b'={"digest":[]}', b'={"dict":{"a":1}}', b'={"frozenset":[{"digest":1}]}', b'="\\ud800"',
     b'={"decimal":"x"}', b'={"decimal":[1]}', b'={"subclass":null}', b'={"subclass":{"subclass":2}}',
     b'={"array":[1,"d",[2]]}', b'={"array":[1,[2]]}', b'={"array":[0,{"d":2}]}',
+    b'={"array":[1000000000000000000,"O",1]}', b'={"array":[700000000,"U","x"]}', b'={"array":[-1,"O",[1]]}',
     b'={"array":[99,"d",2]}', b'={"array":[0,2]}', b'={"d":[2]}', b'={"d":"2"}', b'={"g":"00"}', b'={"b":300}',
     b'={"V":2}',
     b'={"items":[1]}', b'={"keys":[[1]]}', b'={"UserString":5}', b'={"Counter":[[[],1]]}', b'={"memoryview":5}',
