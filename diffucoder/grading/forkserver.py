@@ -165,13 +165,15 @@ def watch(program: int, streams: list[int], control: socket.socket, seconds: flo
 
 
 def reap(program: int) -> tuple[int, int] | None:
-    """Exit code and peak memory of the program once it has ended. Process 1 also reaps orphans."""
+    """Exit code and peak memory of the program once it has ended, or was stopped. Process 1 also reaps orphans."""
     while True:
-        process, status, usage = os.wait4(-1, os.WNOHANG)
+        process, status, usage = os.wait4(-1, os.WNOHANG | os.WUNTRACED)
         if process == 0:
             return None
         if process == program:
-            return os.waitstatus_to_exitcode(status), usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+            # else one that stops the runner, which counts its seconds, would hold this worker for far longer
+            code = -os.WSTOPSIG(status) if os.WIFSTOPPED(status) else os.waitstatus_to_exitcode(status)
+            return code, usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def enter_namespaces(tmpfs_bytes: int, stdin_bytes: int, home: bytes) -> None:

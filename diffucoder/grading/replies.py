@@ -31,7 +31,7 @@ from diffucoder.grading.syntax import (
 from diffucoder.tokenizer import TERMINATORS
 
 _TERMINATORS = re.compile("|".join(map(re.escape, TERMINATORS)))
-_TAG = r"(?:(?:\w+:)?think(?:ing)?|thoughts?|reasoning)[>\]▷]"
+_TAG = r"(?:(?:\w+:)?think(?:ing)?|thoughts?|reasoning|analysis|scratchpad)[>\]▷]"
 _THINKING = re.compile(rf"^[ \t]*(?:[<\[◁]{_TAG}|<\|begin_of_thought\|>)", re.MULTILINE | re.IGNORECASE)
 _END_OF_THINKING = re.compile(rf"[<\[◁]/{_TAG}|<\|end_of_thought\|>", re.IGNORECASE)
 _QUOTED_FENCE = re.compile(r"^>[ \t]*(?:```|~~~)", re.MULTILINE)
@@ -156,7 +156,7 @@ def _with_fences(text: str) -> str:
 
 
 def _other_forms(text: str) -> list[str]:
-    """What the text is if it is HTML, the record of an interpreter, or indented as a whole."""
+    """What the text is if it is HTML, the record of an interpreter, or has code only where it is indented."""
     forms = []
     if _HTML_CODE.search(text):
         forms.append(html.unescape("\n```\n".join(_HTML_CODE.split(text))))
@@ -168,7 +168,13 @@ def _other_forms(text: str) -> list[str]:
         elif _ANY_FENCE.match(line):
             typed.append(line)
     forms.append("\n".join(typed))
-    forms.append(textwrap.dedent(_THINKING.sub("", text)))
+    indented = []
+    for line in _THINKING.sub("", text).split("\n"):
+        if not line.strip() or line[0].isspace():
+            indented.append(line)
+        elif _CODE.match(line):  # which the indented lines may belong to
+            return forms
+    forms.append(textwrap.dedent("\n".join(indented)))
     return forms
 
 

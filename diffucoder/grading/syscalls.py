@@ -93,11 +93,17 @@ ALLOWED_WITHOUT: dict[str, tuple[tuple[int, int], int, int]] = {
 # The flags of clone3 are in memory, where a filter cannot read them. The timers of timer_create are counted per user.
 ABSENT: dict[str, tuple[int, int]] = {"clone3": (435, 435), "timer_create": (222, 107)}
 
+# Calls that seem to meet a file system without extended attributes. Commands that keep permissions then do without.
+UNSUPPORTED: dict[str, tuple[int, int]] = {
+    "setxattr": (188, 5), "lsetxattr": (189, 6), "fsetxattr": (190, 7),
+    "removexattr": (197, 14), "lremovexattr": (198, 15), "fremovexattr": (199, 16),
+}  # fmt: skip
+
 
 def system_call_filter(machine: str) -> bytes:
     """The filter of a machine of MACHINES, as a program in BPF.
 
-    A denied call fails with EPERM, one that seems not to be there with ENOSYS.
+    A denied call fails with EPERM, one that seems not to be there with ENOSYS, an unsupported one with EOPNOTSUPP.
     """
     load, equal, above, any_bit, give = 0x20, 0x15, 0x25, 0x45, 0x06  # opcodes: ld, jeq, jgt, jset, ret
     number, architecture, arguments = 0, 4, 16  # offsets in struct seccomp_data
@@ -113,14 +119,14 @@ def system_call_filter(machine: str) -> bytes:
     allow = step(give, 0x7FFF0000)
     deny = step(give, 0x00050000 | errno.EPERM)
     absent = step(give, 0x00050000 | errno.ENOSYS)
+    unsupported = step(give, 0x00050000 | errno.EOPNOTSUPP)
     # no calls of another architecture, such as 32-bit ones
     program = [step(load, architecture), step(equal, MACHINES[machine], 1, 0), deny, step(load, number)]
     newest = max(numbers[0] for numbers in ALLOWED.values())
     program += [step(above, newest, 0, 1), absent]  # x32 calls too: their numbers begin at 0x40000000
-    for numbers in ALLOWED.values():
-        program += on_call(numbers[column], [allow])
-    for numbers in ABSENT.values():
-        program += on_call(numbers[column], [absent])
+    for table, verdict in ((ALLOWED, allow), (ABSENT, absent), (UNSUPPORTED, unsupported)):
+        for numbers in table.values():
+            program += on_call(numbers[column], [verdict])
     # The kernel reads 32 bits of each of these arguments.
     for numbers, index, values in ALLOWED_WITH.values():
         then = [step(load, arguments + 8 * index)]

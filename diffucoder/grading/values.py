@@ -148,7 +148,7 @@ def _array(dimensions: int, character: str, content: Any) -> Any:
 
     if character not in ("U", "S", "O"):
         return np.array(_numpy(character, content), ndmin=dimensions)
-    array = np.empty((1,) * dimensions, object)
+    array = np.array(None, object, ndmin=dimensions)  # raises ValueError for more dimensions than numpy has
     array[(0,) * dimensions] = from_json(content)
     if character == "O":
         return array

@@ -112,6 +112,11 @@ ANYTHING = "class A: pass\ndef f(*a): return A()"
         ("class Solution:\n    def f(self, x): return 1", ["assert Solution().f(3) == 1", "assert Solution().f(4)"]),
         (ANYTHING, ["assert f(3)", "assert f(3) is not None", "assert f(4) != 5"]),
         (ANYTHING, ["assert f(3) not in [1, 2]", "assert not f(3) == 4"]),
+        ("def f(x): return 55", ["assert 0 <= f(3) <= 100", "assert 55 <= f(4) <= 60"]),
+        (
+            "def f(x): return float('nan')\nint = lambda x: x",
+            ["assert not int(f(3)) > 9", "assert not int(f(4)) < 20"],
+        ),
     ],
 )
 def test_tests_that_a_constant_passes_earn_nothing_and_are_not_trained_on(

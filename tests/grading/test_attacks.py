@@ -48,7 +48,7 @@ def asked(program: str, box: Sandbox, limits: Limits = DEFAULT_LIMITS) -> list[O
     [
         pytest.param("import os\nos.kill(os.getppid(), 9)", "killed", 5.0, id="killing the runner"),
         pytest.param("import os\nos.kill(-1, 9)", "killed", 5.0, id="killing everybody"),
-        pytest.param("import os\nos.kill(os.getppid(), 19)", "timeout", 0.3, id="stopping the runner"),
+        pytest.param("import os\nos.kill(os.getppid(), 19)", "killed", 5.0, id="stopping the runner"),
         pytest.param(
             "import os, time\ndef f(x):\n    os.kill(os.getppid(), 9)\n    time.sleep(9)",
             "killed",
@@ -251,6 +251,7 @@ ODD = [
     b'={"digest":[]}', b'={"dict":{"a":1}}', b'={"frozenset":[{"digest":1}]}', b'="\\ud800"',
     b'={"decimal":"x"}', b'={"decimal":[1]}', b'={"subclass":null}', b'={"subclass":{"subclass":2}}',
     b'={"array":[1,"d",[2]]}', b'={"array":[1,[2]]}', b'={"array":[0,{"d":2}]}',
+    b'={"array":[1000000000000000000,"O",1]}', b'={"array":[700000000,"U","x"]}', b'={"array":[-1,"O",[1]]}',
     b'={"array":[99,"d",2]}', b'={"array":[0,2]}', b'={"d":[2]}', b'={"d":"2"}', b'={"g":"00"}', b'={"b":300}',
     b'={"V":2}',
     b'={"items":[1]}', b'={"keys":[[1]]}', b'={"UserString":5}', b'={"Counter":[[[],1]]}', b'={"memoryview":5}',
@@ -522,6 +523,15 @@ def test_who_sleeps_for_long_is_timed_out(box: Sandbox) -> None:
     with in_time(5):
         verdict = grade("import time\ntime.sleep(60)\n", ["assert f(1) == 1"] * 3, Limits(seconds=0.4), sandbox=box)
     assert [test.status for test in verdict.tests] == ["timeout"] * 3
+
+
+def test_who_stops_the_runner_ends_the_run(box: Sandbox) -> None:
+    program = "import os, signal, time\ndef f(x):\n    os.kill(os.getppid(), signal.SIGSTOP)\n    time.sleep(99)\n"
+    verdict = grade(program, ["assert f(1) == 2"], sandbox=box)
+    assert (verdict.passed, verdict.status, verdict.detail) == (False, "killed", "test 1: signal SIGSTOP")
+    assert verdict.seconds < 5
+    child = "import os, signal\nchild = os.fork() or os.kill(os.getpid(), signal.SIGSTOP)\nif child:\n"
+    assert box.run(child + "    os.waitpid(child, os.WUNTRACED)\n    print('its own')\n").stdout == "its own\n"
 
 
 def test_a_call_that_worked_and_then_ended_its_process_costs_only_itself(box: Sandbox) -> None:
