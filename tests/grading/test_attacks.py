@@ -5,13 +5,14 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from time import process_time
 
 import pytest
-from machine import in_time, wait_for
+from machine import in_time, living, wait_for
 
 from diffucoder.decoding.requests import Generation
 from diffucoder.decoding.trace import Trace
@@ -62,23 +63,28 @@ def test_calls_that_the_runner_never_answered_are_lost(program: str, status: str
     assert [outcome.status for outcome in outcomes] == [status, status]
 
 
-def test_calls_are_lost_where_the_whole_worker_is_killed() -> None:
+def test_calls_are_lost_where_the_whole_worker_is_killed_each_time(monkeypatch: pytest.MonkeyPatch) -> None:
     marker = f"marker-{uuid.uuid4()}"
     program = (
         f"import subprocess\nsubprocess.run(['/usr/bin/python3', '-c', 'import time; time.sleep(60)', {marker!r}])"
     )
+    workers = []
     with Sandbox(1) as own:
-        own.run("pass")
-        (worker,) = own._idle
+        new_worker = own._new_worker
+        monkeypatch.setattr(own, "_new_worker", lambda: workers.append(new_worker()) or workers[-1])
 
-        def kill_once_it_runs() -> None:
-            wait_for(marker)
-            os.killpg(worker.process.pid, signal.SIGKILL)
+        def kill_whatever_runs_it() -> None:
+            for number in range(3):  # a program is run so many times
+                wait_for(marker)
+                os.killpg(workers[number].process.pid, signal.SIGKILL)
+                while living(marker):
+                    time.sleep(0.01)
 
-        killer = threading.Thread(target=kill_once_it_runs)
+        killer = threading.Thread(target=kill_whatever_runs_it)
         killer.start()
         outcomes = call(program, [Call("f(2)")], Limits(seconds=60), sandbox=own, until_failure=True)
         killer.join()
+    assert len(workers) == 3
     assert [outcome.status for outcome in outcomes] == ["killed"]
 
 
