@@ -123,23 +123,21 @@ def test_a_full_disk_behind_the_output_is_one_line(arguments: tuple[str, ...]) -
 
 def test_a_reader_that_leaves_ends_the_command_quietly() -> None:
     command = [sys.executable, "-m", "diffucoder", "generate", "--help"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    assert process.stdout is not None
-    process.stdout.close()
-    _, err = process.communicate(timeout=60)
-    assert (process.returncode, err) == (1, b"")
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        process.stdout.close()
+        assert process.stderr is not None
+        assert process.stderr.read() == b""
+    assert process.returncode == 1
 
 
-@pytest.mark.parametrize("seconds", [0.05, 0.3, 1.0])
+@pytest.mark.parametrize("seconds", [0.15, 0.4, 1.0, 2.0])
 def test_ctrl_c_at_any_moment_is_no_traceback(seconds: float) -> None:
-    process = subprocess.Popen(
-        [sys.executable, "-m", "diffucoder", "generate", REQUEST], stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    )
-    with open(f"/proc/{process.pid}/cmdline") as file:  # the program has begun
-        assert "diffucoder" in file.read()
-    time.sleep(0.1 + seconds)
-    process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=60)
+    command = [sys.executable, "-m", "diffucoder", "generate", REQUEST]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        time.sleep(seconds)
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=60)
     assert b"Traceback" not in err or b"site.py" in err  # the interpreter's own start
 
 
