@@ -26,6 +26,7 @@ from diffucoder import errors
 
 _SERVE = "from diffucoder.limited import _serve; _serve()"
 _PAUSES = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0)  # seconds before a child that did not start is tried again
+_CALLS = 3  # times that a call is made whose child was killed from outside
 _PATIENCE = 10  # seconds of the clock for each second of a processor: the machine may be busy
 
 
@@ -45,29 +46,43 @@ class Limited:
         os.register_at_fork(after_in_child=self._idle.clear)  # they answer the parent
 
     def __call__(self, function: Callable[..., Any], *args: Any) -> Any:  # Any: whatever JSON can hold
-        """Return `function(*args)`. Raises LimitError, and the package's own errors as the function raised them."""
-        try:
-            child = self._idle.pop()
-        except IndexError:
-            child = self._start_patiently()
+        """Return `function(*args)`. Raises LimitError, and the package's own errors as the function raised them.
+
+        A child that was killed from outside, by the system for lack of memory, is no limit: the call is made again.
+        """
         name = f"{function.__module__}:{function.__qualname__}"
-        answer = b""
-        assert child.stdin is not None
-        assert child.stdout is not None
-        with suppress(BrokenPipeError):
-            child.stdin.write(json.dumps([name, args]).encode() + b"\n")
-            child.stdin.flush()
-            answer = child.stdout.readline()
-        if not answer.endswith(b"\n"):
-            _stop([child])
-            raise LimitError(self._reason(child.returncode))
-        self._idle.append(child)
+        call = json.dumps([name, args]).encode() + b"\n"
+        for _ in range(_CALLS):
+            answer, status = self._ask(call)
+            if status != -signal.SIGKILL:
+                break
+        if status is not None:
+            raise LimitError(self._reason(status))
         kind, value = json.loads(answer)
         if kind is None:
             return value
         if hasattr(errors, kind):
             raise getattr(errors, kind)(value)
         raise LimitError(f"{kind}: {value}")
+
+    def _ask(self, call: bytes) -> tuple[bytes, int | None]:
+        """The answer of a child to a line, and its exit status if it ended instead."""
+        try:
+            child = self._idle.pop()
+        except IndexError:
+            child = self._start_patiently()
+        answer = b""
+        assert child.stdin is not None
+        assert child.stdout is not None
+        with suppress(BrokenPipeError):
+            child.stdin.write(call)
+            child.stdin.flush()
+            answer = child.stdout.readline()
+        if answer.endswith(b"\n"):
+            self._idle.append(child)
+            return answer, None
+        _stop([child])
+        return b"", child.returncode
 
     def _start_patiently(self) -> subprocess.Popen[bytes]:
         """Start a child. Where the machine lacks descriptors, processes or memory, wait for them half a minute."""
@@ -97,7 +112,7 @@ class Limited:
 def _stop(children: list[subprocess.Popen[bytes]]) -> None:
     for child in children:
         child.kill()
-        with child:  # closes the pipes, and waits
+        with suppress(BrokenPipeError), child:  # closes the pipes, which may hold a question for the dead, and waits
             pass
     children.clear()
 

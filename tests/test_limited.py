@@ -1,6 +1,8 @@
 """Calls in a child of their own: results and errors come back, and what is over a limit is killed."""
 
 import ctypes
+import os
+import signal
 import threading
 
 import pytest
@@ -24,6 +26,10 @@ def grow():
 
 def crash():
     return ctypes.string_at(0)
+
+
+def kill_itself():
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def refuse(text):
@@ -74,3 +80,17 @@ def test_nothing_is_left_when_it_is_closed(limited):
     [child] = limited._idle
     limited.close()
     assert child.returncode is not None
+
+
+def test_a_child_that_was_killed_from_outside_is_asked_again(limited):
+    limited(double, 1)
+    [child] = limited._idle
+    child.kill()
+    child.wait()
+    assert limited(double, "x" * 200_000) == "x" * 400_000
+
+
+def test_a_call_whose_children_are_all_killed_is_an_error(limited):
+    with pytest.raises(LimitError, match="crashed"):
+        limited(kill_itself)
+    assert limited(double, 4) == 8
