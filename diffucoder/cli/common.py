@@ -39,26 +39,21 @@ Model = Annotated[
         show_envvar=False,
     ),
 ]
-DType = Annotated[
-    str | None,
-    typer.Option(
-        help="of the weights; the fastest on this machine if left out",
-        metavar="|".join(_DTYPES),
-        autocompletion=lambda: list(_DTYPES),
-        envvar="DIFFUCODER_DTYPE",
+
+
+def _choice(name: str, choices: tuple[str, ...], text: str) -> Any:  # Any: as typer has it
+    """The option with a variable, such as $DIFFUCODER_DTYPE, that takes one of `choices`."""
+    return typer.Option(
+        help=text,
+        metavar="|".join(choices),
+        autocompletion=lambda: list(choices),
+        envvar=f"DIFFUCODER_{name}",
         show_envvar=False,
-    ),
-]
-Device = Annotated[
-    str | None,
-    typer.Option(
-        help="the best on this machine if left out",
-        metavar="|".join(_DEVICES),
-        autocompletion=lambda: list(_DEVICES),
-        envvar="DIFFUCODER_DEVICE",
-        show_envvar=False,
-    ),
-]
+    )
+
+
+DType = Annotated[str | None, _choice("DTYPE", _DTYPES, "of the weights; the fastest on this machine if left out")]
+Device = Annotated[str | None, _choice("DEVICE", _DEVICES, "the best on this machine if left out")]
 AsJson = Annotated[bool, typer.Option("--json", help="print one JSON object per result instead of text")]
 
 

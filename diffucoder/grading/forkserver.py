@@ -43,7 +43,7 @@ CAPABILITY_VERSION_3 = 0x20080522
 MIN_PAUSE = 0.0005  # seconds between two looks at a program
 MAX_PAUSE = 0.02
 MAX_TERMINALS = 16
-MAX_WAITING = 16  # connections that nobody has accepted, of a socket; each may hold 200 kB
+MAX_WAITING = 16  # unaccepted connections of a socket; each may hold 200 kB
 
 # Modules that programs import most often. The fork server imports them once, so they cost a job nothing.
 WARM = """bisect collections copy dataclasses datetime decimal fractions functools hashlib heapq itertools json math
@@ -53,7 +53,9 @@ CLONE = {"x86_64": 56, "aarch64": 220}  # the number of the system call
 
 
 def serve(control: socket.socket, isolated: bool) -> bytes:
-    """Fork a supervisor for every job, until the host hangs up. Returns only in the process of a program: its source.
+    """Fork a supervisor for every job, until the host closes the connection.
+
+    Returns only in the process of a program: its source.
 
     The process of a program returns from here, instead of running the program below this function: what the program
     finds up the stack must not be the fork server's.

@@ -290,7 +290,7 @@ def _chosen(blocks: Sequence[_Block], names: Sequence[str]) -> list[_Block]:
             candidates = [block for block in blocks if name in block.bound]
             best = max(candidates, key=lambda block: block.rank(name))
             is_new = defined.isdisjoint(best.definitions)
-            if is_new and defined and "*" not in everything:  # an alternative may use a package that nobody imports
+            if is_new and defined and "*" not in everything:  # an alternative may use a package that is not imported
                 is_new = names_at_once(best.statements or ()) <= everything
             if is_named or is_new:
                 chosen.add(best)
