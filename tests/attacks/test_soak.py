@@ -16,7 +16,7 @@ SOAK = Path(__file__).parents[2] / "tools" / "soak.py"
 
 
 def test_nothing_is_lost_in_twenty_seconds() -> None:
-    # latency is for `make soak` on a quiet machine
+    # latency and memory are for `make soak`: they need a quiet machine and more time
     options = ["--seconds", "20", "--clients", "4", "--deadline", "10", "--pressure", "0.05", "--times-alone", "inf"]
     ended = subprocess.run([sys.executable, SOAK, *options], capture_output=True, text=True)
     assert ended.returncode == 0, ended.stdout + ended.stderr
