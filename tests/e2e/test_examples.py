@@ -25,6 +25,11 @@ NOTEBOOKS = sorted(EXAMPLES.glob("*.ipynb"))
 LONGEST = 40  # lines of a program
 
 
+def test_the_page_of_examples_shows_every_program() -> None:
+    page = (EXAMPLES.parent / "docs" / "examples.md").read_text(encoding="utf-8")
+    assert set(re.findall(r'^--8<-- "examples/(.*)"$', page, re.MULTILINE)) == {path.name for path in PROGRAMS}
+
+
 def expected_output(program: str) -> str:
     """The block after "Output:" of the docstring; `...` in it is any text."""
     docstring = ast.get_docstring(ast.parse(program)) or ""

@@ -1,9 +1,9 @@
 """Oracle 14: what the README and the guides tell people to type runs.
 
-A fenced block whose first line is a comment `# not run: reason` (a network, a 7B model, make) is left out. The bash
-lines of a page run one after another in one folder, where the repository's files are at hand; its python blocks run as
-one program. Loading torch takes seconds: plain `diffucoder` lines, fed by a pipe or not, are called in this process,
-and the programs of all pages share one.
+A fenced block after the line `<!-- not run: reason -->` (a network, a 7B model, make) is left out. The bash lines of a
+page run one after another in one folder, where the repository's files are at hand; its python blocks run as one
+program. Loading torch takes seconds: plain `diffucoder` lines, fed by a pipe or not, are called in this process, and
+the programs of all pages share one.
 """
 
 import io
@@ -25,8 +25,8 @@ REPOSITORY = Path(__file__).parents[2]
 LEFT_OUT = {"design.md", "quickstart.md"}
 PAGES = sorted(p for p in [REPOSITORY / "README.md", *(REPOSITORY / "docs").glob("*.md")] if p.name not in LEFT_OUT)
 STRICT = ("-euo", "pipefail", "-c")
-_FENCE = re.compile(r"^([ ]*)```(\w+)[^\n]*\n(.*?)^\1```[ ]*$", re.MULTILINE | re.DOTALL)
-_NOT_RUN = re.compile(r"\s*#\s*not run:\s*\S")
+NOT_RUN = r"(?:^[ ]*(<!-- not run: \S[^\n]*-->)\n)?"  # before a fence
+_FENCE = re.compile(NOT_RUN + r"^([ ]*)```(\w+)[^\n]*\n(.*?)^\2```[ ]*$", re.MULTILINE | re.DOTALL)
 _EACH_PAGE = """
 import sys
 for path in sys.argv[1:]:
@@ -37,9 +37,11 @@ for path in sys.argv[1:]:
 
 def blocks(page: str, language: str) -> list[str]:
     """The fenced blocks of one language that are meant to run."""
-    found = [(match[1], match[3]) for match in _FENCE.finditer(page) if match[2] == language]
-    texts = [re.sub(f"^{indent}", "", text, flags=re.MULTILINE) for indent, text in found]
-    return [text for text in texts if not _NOT_RUN.match(text)]
+    texts = []
+    for not_run, indent, its_language, text in _FENCE.findall(page):
+        if its_language == language and not not_run:
+            texts.append(re.sub(f"^{indent}", "", text, flags=re.MULTILINE))
+    return texts
 
 
 def lines(block: str) -> list[str]:
@@ -112,8 +114,8 @@ diffucoder models   # what is here
   if True:
       x = 1
   ```
+<!-- not run: needs a network -->
 ```bash
-# not run: needs a network
 diffucoder generate "x" --model cpgrpo
 ```
 ```

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_readme import STRICT, lines, plain, run
+from test_readme import NOT_RUN, STRICT, lines, plain, run
 
 from diffucoder.cli import main
 from diffucoder.errors import SandboxError
@@ -22,18 +22,17 @@ from diffucoder.grading.sandbox import isolation
 
 DOCS = Path(__file__).parents[2] / "docs"
 PAGES = [DOCS / "quickstart.md", *sorted((DOCS / "extend").glob("*.md"))]
-_BLOCK = re.compile(r"^```(bash|python|text)[^\n]*\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-_NOT_RUN = re.compile(r"\s*#\s*not run:\s*\S")
+_BLOCK = re.compile(NOT_RUN + r"^```(bash|python|text)[^\n]*\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
 def blocks(page: str) -> list[tuple[str, str, str | None]]:
     """Each block that runs: its language, its text, and the output below it, if any."""
-    found = [(match[1], match[2]) for match in _BLOCK.finditer(page)]
+    found = _BLOCK.findall(page)
     runnable = []
-    for at, (language, text) in enumerate(found):
-        following = found[at + 1] if at + 1 < len(found) else ("", "")
-        if language != "text" and not _NOT_RUN.match(text):
-            runnable.append((language, text, following[1] if following[0] == "text" else None))
+    for at, (not_run, language, text) in enumerate(found):
+        following = found[at + 1] if at + 1 < len(found) else ("", "", "")
+        if language != "text" and not not_run:
+            runnable.append((language, text, following[2] if following[1] == "text" else None))
     return runnable
 
 
@@ -90,8 +89,8 @@ echo a
 a
 ```
 
+<!-- not run: it needs a server -->
 ```python
-# not run: it needs a server
 x = 1
 ```
 
