@@ -1,4 +1,4 @@
-"""Settings of the analysis of order: what the paper leaves open. No torch: the command line makes options of them."""
+"""Settings of the analysis of order, for questions that the paper leaves open. No torch: they become options."""
 
 from typing import Literal
 
@@ -13,7 +13,7 @@ class Conventions(Settings):
     boundary: Literal["exclude", "include", "prompt"] = Field(
         default="exclude",
         description="the first k commitments of local AR-ness@k: exclude them, include them as failures, or count the "
-        "prompt as read in order before them",
+        "prompt as read in order before them (prompt)",
     )
     ordered: bool = Field(
         default=False,
@@ -21,10 +21,10 @@ class Conventions(Settings):
     )
     several: Literal["left_to_right", "surest_first", "at_once"] = Field(
         default="left_to_right",
-        description="tokens of a step come left_to_right, surest_first, or at_once (then none follows another)",
+        description="order of the tokens of one step: left_to_right, surest_first, or at_once (none follows another)",
     )
     span: Literal["answer", "interrupted", "canvas"] = Field(
         default="answer",
-        description="what is measured: the answer with its terminator, as if no padding had been committed; the same "
-        "interrupted by the padding that was committed between its tokens; or all of the canvas",
+        description="part that is measured: answer (with its terminator, without padding), interrupted (the answer, "
+        "where padding between its tokens breaks a run), or canvas (all of it)",
     )

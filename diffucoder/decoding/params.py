@@ -24,68 +24,68 @@ class DecodingParams(Settings):
     """Settings of one request; vary them with `replace`. Raises ConfigError naming value, rule and way out."""
 
     preset: Literal["exact", "reference", "fast"] = "exact"
-    """`exact` corrects the released sampler's faults; `reference` reproduces it; `fast` is exact with two speed-ups"""
+    """exact (corrects the released sampler), reference (reproduces it), or fast (exact with two speed-ups)"""
 
     # how many steps, and what a text ends with
 
     steps: int | None = Field(default=None, ge=1, le=10**6)
-    """denoising steps, each one forward pass; None = one for each masked token"""
+    """denoising steps, each one forward pass; if left out, one for each masked token"""
 
     new_tokens: int = Field(default=64, ge=1, lt=2**31)
-    """masks after a prompt: the longest answer; for text-level generation (a canvas brings its own)"""
+    """longest answer in tokens: the number of masks after the prompt (not for holes)"""
 
     num_samples: int = Field(default=1, ge=1, le=10**6)
-    """samples of each canvas row, which become consecutive rows"""
+    """number of answers for each prompt"""
 
     stop: tuple[Annotated[str, Field(min_length=1)], ...] = ()
-    """end an answer, or the text of each hole, before the first of these strings; for text-level generation"""
+    """end an answer, or the text of each hole, before the first of these strings"""
 
     seed: int = Field(default=0, ge=0, lt=2**64)
-    """fixes the result, together with the number of the sample"""
+    """seed of the random numbers; the same seed gives the same answers"""
 
     # sampling: which token a position proposes
 
     temperature: float = Field(default=0.0, ge=0, allow_inf_nan=False)
-    """randomness of the tokens, and above 0 of their order, which is judged after tempering; 0 = the likeliest token"""
+    """randomness of the tokens; 0 takes the most likely one. Above 0 it also changes their order"""
 
     top_p: float | None = Field(default=None, gt=0, le=1)
-    """propose only the likeliest tokens that together reach this probability; None = all"""
+    """draw only from the most likely tokens that together reach this probability; if left out, from all"""
 
     top_k: int | None = Field(default=None, ge=1, lt=2**31)
-    """propose only this many of the likeliest tokens; None = all"""
+    """draw only from this many of the most likely tokens; if left out, from all"""
 
     # order: which positions go first
 
     policy: Policy = "entropy"
-    """which positions to commit first: random, max_prob, margin (gap between the best two) or entropy (lowest)"""
+    """which positions to commit first: entropy (lowest), max_prob, margin (between the best two tokens) or random"""
 
     policy_temperature: float = Field(default=0.0, ge=0, allow_inf_nan=False)
-    """temperature for sampling positions by confidence; 0 = always the most confident"""
+    """randomness of the order; 0 always takes the most confident positions"""
 
     block: int | None = Field(default=None, ge=1, lt=2**31)
-    """fill the canvas in blocks of this many positions from left to right, any order within; None = one block"""
+    """fill blocks of this many tokens from left to right, each in any order; if left out, everything is one block"""
 
     # rule: what a step may commit beyond its schedule
 
     threshold: float | None = Field(default=None, gt=0, le=1)
-    """also commit every token at least this probable; for the policy margin, of at least this margin (Fast-dLLM)"""
+    """also commit every token of at least this probability; with the policy margin, of this margin (Fast-dLLM)"""
 
     factor: float | None = Field(default=None, gt=0, allow_inf_nan=False)
     """also commit the n most probable tokens, for the largest n with (n + 1)(1 - p of the nth) < this (Fast-dLLM)"""
 
     entropy_bound: float | None = Field(default=None, ge=0, allow_inf_nan=False)
-    """also commit tokens of low entropy while their sum, without the largest, is at most this (EB-Sampler)"""
+    """also commit tokens of lowest entropy while their sum, without the largest, is at most this (EB-Sampler)"""
 
     revoke: float = Field(default=0.0, ge=0, lt=1)
-    """mask again the tokens that lost most probability: at most this times the tokens just committed"""
+    """mask tokens that lost most probability again, up to this fraction of the tokens that the step commits"""
 
     # cache: what a pass does not compute again
 
     cache: Literal["none", "prefix", "dual", "delayed"] = "none"
-    """key/value caching: none, prefix (left of the block), dual (outside it), delayed (each token once committed)"""
+    """keys and values to keep: none, prefix (left of the block), dual (outside it), delayed (of committed tokens)"""
 
     eps: float = Field(default=1e-3, gt=0, lt=1)
-    """end of the time grid of the `reference` preset, which runs from 1 down to this"""
+    """end of the time grid of the preset `reference`, which runs from 1 down to this"""
 
     @model_validator(mode="after")
     def _settings_fit(self) -> Self:

@@ -1,4 +1,4 @@
-"""Settings of `diffucoder evaluate` and `diffucoder order`. No torch: the command line makes its options of them."""
+"""Settings of `diffucoder evaluate` and `diffucoder order`. No torch: the command line makes options of them."""
 
 from collections.abc import Callable
 from itertools import product
@@ -15,25 +15,25 @@ _NOT_OF_A_MODEL = {"benchmark", "samples", "data", "run", "limit", "workers", "p
 
 
 class RunSettings(Settings):
-    """What both commands have in common. `steps` and `temperature` may list several values: a run each."""
+    """Settings of both commands. Several values of `steps` or `temperature` make a run each."""
 
-    data: Path | None = Field(default=None, description="folder of published files; the hub if left out")
-    run: Path | None = Field(default=None, description="run folder; one below runs/ if left out")
-    limit: int | None = Field(default=None, ge=1, description="number of tasks, from the first on; all if left out")
+    data: Path | None = Field(default=None, description="folder of the published files; if left out, the Hub")
+    run: Path | None = Field(default=None, description="run folder; if left out, one below runs/")
+    limit: int | None = Field(default=None, ge=1, description="number of tasks, from the first on; if left out, all")
     raw: bool = Field(default=False, description="continue the prompt as it is, without a chat template (base models)")
     steps: str | None = Field(default=None, description="denoising steps; several, as in 512,256, make a run each")
     temperature: str | None = Field(default=None, description="randomness of the tokens; several make a run each")
     hole: str | None = Field(
         default=None,
-        description="tokens of the hole in infilling benchmarks: oracle (the default; the published solution's), "
+        description="tokens of the hole in infilling benchmarks: oracle (default: that of the published solution), "
         "likeliest (of several lengths), or lengths as in 4,8,16,32,64, which make a run each",
     )
     batch: int = Field(default=8, ge=1, description="tasks decoded together")
     unsafe: bool = Field(default=False, description="run programs WITHOUT a sandbox, as yourself")
     dtype: Literal["float32", "bfloat16", "float16"] | None = Field(
-        default=None, description="float32, bfloat16 or float16; the fastest on this machine if left out"
+        default=None, description="float32, bfloat16 or float16; if left out, the fastest on this machine"
     )
-    device: str | None = Field(default=None, description="cpu, cuda or mps; the best on this machine if left out")
+    device: str | None = Field(default=None, description="cpu, cuda or mps; if left out, the best on this machine")
     decoding: DecodingParams = DecodingParams()
 
     def sweep(self) -> list[DecodingParams]:
@@ -62,12 +62,12 @@ class EvaluateSettings(RunSettings):
         description="tiny, humaneval, humaneval+, mbpp, mbpp+, humaneval-infilling, ..., or your own .jsonl file"
     )
     model: str | None = Field(
-        default=None, description="folder, hub id, or name from `diffucoder models`; the shipped model if left out"
+        default=None, description="folder, Hub id, or name from `diffucoder models`; if left out, the shipped model"
     )
     samples: Path | None = Field(
         default=None, description="grade this file of completions (JSONL, also .gz) instead of a model"
     )
-    workers: int | None = Field(default=None, ge=1, description="programs run at a time; one a core if left out")
+    workers: int | None = Field(default=None, ge=1, description="programs run at a time; if left out, one per core")
     packages: tuple[Path, ...] = Field(default=(), description="folder of packages that programs may import")
 
     @model_validator(mode="after")
@@ -82,25 +82,25 @@ class EvaluateSettings(RunSettings):
 
 
 class OrderSettings(RunSettings):
-    """Whose order of decoding to analyse: that of models on some prompts, or that of recorded traces."""
+    """What to analyse: models on some prompts, or recorded traces."""
 
     prompts: str | None = Field(
         default=None,
-        description="a benchmark as of evaluate, gsm8k, or a .jsonl file of prompts, optionally with tests",
+        description="a benchmark of `diffucoder evaluate`, gsm8k, or a .jsonl file of prompts, optionally with tests",
     )
     model: tuple[str, ...] = Field(
         default=(),
-        description="as elsewhere, or tiny, the shipped one; with --traces the one whose tokenizer reads them, if it "
-        "is not the one that they name",
+        description="folder, Hub id or known name (tiny is the shipped model); with --traces, the model whose "
+        "tokenizer reads them, if it is not the one that they name",
     )
-    traces: tuple[Path, ...] = Field(default=(), description="report on this file of traces, or run folder, instead")
-    policy: str | None = Field(default=None, description="which positions to commit first; several make a run each")
+    traces: tuple[Path, ...] = Field(default=(), description="a file of traces, or a run folder, instead of PROMPTS")
+    policy: str | None = Field(default=None, description="entropy, max_prob, margin or random; several make a run each")
     maps: int = Field(default=8, ge=0, description="prompts whose entropies are kept at every step")
 
     @model_validator(mode="after")
     def _prompts_or_traces(self) -> Self:
         if (self.prompts is None) == (not self.traces):
-            raise ValueError("give PROMPTS for a model, or --traces of what was written already; one of the two")
+            raise ValueError("give PROMPTS for a model, or --traces of recorded answers; one of the two")
         if self.traces and len(self.model) > 1:
             raise ValueError("--traces are read with one tokenizer; give one --model")
         return self

@@ -14,19 +14,19 @@ class EngineSettings(Settings):
 
     max_batch: int = Field(default=16, ge=1, description="rows in one forward pass")
     max_waiting: int = Field(default=64, ge=0, description="requests beyond max_batch; more are rejected")
-    max_rows: int = Field(default=64, ge=1, description="rows of one request: samples, times lengths tried")
+    max_rows: int = Field(default=64, ge=1, description="rows of one request: answers times the lengths tried")
     deadline: float = Field(default=300.0, gt=0, description="seconds until a request is ended with an error")
     max_positions: int | None = Field(
         default=None,
         ge=1,
         description="rows of one forward pass times the longest of them; a longer row goes alone; "
-        "None: 1024 on CPUs, 8192 elsewhere",
+        "if left out, 1024 on CPUs and 8192 elsewhere",
     )
     max_computed: int | None = Field(
-        default=None, ge=1, description="rows x positions x passes of one request; None: max_rows of the whole context"
+        default=None, ge=1, description="rows x positions x passes of a request; if left out, max_rows whole contexts"
     )
     max_memory: int | None = Field(
-        default=None, ge=1, description="bytes that requests may take; None: half of what is free at the start"
+        default=None, ge=1, description="bytes that requests may take; if left out, half of the free memory"
     )
 
 
@@ -35,19 +35,19 @@ class ServerSettings(Settings):
 
     model_config = ConfigDict(hide_input_in_errors=True)  # Ray validates too, and the key is no text for its log
 
-    api_key: str | None = Field(default=None, repr=False, description="key clients must send; None: no key")
-    hosts: tuple[str, ...] = Field(default=(), description="names in Host headers besides loopback's; a key allows all")
-    cors: tuple[str, ...] = Field(default=(), description="allowed CORS origins")
+    api_key: str | None = Field(default=None, repr=False, description="key that clients must send; if left out, no key")
+    hosts: tuple[str, ...] = Field(default=(), description="allowed in Host headers, with loopback; a key allows all")
+    cors: tuple[str, ...] = Field(default=(), description="allowed CORS origin")
     max_body: int = Field(default=2**20, ge=1024, description="largest request body in bytes")
     max_connections: int | None = Field(
         default=None,
         ge=8,
-        description="open connections, at most half the descriptors; more close those that wait longest;"
-        " None: 512, or twice the requests that run and wait",
+        description="open connections, at most half the descriptors; one more closes the one that has waited longest;"
+        " if left out, 512, or twice the requests that run and wait",
     )
-    read_timeout: float = Field(default=20.0, gt=0, description="seconds a client may take to send a head, then a body")
-    write_timeout: float = Field(default=30.0, gt=0, description="seconds a client may leave an answer unread")
-    decoding: DecodingParams = Field(default_factory=DecodingParams, description="defaults for fields left out")
+    read_timeout: float = Field(default=20.0, gt=0, description="seconds for a client to send a head, then a body")
+    write_timeout: float = Field(default=30.0, gt=0, description="seconds for a client to read what is sent")
+    decoding: DecodingParams = Field(default_factory=DecodingParams, description="defaults of requests")
     engine: EngineSettings = Field(default_factory=EngineSettings)
 
     @field_validator("api_key")
@@ -73,16 +73,16 @@ class ServerSettings(Settings):
 
 
 class ScaleSettings(ServerSettings):
-    """Settings of a server with many replicas, each of which loads the model itself."""
+    """Settings of a server with many replicas. Each replica loads the model."""
 
-    model: str | None = Field(default=None, description="folder, hub id or known name; None: the shipped model")
+    model: str | None = Field(default=None, description="folder, Hub id or known name; if left out, the shipped model")
     dtype: Literal["float32", "bfloat16", "float16"] | None = Field(
-        default=None, description="of the weights; None: what is fast on the device"
+        default=None, description="dtype of the weights; if left out, the fastest on the device"
     )
-    device: str | None = Field(default=None, description="cpu, cuda or mps; None: the best there is")
-    replicas: str = Field(default="1", description="number of replicas; MIN:MAX follows the load")
-    cpus: int | None = Field(default=None, ge=0, description="cores of a replica; None: an equal share of the machine")
-    gpus: float | None = Field(default=None, ge=0, description="GPUs of a replica; None: an equal share of the machine")
+    device: str | None = Field(default=None, description="cpu, cuda or mps; if left out, the best available")
+    replicas: str = Field(default="1", description="number of replicas, or MIN:MAX to follow the load")
+    cpus: int | None = Field(default=None, ge=0, description="cores of a replica; if left out, an equal share")
+    gpus: float | None = Field(default=None, ge=0, description="GPUs of a replica; if left out, an equal share")
 
     @field_validator("replicas", mode="before")
     @classmethod

@@ -20,29 +20,29 @@ Reduction = Literal["token", "sequence", "length"]
 T = TypeVar("T")
 MAY_CHANGE = "a resumed run may change it"
 MayChange = Annotated[T, MAY_CHANGE]
-"""A setting that affects speed, reports or files, but not what is learnt."""
+"""A setting that affects speed, reports or files, but not the trained model."""
 
 
 class TrainSettings(Settings):
-    """What every stage shares. A step is one optimiser step; the batch is counted over all processes."""
+    """Settings of every stage. A step is one optimiser step; the batch is counted over all processes."""
 
     run: MayChange[Path] = Field(description="folder of settings, metrics, checkpoints and the finished model")
     resume: MayChange[bool] = Field(default=False, description="continue from the newest whole checkpoint of the run")
-    seed: int = Field(default=0, ge=0, lt=2**63, description="of data order and noise")
+    seed: int = Field(default=0, ge=0, lt=2**63, description="seed of data order and noise")
     steps: int = Field(ge=1, description="optimiser steps; a resumed run may raise them")
     batch: int = Field(default=32, ge=1, description="rows of one optimiser step, over all processes")
     micro_batch: MayChange[int] = Field(default=0, ge=0, description="rows of one forward pass; 0: batch / processes")
     lr: float = Field(gt=0, description="peak learning rate")
-    warmup: float = Field(default=0.1, ge=0, description="linear warm-up: steps, or below 1 a share of all steps")
-    final_lr: float = Field(default=0.1, ge=0, le=1, description="share of the peak at which the cosine ends")
-    betas: tuple[Share, Share] = Field(default=(0.9, 0.95), description="of AdamW")
-    weight_decay: float = Field(default=0.1, ge=0, description="of AdamW, on matrices only")
+    warmup: float = Field(default=0.1, ge=0, description="linear warm-up in steps, or below 1 as a share of all steps")
+    final_lr: float = Field(default=0.1, ge=0, le=1, description="learning rate at the end, as a share of the peak")
+    betas: tuple[Share, Share] = Field(default=(0.9, 0.95), description="betas of AdamW")
+    weight_decay: float = Field(default=0.1, ge=0, description="weight decay of AdamW, on matrices only")
     clip: float = Field(default=1.0, gt=0, description="largest gradient norm")
     ema: float = Field(default=0.0, ge=0, lt=1, description="decay of the averaged weights that are exported; 0: off")
     bf16: bool = Field(default=True, description="bfloat16 autocast over float32 weights")
-    gradient_checkpointing: MayChange[bool] = Field(default=False, description="recompute layers, to save memory")
-    lora_rank: int = Field(default=0, ge=0, description="rank of adapters trained alone, merged on export; 0: off")
-    lora_alpha: float = Field(default=16.0, gt=0, description="scale of the adapters, over their rank")
+    gradient_checkpointing: MayChange[bool] = Field(default=False, description="recompute layers to save memory")
+    lora_rank: int = Field(default=0, ge=0, description="rank of LoRA adapters, merged on export; 0: off")
+    lora_alpha: float = Field(default=16.0, gt=0, description="scale of the adapters, divided by their rank")
     lora_targets: tuple[str, ...] = Field(
         default=("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
         description="layers that get adapters",
@@ -51,12 +51,12 @@ class TrainSettings(Settings):
     save_every: MayChange[int] = Field(default=500, ge=1, description="steps between checkpoints")
     keep: MayChange[int] = Field(default=2, ge=1, description="checkpoints kept")
     evaluate_every: MayChange[int] = Field(default=0, ge=0, description="steps between evaluations; 0: at the end only")
-    trackers: MayChange[tuple[str, ...]] = Field(default=(), description="of accelerate, such as tensorboard or wandb")
-    export_dtype: MayChange[Dtype] = Field(default="bfloat16", description="of the finished model")
+    trackers: MayChange[tuple[str, ...]] = Field(default=(), description="tensorboard, wandb, ... (through accelerate)")
+    export_dtype: MayChange[Dtype] = Field(default="bfloat16", description="of the model: bfloat16, float32 or float16")
 
 
 class DataSettings(TrainSettings):
-    """Where a stage starts and what it learns from."""
+    """Where a stage starts, and its data."""
 
     model: str | None = Field(default=None, description="folder or Hub id to start from; default: the shipped model")
     data: Sources = Field(description="one or a list of folders, .jsonl(.gz) files or hub:owner/name[/config][@split]")
@@ -65,38 +65,38 @@ class DataSettings(TrainSettings):
 
 
 class TextSettings(DataSettings):
-    """What the stages that train on text share."""
+    """Settings of the stages that train on text."""
 
     cache: MayChange[Path] = Field(default=Path("runs/data"), description="folder that keeps tokenised data")
 
 
 class DiffusionSettings(TextSettings):
-    """What the masked objective adds."""
+    """Settings of the masked objective."""
 
-    shifted: bool | None = Field(default=None, description="row i scores token i + 1; default: as the model says")
-    tied: bool = Field(default=False, description="train embeddings and head, equal at the start, as one matrix")
-    time: Times = Field(default="stratified", description="how noise levels are drawn over the rows of a step")
+    shifted: bool | None = Field(default=None, description="row i scores token i + 1; if left out, as in the model")
+    tied: bool = Field(default=False, description="train embeddings and head as one matrix, if equal at the start")
+    time: Times = Field(default="stratified", description="uniform, stratified or antithetic noise levels in a step")
     eps: float = Field(default=1e-3, gt=0, lt=1, description="lowest noise level")
-    normaliser: Normaliser = Field(default="masked", description="divisor of the loss; masked_micro is as released")
+    normaliser: Normaliser = Field(default="masked", description="divisor of the loss: length, masked or masked_micro")
     infill: float = Field(default=0.0, ge=0, le=1, description="share of rows in which only random spans are noised")
 
 
 class PretrainSettings(TextSettings):
-    """An autoregressive parent from nothing: Qwen2-shaped, every token a target."""
+    """Train an autoregressive parent from nothing: Qwen2's layers, every token a target."""
 
-    model: None = Field(default=None, description="nothing: a parent has no parent")
-    lora_rank: Literal[0] = Field(default=0, description="nothing: a parent is trained whole")
+    model: None = Field(default=None, description="must be empty: a parent starts from nothing")
+    lora_rank: Literal[0] = Field(default=0, description="must be 0: a parent is trained in full")
     steps: int = Field(ge=0, description="optimiser steps; 0 writes the untrained model")
     tokenizer: Path = Field(description="folder of the tokenizer, which must have a mask token")
     context: int = Field(default=256, ge=8, description="tokens of a row of packed documents")
-    hidden: int = Field(default=256, ge=64, multiple_of=64, description="width")
-    layers: int = Field(default=5, ge=1, description="depth")
+    hidden: int = Field(default=256, ge=64, multiple_of=64, description="width of the model")
+    layers: int = Field(default=5, ge=1, description="number of layers")
     intermediate: int = Field(default=640, ge=1, description="width of the feed-forward blocks")
-    positions: int = Field(default=512, ge=8, description="longest canvas")
+    positions: int = Field(default=512, ge=8, description="longest sequence")
 
 
 class AdaptSettings(DiffusionSettings):
-    """Stages 1 and 2: packed documents under the masked objective (DiffuCoder, section 3 and appendix B.1)."""
+    """Stages 1 and 2: train on packed documents with the masked objective (DiffuCoder, section 3 and appendix B.1)."""
 
     context: int = Field(default=4096, ge=8, description="tokens of a row of packed documents")
     anneal_steps: int = Field(default=0, ge=0, description="steps from causal to full attention; 0: full at once")
@@ -112,15 +112,15 @@ class AdaptSettings(DiffusionSettings):
 
 
 class SftSettings(DiffusionSettings):
-    """Stage 3: requests and answers; pads are ordinary targets (DiffuCoder, appendix B.1)."""
+    """Stage 3: train on requests and answers; pads are ordinary targets (DiffuCoder, appendix B.1)."""
 
-    steps: int = Field(default=0, ge=0, description="optimiser steps; 0: as many as `epochs` take")
+    steps: int = Field(default=0, ge=0, description="optimiser steps; 0: those that `epochs` take")
     epochs: float = Field(default=5.0, gt=0, description="passes over the data, if steps is 0")
-    length: int = Field(default=2048, ge=8, description="tokens of a row; longer examples are left out and counted")
-    padding: Literal["fixed", "flexible"] = Field(default="fixed", description="to `length`, or the step's longest row")
-    spare: int = Field(default=0, ge=0, description="flexible: most pads added after the longest row of a step")
-    spare_share: float = Field(default=0.25, ge=0, le=1, description="share of steps that get spare pads")
-    ramp: float = Field(default=0.2, ge=0, le=1, description="share of steps until all requests are left clean")
+    length: int = Field(default=2048, ge=8, description="tokens of a row; longer examples are skipped and counted")
+    padding: Literal["fixed", "flexible"] = Field(default="fixed", description="fixed (to length) or flexible")
+    spare: int = Field(default=0, ge=0, description="with flexible padding: most pads added to the longest row")
+    spare_share: float = Field(default=0.25, ge=0, le=1, description="share of steps with spare pads")
+    ramp: float = Field(default=0.2, ge=0, le=1, description="share of steps until all requests stay clean")
 
     @model_validator(mode="after")
     def _spare_is_for_flexible(self) -> Self:
@@ -130,11 +130,11 @@ class SftSettings(DiffusionSettings):
 
 
 class RolloutParams(DecodingParams):
-    """How completions are decoded: as for `diffucoder generate`, with the defaults of DiffuCoder, appendix B.1."""
+    """Decoding of completions: the settings of `diffucoder generate`, with defaults of DiffuCoder, appendix B.1."""
 
     temperature: float = Field(default=1.2, gt=0, description="randomness of the tokens")
-    top_p: float | None = Field(default=0.95, gt=0, le=1, description="draw from the likeliest tokens of this mass")
-    new_tokens: int = Field(default=256, ge=1, description="length of a completion's canvas")
+    top_p: float | None = Field(default=0.95, gt=0, le=1, description="draw from the most likely tokens of this mass")
+    new_tokens: int = Field(default=256, ge=1, description="longest completion in tokens")
 
     def replace(self, **changes: object) -> DecodingParams:
         """Plain settings with `changes`, which keep the defaults of this class."""
@@ -146,36 +146,36 @@ class GrpoSettings(DataSettings):
     """Stage 4: coupled-GRPO on problems with tests (DiffuCoder §5 and appendix B.1). `batch` counts completions."""
 
     data: Sources = Field(description="problems with tests: .jsonl(.gz) files, see docs/rl_data.md")
-    tied: bool = Field(default=False, description="train embeddings and head, equal at the start, as one matrix")
+    tied: bool = Field(default=False, description="train embeddings and head as one matrix, if equal at the start")
 
-    group: int = Field(default=8, ge=2, description="completions of each problem, which are compared")
-    prompt_tokens: int = Field(default=200, ge=8, description="longest prompt; of a longer request the end is kept")
+    group: int = Field(default=8, ge=2, description="completions of each problem")
+    prompt_tokens: int = Field(default=200, ge=8, description="longest prompt; longer requests lose their beginning")
     chat: bool = Field(default=True, description="put requests into the chat template; false: continue them")
     decoding: RolloutParams = Field(default=RolloutParams(), description="how completions are decoded")
-    decode_batch: int = Field(default=64, ge=1, description="completions decoded together; then they are graded")
+    decode_batch: int = Field(default=64, ge=1, description="completions decoded together, then graded")
 
-    rewards: Literal["robust", "paper"] = Field(default="robust", description="how strictly the format is read")
-    test_seconds: float = Field(default=5.0, gt=0, description="for all tests of a completion; rewards=paper: for each")
-    workers: MayChange[int] = Field(default=0, ge=0, description="programs run at a time; 0: one a core")
+    rewards: Literal["robust", "paper"] = Field(default="robust", description="how to read the format: robust or paper")
+    test_seconds: float = Field(default=5.0, gt=0, description="seconds for all tests; rewards=paper: for each test")
+    workers: MayChange[int] = Field(default=0, ge=0, description="programs run at a time; 0: one for each core")
 
-    advantage: Baseline = Field(default="mean", description="reward minus the mean of the group, or of its others")
+    advantage: Baseline = Field(default="mean", description="subtract the mean of the group, or leave_one_out")
     scale_rewards: bool = Field(default=False, description="divide advantages by their group's standard deviation")
-    negative_weight: float = Field(default=1.0, ge=0, le=1, description="of completions worse than their group")
+    negative_weight: float = Field(default=1.0, ge=0, le=1, description="weight of completions worse than their group")
 
-    estimator: Estimator = Field(default="coupled", description="how a token's log-probability is scored")
-    pairs: int = Field(default=1, ge=1, description="pairs of masks of coupled and decoupled (lambda)")
+    estimator: Estimator = Field(default="coupled", description="coupled, decoupled, full_mask or d1 masks")
+    pairs: int = Field(default=1, ge=1, description="pairs of masks for coupled and decoupled (lambda)")
     mask_ratio: tuple[Share, Share] = Field(default=(0.2, 0.8), description="range of the mask ratios")
-    ratio_per: Literal["row", "step"] = Field(default="row", description="one mask ratio a completion, or for all")
-    group_masks: bool = Field(default=False, description="same masks for all completions of a problem")
-    score_padding: bool = Field(default=False, description="score pads too, which say where answers end; paper: false")
+    ratio_per: Literal["row", "step"] = Field(default="row", description="one mask ratio for each row or each step")
+    group_masks: bool = Field(default=False, description="use the same masks for all completions of a problem")
+    score_padding: bool = Field(default=False, description="score the pads after the terminator too; paper: false")
 
     iterations: int = Field(default=2, ge=1, description="optimiser steps on one batch of completions (mu)")
     epsilon_low: float = Field(default=0.5, gt=0, lt=1, description="ratios are clipped below 1 minus this")
     epsilon_high: float = Field(default=0.5, gt=0, description="ratios are clipped above 1 plus this")
-    reduction: Reduction = Field(default="token", description="loss per token, completion or decoding.new_tokens")
+    reduction: Reduction = Field(default="token", description="loss per token, sequence, or length (of the canvas)")
     kl: float = Field(default=0.01, ge=0, description="weight of the KL divergence from the reference (beta)")
     reference_every: int = Field(default=64, ge=0, description="steps between updates of the reference; 0: never")
-    reference_mix: float = Field(default=1.0, ge=0, le=1, description="share of the policy in an updated reference")
+    reference_mix: float = Field(default=1.0, ge=0, le=1, description="share of the policy in the updated reference")
     samples_every: MayChange[int] = Field(default=50, ge=1, description="steps between lines of samples.jsonl")
 
     @model_validator(mode="after")
