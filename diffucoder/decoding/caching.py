@@ -1,6 +1,6 @@
 """Caching: which positions of a canvas a forward pass must be fed, for each kind of cache.
 
-Each sequence has a plan, which remembers what its keys and values were computed from; `models.cache` holds these. To
+Each sequence has a plan, which remembers the tokens of its keys and values. `models.cache` holds those. To
 add a kind: a class, and a name in `cache_plan_of` and in `params`.
 """
 
@@ -17,20 +17,20 @@ if TYPE_CHECKING:
 
 
 class NoCache:
-    """Every pass computes the whole canvas; the base of all plans."""
+    """Every pass computes the whole canvas. Base of all plans."""
 
     uses_cache = False  # whether keys and values are kept between passes
 
     def feed(self, sequence: "Sequence", model: Denoiser) -> Tensor:
-        """(T,) bool: the positions that the next pass is fed."""
+        """Return (T,) bool: the positions that the next pass is fed."""
         return torch.ones_like(sequence.holes)
 
     def passed(self, sequence: "Sequence") -> None:
-        """Note that a pass has succeeded. It is called before the tokens of `sequence` change."""
+        """Record that a pass has succeeded. This is called before the tokens of `sequence` change."""
 
 
 class BlockCache(NoCache):
-    """Compute everything when a block begins, then only the block; with `prefix_only` also what is right of it.
+    """Compute everything when a block begins, then only the block. With `prefix_only`, also compute all right of it.
 
     Fast-dLLM (arXiv 2505.22618).
     """
@@ -54,7 +54,7 @@ class BlockCache(NoCache):
 
 
 class DelayedCache(NoCache):
-    """Compute a token as long as it is masked, and once more after it was committed or revoked.
+    """Compute a position while it is masked, and once more after it was committed or revoked.
 
     After dKV-Cache (arXiv 2505.15781), which computes everything again at intervals. This one never does.
     """
@@ -62,7 +62,7 @@ class DelayedCache(NoCache):
     uses_cache = True
 
     def __init__(self) -> None:
-        self._tokens: Tensor | None = None  # (T,) what the keys and values were computed from
+        self._tokens: Tensor | None = None  # (T,) tokens of the keys and values
 
     def feed(self, sequence: "Sequence", model: Denoiser) -> Tensor:
         if self._tokens is None:
@@ -75,7 +75,7 @@ class DelayedCache(NoCache):
 
 
 def cache_plan_of(params: DecodingParams) -> NoCache:
-    """The plan that `params` ask for."""
+    """Return the cache plan of `params`."""
     if params.cache == "delayed":
         return DelayedCache()
     if params.cache in ("prefix", "dual"):

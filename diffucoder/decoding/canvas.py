@@ -15,16 +15,16 @@ from diffucoder.errors import PromptError
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Canvas:
-    """What is to be decoded. Raises PromptError for a canvas that cannot be."""
+    """Rows of tokens to decode. Raises PromptError for a canvas that cannot be decoded."""
 
     tokens: Tensor  # (B, T) int64
     valid: Tensor  # (B, T) bool, False on left padding
     sample: Tensor  # (B,) int64: which sample of its prompt a row is; with the seed it fixes the row's random numbers
     mask_id: int
-    pad_id: int | None = None  # fills what is left after a terminator; None leaves the masks there
+    pad_id: int | None = None  # replaces the masks that are left after a terminator; None keeps them
     terminators: tuple[int, ...] = ()  # ids that end a row once nothing before them is masked (not `reference`)
-    forbidden: tuple[int, ...] = ()  # ids never proposed, besides the mask (not `reference`)
-    proposable: int | None = None  # ids from this one on are never proposed (not `reference`); None = all may be
+    forbidden: tuple[int, ...] = ()  # ids that are never proposed, as the mask is (not `reference`)
+    proposable: int | None = None  # ids from this one on are never proposed (not `reference`); None: all may be
 
     def __post_init__(self) -> None:
         shape = tuple(self.tokens.shape)
@@ -51,7 +51,7 @@ class Canvas:
         forbidden: tuple[int, ...] = (),
         proposable: int | None = None,
     ) -> "Canvas":
-        """Left-padded prompts (B, P), `valid` False on padding, with `new_tokens` masks after each; 0 = holes only."""
+        """Add `new_tokens` masks after prompts (B, P). `valid` is False on their left padding; 0 tokens: only holes."""
         shape = tuple(input_ids.shape)
         if input_ids.ndim != 2 or input_ids.is_floating_point() or input_ids.numel() == 0:
             raise PromptError(f"input_ids is {input_ids.dtype} of shape {shape}; give ids of shape (rows, length)")
@@ -73,7 +73,7 @@ class Canvas:
 
     @classmethod
     def stacked(cls, canvases: "list[Canvas]") -> "Canvas":
-        """The rows of several canvases of one model, left-padded to the longest."""
+        """Return the rows of several canvases of one model, left-padded to the longest."""
         longest = max(canvas.tokens.shape[1] for canvas in canvases)
         tokens = []
         valid = []
@@ -86,11 +86,11 @@ class Canvas:
 
     @property
     def masked(self) -> Tensor:
-        """(B, T) bool: what is to be filled in."""
+        """(B, T) bool: positions to fill in."""
         return self.valid & (self.tokens == self.mask_id)
 
     def repeat(self, num_samples: int) -> "Canvas":
-        """Each row `num_samples` times, consecutively, as samples that differ."""
+        """Return each row `num_samples` times, consecutively, as different samples."""
         offset = torch.arange(num_samples, device=self.sample.device)  # (n,)
         return replace(
             self,
@@ -100,7 +100,7 @@ class Canvas:
         )
 
     def check_scorable(self, first: int) -> None:
-        """PromptError where a row has a mask before its position `first`, the first one that the model can score."""
+        """Raise PromptError if a row has a mask before `first`, the first position that the model can score."""
         early = (self.masked & (self.valid.cumsum(-1) <= first)).any(-1)  # (B,)
         if early.any():
             row = early.int().argmax()
@@ -108,5 +108,5 @@ class Canvas:
 
 
 def leftmost(matches: Tensor) -> int:
-    """The first True of `matches` (T,); T where there is none."""
+    """Return the position of the first True of `matches` (T,), or T."""
     return int(pad(matches, (0, 1), value=True).int().argmax())  # the first of equals

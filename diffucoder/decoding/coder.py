@@ -1,9 +1,9 @@
 """DiffuCoder: text in, text out. Loads a model with its tokenizer, and turns texts into requests and results.
 
-The one pipeline: a `Request` is made from text; its sequences are decoded, here by `run` and in the server by its
-engine; `Request.results` makes `Generation`s of them.
+This is the only pipeline. A `Request` is made from text. Its sequences are decoded, here by `run` and in the server by
+its engine. `Request.results` makes `Generation`s of them.
 
-A hole without a given length is tried at a few lengths, as rows of one batch; the row whose tokens were likeliest on
+A hole without a given length is tried at a few lengths, as rows of one batch. The row whose tokens were most likely on
 average is kept. Several such holes in one text have the same length.
 """
 
@@ -26,12 +26,12 @@ from diffucoder.tokenizer import Hole, Tokenizer, split_holes
 
 HOLE_LENGTHS = (2, 4, 6, 8, 12, 16, 24)  # tokens, tried for a hole without a given length
 Prompt = str | Sequence[Mapping[str, str]]  # a request, or the messages of a conversation
-OnStep = Callable[[DecodingSequence, Step], None]  # is called after each step of each sequence
+OnStep = Callable[[DecodingSequence, Step], None]  # called after each step of each sequence
 
 
 @dataclass(frozen=True)
 class Span:
-    """Characters of a text that are to be written again, as so many `tokens`; None = as many as suit best."""
+    """Characters of a text to write again, with this number of `tokens`; None tries several lengths."""
 
     start: int
     end: int
@@ -42,7 +42,7 @@ class DiffuCoder:
     """A model with its tokenizer, ready to write."""
 
     def __init__(self, model: Denoiser, tokenizer: Tokenizer, *, name: str = "custom") -> None:
-        """`name` is what results and traces call the model."""
+        """`name` is the name of the model in results and traces."""
         tokenizer.check_fits(mask_id=model.mask_id, rows=model.vocab_size)
         self.model = model
         self.tokenizer = tokenizer
@@ -59,14 +59,14 @@ class DiffuCoder:
     ) -> "DiffuCoder":
         """Load a folder, a Hub id, a known name, or (None) the shipped model. Raises CheckpointError.
 
-        `dtype` is that of the weights. `compiled` is for GPUs: the first pass of each shape takes half a minute.
+        `dtype` is the dtype of the weights. `compiled` is for GPUs: the first pass of each shape takes half a minute.
         """
         model, tokenizer = load_with_tokenizer(source, dtype=dtype, device=device)
         model.use_fast_layers(compiled=compiled)
         return cls(model, tokenizer, name="tiny" if source is None else str(source))
 
     def generate(self, prompt: Prompt, params: DecodingParams | None = None, *, chat: bool = True) -> Generation:
-        """Answer one request; `chat=False` continues `prompt` as raw text, which is what base models are for."""
+        """Answer one request. `chat=False` continues `prompt` as raw text, for base models."""
         params = params or DecodingParams()
         if params.num_samples != 1:
             raise ConfigError(f"num_samples={params.num_samples} gives several results; use generate_batch")
@@ -82,7 +82,7 @@ class DiffuCoder:
         return [result for results in self.run(requests) for result in results]
 
     def stream(self, prompt: Prompt, params: DecodingParams | None = None, *, chat: bool = True) -> Iterator[Step]:
-        """Answer one request, and yield every step as it happens; `show` turns a step into text."""
+        """Answer one request, and yield each step when it is done. `show` turns a step into text."""
         request = self.request(prompt, params or DecodingParams(), chat=chat)
         one_each = request.params.replace(num_samples=1)  # samples are rows already
         yield from denoise(self.model, request.canvas, one_each, until=request.until)
@@ -90,24 +90,24 @@ class DiffuCoder:
     def infill(
         self, prefix: str, suffix: str, *, length: int | None = None, params: DecodingParams | None = None
     ) -> Generation:
-        """Write what belongs between `prefix` and `suffix`: `length` tokens, or as many as suit best.
+        """Write the text between `prefix` and `suffix`: `length` tokens, or the best of several lengths.
 
-        Of several samples this and `fill` and `edit` return the likeliest.
+        Of several samples, `infill`, `fill` and `edit` return the most likely one.
         """
         return self._likeliest(self.infill_request(prefix, suffix, params or DecodingParams(), length=length))
 
     def fill(self, text: str, params: DecodingParams | None = None) -> Generation:
-        """Fill every `<|hole|>` or `<|hole:12|>` of `text` jointly; the result's `text` is the whole, filled."""
+        """Fill every `<|hole|>` or `<|hole:12|>` of `text` jointly. The result's `text` is the whole text."""
         return self._likeliest(self.fill_request(text, params or DecodingParams()))
 
     def edit(self, text: str, spans: Sequence[Span], params: DecodingParams | None = None) -> Generation:
-        """Write the `spans` of a text again, everything else fixed; the result's `text` is the whole, edited."""
+        """Write the `spans` of a text again and keep the rest. The result's `text` is the whole text."""
         return self._likeliest(self.edit_request(text, spans, params or DecodingParams()))
 
     def run(
         self, requests: Sequence[Request], *, on_step: OnStep | None = None, entropies: int = 0
     ) -> list[list[Generation]]:
-        """Decode several requests in one batch: the results of each, in order of their index.
+        """Decode several requests in one batch. Return the results of each, in order of their index.
 
         `on_step` is called after each step of each sequence. Traces have the entropies of the first `entropies` steps.
         """
@@ -122,7 +122,7 @@ class DiffuCoder:
         return [request.results(group, seconds) for request, group in zip(requests, groups, strict=True)]
 
     def request(self, prompt: Prompt, params: DecodingParams, *, chat: bool = True, prefill: str = "") -> Request:
-        """What answers one prompt, a row a sample; in a chat, the answer continues `prefill`. Raises PromptError."""
+        """Make the request for one prompt, with a row for each sample. In a chat, the answer continues `prefill`."""
         if not prompt or (isinstance(prompt, str) and not prompt.strip()):
             raise PromptError("the prompt is empty; say what to write")
         if chat:
@@ -134,11 +134,11 @@ class DiffuCoder:
         return self.request_of_ids(ids, params)
 
     def request_of_ids(self, ids: list[int], params: DecodingParams, *, sample: int = 0) -> Request:
-        """What continues a prompt that is tokens already; with the seed, `sample` fixes the random numbers.
+        """Make the request for a prompt of token ids. `sample` and the seed fix the random numbers.
 
         Raises PromptError for a prompt with a mask.
         """
-        if self.model.mask_id in ids:  # else the answer would be sought from there on
+        if self.model.mask_id in ids:  # else the answer would begin there
             raise PromptError(f"the prompt has the mask's id {self.model.mask_id}; mark holes in a text with <|hole|>")
         canvas = self._canvas([ids], params.new_tokens)
         canvas.sample[:] = sample
@@ -149,17 +149,17 @@ class DiffuCoder:
     def infill_request(
         self, prefix: str, suffix: str, params: DecodingParams, *, length: int | None = None, most: int | None = None
     ) -> Request:
-        """What `infill` decodes; of the lengths tried none is over `most`. Raises PromptError."""
+        """Make the request of `infill`, which tries no length over `most`. Raises PromptError."""
         if not prefix and self.model.first_scorable:
             raise PromptError("prefix is empty, and the first token needs one to its left; start it with a newline")
         return self._holes([prefix, Hole(length), suffix], params, whole=False, most=most)
 
     def fill_request(self, text: str, params: DecodingParams) -> Request:
-        """What `fill` decodes. Raises PromptError."""
+        """Make the request of `fill`. Raises PromptError."""
         return self._whole(split_holes(text), params)
 
     def edit_request(self, text: str, spans: Sequence[Span], params: DecodingParams) -> Request:
-        """What `edit` decodes; spans are in order and do not overlap. Raises PromptError."""
+        """Make the request of `edit`. Spans are in order and do not overlap. Raises PromptError."""
         pieces: list[str | Hole] = []
         position = 0
         for span in spans:
@@ -173,11 +173,11 @@ class DiffuCoder:
         return self._whole([*pieces, text[position:]], params)
 
     def show(self, step: Step, row: int = 0) -> str:
-        """The text of a canvas row as it is, masks as placeholders, special tokens left out."""
+        """Return the text of a canvas row after `step`: masks are placeholders, special tokens are left out."""
         return self.tokenizer.decode_partial(step.canvas[row].tolist())
 
     def _canvas(self, rows: Sequence[list[int]], new_tokens: int, *, forbidden: tuple[int, ...] = ()) -> Canvas:
-        """The canvas of prompts (ids): left-padded, with `new_tokens` masks after each."""
+        """Return the canvas of prompts (ids), left-padded, with `new_tokens` masks after each."""
         longest = max(len(row) for row in rows)
         self._check_length(longest + new_tokens, f"prompt of {longest} tokens and {new_tokens} new ones")
         pad = self.tokenizer.pad_id
@@ -201,7 +201,7 @@ class DiffuCoder:
         return max(results, key=lambda result: result.trace.mean_log_prob)  # the first of equals
 
     def _whole(self, pieces: list[str | Hole], params: DecodingParams) -> Request:
-        """What fills the holes between pieces of text, and gives the whole."""
+        """Make the request that fills the holes between pieces of text and returns the whole text."""
         pieces = [piece for piece in pieces if piece != ""]
         if not any(isinstance(piece, Hole) for piece in pieces):
             raise PromptError("the text has no hole to fill; mark one with <|hole|>, or <|hole:12|> for 12 tokens")

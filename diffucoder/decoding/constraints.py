@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class Decision:
-    """What a step commits to a sequence."""
+    """The commitments of a step to a sequence."""
 
     committed: Tensor  # (T,) bool
     tokens: Tensor  # (T,) ids, read where committed
@@ -29,26 +29,26 @@ class Decision:
 class Constraint(Protocol):
     """Decides whether the chosen tokens may be committed. It must leave at least one commitment to each step."""
 
-    candidates: int  # how many of the most probable ids of each position it wants to choose from
+    candidates: int  # number of most probable ids of each position to choose from
 
     def allow(self, sequence: "Sequence", proposals: "Proposals", decision: Decision) -> Decision:
-        """The decision with vetoes and replacements, given the proposals of the sequence, (T,) each."""
+        """Return the decision with vetoes and replacements, given the proposals of the sequence, (T,) each."""
 
 
 class Verifier(Protocol):
     """Decides which earlier commitments are masked again."""
 
     def verify(self, sequence: "Sequence") -> Tensor:
-        """(T,) bool: positions whose committed tokens are scored again, where the pass can score them."""
+        """Return (T,) bool: positions whose committed tokens are scored again, if the pass can score them."""
 
     def revoke(self, sequence: "Sequence", proposals: "Proposals", decision: Decision) -> Tensor:
-        """(T,) bool: verified commitments to take back; fewer than the step commits, so that decoding ends."""
+        """Return (T,) bool: verified commitments to revoke, fewer than the step commits, so that decoding ends."""
 
 
 class LostProbability:
-    """Take back what lost most probability since it was scored last: at most `share` times what is committed.
+    """Revoke the tokens that lost most probability since they were scored last, at most `share` times the committed.
 
-    The idea is Saber's (arXiv 2510.18165), whose rules are others (docs/decoding.md).
+    The idea is Saber's (arXiv 2510.18165), but the rules differ (docs/decoding.md).
     """
 
     def __init__(self, share: float) -> None:
@@ -68,5 +68,5 @@ class LostProbability:
 
 
 def verifier_of(params: DecodingParams) -> Verifier | None:
-    """The verifier that `params` ask for."""
+    """Return the verifier of `params`, if any."""
     return LostProbability(params.revoke) if params.revoke else None

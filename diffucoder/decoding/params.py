@@ -1,10 +1,10 @@
-"""How to decode: `DecodingParams`, the one place where a sampling setting, its default and its help are written.
+"""How to decode: `DecodingParams` is the only place with the settings of decoding, their defaults and their help.
 
 Three presets share all settings:
 
 * `exact`, the default: exact quotas for each row, early stop, masks and unused ids never proposed, fp32 arithmetic.
-* `reference`: what `diffusion_generate` of the released Dream and DiffuCoder code does, token for token at temperature
-  0 and in distribution above it. Masks are counted for each row, where the release takes the mean of the batch.
+* `reference`: the results of `diffusion_generate` in the released Dream and DiffuCoder code, token for token at
+  temperature 0 and in distribution above it. Masks are counted for each row; the release takes the batch's mean.
 * `fast`: `exact` with a constant set of faster settings (`_fill_in_fast`). On the shipped model pass@1 was 0.8 ± 1.2
   points below `reference` (benchmarks/results/decoding_test.md).
 """
@@ -21,12 +21,12 @@ Policy = Literal["random", "max_prob", "margin", "entropy"]
 
 
 class DecodingParams(Settings):
-    """Settings of one request; vary them with `replace`. Raises ConfigError naming value, rule and way out."""
+    """Settings of one request. `replace` makes changed copies. Raises ConfigError with value, rule and way out."""
 
     preset: Literal["exact", "reference", "fast"] = "exact"
     """exact (corrects the released sampler), reference (reproduces it), or fast (exact with two speed-ups)"""
 
-    # how many steps, and what a text ends with
+    # number of steps, and the end of a text
 
     steps: int | None = Field(default=None, ge=1, le=10**6)
     """denoising steps, each one forward pass; if left out, one for each masked token"""
@@ -65,7 +65,7 @@ class DecodingParams(Settings):
     block: int | None = Field(default=None, ge=1, lt=2**31)
     """fill blocks of this many tokens from left to right, each in any order; if left out, everything is one block"""
 
-    # rule: what a step may commit beyond its schedule
+    # rule: tokens that a step may commit beyond its schedule
 
     threshold: float | None = Field(default=None, gt=0, le=1)
     """also commit every token of at least this probability; with the policy margin, of this margin (Fast-dLLM)"""
@@ -79,7 +79,7 @@ class DecodingParams(Settings):
     revoke: float = Field(default=0.0, ge=0, lt=1)
     """mask tokens that lost most probability again, up to this fraction of the tokens that the step commits"""
 
-    # cache: what a pass does not compute again
+    # cache: keys and values that a pass does not compute again
 
     cache: Literal["none", "prefix", "dual", "delayed"] = "none"
     """keys and values to keep: none, prefix (left of the block), dual (outside it), delayed (of committed tokens)"""
@@ -95,17 +95,17 @@ class DecodingParams(Settings):
                     raise ValueError(f"{name} is not a setting of the reference preset; use preset='exact'")
         rules = [name for name in _RULES if getattr(self, name) is not None]
         if len(rules) > 1:
-            raise ValueError(f"{rules[0]} and {rules[1]} are two rules for what a step commits; choose one")
+            raise ValueError(f"{rules[0]} and {rules[1]} are two rules for the commitments of a step; choose one")
         if self.entropy_bound is not None and self.policy != "entropy":
             raise ValueError(f"entropy_bound needs the policy 'entropy', not {self.policy!r}; use threshold or factor")
         if self.cache in ("prefix", "dual") and self.block is None:
-            raise ValueError(f"cache={self.cache!r} is kept for a block; give block, 32 for example")
+            raise ValueError(f"cache={self.cache!r} needs a block; give block, 32 for example")
         if self.preset == "fast":
             self._fill_in_fast()
         return self
 
     def _fill_in_fast(self) -> None:
-        """Set what the preset `fast` adds, except where the user has decided otherwise."""
+        """Set the additions of the preset `fast`, except where the user has set something else."""
         given = self.model_fields_set
         added = self.__dict__  # not fields that the user has set: `replace` decides again
         if not given & {*_RULES, "steps"}:
@@ -118,16 +118,16 @@ class DecodingParams(Settings):
 
     @property
     def stochastic(self) -> bool:
-        """Whether two seeds may differ."""
+        """Whether two seeds can give different results."""
         return self.temperature > 0 or self.policy_temperature > 0 or self.policy == "random"
 
     def replace(self, /, **changes: Any) -> "DecodingParams":  # Any: each field has its own type, checked by pydantic
-        """These settings with `changes`, validated (pydantic's own `model_copy` does not validate)."""
+        """Return these settings with `changes`, validated (pydantic's own `model_copy` does not validate)."""
         return DecodingParams(**{**self.model_dump(exclude_unset=True), **changes})
 
     @classmethod
     def from_dream(cls, **dream: Any) -> "DecodingParams":  # Any: as they are passed to `diffusion_generate`
-        """The `reference` preset from sampling arguments of Dream's `diffusion_generate`, and its defaults."""
+        """Return `reference` settings from sampling arguments of Dream's `diffusion_generate`, with its defaults."""
         for name in dream:
             if name not in _DREAM_NAMES:
                 close = get_close_matches(name, _DREAM_NAMES, n=1)

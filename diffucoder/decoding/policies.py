@@ -1,8 +1,8 @@
-"""Policies: in which order masked positions are committed, and how many by each step.
+"""Policies: the order in which masked positions are committed, and how many in each step.
 
 Pure functions of (R, T) tensors, R rows of T positions. A *schedule* says how many tokens are due at each step. An
-*order* gives each position a priority. A *rule* commits what is due in that order, and may commit more: everything the
-model is confident enough of. To add an order: a class, an entry in `ORDERS`, a name in `params`. To add a rule: a
+*order* gives each position a priority. A *rule* commits the tokens that are due in that order, and may commit others
+that the model is confident of. To add an order: a class, an entry in `ORDERS`, a name in `params`. To add a rule: a
 frozen dataclass, a line in `rule_of`, a setting in `params` and in its `_RULES`.
 """
 
@@ -17,14 +17,14 @@ from diffucoder.decoding.params import DecodingParams
 
 
 class Quotas:
-    """Equal counts that add up to `masked`, the remainder in the first steps; at least one a step."""
+    """Equal counts that add up to `masked`, with the remainder in the first steps; at least one in each step."""
 
     def __init__(self, masked: int, steps: int | None) -> None:
         self.masked = masked
         self.steps = min(steps or masked, masked)
 
     def due(self, step: int, left: int) -> float:
-        """How many of the `left` masks `step` is to commit: what is missing to the count of the schedule."""
+        """Return how many of the `left` masks `step` must commit to reach the count of the schedule."""
         done = step + 1
         scheduled = self.masked // self.steps * done + min(done, self.masked % self.steps)
         return max(1, min(scheduled, self.masked) - (self.masked - left))
@@ -34,7 +34,7 @@ class ReleasedShares:
     """Shares of the remaining masks, as released: 1 - s/t on a time grid from 1 to `eps`; in the last step, all."""
 
     def __init__(self, masked: int, steps: int | None, eps: float, *, independent: bool) -> None:
-        """`independent`: each mask is committed with that probability, in place of that share of them."""
+        """`independent`: commit each mask with this probability, instead of this share of the masks."""
         self.steps = steps or max(masked, 1)
         self.independent = independent
         time = torch.linspace(1, eps, self.steps + 1)
@@ -42,7 +42,7 @@ class ReleasedShares:
         self.shares[-1] = 1
 
     def due(self, step: int, left: int) -> float:
-        """The probability for each of the `left` masks at `step`, or how many of them it is to commit."""
+        """Return the probability for each of the `left` masks at `step`, or how many of them it must commit."""
         share = self.shares[step]
         return float(share) if self.independent else float((share * left).floor())
 
@@ -51,7 +51,7 @@ Schedule = Quotas | ReleasedShares
 
 
 def schedule_of(params: DecodingParams, masked: int) -> Schedule:
-    """The schedule that `params` ask for, for a row of so many masks."""
+    """Return the schedule of `params` for a row with this number of masks."""
     if params.preset == "reference":
         return ReleasedShares(masked, params.steps, params.eps, independent=params.policy == "random")
     return Quotas(masked, params.steps)
@@ -62,23 +62,23 @@ def schedule_of(params: DecodingParams, masked: int) -> Schedule:
 
 @dataclass(frozen=True)
 class Order:
-    """Most probable token first; the base of all orders."""
+    """The most probable token goes first. Base of all orders."""
 
     temperature: float = 0.0
 
     def confidence(self, probabilities: Tensor, chosen: Tensor) -> Tensor:
-        """(M,) how confident the model is, given `probabilities` (M, V) and those of the chosen tokens, (M,)."""
+        """Return the confidence (M,), given `probabilities` (M, V) and those of the `chosen` tokens, (M,)."""
         return chosen
 
     def priority(self, confidence: Tensor, uniform: Tensor) -> Tensor:
-        """(R, T), larger goes first, from `confidence` and uniform random numbers in [0, 1), (R, T) each."""
+        """Return (R, T), where larger goes first, from `confidence` and random numbers in [0, 1), (R, T) each."""
         if not self.temperature:
             return confidence
         return confidence / self.temperature + gumbel(uniform)
 
 
 class MarginOrder(Order):
-    """Widest gap between the two most probable tokens first."""
+    """The position with the widest gap between its two most probable tokens goes first."""
 
     def confidence(self, probabilities: Tensor, chosen: Tensor) -> Tensor:
         best = probabilities.topk(2, -1).values
@@ -86,14 +86,14 @@ class MarginOrder(Order):
 
 
 class EntropyOrder(Order):
-    """Lowest entropy first; the confidence is the negative entropy in nats, computed as in the released code."""
+    """The lowest entropy goes first. Confidence is the negative entropy in nats, computed as in the released code."""
 
     def confidence(self, probabilities: Tensor, chosen: Tensor) -> Tensor:
         return (probabilities + 1e-10).log_().mul_(probabilities).sum(-1)
 
 
 class RandomOrder(Order):
-    """Any position first."""
+    """Positions go in random order."""
 
     def priority(self, confidence: Tensor, uniform: Tensor) -> Tensor:
         return uniform
@@ -115,7 +115,7 @@ def gumbel(uniform: Tensor) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class RuleInput:
-    """What a rule decides about: R rows of T positions."""
+    """Input of a rule: R rows of T positions."""
 
     open: Tensor  # (R, T) bool: positions that may be committed now
     priority: Tensor  # (R, T) by the order
@@ -126,20 +126,20 @@ class RuleInput:
 
 @dataclass(frozen=True)
 class Rule:
-    """Commit what is due, in order of priority; the base of all rules. Sequences with equal rules share a call."""
+    """Commit the tokens that are due, by priority. Base of all rules. Sequences with equal rules share a call."""
 
     def commit(self, given: RuleInput) -> Tensor:
-        """(R, T) bool, a part of what is open."""
+        """Return the positions to commit, (R, T) bool, a part of the open ones."""
         return highest(given.priority, given.open, given.due) | (given.open & self.also(given))
 
     def also(self, given: RuleInput) -> Tensor:
-        """(R, T) bool: what is committed beyond the schedule, if it is open."""
+        """Return (R, T) bool: positions to commit beyond the schedule, if they are open."""
         return torch.zeros_like(given.open)
 
 
 @dataclass(frozen=True)
 class ThresholdRule(Rule):
-    """Also every token of at least this probability, or this confidence (Fast-dLLM's threshold)."""
+    """Also commit every token of at least this probability, or this confidence (Fast-dLLM's threshold)."""
 
     least: float
     by_confidence: bool
@@ -151,7 +151,7 @@ class ThresholdRule(Rule):
 
 @dataclass(frozen=True)
 class FactorRule(Rule):
-    """Also each row's n most probable tokens, for the largest n with (n + 1)(1 - p of the nth) < `factor`.
+    """Also commit the n most probable tokens of each row, for the largest n with (n + 1)(1 - p of the nth) < `factor`.
 
     Fast-dLLM (arXiv 2505.22618, §3.3).
     """
@@ -161,16 +161,16 @@ class FactorRule(Rule):
     def also(self, given: RuleInput) -> Tensor:
         ordered = given.probability.masked_fill(~given.open, -1).sort(dim=-1, descending=True, stable=True)
         rank = torch.arange(1, given.open.shape[1] + 1)  # (T,)
-        fits = (rank + 1) * (1 - ordered.values) < self.factor  # (R, T) by rank; what is not open has 1 - p = 2
+        fits = (rank + 1) * (1 - ordered.values) < self.factor  # (R, T) by rank; closed positions have 1 - p = 2
         most = (fits * rank).amax(-1, keepdim=True)  # (R, 1)
         return torch.zeros_like(given.open).scatter(1, ordered.indices, rank <= most)
 
 
 @dataclass(frozen=True)
 class EntropyBoundRule(Rule):
-    """Also each row's tokens of least entropy, whose entropies without the largest add up to at most `bound`.
+    """Also commit the tokens of lowest entropy in each row while their sum, without the largest, is at most `bound`.
 
-    The entropy-bounded sampler (arXiv 2505.24857): the sum bounds what is lost by taking tokens as independent.
+    The entropy-bounded sampler (arXiv 2505.24857): the sum bounds the error of treating tokens as independent.
     """
 
     bound: float
@@ -184,7 +184,7 @@ class EntropyBoundRule(Rule):
 
 @dataclass(frozen=True)
 class ReleasedRule(Rule):
-    """What is due, with ties broken by `torch.topk`, as released: they are common in bf16."""
+    """Commit the tokens that are due, with ties broken by `torch.topk`, as released. Ties are common in bf16."""
 
     def commit(self, given: RuleInput) -> Tensor:
         priority = given.priority.masked_fill(~given.open, -torch.inf)
@@ -196,14 +196,14 @@ class ReleasedRule(Rule):
 
 @dataclass(frozen=True)
 class ReleasedRandomRule(Rule):
-    """The released `origin`: every open position is committed by itself, with the probability that is due."""
+    """The released `origin`: each open position is committed independently, with the probability that is due."""
 
     def commit(self, given: RuleInput) -> Tensor:
         return given.open & (given.priority < given.due[:, None])
 
 
 def rule_of(params: DecodingParams) -> Rule:
-    """The rule that `params` ask for."""
+    """Return the rule of `params`."""
     if params.preset == "reference":
         return ReleasedRandomRule() if params.policy == "random" else ReleasedRule()
     if params.threshold is not None:
@@ -216,7 +216,7 @@ def rule_of(params: DecodingParams) -> Rule:
 
 
 def highest(priority: Tensor, open_: Tensor, count: Tensor) -> Tensor:
-    """Each row's `count` (R,) open positions of highest `priority` (R, T), ties to the left: (R, T) bool."""
+    """Return the `count` (R,) open positions of highest `priority` (R, T) of each row, ties to the left: bool."""
     finite = priority.clamp(min=torch.finfo(priority.dtype).min)  # so that every open position precedes the others
     ranked = finite.masked_fill(~open_, -torch.inf).argsort(dim=-1, descending=True, stable=True)  # (R, T)
     chosen = torch.arange(open_.shape[1]) < count[:, None]  # (R, T), by rank

@@ -1,4 +1,4 @@
-"""Requests: what is to be decoded for a text, and the `Generation`s that are made from the decoded rows."""
+"""Requests: the rows to decode for a text, and the `Generation`s that are made of the decoded rows."""
 
 from bisect import bisect_left
 from collections.abc import Iterable
@@ -15,7 +15,7 @@ from diffucoder.tokenizer import Hole, Tokenizer
 
 
 class StopSearch:
-    """Whether the text of ids that come from the left has a stop string. It decodes what is new since the last call."""
+    """Whether the text of ids from the left has a stop string. Each call decodes only ids that are new."""
 
     def __init__(self, tokenizer: Tokenizer, stops: Iterable[str]) -> None:
         self.tokenizer = tokenizer
@@ -33,7 +33,7 @@ class StopSearch:
 
 
 class SettledText:
-    """The text of ids that come from the left, as far as neither later ones nor a stop string can change it.
+    """The text of ids from the left, up to the point where later ids or a stop string could change it.
 
     It decodes each id a few times, however long the text becomes.
     """
@@ -49,7 +49,7 @@ class SettledText:
         self._stopped = False
 
     def add(self, ids: list[int]) -> str:
-        """What the next `ids` add to the text."""
+        """Return the text that the next `ids` add."""
         if self._stopped:
             return ""
         text = self._held + self._decode(ids)
@@ -76,7 +76,7 @@ class SettledText:
 
 
 def _stop_begun(text: str, stops: Iterable[str]) -> int:
-    """How many characters at the end of `text` may be the beginning of a stop string."""
+    """Return how many characters at the end of `text` may be the beginning of a stop string."""
     most = 0
     for stop in stops:
         tail = text[-(len(stop) - 1) :] if len(stop) > 1 else ""
@@ -92,33 +92,33 @@ def _stop_begun(text: str, stops: Iterable[str]) -> int:
 class Generation:
     """One finished sample."""
 
-    index: int  # which result of its request it is, from 0
-    text: str  # what was wanted: the answer, the middle of an infill, or the whole text of a fill
-    pieces: tuple[str, ...]  # the text of each hole; for a generation the answer alone
-    tokens: tuple[int, ...]  # what was generated, up to the terminator, or as far as it is in `text` with a stop string
+    index: int  # number of the result in its request, from 0
+    text: str  # the answer, the middle of an infill, or the whole text of a fill
+    pieces: tuple[str, ...]  # the text of each hole; for an answer, its text
+    tokens: tuple[int, ...]  # generated tokens before the terminator or stop string
     forward_passes: int
-    seconds: float  # of the whole batch that the sample was in
+    seconds: float  # that the whole batch of the sample took
     finish_reason: str  # "stop": a terminator or stop string; "length": the canvas is full
-    trace: Trace  # the whole row, and the step that committed each token
+    trace: Trace  # the whole row, with the step that committed each token
 
     @property
     def order(self) -> list[int]:
-        """Positions, counted from the first hole, in the order of their commitment."""
+        """Positions from the first hole, in the order of their commitment."""
         return commit_order(self.trace.steps)
 
     @property
     def seed(self) -> int:
-        """What fixes this result."""
+        """The seed of the request; with `index` it fixes this result."""
         return int(self.trace.params["seed"])
 
     @property
     def tokens_per_forward(self) -> float:
-        """TPF: `tokens` for each forward pass."""
+        """Tokens per forward pass (TPF)."""
         return len(self.tokens) / max(1, self.forward_passes)
 
     @property
     def tokens_per_second(self) -> float:
-        """TPS: `tokens` a second; neither prompt nor padding counts."""
+        """Tokens per second, without prompt and padding (TPS)."""
         return len(self.tokens) / max(1e-9, self.seconds)
 
 
@@ -137,21 +137,21 @@ class Request:
         return len(self.canvas.tokens)
 
     def prompt_tokens(self, index: int) -> int:
-        """The number of tokens that the result `index` is made from: those that are known before decoding."""
+        """Return the number of tokens of the result `index` that are known before decoding."""
         return int((self.canvas.valid[index] & (self.canvas.tokens[index] != self.canvas.mask_id)).sum())
 
     @property
     def until(self) -> Until | None:
-        """What ends a row early: a stop string in its text."""
+        """The function that ends a row early, at a stop string in its text."""
         return StopSearch(self.tokenizer, self.params.stop) if self.params.stop else None
 
     def sequences(self, *, entropies: int = 0) -> list[Sequence]:
-        """One for each row; their traces hold the entropies of the first `entropies` steps."""
+        """Make a sequence for each row. Their traces hold the entropies of the first `entropies` steps."""
         rows = range(len(self.canvas.tokens))
         return [Sequence(self.canvas, self.params, row=n, until=self.until, entropies=entropies) for n in rows]
 
     def settled_ids(self, sequence: Sequence, *, start: int = 0) -> list[int]:
-        """The ids of an answer that no later step can change, from the id `start` on; none while any may be revoked."""
+        """Return the ids of an answer, from `start` on, that no later step can change; [] while any may be revoked."""
         if sequence.verifier is not None and sequence.finish_reason is None:
             return []
         masks = int(sequence.holes.sum())
@@ -160,7 +160,7 @@ class Request:
         return ids
 
     def results(self, sequences: list[Sequence], seconds: float) -> list[Generation]:
-        """The results of the finished `sequences`, in order of their index. `seconds` is what decoding took."""
+        """Return the results of the finished `sequences`, in order of their index. Decoding took `seconds`."""
         return [self._result(index, sequence, seconds) for index, sequence in enumerate(sequences)]
 
     def _result(self, index: int, sequence: Sequence, seconds: float) -> Generation:
@@ -179,7 +179,7 @@ class Request:
         )
 
     def _before_stops(self, ids: list[int]) -> tuple[str, list[int], bool]:
-        """The text of `ids` before the first stop string, the ids that have a part in it, and whether there is one."""
+        """Return the text of `ids` before the first stop string, its ids, and whether there is one."""
         whole = self.tokenizer.decode(ids)
         text = before_stops(whole, self.params.stop)
         if text == whole:
@@ -199,16 +199,16 @@ class HoleRequest(Request):
 
     @property
     def result_count(self) -> int:
-        """The number of results: that of the samples, since one of the lengths is kept."""
+        """The number of samples, because one length is kept for each."""
         return self.params.num_samples
 
     @property
     def until(self) -> Until | None:
-        """None: rows are compared by all of their tokens. Stop strings cut the text of each hole afterwards."""
+        """None, because rows are compared by all of their tokens. Stop strings cut the text of each hole afterwards."""
         return None
 
     def results(self, sequences: list[Sequence], seconds: float) -> list[Generation]:
-        """Of each sample the row of the likeliest length, in order of the samples."""
+        """Return the row of the most likely length of each sample, in order of the samples."""
         traces = [sequence.trace(self.model_name) for sequence in sequences]
         samples = self.params.num_samples
         results = []
@@ -249,7 +249,7 @@ class HoleRequest(Request):
 
 
 def before_stops(text: str, stops: Iterable[str]) -> str:
-    """`text` up to the first of `stops`."""
+    """Return `text` up to the first of `stops`."""
     for stop in stops:
         text = text.partition(stop)[0]
     return text

@@ -3,8 +3,8 @@
 Everything that needs the vocabulary axis runs here, in chunks within the forward pass (`Denoiser`'s `reduce`), so that
 logits of a whole canvas never exist.
 
-The order of operations is the release's: bar ids, temperature, top-p, top-k, softmax, proposal, confidence. Confidence
-is thus judged after tempering and filtering, which is how temperature changes the order of generation.
+The order of operations is that of the release: bar ids, temperature, top-p, top-k, softmax, proposal, confidence. So
+confidence is computed after temperature and filters, and temperature changes the order of generation.
 """
 
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ COLDEST = 1e-6  # a lower temperature is the same argmax in fp32, but would over
 
 
 class Samples(NamedTuple):
-    """What M positions propose."""
+    """The proposals of M positions."""
 
     tokens: Tensor  # (M,) int64
     confidence: Tensor  # (M,) fp32, by the order; larger is more confident
@@ -39,14 +39,14 @@ class Sampler:
     top_p: float | None
     top_k: int | None
     barred: tuple[int, ...]  # ids never proposed
-    proposable: int | None  # nor ids from this one on
-    reference: bool  # the released code's arithmetic, in the logits' own dtype, in place of fp32
+    proposable: int | None  # ids from this one on are never proposed either
+    reference: bool  # the arithmetic of the released code, in the logits' own dtype instead of fp32
 
     @classmethod
     def of(
         cls, params: DecodingParams, *, mask_id: int, forbidden: tuple[int, ...] = (), proposable: int | None = None
     ) -> "Sampler":
-        """The sampler that `params` ask for; that of the preset `reference` bars the mask alone."""
+        """Return the sampler of `params`. That of the preset `reference` bars only the mask."""
         reference = params.preset == "reference"
         return cls(
             order=ORDERS[params.policy](params.policy_temperature),
@@ -61,9 +61,9 @@ class Sampler:
     def sample(
         self, logits: Tensor, uniform: Tensor, given: Tensor, *, with_entropy: bool = False, candidates: int = 0
     ) -> Samples:
-        """Propose a token for each row of `logits` (M, V), by `uniform` (M,) in [0, 1) if there is a temperature.
+        """Propose a token for each row of `logits` (M, V), with `uniform` (M,) in [0, 1) if there is a temperature.
 
-        A token of `given` (M,) that is not -1 takes the place of the proposal: how confident the model is of it.
+        A token of `given` (M,) that is not -1 replaces the proposal, and gets a confidence as if it were proposed.
         """
         barred = torch.tensor(self.barred, device=logits.device)
         entropies = torch.full((len(logits),), torch.nan, device=logits.device)
@@ -90,7 +90,7 @@ class Sampler:
         )
 
     def _filter(self, logits: Tensor) -> Tensor:
-        """Temper and filter `logits` (M, V)."""
+        """Apply temperature and filters to `logits` (M, V)."""
         if self.temperature > 0:
             logits = (logits.float() / max(self.temperature, COLDEST)).to(logits.dtype)
         if self.top_p is not None and self.top_p < 1:
@@ -107,7 +107,7 @@ def entropy(logits: Tensor, barred: Tensor, proposable: int | None = None) -> Te
 
 
 def keep_top_p(logits: Tensor, p: float) -> Tensor:
-    """Drop from `logits` (M, V) what is beyond cumulative probability `p`; the token that crosses it stays."""
+    """Drop tokens of `logits` (M, V) beyond the cumulative probability `p`. The token that crosses it stays."""
     ordered, ids = logits.sort(-1, descending=True)
     limit = torch.tensor(p, dtype=torch.float32).to(logits.dtype)
     dropped = ordered.softmax(-1).cumsum(-1) > limit.to(logits.device)  # (M, V), by rank
@@ -116,13 +116,13 @@ def keep_top_p(logits: Tensor, p: float) -> Tensor:
 
 
 def keep_top_k(logits: Tensor, k: int) -> Tensor:
-    """Drop from `logits` (M, V) what is below the `k`-th value; ties stay."""
+    """Drop tokens of `logits` (M, V) below the `k`-th value. Ties stay."""
     least = logits.topk(min(k, logits.shape[1]), -1).values[:, -1:]  # (M, 1)
     return logits.masked_fill(logits < least, torch.finfo(logits.dtype).min)
 
 
 def draw(probabilities: Tensor, uniform: Tensor) -> Tensor:
-    """(M,) tokens drawn from `probabilities` (M, V), one uniform number (M,) each."""
+    """Draw tokens (M,) from `probabilities` (M, V), with one uniform number (M,) each."""
     cdf = probabilities.float().cumsum(-1)
     target = uniform[:, None] * cdf[:, -1:]  # below the total, since uniform <= 1 - 2**-24
     draws = torch.searchsorted(cdf, target, right=True).clamp_(max=cdf.shape[1] - 1)  # (M, 1)

@@ -28,7 +28,7 @@ Until = Callable[[Tensor], bool]
 
 @dataclass(frozen=True, eq=False)
 class Step:
-    """What one step did to B rows of T positions."""
+    """Result of one step for B rows of T positions."""
 
     index: int  # of this step, from 0
     canvas: Tensor  # (B, T) tokens after this step
@@ -40,17 +40,17 @@ class Step:
 
     @property
     def forward_passes(self) -> int:
-        """How many were spent so far."""
+        """Number of forward passes so far."""
         return self.index + 1
 
 
 @dataclass(frozen=True, eq=False)
 class Proposals:
-    """What a pass proposes for R rows of T positions, or (without R) for one sequence; 0 where nothing was scored."""
+    """Proposals of a pass for R rows of T positions; without R, for one sequence. 0 where nothing was scored."""
 
     open: Tensor  # (R, T) bool: masked, and may be committed now
     verified: Tensor  # (R, T) bool: committed tokens that were scored again
-    tokens: Tensor  # (R, T) ids: the proposal where open, else the token that is there
+    tokens: Tensor  # (R, T) ids: the proposal where open, else the present token
     confidence: Tensor  # (R, T) by the row's order
     log_prob: Tensor  # (R, T) of these tokens
     entropy: Tensor  # (R, T) nats; nan where it is not wanted
@@ -58,7 +58,7 @@ class Proposals:
     candidate_log_probs: Tensor  # (R, T, k)
 
     def of(self, row: int, length: int) -> "Proposals":
-        """Those of one row, without its padding."""
+        """Return the proposals of one row, without its padding."""
         rows = {field.name: getattr(self, field.name)[row, -length:] for field in fields(self)}
         return Proposals(**rows)
 
@@ -83,7 +83,7 @@ class Sequence:
         self.until = until
         self.entropies = entropies
         self.tokens = canvas.tokens[row][canvas.valid[row]].cpu()  # (T,)
-        self.holes = self.tokens == canvas.mask_id  # (T,) bool: what is to be filled
+        self.holes = self.tokens == canvas.mask_id  # (T,) bool: positions to fill
         self.first_hole = leftmost(self.holes)
         masked = int(self.holes.sum())
         self.schedule = schedule_of(params, masked)
@@ -112,7 +112,7 @@ class Sequence:
 
     @property
     def masked(self) -> Tensor:
-        """(T,) bool: what is still masked."""
+        """(T,) bool: positions that are still masked."""
         return self.tokens == self.canvas.mask_id
 
     @property
@@ -122,27 +122,27 @@ class Sequence:
 
     @property
     def answer_end(self) -> int:
-        """Where the answer ends: at the first terminator that decoding wrote; T without one.
+        """End of the answer: the first terminator that decoding wrote, or T.
 
-        The only place that decides this, apart from stop strings, which `requests` looks for in text.
+        Only this decides it, except for stop strings, which `requests` looks for in text.
         """
         terminators = torch.tensor(self.canvas.terminators, dtype=torch.long)
         return leftmost(self.holes & torch.isin(self.tokens, terminators))
 
     @property
     def written_end(self) -> int:
-        """Where the beginning of the answer ends that is written without a gap; a stop string may leave gaps."""
+        """End of the part of the answer that has no gap. A stop string may leave gaps."""
         return min(leftmost(self.holes & (self._committed_by < 0)), self.answer_end)
 
     @property
     def block(self) -> int:
-        """The number of the block at work: the first one with a mask."""
+        """Number of the current block, the first one with a mask."""
         if self.params.block is None:
             return 0
         return (self.first_masked - self.first_hole) // self.params.block
 
     def block_bounds(self) -> tuple[int, int]:
-        """The positions of the block at work: from, to."""
+        """Return the first position of the current block, and the one after its last."""
         size = self.params.block or len(self.tokens)
         start = self.first_hole + self.block * size
         return start, min(start + size, len(self.tokens))
@@ -162,18 +162,18 @@ class Sequence:
         return self._uniform
 
     def due(self) -> float:
-        """What the schedule wants of the next step."""
+        """Return the count or probability that the schedule wants of the next step."""
         return self.schedule.due(self.forward_passes, int(self.masked.sum()))
 
     def acquire(self, model: Denoiser) -> int:
-        """Its row of the model's cache. CheckpointError for a model without one."""
+        """Return its row of the model's cache. Raises CheckpointError for a model without one."""
         if self._cache is None:
             cache = model.cache
             self._cache = cache, cache.acquire(len(self.tokens))
         return self._cache[1]
 
     def release(self) -> None:
-        """Give the cache row back. Without it the next step computes everything again."""
+        """Release the cache row. The next step then computes everything again."""
         if self._cache is not None:
             cache, row = self._cache
             cache.release(row)
@@ -227,7 +227,7 @@ class Sequence:
         self._until_saw = min(self._until_saw, self.first_masked)  # other tokens may come there
 
     def _finish_if_over(self) -> None:
-        """Set `finish_reason` once nothing before the answer's end is masked, or `until` says so.
+        """Set `finish_reason` when nothing before the end of the answer is masked, or `until` returns True.
 
         The reference preset takes all its steps, whatever it has written.
         """
@@ -247,7 +247,7 @@ class Sequence:
             self.release()
 
     def trace(self, model: str = "") -> Trace:
-        """What was done until now, as a trace; `model` is the name that it gives the model."""
+        """Return the history so far as a trace. `model` is the name of the model in it."""
         start = self.first_hole
         steps: list[int] = self._committed_by[start:].tolist()
         return Trace(

@@ -1,8 +1,8 @@
-"""The decoding step: `advance`, the only one there is, and `denoise`, which loops over it.
+"""The decoding step `advance`, the only one in the package, and `denoise`, which loops over it.
 
 A step has four parts. Each sequence *plans* which positions the pass is fed (`caching`). The pass gives *proposals* for
 every open position (`sampling`). Order and rule *choose* what to commit (`policies`). Each sequence *applies* that to
-itself, where a constraint may veto and a verifier may take back (`constraints`).
+itself, where a constraint may veto commitments and a verifier may revoke earlier ones (`constraints`).
 
 `advance` takes any mix of sequences (lengths, ages, settings). Their results do not depend on each other, up to the
 rounding of matrix products. Tensors with a vocabulary axis are on the model's device; everything of shape (R, T), R
@@ -29,7 +29,7 @@ __all__ = ["Sequence", "Step", "Until", "advance", "decode", "denoise"]
 
 @torch.no_grad()
 def advance(model: Denoiser, sequences: list[Sequence]) -> list[Step]:
-    """One pass for `sequences`, none of them finished; a Step of (1, own length) for each."""
+    """Run one pass for `sequences`, none of them finished. Return a Step of (1, own length) for each."""
     assert all(sequence.finish_reason is None for sequence in sequences), "a finished sequence has nothing to advance"
     plans = [plan(model, sequence) for sequence in sequences]
     batch = Plan(*map(_padded, zip(*plans, strict=True)))
@@ -43,7 +43,7 @@ def advance(model: Denoiser, sequences: list[Sequence]) -> list[Step]:
 
 
 def decode(model: Denoiser, sequences: list[Sequence]) -> Iterator[list[tuple[Sequence, Step]]]:
-    """Advance all sequences until they are finished. After each pass: which ones it advanced, and their Steps."""
+    """Advance all sequences until they are finished. After each pass yield those that it advanced, and their Steps."""
     try:
         while going := [sequence for sequence in sequences if sequence.finish_reason is None]:
             yield list(zip(going, advance(model, going), strict=True))
@@ -55,11 +55,11 @@ def decode(model: Denoiser, sequences: list[Sequence]) -> Iterator[list[tuple[Se
 def denoise(
     model: Denoiser, canvas: Canvas, params: DecodingParams, *, until: Until | None = None, entropies: int = 0
 ) -> Iterator[Step]:
-    """Fill in a canvas, step by step, until every row is finished; finished rows cost nothing and stay as they are.
+    """Fill in a canvas, and yield each step. Rows that are finished cost nothing and do not change.
 
     Steps have the canvas's own shape and padding, with `params.num_samples` consecutive rows for each of its rows.
-    `until` may end any row early; what is still masked there is filled with the canvas's `pad_id`. The first
-    `entropies` steps also have the entropy of every position that may be committed (`sampling.entropy`).
+    `until` may end any row early; masks that are left there become the canvas's `pad_id`. The first `entropies` steps
+    also have the entropy of every position that may be committed (`sampling.entropy`).
     """
     if canvas.mask_id != model.mask_id:
         raise PromptError(
@@ -90,18 +90,18 @@ def denoise(
 
 
 class Plan(NamedTuple):
-    """What R sequences bring to a pass, left-padded to T positions, or (without R) what one does."""
+    """The part of R sequences in a pass, left-padded to T positions; without R, that of one sequence."""
 
     tokens: Tensor  # (R, T)
     valid: Tensor  # (R, T) bool
-    feed: Tensor  # (R, T) bool: what the model is fed
+    feed: Tensor  # (R, T) bool: positions that the model is fed
     open: Tensor  # (R, T) bool: masked positions that may be filled now
     verified: Tensor  # (R, T) bool: committed tokens that a verifier wants scored again
     uniform: Tensor  # (R, T, 2) random numbers, for tokens and for the order
 
 
 def plan(model: Denoiser, sequence: Sequence) -> Plan:
-    """What one sequence brings to a pass, (T,) each."""
+    """Return the part of one sequence in a pass, (T,) each."""
     feed = sequence.cache_plan.feed(sequence, model)
     scorable = model.scorable(feed)
     start, end = sequence.block_bounds()
@@ -118,7 +118,7 @@ def _padded(rows: Iterable[Tensor]) -> Tensor:
 
 
 def _alike(keys: Iterable[Hashable]) -> Iterable[list[int]]:
-    """The rows that have equal keys, given the key of each row."""
+    """Group the rows that have equal keys, given the key of each row."""
     rows: dict[Hashable, list[int]] = {}
     for row, key in enumerate(keys):
         rows.setdefault(key, []).append(row)
@@ -154,7 +154,7 @@ def propose(model: Denoiser, sequences: list[Sequence], batch: Plan) -> Proposal
 
 
 def _score(model: Denoiser, sequences: list[Sequence], batch: Plan, candidates: int) -> tuple[Tensor, Samples]:
-    """One call of the model: the (row, position) pairs (M, 2) that it scores, and their samples."""
+    """Call the model once. Return the (row, position) pairs (M, 2) that it scores, and their samples."""
     wanted, spans = _by_sampler(sequences, batch.open | batch.verified)
     at = tuple(wanted.T)
     known = batch.tokens.masked_fill(batch.open, -1)[at].to(model.device)  # (M,) -1: to be proposed
@@ -162,7 +162,7 @@ def _score(model: Denoiser, sequences: list[Sequence], batch: Plan, candidates: 
     with_entropy = any(sequence.wants_entropy for sequence in sequences)
 
     def sample(logits: Tensor, chunk: slice) -> Samples:
-        """Sample from `logits` (C, V), those of the pairs `chunk` of `wanted`: each part of them by its sampler."""
+        """Sample from `logits` (C, V) of the pairs `chunk` of `wanted`, each part with its own sampler."""
         parts = []
         for sampler, span in spans:
             start = max(span.start, chunk.start)
@@ -208,7 +208,7 @@ def _by_sampler(sequences: list[Sequence], scored: Tensor) -> tuple[Tensor, list
 
 
 def choose(sequences: list[Sequence], batch: Plan, proposals: Proposals) -> Tensor:
-    """The open positions that each row commits, by its order and rule: (R, T) bool."""
+    """Return the open positions that each row commits by its order and rule: (R, T) bool."""
     chosen = torch.zeros_like(proposals.open)
     due = torch.tensor([float(sequence.due()) for sequence in sequences])
     for rows in _alike((sequence.sampler.order, sequence.rule) for sequence in sequences):

@@ -1,4 +1,4 @@
-"""Traces: what was generated, in which order, on one line a sample; and AR-ness, which measures that order.
+"""Traces: which tokens were generated in which order, one line for each sample; and AR-ness, a measure of that order.
 
 The format, version 3: JSON lines, each with `format` ("diffucoder-trace"), `version` and the fields of `Trace`. Files
 may be cut and concatenated.
@@ -24,7 +24,7 @@ from diffucoder.files import parse_json_line, read_lines, write_jsonl
 
 FORMAT = "diffucoder-trace"
 VERSION = 3
-LONGEST_ANSWER = 2**15  # tokens, as the next two limits of what is read: a file of traces may be anybody's
+LONGEST_ANSWER = 2**15  # tokens; this and the next limits hold for files of traces from anybody
 _MOST_STEPS = 10**6
 _HOTTEST = 10**9  # temperature; larger ones cannot be drawn
 LARGEST_MAP = 2**24  # entropies of a trace, as 4,096 steps of 4,096 tokens have
@@ -42,8 +42,8 @@ class Trace:
     forward_passes: int  # spent until the last commitment of the row
     params: dict[str, Any] = field(default_factory=dict)  # the DecodingParams. Any: JSON
     model: str = ""  # its name, as the user gave it
-    id: str = ""  # what the sample answers, as "tiny/7#0": the first sample of a task
-    # commitments that were taken back: [position of L, token, step that made it, step that revoked it]
+    id: str = ""  # the task and the number of the sample, such as "tiny/7#0"
+    # revoked commitments: [position of L, token, step that made it, step that revoked it]
     revoked: list[list[int]] = field(default_factory=list)
     # base64 of zlib of little-endian float16, (S, L): the entropy in nats of each position before each of the first S
     # steps; nan where none was scored; "" if not recorded
@@ -67,15 +67,15 @@ class Trace:
 
     @property
     def mean_log_prob(self) -> float:
-        """How likely the committed tokens were on average; 0 where none was committed."""
+        """Mean log-probability of the committed tokens; 0 if none was committed."""
         committed = [value for value, step in zip(self.log_probs, self.steps, strict=True) if step >= 0]
         return sum(committed) / max(len(committed), 1)
 
 
 def commit_order(steps: Sequence[int], confidence: Sequence[float] | None = None) -> list[int]:
-    """Positions in the order of their commitment, from the step of each; those of step -1 are left out.
+    """Return positions in the order of their commitment, given the step of each. Step -1 is left out.
 
-    Several of one step come from left to right, or the most confident of them first.
+    Positions of one step come from left to right, or with `confidence` the most confident first.
     """
     committed = []
     for position, step in enumerate(steps):
@@ -86,7 +86,7 @@ def commit_order(steps: Sequence[int], confidence: Sequence[float] | None = None
 
 
 def pack_entropies(entropies: Sequence[Tensor]) -> str:
-    """The field `entropies`, of the (L,) of each step; without steps that scored nothing."""
+    """Return the field `entropies` for the (L,) of each step, without steps that scored nothing."""
     scored = [entropy.to(torch.float16).numpy() for entropy in entropies if not entropy.isnan().all()]
     if not scored:
         return ""
@@ -94,7 +94,7 @@ def pack_entropies(entropies: Sequence[Tensor]) -> str:
 
 
 def as_json(trace: Trace) -> dict[str, Any]:
-    """A trace as a line of the format holds it."""
+    """Return a trace as an object of the format."""
     return {"format": FORMAT, "version": VERSION, **asdict(trace)}
 
 
@@ -107,7 +107,7 @@ def write_traces(path: str | Path, traces: Iterable[Trace]) -> None:
 
 
 def read_traces(path: str | Path) -> list[Trace]:
-    """Read what `write_traces` wrote. Raises ConfigError for a file of another format or version."""
+    """Read a file that `write_traces` wrote. Raises ConfigError for another format or version."""
     traces: list[Trace] = []
     try:
         for number, line in read_lines(path):
@@ -143,7 +143,7 @@ def _parse(line: bytes, place: str) -> Trace:
 
 
 def _problem(trace: Trace) -> str | None:
-    """What no trace of a model has, None if there is nothing: the analysis relies on the rest."""
+    """Return a fault that no trace of a model has, or None. The analysis relies on this."""
     length = len(trace.steps)
     revoked = [row for row in trace.revoked if len(row) == 4]
     steps = [*trace.steps, *(step for row in revoked for step in row[2:])]
@@ -184,12 +184,12 @@ def local_ar_ness(
     before: Sequence[int] | None = None,
     end: int | None = None,
 ) -> float:
-    """Share of commitments that continue a run: the `k` positions before a token are the k committed before it.
+    """Share of commitments that continue a run: the `k` positions before a token are the k committed just before it.
 
-    DiffuCoder (arXiv 2506.20639) §4.1, local AR-ness@k, where sets are compared; `ordered` wants the run itself from
-    left to right. The first k commitments have no k predecessors: they are left out, or fail with `boundary="include"`.
-    nan where that leaves nothing. `before` (`committed_before`) says which commitments share a step. Commitments to
-    positions from `end` on interrupt runs, and are not counted themselves.
+    This is local AR-ness@k of DiffuCoder (arXiv 2506.20639) §4.1, which compares sets. With `ordered`, the run must
+    also go from left to right. The first k commitments have no k predecessors: they are left out, or count as failures
+    with `boundary="include"`. `before` (`committed_before`) tells which commitments share a step. Positions from `end`
+    on interrupt runs but are not counted. nan if nothing is counted.
     """
     before = range(len(order)) if before is None else before
     arrange = list if ordered else sorted
@@ -209,7 +209,7 @@ def local_ar_ness(
 def global_ar_ness(
     order: Sequence[int], k: int, *, before: Sequence[int] | None = None, end: int | None = None
 ) -> float:
-    """Share of commitments to one of the `k` leftmost masked positions (DiffuCoder §4.1); nan where there are none.
+    """Share of commitments to one of the `k` leftmost masked positions (DiffuCoder §4.1); nan if there are none.
 
     `before` and `end` as in `local_ar_ness`.
     """
@@ -233,6 +233,6 @@ def global_ar_ness(
 
 
 def committed_before(order: Sequence[int], steps: Sequence[int]) -> list[int]:
-    """How many of `order` were committed before the step that committed each of them."""
+    """Return, for each of `order`, how many were committed before the step that committed it."""
     in_order = [steps[position] for position in order]
     return [bisect_left(in_order, step) for step in in_order]

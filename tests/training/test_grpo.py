@@ -621,7 +621,7 @@ def test_tests_that_a_program_could_tamper_with_are_left_out_and_counted(capsys:
         ({"steps": 5}, "steps=5 is not a multiple of iterations=2"),
         ({"save_every": 3}, "save_every=3 is not a multiple of iterations=2"),
         ({"mask_ratio": (0.0, 0.5)}, r"mask_ratio=\(0.0, 0.5\) is not a range inside"),
-        ({"decoding": {"cache": "dual"}}, r"in \[decoding\]: cache='dual' is kept for a block"),
+        ({"decoding": {"cache": "dual"}}, r"in \[decoding\]: cache='dual' needs a block"),
         ({"decoding": {"temperature": 0}}, "decoding.temperature=0: input should be greater than 0"),
         ({"decoding": {"seed": 3}}, "decoding.seed=3 cannot be set for training"),
         ({"decoding": {"num_samples": 2}}, "decoding.num_samples=2 cannot be set for training"),
