@@ -23,7 +23,7 @@ run: $(STAMP) sandbox  ## generate code from the shipped model; PROMPT="..." ask
 test: $(DEV) sandbox browser  ## the whole test suite, offline
 	$(PYTHON) -m pytest -n $(TEST_PROCESSES) --dist loadfile
 
-check: $(DEV)    ## ruff, mypy --strict on the package, the floors, size and density of the code
+check: $(DEV)    ## ruff, mypy --strict on the package, directions of imports, size and density of the code
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/mypy
 	$(VENV)/bin/lint-imports

@@ -84,7 +84,7 @@ def bench(
 
 
 def matmul_rate(dtype: torch.dtype, device: torch.device, size: int = 1024) -> float:
-    """Return the operations a second of a square matmul: the ceiling of everything else."""
+    """Return the operations per second of a square matmul, the ceiling of all other figures."""
     left = torch.ones(size, size, dtype=dtype, device=device)
     right = torch.ones(size, size, dtype=dtype, device=device)
     return 2.0 * size**3 / median_seconds(lambda: torch.mm(left, right), device, 10)

@@ -26,7 +26,7 @@ _MEMORY = 2**30  # of address space; importing takes a fifth
 
 
 def render_chat(template: str, turns: Turns, names: dict[str, str]) -> str:
-    """The prompt of `turns` by a Jinja template, which sees the special tokens by their `names`.
+    """Return the prompt of `turns` by a Jinja template, which gets the special tokens by their `names`.
 
     PromptError if the template rejects the messages, fails, or goes over a limit.
     """
@@ -46,7 +46,7 @@ def render_chat(template: str, turns: Turns, names: dict[str, str]) -> str:
 
 
 def render_unlimited(template: str, turns: Turns, names: dict[str, str]) -> str:
-    """As `render_chat`, in this process: no limit but that of the output."""
+    """As `render_chat`, in this process: only the output is limited."""
     # late: slow to import, and most chats do not need them
     from jinja2.exceptions import TemplateError
     from transformers.utils.chat_template_utils import render_jinja_template
@@ -66,5 +66,5 @@ def render_unlimited(template: str, turns: Turns, names: dict[str, str]) -> str:
 
 @cache
 def _renderer(process: int) -> Limited:
-    """The children of a process; a fork must not share those of its parent."""
+    """Return the children of a process, because a fork must not share those of its parent."""
     return Limited(seconds=_SECONDS, memory=_MEMORY)

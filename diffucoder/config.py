@@ -1,6 +1,6 @@
 """Settings: frozen, validated, filled from TOML and `key=value` overrides; unknown keys are errors with a hint.
 
-A settings class is the one place that holds a setting, its default and its help. Subclass `Settings`, give every field
+A settings class is the only place with a setting, its default and its help. Subclass `Settings`, give every field
 a `Field(description=...)`, and read it with `load_settings`. A field may be a settings class itself: it is a table in
 TOML, and its settings have full names such as `decoding.steps`.
 """
@@ -26,7 +26,7 @@ class Settings(BaseModel):
     if not TYPE_CHECKING:  # mypy then keeps the signature that pydantic makes from the fields
 
         def __init__(self, /, **settings: object) -> None:
-            """Validate. Raises ConfigError, one line, in place of pydantic's own error."""
+            """Validate. Raises ConfigError, one line, instead of pydantic's own error."""
             try:
                 super().__init__(**settings)
             except ValidationError as error:
@@ -60,12 +60,12 @@ def put(values: dict[str, Any], key: str, value: Any) -> None:  # Any: TOML valu
     for table in tables:
         values = values.setdefault(table, {})
         if not isinstance(values, dict):
-            raise ConfigError(f"setting {key!r}: {table!r} has no settings of its own, its value is {values!r}")
+            raise ConfigError(f"setting {key!r}: {table!r} is not a table, its value is {values!r}")
     values[name] = value
 
 
 def all_settings(kind: type[Settings], prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
-    """Every setting with its full name: those of a nested class as `decoding.steps`."""
+    """Yield every setting with its full name, such as `decoding.steps` for a nested class."""
     for name, field in kind.model_fields.items():
         if isinstance(field.annotation, type) and issubclass(field.annotation, Settings):
             yield from all_settings(field.annotation, f"{prefix}{name}.")
@@ -74,7 +74,7 @@ def all_settings(kind: type[Settings], prefix: str = "") -> Iterator[tuple[str, 
 
 
 def read_toml(path: Path) -> dict[str, Any]:
-    """The content of a TOML file. Raises ConfigError."""
+    """Return the content of a TOML file. Raises ConfigError."""
     try:
         content = tomllib.loads(read_text(path))
         if is_deeper(content, DEEPEST):
@@ -87,7 +87,7 @@ def read_toml(path: Path) -> dict[str, Any]:
 
 
 def _parse(text: str) -> Any:  # Any: a TOML value
-    """A TOML value where `text` is one, else the text itself, so that strings need no quotes on a command line."""
+    """Return a TOML value if `text` is one, else the text, so that strings need no quotes on a command line."""
     try:
         return tomllib.loads(f"value = {text}")["value"]
     except (ValueError, RecursionError):
@@ -117,7 +117,7 @@ def _explain(kind: type[Settings], error: ValidationError) -> str:
 
 
 def _shown(value: object) -> str:
-    """A value as Python has it, cut if it is long."""
+    """Return the repr of a value, cut if it is long."""
     text = repr(value)
     return text if len(text) <= 100 else f"{text[:100]}..."
 
@@ -133,6 +133,6 @@ def _name_missing(error: ValidationError) -> str:
 
 
 def suggestion(key: str, known: list[str]) -> str:
-    """What an unknown name may have meant: the same name in a table, or one that is spelt alike."""
+    """Return a known name for an unknown one: the same name in a table, or a similar one."""
     likely = [name for name in known if name.endswith(f".{key}")] or get_close_matches(key, known, n=1)
     return f"did you mean {likely[0]!r}?" if likely else f"known: {', '.join(known)}"

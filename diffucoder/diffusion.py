@@ -18,11 +18,11 @@ from diffucoder.errors import ConfigError
 NORMALISERS = ("length", "masked", "masked_micro")
 Estimator = Literal["coupled", "decoupled", "full_mask", "d1"]
 Noise = Generator | Sequence[Generator]
-"""One generator for all rows, or one for each: then a row's noise is the same in any company."""
+"""One generator for all rows, or one for each: then the noise of a row does not depend on other rows."""
 
 
 def keyed_generator(*key: int) -> Generator:
-    """A CPU generator that is a function of `key` alone: any number of integers, each in 64 bits, signed."""
+    """Return a CPU generator that depends only on `key`: any number of integers, each in 64 bits, signed."""
     # torch's CPU generator keeps 32 bits of its seed, so close keys must be spread over them first
     digest = blake2b(struct.pack(f"<{len(key)}q", *key), digest_size=4).digest()
     return Generator().manual_seed(int.from_bytes(digest, "little"))
@@ -35,7 +35,7 @@ def sample_time(
     eps: float = 1e-3,
     method: Literal["uniform", "stratified", "antithetic"] = "stratified",
 ) -> Tensor:
-    """Draw t = eps + (1 - eps) u for each row: (B,) float32 in [eps, 1], each uniform by itself.
+    """Draw t = eps + (1 - eps) u for each row: (B,) float32 in [eps, 1], each of them uniform.
 
     `stratified` draws one u from each of B equal slices of [0, 1) and shuffles them; `antithetic` draws pairs u, 1 - u.
     Both reduce the variance of the batch's mean loss. ConfigError for `eps` outside (0, 1).
@@ -61,7 +61,7 @@ def corrupt(tokens: Tensor, maskable: Tensor, t: Tensor, mask_id: int, noise: No
 
 
 def complementary_masks(maskable: Tensor, t: Tensor, noise: Noise) -> tuple[Tensor, Tensor]:
-    """Two disjoint masks that together are `maskable` (B, T): a token is in the first with probability t, (B,).
+    """Return two disjoint masks that cover `maskable` (B, T). A token is in the first with probability t, (B,).
 
     DiffuCoder §5 (coupled sampling): the second mask belongs to time 1 - t.
     """
@@ -70,7 +70,7 @@ def complementary_masks(maskable: Tensor, t: Tensor, noise: Noise) -> tuple[Tens
 
 
 class View(NamedTuple):
-    """One noisy view of B completions: what is masked, and the weight of each log-probability there."""
+    """One noisy view of B completions: the masked positions, and the weight of each log-probability there."""
 
     masked: Tensor  # (B, T) bool
     weight: Tensor  # (B, T) float32; 0 where nothing is scored
@@ -85,9 +85,9 @@ def score_views(
     estimator: Estimator = "coupled",
     prompt_mask: float = 0.15,
 ) -> list[View]:
-    """The forward passes whose weighted log-probabilities add up to the score of each token, a stand-in for log pi.
+    """Return the views whose weighted log-probabilities add up to the score of each token, an estimate of log pi.
 
-    `completion` and `prompt` (B, T) bool are disjoint; what is in neither is padding. `ratios` (L, B, 2) are the two
+    `completion` and `prompt` (B, T) bool are disjoint; the other positions are padding. `ratios` (L, B, 2) are the two
     mask ratios of each of L pairs; `noise` has a generator for each row. Estimators:
 
     * `coupled` (DiffuCoder §5): everything masked, and L pairs of complementary masks, the second at 1 minus the first
@@ -116,7 +116,7 @@ def score_views(
 
 
 def random_spans(length: int, generator: Generator, *, holes: int = 3) -> Tensor:
-    """Up to `holes` random spans of a text of `length` tokens: (length,) bool, True inside. Infilling trains on them.
+    """Draw up to `holes` random spans of a text of `length` tokens, to train infilling: (length,) bool, True inside.
 
     Both ends of a span are uniform (Bavarian et al., arXiv 2207.14255).
     """
@@ -128,7 +128,7 @@ def random_spans(length: int, generator: Generator, *, holes: int = 3) -> Tensor
 
 
 def annealed_attention(length: int, share: float, generator: Generator) -> Tensor:
-    """Causal attention with each key to the right open with probability `share`: (length, length) bool.
+    """Return causal attention with each key on the right open with probability `share`: (length, length) bool.
 
     DiffuLLaMA (arXiv 2410.17891, §3.2): `share` grows from 0, the autoregressive parent, to 1, full attention.
     """
@@ -137,7 +137,7 @@ def annealed_attention(length: int, share: float, generator: Generator) -> Tenso
 
 
 def loss_weights(masked: Tensor, t: Tensor, maskable: Tensor, *, normaliser: str) -> tuple[Tensor, float]:
-    """The weight of each masked token's cross-entropy, (M,) float32, and this micro-batch's share of the divisor.
+    """Return the weight of each masked token's cross-entropy, (M,) float32, and this micro-batch's part of the divisor.
 
     The loss of a step is the sum of weight times cross-entropy over all its micro-batches and processes, divided by
     the sum of their shares. `masked` and `maskable` are (B, T), `t` is (B,); the M masked positions are in row-major
@@ -158,7 +158,7 @@ def loss_weights(masked: Tensor, t: Tensor, maskable: Tensor, *, normaliser: str
 
 
 def _uniform(where: Tensor, noise: Noise) -> Tensor:
-    """Uniform draws (B, T) on the device of `where` (B, T) bool; with a generator a row only there, 1 elsewhere."""
+    """Draw uniform numbers (B, T) on the device of `where` (B, T). With a generator a row: only there, else 1."""
     if isinstance(noise, Generator):
         return torch.rand(where.shape, generator=noise).to(where.device)
     drawn = torch.ones(where.shape)

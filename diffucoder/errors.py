@@ -1,4 +1,4 @@
-"""Everything the package raises on purpose. `serving.engine` has subclasses of its own.
+"""The errors that the package raises on purpose. `serving.engine` has subclasses of its own.
 
 A message is one line: the value, the rule it broke and a way out. The command line prints it and exits with 2.
 """
@@ -12,7 +12,7 @@ _REORDERING = "\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u206
 def printable(text: str) -> str:
     r"""Return `text` with control characters, except tabs and line ends, as escapes such as \x1b.
 
-    Text from files and models goes through this on its way to a terminal, which such characters command.
+    Text from files and models goes through this before a terminal shows it, because such characters control terminals.
     """
     if text.isprintable():
         return text
@@ -24,7 +24,7 @@ def printable(text: str) -> str:
 
 
 class DiffuCoderError(Exception):
-    """Base of all errors caused by input or environment rather than by a mistake of ours."""
+    """Base of all errors that input or environment cause, and not a mistake of the package."""
 
 
 class ConfigError(DiffuCoderError, ValueError):
@@ -40,4 +40,4 @@ class CheckpointError(DiffuCoderError, OSError):
 
 
 class SandboxError(DiffuCoderError, RuntimeError):
-    """Isolation for generated programs cannot be had on this machine."""
+    """This machine cannot isolate generated programs."""

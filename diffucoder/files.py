@@ -31,7 +31,7 @@ DEEPEST = 200  # levels of lists and objects: code that walks through them must 
 
 
 class UnreadableError(OSError):
-    """A file that is not one, that is over a limit, or that is damaged."""
+    """A path is not a regular file, or the file is over a limit or damaged."""
 
     def __init__(self, reason: str) -> None:
         """`reason` completes the sentence: the file cannot be read (...)."""
@@ -40,12 +40,12 @@ class UnreadableError(OSError):
 
 
 def cache_folder() -> Path:
-    """Where the package keeps what it can compute again: `diffucoder` in the user's cache folder."""
+    """Return the folder for data that can be computed again: `diffucoder` in the user's cache folder."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "diffucoder"
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """Write a whole file, or leave it as it was; permissions stay. Raises OSError.
+    """Write a whole file, or change nothing; permissions stay. Raises OSError.
 
     A link is replaced: in a stranger's folder it could lead to any file. Resolve the path of one that may be followed.
     """
@@ -65,7 +65,7 @@ def write_text(path: str | Path, text: str) -> None:
 
 @contextmanager
 def written_folder(folder: Path) -> Iterator[Path]:
-    """Fill the folder that is yielded: at the end it takes the place of `folder`. If that fails nothing of it stays."""
+    """Yield a folder to fill. At the end it replaces `folder`; if that fails, it is removed."""
     partial = folder.with_name(f"{folder.name}.partial")
     remove(partial)  # of a process that was killed
     partial.mkdir()
@@ -78,7 +78,7 @@ def written_folder(folder: Path) -> Iterator[Path]:
 
 
 def remove(path: Path) -> None:
-    """Remove a folder with all that is in it, or a link or file of its name; no error if that is not possible."""
+    """Remove a folder with its content, or a link or file of its name; no error if that is not possible."""
     if path.is_symlink() or path.is_file():
         path.unlink()
     shutil.rmtree(path, ignore_errors=True)
@@ -104,7 +104,7 @@ def append_jsonl(path: str | Path, rows: Iterable[Json], *, sync: bool = True) -
 
 
 def disk_is_full(error: BaseException | None) -> bool:
-    """Whether an error, or one that led to it, comes from a full disk, a quota or a limit on the size of files."""
+    """Return whether an error or its cause is a full disk, a quota or a limit on the size of files."""
     if error is None:
         return False
     full = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -118,7 +118,7 @@ def disk_is_full(error: BaseException | None) -> bool:
 
 
 def open_file(path: str | Path) -> io.BufferedReader:
-    """Open a regular file to read it, never a pipe or a device, which may have no end. Raises OSError."""
+    """Open a regular file to read, never a pipe or a device, which may have no end. Raises OSError."""
     try:
         handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except ValueError as error:  # a null byte in the name
@@ -138,12 +138,12 @@ def read_bytes(path: str | Path) -> bytes:
 
 
 def read_text(path: str | Path) -> str:
-    """The text of a UTF-8 file, every character as it is, but no byte-order mark. Raises OSError, or ValueError."""
+    """Return the text of a UTF-8 file without its byte-order mark. Raises OSError, or ValueError."""
     return decode_text(read_bytes(path))
 
 
 def read_json(path: str | Path) -> Json:
-    """The JSON object in a file. Raises OSError, or ValueError with the reason."""
+    """Return the JSON object in a file. Raises OSError, or ValueError with the reason."""
     fields = parse_json(read_text(path))
     if not isinstance(fields, dict):
         raise ValueError(f"not a JSON object but {type(fields).__name__}")
@@ -151,7 +151,7 @@ def read_json(path: str | Path) -> Json:
 
 
 def read_lines(path: str | Path) -> Iterator[tuple[int, bytes]]:
-    """Number, from 1, and content of each line of a plain or gzipped file. Raises OSError.
+    """Yield number, from 1, and content of each line of a plain or gzipped file. Raises OSError.
 
     UnreadableError for a line longer than `LONGEST_LINE`, and an archive that is damaged or unpacks to far more than
     text does.
@@ -176,7 +176,7 @@ def read_lines(path: str | Path) -> Iterator[tuple[int, bytes]]:
 
 
 def read_unpacked(path: str | Path) -> bytes:
-    """The content of a plain or gzipped file of text, unpacked at most `LARGEST_FILE` bytes. Raises OSError."""
+    """Return the content of a plain or gzipped text file, unpacked at most `LARGEST_FILE` bytes. Raises OSError."""
     lines: list[bytes] = []
     size = 0
     for _, line in read_lines(path):
@@ -188,9 +188,9 @@ def read_unpacked(path: str | Path) -> bytes:
 
 
 def read_whole_lines(path: str | Path) -> list[Json]:
-    """The JSON objects of a file that may have been cut short: all up to the first line that is not whole.
+    """Return the JSON objects of a file that may be cut short: all before the first line that is not whole.
 
-    None if there is no file. Raises ConfigError if it cannot be read.
+    [] if there is no file. Raises ConfigError if it cannot be read.
     """
     rows: list[Json] = []
     try:
@@ -210,12 +210,12 @@ def read_whole_lines(path: str | Path) -> list[Json]:
 
 
 def without_nulls(fields: Mapping[str, Any]) -> Json:
-    """The fields that have a value: `datasets` writes null into each column that a row lacks."""
+    """Return the fields that have a value, because `datasets` writes null into each column that a row lacks."""
     return {name: value for name, value in fields.items() if value is not None}
 
 
 def decode_text(content: bytes) -> str:
-    """UTF-8 text, with or without a byte-order mark. Raises ValueError with the reason."""
+    """Decode UTF-8 text, with or without a byte-order mark. Raises ValueError with the reason."""
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -223,7 +223,7 @@ def decode_text(content: bytes) -> str:
 
 
 def parse_json_line(line: bytes) -> Json:
-    """The JSON object on a line, with or without a byte-order mark. Raises ValueError with the reason."""
+    """Parse the JSON object on a line, with or without a byte-order mark. Raises ValueError with the reason."""
     text = decode_text(line).rstrip("\r\n")
     if not text.strip():
         raise ValueError("line is empty")
@@ -234,7 +234,7 @@ def parse_json_line(line: bytes) -> Json:
 
 
 def parse_json(text: str) -> Any:  # Any: whatever JSON can hold
-    """The value of a JSON document. Raises ValueError with the reason."""
+    """Parse a JSON document. Raises ValueError with the reason."""
     try:
         document = json.loads(text)
     except json.JSONDecodeError as error:
@@ -247,7 +247,7 @@ def parse_json(text: str) -> Any:  # Any: whatever JSON can hold
 
 
 def is_deeper(document: Any, most: int) -> bool:  # Any: whatever JSON or TOML can hold
-    """Whether lists and objects are inside each other `most` times and more: they exhaust the stack of their reader."""
+    """Return whether lists and objects are nested `most` times or deeper, which exhausts the stack of a reader."""
     level = [document]
     for _ in range(most):
         deeper: list[Any] = []

@@ -1,4 +1,4 @@
-"""Calls in a process of their own, which is killed when a call takes too much time or memory, or crashes.
+"""Calls in a separate process, which is killed if a call takes too much time or memory.
 
 For: functions of the package that read what strangers wrote (a chat template, a generated program, a model's files).
 Not for: running generated programs; `grading.sandbox` does that.
@@ -6,7 +6,7 @@ Not for: running generated programs; `grading.sandbox` does that.
     limited = Limited(seconds=2, memory=2**30)
     tree = limited(json_of_program, text)  # raises LimitError instead of hanging, growing or crashing
 
-Arguments and results cross as JSON, never as pickles: what a child says cannot run code here.
+Arguments and results are sent as JSON, never as pickles, so that a child cannot run code here.
 """
 
 import json
@@ -38,7 +38,7 @@ class Limited:
     """Calls functions of modules in child processes, which wait for the next call; as many as there are callers."""
 
     def __init__(self, *, seconds: float, memory: int) -> None:
-        """Limit each call to `seconds` of a processor, and each child to `memory` bytes of address space."""
+        """Limit each call to `seconds` of CPU time, and each child to `memory` bytes of address space."""
         self.seconds = seconds
         self.memory = memory
         self._idle: list[subprocess.Popen[bytes]] = []
@@ -48,7 +48,7 @@ class Limited:
     def __call__(self, function: Callable[..., Any], *args: Any) -> Any:  # Any: whatever JSON can hold
         """Return `function(*args)`. Raises LimitError, and the package's own errors as the function raised them.
 
-        A child that was killed from outside, by the system for lack of memory, is no limit: the call is made again.
+        If the system kills a child for lack of memory, this is not a limit: the call is made again.
         """
         name = f"{function.__module__}:{function.__qualname__}"
         call = json.dumps([name, args]).encode() + b"\n"
@@ -66,7 +66,7 @@ class Limited:
         raise LimitError(f"{kind}: {value}")
 
     def _ask(self, call: bytes) -> tuple[bytes, int | None]:
-        """The answer of a child to a line, and its exit status if it ended instead."""
+        """Return the answer of a child to a line, and its exit status if it ended instead."""
         try:
             child = self._idle.pop()
         except IndexError:
@@ -85,7 +85,7 @@ class Limited:
         return b"", child.returncode
 
     def _start_patiently(self) -> subprocess.Popen[bytes]:
-        """Start a child. Where the machine lacks descriptors, processes or memory, wait for them half a minute."""
+        """Start a child. If the machine lacks descriptors, processes or memory, wait for them half a minute."""
         for pause in _PAUSES:
             with suppress(OSError):
                 return self._start()

@@ -1,6 +1,6 @@
-"""The text files of a model's folder, read without trusting whoever made them.
+"""The text files of a model folder, read without trusting their author.
 
-For: every file that describes a model or its tokenizer. Whatever is wrong with one is a CheckpointError of one line.
+For: every file that describes a model or its tokenizer. A fault of a file is a CheckpointError of one line.
 Not for: weights (`models.weights`), what the files mean.
 
 A file has to be a regular one, of a bounded size, inside the folder: a pipe would never end, and a link could bring a
@@ -21,7 +21,7 @@ _MAX_DEPTH = 50  # brackets inside brackets
 
 
 def read_json(path: Path) -> Json:
-    """The object in a JSON file of a model, {} if there is no such file. CheckpointError if it is damaged."""
+    """Return the object in a JSON file of a model, {} if there is none. Raises CheckpointError if it is damaged."""
     text = read_model_text(path)
     if text is None:
         return {}
@@ -37,7 +37,7 @@ def read_json(path: Path) -> Json:
 
 
 def read_model_text(path: Path, *, folder: Path | None = None) -> str | None:
-    """The text of a file of the model in `folder`, by default the one it is in; None if there is no such file.
+    """Return the text of a file of the model in `folder`, by default that of the file; None if there is none.
 
     CheckpointError if it is not a regular file, leads out of the folder, is too large or not UTF-8.
     """
@@ -59,7 +59,7 @@ def read_model_text(path: Path, *, folder: Path | None = None) -> str | None:
 
 
 def is_regular(path: Path) -> bool:
-    """Whether there is a file. CheckpointError if something else has its name: a folder, a pipe, a device, a dead link.
+    """Return whether a file exists. Raises CheckpointError if its name is a folder, pipe, device or dead link.
 
     Raises OSError.
     """
@@ -75,18 +75,18 @@ def is_regular(path: Path) -> bool:
 
 
 def one_line(error: object) -> str:
-    """The text of an error on one line of printable characters; the name of its class if it has no text."""
+    """Return the text of an error on one printable line, or the name of its class if it has no text."""
     text = " ".join(str(error).split())[:200] or type(error).__name__
     return "".join(character if character.isprintable() else "?" for character in text)
 
 
 def shown(value: object) -> str:
-    """How a value from a file is shown in an error: not longer than a few words."""
+    """Return a value from a file for an error message, cut to a few words."""
     return one_line(repr(value))[:80]
 
 
 def _is_inside(target: Path, folder: Path) -> bool:
-    """Whether a file belongs to a model's folder; those in the Hub's cache link to the `blobs` of their model."""
+    """Return whether a file belongs to a model folder. In the Hub's cache, files link to the `blobs` of their model."""
     if folder.parent.name == "snapshots" and target.is_relative_to(folder.parent.parent / "blobs"):
         return True
     return target.is_relative_to(folder)

@@ -1,4 +1,4 @@
-"""Text to tokens and back, for models that see masks: special ids, chat prompts, holes, text that is half written.
+"""Text to tokens and back, for models with masks: special ids, chat prompts, holes, unfinished text.
 
 A text that spells a special token means the characters, everywhere: only a chat template, `<|hole|>` in a text to fill,
 and `encode(text, special=True)` give control tokens.
@@ -102,7 +102,7 @@ class Tokenizer:
         return cls(backend, config=config)
 
     def with_own_pad(self) -> "Tokenizer":
-        """This tokenizer, but with `<|dlm_pad|>` at the next free id if it padded with an end of text until now."""
+        """Return this tokenizer, with `<|dlm_pad|>` at the next free id if it pads with its end of text."""
         if self.pad_id not in (*self.terminator_ids, self.mask_id):
             return self
         backend = tokenizers.Tokenizer.from_str(self.backend.to_str())
@@ -136,7 +136,7 @@ class Tokenizer:
 
     @cached_property
     def special_ids(self) -> frozenset[int]:
-        """Ids that are not text, which decoding skips."""
+        """Ids of tokens that are not text. `decode` skips them."""
         return frozenset(id_ for id_, token in self._added_tokens.items() if token.special)
 
     @property
@@ -170,7 +170,7 @@ class Tokenizer:
         return template
 
     def check_fits(self, *, mask_id: int, rows: int) -> None:
-        """CheckpointError unless a model with this mask id and this many rows can use this vocabulary."""
+        """Raise CheckpointError unless a model with this mask id and number of rows can use this vocabulary."""
         if self.mask_id != mask_id:
             token = self.backend.id_to_token(mask_id)
             raise CheckpointError(
@@ -204,7 +204,7 @@ class Tokenizer:
             raise PromptError(f"text {text[:40]!r} cannot be cut by this tokenizer ({reason})") from None
 
     def encode_batch(self, texts: Sequence[str], *, special: bool = False) -> list[list[int]]:
-        """`encode` of many texts at once, on all cores. PromptError as `encode`."""
+        """Encode many texts at once, on all cores. Raises PromptError as `encode` does."""
         backend = self.backend if special else self._plain_backend
         try:
             return [encoding.ids for encoding in backend.encode_batch_fast(list(texts), add_special_tokens=False)]
@@ -249,7 +249,7 @@ class Tokenizer:
         return ids + self.encode(plain[position:])
 
     def token_bytes(self, id_: int) -> bytes:
-        """The bytes that a token stands for: perhaps a part of a character, or the name of an added token."""
+        """Return the bytes of a token: perhaps a part of a character, or the name of an added token."""
         token = self.backend.id_to_token(id_) or ""
         if id_ in self._added_tokens:
             return token.encode()
@@ -271,7 +271,7 @@ class Tokenizer:
         return pieces
 
     def decode_partial(self, ids: Iterable[int]) -> str:
-        """Text of a canvas during decoding: a placeholder for each mask, and for a character that is incomplete."""
+        """Return the text of a canvas during decoding, with a placeholder for each mask and incomplete character."""
         text = ""
         for is_mask, group in groupby(ids, lambda id_: id_ == self.mask_id):
             run = list(group)
@@ -298,7 +298,7 @@ class Tokenizer:
 
     @cached_property
     def _control_tokens(self) -> dict[int, str]:
-        """The tokens that steer the model and are not text: their ids and names."""
+        """Tokens that control the model and are not text: their ids and names."""
         roles = {self.pad_id, self.bos_id, *self.terminator_ids}
         controls = {self.mask_id: self.mask_token}
         for id_, token in self._added_tokens.items():
@@ -366,7 +366,7 @@ class Tokenizer:
         return render_chat(self.chat_template, turns, self._role_names())
 
     def _role_names(self) -> dict[str, str]:
-        """The special tokens that the config gives names to, by those names."""
+        """The special tokens that the config names, by name."""
         names = {role: token_name(token) for role, token in role_tokens(self.config).items()}
         return {role: name for role, name in names.items() if name}
 
@@ -377,7 +377,7 @@ class Tokenizer:
 
 
 def _checked_turns(messages: str | Messages) -> list[dict[str, str]]:
-    """A copy of the messages; a string is one user turn. PromptError for those without role and content."""
+    """Return a copy of the messages; a string is one user turn. Raises PromptError without role and content."""
     if isinstance(messages, str):
         messages = [{"role": "user", "content": messages}]
     turns = [dict(message) for message in messages]

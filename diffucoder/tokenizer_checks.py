@@ -1,6 +1,6 @@
 """Which tokenizer.json files are read: those whose parts cost time and memory in proportion to the text.
 
-For: files that anybody may have made. The library that reads them ends the process, or works for hours, on some parts:
+For: files from anybody. The library that reads them ends the process, or works for hours, on some parts:
 expressions that backtrack, replacements that grow, prefixes that are longer than a token. Published tokenizers of the
 supported models have few kinds of parts, which are listed here; expressions that are not known are tried first, in a
 process of their own. Not for: reading (`tokenizer_files`).
@@ -46,7 +46,7 @@ _TRIED_LENGTH = 20_000
 
 
 def check_tokenizer_json(fields: Json, path: Path) -> None:
-    """CheckpointError unless the parts of a tokenizer.json are known and bounded. Raises what wrong types raise.
+    """Raise CheckpointError unless the parts of a tokenizer.json are known and bounded, or the errors of wrong types.
 
     An expression that has a linear equivalent is replaced by it in `fields`.
     """
@@ -80,7 +80,7 @@ def check_tokenizer_json(fields: Json, path: Path) -> None:
 
 
 def check_names(names: Iterable[str], place: object) -> None:
-    """CheckpointError for added tokens that are too long or too many to be searched for in each text."""
+    """Raise CheckpointError for added tokens that are too long or too many to search for in each text."""
     total = 0
     for name in names:
         if len(name) > _MAX_NAME:
@@ -131,12 +131,12 @@ def _try_expressions(expressions: list[str], path: Path, *, may_give_up: bool) -
 
 
 def is_panic(error: BaseException) -> bool:
-    """Whether it is a panic of the tokenizers library, which is not an Exception."""
+    """Return whether an error is a panic of the tokenizers library, which is not an Exception."""
     return type(error).__name__ == "PanicException"
 
 
 def _steps(part: Any) -> Iterator[Json]:  # Any: from a file
-    """The steps of a part, those of sequences in their place."""
+    """Yield the steps of a part, with sequences replaced by their steps."""
     if part is None:
         return
     if part["type"] != "Sequence":
@@ -149,7 +149,7 @@ def _steps(part: Any) -> Iterator[Json]:  # Any: from a file
 
 
 def _reason_against(steps: list[Json], expressions: set[str]) -> str | None:
-    """What is wrong with the steps of a part, None if nothing is; adds their expressions to `expressions`."""
+    """Return the fault of the steps of a part, or None; add their expressions to `expressions`."""
     if len(steps) > _MAX_PARTS:
         return f"has {len(steps)} steps; use at most {_MAX_PARTS}"
     growth = 1.0
@@ -186,7 +186,7 @@ def _is_plain(template: list[Json]) -> bool:
 
 
 def _check_ids(fields: Json, path: Path) -> None:
-    """CheckpointError for ids that are far beyond the number of tokens: a row of the model is made for each."""
+    """Raise CheckpointError for ids far beyond the number of tokens, because the model gets a row for each."""
     ids = list(fields["model"]["vocab"].values())
     ids += [token["id"] for token in fields.get("added_tokens") or ()]
     limit = 2 * len(ids) + 1000

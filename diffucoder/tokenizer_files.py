@@ -36,13 +36,13 @@ def add_special(backend: tokenizers.Tokenizer, token: str) -> None:
 
 
 def qwen2_words() -> pre_tokenizers.PreTokenizer:
-    """Qwen2's pre-tokenizer: it cuts text into the words that merges stay within."""
+    """Return Qwen2's pre-tokenizer, which splits text into words; merges stay within a word."""
     words: pre_tokenizers.PreTokenizer = _qwen2_backend().pre_tokenizer
     return words
 
 
 def read_config(folder: Path) -> Json:
-    """`tokenizer_config.json`, completed by the files that some checkpoints keep parts of it in.
+    """Return `tokenizer_config.json`, completed from other files in which some checkpoints keep parts of it.
 
     Which file overrules which is as in transformers: it reads the map of special tokens only where the config describes
     no added tokens, and templates in files of their own before others.
@@ -95,7 +95,7 @@ def read_backend(folder: Path, config: Json) -> tokenizers.Tokenizer:
 
 
 def _read_vocabulary(folder: Path, config: Json) -> tokenizers.Tokenizer:
-    """The tokenizer without what the config adds. Raises whatever tokenizers does if its files are damaged."""
+    """Return the tokenizer without the additions of the config. Raises the errors of tokenizers for damaged files."""
     if (folder / "tokenizer.json").exists():
         fields = read_json(folder / "tokenizer.json")
         check_tokenizer_json(fields, folder / "tokenizer.json")
@@ -123,7 +123,7 @@ def _read_vocabulary(folder: Path, config: Json) -> tokenizers.Tokenizer:
 def _added_tokens(
     folder: Path, config: Json, named: list[AddedToken], present: Mapping[int, AddedToken]
 ) -> dict[int, AddedToken]:
-    """The tokens that the checkpoint adds to its vocabulary, by id, besides those that are `present` in it.
+    """Return the tokens that the checkpoint adds to its vocabulary, by id, without those `present` in it.
 
     Those of `added_tokens.json` that no role and no list names are text, unless they look like control tokens.
     """
@@ -143,7 +143,7 @@ def _added_tokens(
 
 
 def role_tokens(config: Json) -> Json:
-    """The tokens that a config gives names to, in the order that transformers gives them ids; each as it is written."""
+    """Return the tokens that a config names, as they are written, in the order in which transformers gives them ids."""
     tokens = {role: config[role] for role in ROLES if config.get(role)}
     others = [name for name in config if name.endswith("_token") and name not in ROLES]
     own = {name: config[name] for name in others if isinstance(config[name], (str, Mapping)) and config[name]}
@@ -154,7 +154,7 @@ def role_tokens(config: Json) -> Json:
 
 
 def _named_tokens(config: Json) -> list[AddedToken]:
-    """The special tokens that the config names, in the order that transformers gives them ids."""
+    """Return the special tokens that the config names, in the order in which transformers gives them ids."""
     tokens = []
     for value in role_tokens(config).values():
         tokens.append(_described_token(value, special=True))

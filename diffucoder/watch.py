@@ -1,4 +1,4 @@
-"""What a terminal shows of decoding: the live view of `--watch`, tokens coloured by step, or just a progress bar."""
+"""Decoding in a terminal: the live view of `--watch`, with tokens coloured by step, or a progress bar."""
 
 import time
 from collections.abc import Iterable, Iterator
@@ -40,7 +40,7 @@ class CanvasView:
         self.start = time.perf_counter()
 
     def update(self, step: Step) -> None:
-        """Add what one step did; the row is the first of its canvas."""
+        """Add a step, whose first row is this one."""
         self.tokens = step.canvas[0, self.first :].tolist()
         for position in step.committed[0, self.first :].nonzero()[:, 0].tolist():
             self.step_of[position] = step.index
@@ -50,7 +50,7 @@ class CanvasView:
         self.passes = step.forward_passes
 
     def text(self) -> Text:
-        """The canvas, masks as placeholders, nothing after the first terminator once it is known."""
+        """Return the canvas with placeholders for masks, up to the first terminator if there is one."""
         text = Text()
         tokens = self._answer()
         for position, (token, piece) in enumerate(zip(tokens, self.tokenizer.pieces(tokens), strict=True)):
@@ -68,7 +68,7 @@ class CanvasView:
         return text
 
     def _answer(self) -> list[int]:
-        """The tokens up to the terminator, once nothing before it is masked."""
+        """Return the tokens before the terminator if nothing before it is masked, else all."""
         for position, token in enumerate(self.tokens):
             if token == self.tokenizer.mask_id:
                 break
@@ -112,7 +112,7 @@ def watch(request: Request, tokenizer: Tokenizer, console: Console) -> Iterator[
 
 @contextmanager
 def progress(requests: Iterable[Request], console: Console) -> Iterator[OnStep]:
-    """Show a progress bar over the tokens of all rows of `requests`, which goes away at the end."""
+    """Show a progress bar over the tokens of all rows of `requests`, and remove it at the end."""
     with Progress(console=console, transient=True) as bar:
         task = bar.add_task("decoding", total=sum(int(request.canvas.masked.sum()) for request in requests))
 
@@ -124,5 +124,5 @@ def progress(requests: Iterable[Request], console: Console) -> Iterator[OnStep]:
 
 
 def _style(share: float) -> Style:
-    """The colour of a step, which is at this share of all steps."""
+    """Return the colour of a step at this share of all steps."""
     return Style(color=Color.from_triplet(blend_rgb(_BLUE, _ORANGE, min(1.0, share))))

@@ -158,7 +158,7 @@ def test_all_settings_have_their_full_names() -> None:
         (["inner.steps=0"], "inner.steps=0: input should be greater than or equal to 1 (optimiser steps)"),
         (["inner=3"], "inner=3: input should be a valid dictionary or instance of Recipe"),
         (["pair.low=10"], "in [pair]: low=10 is above high=9; lower it"),
-        (["seed=3", "seed.low=4"], "setting 'seed.low': 'seed' has no settings of its own, its value is 3"),
+        (["seed=3", "seed.low=4"], "setting 'seed.low': 'seed' is not a table, its value is 3"),
     ],
 )
 def test_a_wrong_nested_value_is_told_its_full_name(overrides: list[str], message: str) -> None:

@@ -1,4 +1,4 @@
-"""The order in which a model writes, in figures: AR-ness, what is committed first, how unsure it is where, diversity.
+"""Figures of the order in which a model writes: AR-ness, ranks of token classes, entropies, diversity.
 
 The figure of a prompt is the mean over its samples. The figure of a run is the mean over its prompts. Its interval is a
 95 % bootstrap that draws prompts again, or Wilson's for pass@k if every prompt passes or fails. Two runs are compared
@@ -86,7 +86,7 @@ def _with_wilson(summary: dict[str, Json], table: Mapping[str, Figures]) -> dict
 
 
 def _difference(one: Mapping[str, Figures], other: Mapping[str, Figures]) -> Json:
-    """Return by how much the figures of `other` are higher than those of `one`, prompt by prompt."""
+    """Return the figures of `other` minus those of `one`, prompt by prompt."""
     rows = []
     for task, figures in one.items():
         others = other.get(task)

@@ -94,7 +94,7 @@ def ar_ness(
     *,
     end: int | None = None,
 ) -> tuple[list[float], list[float]]:
-    """Return local and global AR-ness, from the step of each position from the first hole on; -1 where none did.
+    """Return local and global AR-ness, given the step of each position from the first hole on; -1 if none.
 
     Commitments to positions from `end` on interrupt runs, and are not counted themselves.
     """
@@ -146,7 +146,7 @@ def read_runs(paths: Iterable[Path], model: str | None = None) -> list[Run]:
             if len(runs) > MOST_RUNS:
                 raise ConfigError(f"{str(path)!r} holds over {MOST_RUNS} models and settings; give a part of its lines")
     if not runs:
-        raise ConfigError("there is no trace in what was given; give folders or files that hold some")
+        raise ConfigError("there is no trace in the given folders or files; give others")
     return labelled(list(runs.values()))
 
 
@@ -176,7 +176,7 @@ def _tokenizer(model: str) -> Tokenizer:
 
 @cache
 def _tokenizer_of(name: str, file: Path) -> Tokenizer:
-    """The tokenizer of the model that a file names. ConfigError if it is not on this machine."""
+    """Return the tokenizer of the model that a file names. Raises ConfigError if it is not on this machine."""
     try:
         folder = find(name, fetch=False)
     except OSError:  # CheckpointError, or a name that cannot be a path
@@ -188,7 +188,7 @@ def _tokenizer_of(name: str, file: Path) -> Tokenizer:
 
 
 def _check_tokens(trace: Trace, tokenizer: Tokenizer, file: Path) -> None:
-    """ConfigError if a trace has tokens that the tokenizer lacks."""
+    """Raise ConfigError if a trace has tokens that the tokenizer lacks."""
     largest = max([0, *trace.tokens, *(row[1] for row in trace.revoked)])
     if largest >= tokenizer.vocab_size:
         raise ConfigError(

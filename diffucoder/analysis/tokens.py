@@ -1,4 +1,4 @@
-"""What each token of an answer is to Python."""
+"""The class of each token of an answer, by Python's tokenizer."""
 
 import io
 import keyword

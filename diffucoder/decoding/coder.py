@@ -124,7 +124,7 @@ class DiffuCoder:
     def request(self, prompt: Prompt, params: DecodingParams, *, chat: bool = True, prefill: str = "") -> Request:
         """Make the request for one prompt, with a row for each sample. In a chat, the answer continues `prefill`."""
         if not prompt or (isinstance(prompt, str) and not prompt.strip()):
-            raise PromptError("the prompt is empty; say what to write")
+            raise PromptError("the prompt is empty; write a request")
         if chat:
             ids = self.tokenizer.encode_chat(prompt, prefill=prefill)
         elif isinstance(prompt, str):

@@ -1,6 +1,6 @@
 """Benchmarks: named lists of tasks, read in their published form from a folder or from the Hugging Face Hub.
 
-A task holds what a model is shown and what a program is checked by. Not for running programs (`judge`).
+A task has the text for a model and the tests for its programs. `judge` runs the programs.
 """
 
 import hashlib
@@ -83,7 +83,7 @@ class Task:
 
     @property
     def middle(self) -> str:
-        """What the published solution has in the hole of an infilling task."""
+        """The published solution's text in the hole of an infilling task."""
         return self.canonical.removeprefix(self.prompt).removesuffix(self.suffix or "")
 
     def program(self, sample: Mapping[str, str]) -> str:
@@ -140,7 +140,7 @@ def load(name: str, data: Path | None = None) -> list[Task]:
 
 
 def _check_text(task: Task) -> None:
-    """ValueError if a field of a task that must be text is something else in the file."""
+    """Raise ValueError if a field of a task that must be text is something else in the file."""
     for name in ("task_id", "entry_point", "prompt", "request", "canonical", "prefill", "head"):
         if not isinstance(getattr(task, name), str):
             raise ValueError(f"{name} is {type(getattr(task, name)).__name__}, not text")

@@ -1,4 +1,4 @@
-"""The rules of EvalPlus: the arguments of a call, whether its result is right, how long it may take.
+"""The rules of EvalPlus: the arguments of a call, whether its result is correct, how long it may take.
 
 Source: evalplus 0.3.1 (Apache-2.0; Liu et al. 2023, arXiv 2305.01210), rewritten and checked by replaying published
 verdicts. A result that is not plain data arrives here as an object that equals nothing. We differ in four points:
@@ -88,7 +88,7 @@ _RTOL = 1e-7
 def correct(
     task_id: str, arguments: Sequence[Any], expected: Any, result: Any, atol: float = 0.0, *, in_order: bool = False
 ) -> bool:
-    """Return whether `result` is right for a call whose result is `expected` in the published solution.
+    """Return whether `result` is correct, if the published solution gives `expected`.
 
     `atol` is the tolerance of the task. `in_order` leaves out the rule that eight MBPP tasks are about sets: it is
     younger than MBPP+ v0.1.0, and verdicts published on that version do without it. Never raises, whatever `result` is:
@@ -142,7 +142,7 @@ def _close(expected: Any, result: Any, atol: float) -> bool:
 
 
 def _is_number(value: object) -> bool:
-    """Whether numpy takes it for a number: one of Python's or its own."""
+    """Return whether numpy treats it as a number, Python's or its own."""
     if isinstance(value, int | float | complex):
         return True
     return isinstance(value, Complex) and not isinstance(value, Fraction)

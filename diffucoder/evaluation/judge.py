@@ -108,7 +108,7 @@ def grade_samples(
 
 
 def matching_lines(lines: Sequence[Json], wanted: Sequence[Json], is_whole: Callable[[Json], bool]) -> list[Json]:
-    """Return the first of `lines`, as long as each is whole and about the same sample as its neighbour in `wanted`."""
+    """Return the first `lines` that are whole and belong to the same samples as the lines of `wanted`."""
     matching = []
     for line, want in zip(lines, wanted, strict=False):
         if line.get("task_id") != want["task_id"] or line.get("sample") != want["sample"] or not is_whole(line):
@@ -118,7 +118,7 @@ def matching_lines(lines: Sequence[Json], wanted: Sequence[Json], is_whole: Call
 
 
 def _is_verdict(line: Json) -> bool:
-    """Whether a line of a run folder, which may be anybody's, has all fields of `Judged`."""
+    """Return whether a line of a run folder, which anybody may have written, has all fields of `Judged`."""
     texts = (line.get("status"), line.get("detail"))
     answers = (line.get("passed"), line.get("base"), line.get("trusted"))
     has_plus = "plus" in line and (line["plus"] is None or isinstance(line["plus"], bool))
@@ -126,7 +126,7 @@ def _is_verdict(line: Json) -> bool:
 
 
 def split_by_imports(tasks: Sequence[Task], sandbox: Sandbox) -> tuple[list[Task], dict[str, str]]:
-    """Return the tasks whose imports programs have here, and for the ids of the others the reason."""
+    """Return the tasks whose imports are installed, and the reason for the id of each other one."""
     libraries: set[str] = set()
     for task in tasks:
         libraries.update(task.libraries)

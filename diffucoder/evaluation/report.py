@@ -89,7 +89,7 @@ def ratio(samples: Sequence[Json], above: str, below: str) -> float | None:
 
 
 def _number(value: Any) -> float:  # Any: from a file of anybody's
-    """A cost as a sample names it; 0 for what cannot be one, such as the tokens themselves."""
+    """Return a cost of a sample as a number; 0 for other values, such as the tokens."""
     return float(value) if isinstance(value, int | float) and 0 <= value < 1e15 else 0.0
 
 

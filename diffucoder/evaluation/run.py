@@ -29,7 +29,7 @@ def evaluate(settings: EvaluateSettings, progress: Progress = silent) -> Iterato
     tasks = load(settings.benchmark, settings.data)
     if all(task.tests is None for task in tasks):
         raise ConfigError(
-            f"{settings.benchmark!r} has no tests to evaluate answers by; use diffucoder order to look at their order"
+            f"{settings.benchmark!r} has no tests to evaluate answers by; use diffucoder order to analyse their order"
         )
     with Sandbox(settings.workers, packages=settings.packages, unsafe=settings.unsafe) as sandbox:
         evaluation = Evaluation(settings.benchmark, tasks, sandbox, settings.limit, progress)
@@ -70,7 +70,7 @@ def record_orders(settings: OrderSettings, progress: Progress = silent) -> list[
 def _generators(
     settings: RunSettings, source: str | None, tasks: Sequence[Task], shown: Json, *, maps: int | None = None
 ) -> Iterator[tuple[Generator, Json]]:
-    """Load a model. Yield what answers with each of the decoding settings, and all settings of that run."""
+    """Load a model. Yield a generator of answers for each of the decoding settings, and all settings of that run."""
     import torch  # here, because grading does without it
 
     from diffucoder.decoding.coder import DiffuCoder
@@ -102,7 +102,7 @@ class Evaluation:
     progress: Progress = silent
 
     def of_model(self, generator: Generator, run: Path, settings: Json) -> Json:
-        """Generate, grade and report in the folder `run`. Raises ConfigError where it belongs to other settings."""
+        """Generate, grade and report in the folder `run`. Raises ConfigError if it belongs to other settings."""
         open_run_folder(run, run_key(settings))
         tasks, skipped = split_by_imports(self.tasks[: self.limit], self.sandbox)
         samples = generator.samples(tasks, run / "samples.jsonl", self.progress)
@@ -134,7 +134,7 @@ class Evaluation:
 
 
 def task_settings(benchmark: str, tasks: Sequence[Task], limit: int | None, packages: Sequence[Path]) -> Json:
-    """Return the settings that decide which tasks are asked, for the report and the key of the run."""
+    """Return the settings that select the tasks, for the report and the key of the run."""
     content = " ".join(task.content for task in tasks)
     content_key = hashlib.sha256(content.encode()).hexdigest()[:16]
     settings: Json = {"benchmark": benchmark, "limit": limit, "content": content_key}

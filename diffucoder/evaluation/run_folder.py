@@ -1,4 +1,4 @@
-"""Run folders: which settings a run belongs to, so that it is only continued with the same ones."""
+"""Run folders: the settings of a run, so that it is only continued with the same ones."""
 
 import hashlib
 import json
@@ -14,7 +14,7 @@ KEY_VERSION = 2  # raise it when a setting, or its default, changes its meaning:
 
 
 def run_key(settings: Json) -> Json:
-    """Return what identifies a run: its settings, of decoding only those that differ from their defaults.
+    """Return the settings that identify a run; of decoding, only those that differ from their defaults.
 
     So runs that were begun before a decoding setting existed can be continued.
     """
@@ -63,7 +63,7 @@ def content_hash(path: Path) -> str:
 def weights_hash(source: str | None) -> str:
     """Return a hash of all files that decide what a model answers: weights, config and tokenizer, every byte.
 
-    None is the shipped model. A model of the Hub is known by its commit. Raises CheckpointError if there is no model.
+    None is the shipped model. Of a Hub model the commit counts. Raises CheckpointError if there is no model.
     """
     folder = find(source, weights=True)
     in_hub_cache = folder.parent.name == "snapshots" and folder.parent.parent.name.startswith("models--")

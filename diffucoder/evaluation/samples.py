@@ -1,4 +1,4 @@
-"""Samples: the answers of a model to the tasks of a benchmark, or anybody's answers from a file.
+"""Samples: the answers of a model to the tasks of a benchmark, or answers from a file of anybody.
 
 A sample is a line of samples.jsonl: `task_id`, `sample` (its number), `solution` or `completion` (see `Task.program`),
 and what it cost. Its trace may be in traces.jsonl beside it. Lines are written a batch at a time. A batch that was cut
@@ -46,7 +46,7 @@ class Generator:
     maps: int | None = None  # keep traces; those of so many tasks have the entropies of all steps, others of the first
 
     def samples(self, tasks: Sequence[Task], path: Path, progress: Progress = silent) -> list[Json]:
-        """Return `params.num_samples` samples for every task: those that `path` has, and new ones, appended to it."""
+        """Return `params.num_samples` samples for every task. Read those in `path`, and append the new ones."""
         done = self._finished_batches(tasks, path)
         traces = path.with_name("traces.jsonl")
         if self.maps is not None:
@@ -67,7 +67,7 @@ class Generator:
         return done
 
     def _finished_batches(self, tasks: Sequence[Task], path: Path) -> list[Json]:
-        """Return the samples of whole batches in `path`, and leave only these there."""
+        """Return the samples of whole batches in `path`, and remove others from it."""
         count = self.params.num_samples
         wanted: list[Json] = []
         for task in tasks:
@@ -104,7 +104,7 @@ class Generator:
                 yield {"task_id": task.task_id, "sample": number, "solution": "", **cost}, None
 
     def _request(self, task: Task) -> "Request":
-        """Return what answers a task, with `params.num_samples` results. Raises PromptError."""
+        """Return the request of a task, with `params.num_samples` results. Raises PromptError."""
         if task.suffix is not None:
             length = self.hole if isinstance(self.hole, int) else None  # None: the likeliest of several
             if self.hole == "oracle":
@@ -133,14 +133,14 @@ class Generator:
 
 
 def _solution(task: Task, reply: str) -> str:
-    """Return the program in an instruct model's reply, which begins with what the prompt has of it."""
+    """Return the program in an instruct model's reply, which begins with the prefill of the prompt."""
     if isinstance(task.tests, Asserts):  # which may be about several names
         return program_from(reply, names=[task.entry_point, *called_names(task.tests.lines)])
     return answered(task.prompt, reply, task.entry_point) if task.entry_point else program_from(reply)
 
 
 def _has_answer(sample: Json) -> bool:
-    """Whether a line of a run folder, which may be anybody's, can be judged."""
+    """Return whether a line of a run folder, which anybody may have written, can be judged."""
     return isinstance(sample.get("solution", sample.get("completion")), str)
 
 
@@ -157,7 +157,7 @@ def _trace_line(sample: Json, trace: "Trace") -> Json:
 def read_samples(path: Path, tasks: Sequence[Task]) -> list[Json]:
     """Return the samples of a JSONL file, plain or gzipped, in the order of the tasks.
 
-    A line has `task_id`, and `completion` or `solution`. Raises ConfigError naming a line that is no sample of `tasks`.
+    A line has `task_id`, and `completion` or `solution`. Raises ConfigError for a line that is not a sample of `tasks`.
     """
     by_task: dict[str, list[Json]] = {task.task_id: [] for task in tasks}
     try:

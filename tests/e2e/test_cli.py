@@ -357,7 +357,7 @@ def test_a_trace_that_cannot_be_written_does_not_cost_the_answer(cli: Run, tmp_p
     ("arguments", "stdin", "parts"),
     [
         (["generate"], "", ["the prompt is empty"]),
-        (["generate", ""], "", ["the prompt is empty; say what to write"]),
+        (["generate", ""], "", ["the prompt is empty; write a request"]),
         (["generate", "-"], " \n", ["the prompt is empty"]),
         (["generate", "-"], b"caf\xe9", ["standard input", "not UTF-8"]),
         (["generate", "half \udcff"], "", ["is not Unicode; give it as UTF-8"]),

@@ -33,7 +33,8 @@ def outputs(section: str, server: str, **environment: str) -> list[str]:
     """What the commands of a section print, with the server's address in the place of the page's."""
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     printed = []
-    for line in block(section, "bash").replace(ADDRESS, server).splitlines():
+    commands = block(section, "bash").replace("\\\n", " ").replace(ADDRESS, server)
+    for line in commands.splitlines():
         if not line.startswith("#"):
             env = {**os.environ, "PATH": path, **environment}
             ended = subprocess.run(["bash", "-c", line], env=env, capture_output=True, text=True, timeout=PATIENCE)
