@@ -175,6 +175,7 @@ class Denoiser(nn.Module):
         feed: Tensor,
         wanted: Tensor,
         reduce: Reduce,
+        prompt_ends: Tensor | None = None,
         cache_rows: Sequence[int] | None = None,
         reference: bool = False,
     ) -> tuple[Tensor, ...]:
@@ -183,18 +184,21 @@ class Denoiser(nn.Module):
         tokens (R, T) int64, `valid` (R, T) bool False on left padding, and `feed` (R, T) bool are on the host. `wanted`
         (M, 2) int64 are (row, position) pairs, each `scorable` from what is fed. With `cache_rows` (one for each
         canvas, acquired from `cache`) positions that are not fed are seen as they were when they were fed last;
-        without, everything valid must be fed. `reference` computes by transformers' layers, as the released code does.
+        without, everything valid must be fed, by block-causal models up to the end of a block. `prompt_ends` is that of
+        `forward`. `reference` computes by transformers' layers, as the released code does.
         Returns what `reduce` gives, (M, ...) each.
         """
         fast = self.fast
-        if fast is None or reference or self.config.is_causal or self.attention.block is not None:
+        if fast is None or reference or self.config.is_causal:
             assert cache_rows is None, "a cache belongs to fast layers"
-            return _as_tuple(self(tokens, valid=valid, rows=wanted, reduce=reduce))
+            return _as_tuple(self(tokens, valid=valid, prompt_ends=prompt_ends, rows=wanted, reduce=reduce))
         device = self.device
         positions = (valid.long().cumsum(-1) - 1).clamp(min=0)  # (R, T)
         fed, layout = plan_layout(
             feed,
             positions,
+            sees=self._sees(positions, valid, prompt_ends),
+            queries=fast.heads // fast.key_heads,
             step=self._feed_step(int(feed.sum())),
             static=self.compiled,
             device=device,
@@ -213,6 +217,16 @@ class Denoiser(nn.Module):
             row, position = self._sources(wanted, valid).unbind(-1)
             source = index_of[row * tokens.shape[1] + position]  # (M,)
             return self._reduced(hidden[source.to(device)], fast.head, reduce)
+
+    def _sees(self, positions: Tensor, valid: Tensor, prompt_ends: Tensor | None) -> Tensor | None:
+        """(R, T) int64: how many positions of its canvas each one sees, from the first; None: all of them."""
+        if self.attention.block is None:
+            return None
+        lengths = valid.sum(-1, keepdim=True)  # (R, 1)
+        padding = valid.shape[1] - lengths
+        origins = self.attention.origins(valid, prompt_ends)[:, None] - padding
+        blocks = (positions - origins).div(self.attention.block, rounding_mode="floor")
+        return (origins + (blocks + 1) * self.attention.block).clamp(min=origins, max=lengths)
 
     def _feed_step(self, count: int) -> int:
         """A pass of `count` tokens is fed a multiple of so many.
