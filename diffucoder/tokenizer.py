@@ -28,6 +28,8 @@ from diffucoder.tokenizer_files import CONTROL, ROLES, add_special, read_backend
 MASK_TOKEN = "<|mask|>"
 PAD_TOKEN = "<|dlm_pad|>"
 END_OF_TEXT = "<|endoftext|>"
+EXPAND_TOKEN = "<|expand|>"
+DELETE_TOKEN = "<|delete|>"
 END_OF_TURN = "<|im_end|>"
 TERMINATORS = (END_OF_TEXT, END_OF_TURN, PAD_TOKEN)  # an answer ends at the first of them
 PLACEHOLDER = "░"  # printed for a masked token, or for half a character
@@ -138,6 +140,17 @@ class Tokenizer:
     def special_ids(self) -> frozenset[int]:
         """Ids that are not text, which decoding skips."""
         return frozenset(id_ for id_, token in self._added_tokens.items() if token.special)
+
+    @property
+    def expand_id(self) -> int | None:
+        """The id of the token that becomes two masks, of models that decide how long a hole is (DreamOn), else None."""
+        return self.backend.token_to_id(EXPAND_TOKEN)
+
+    @property
+    def delete_id(self) -> int | None:
+        """The id of the token by which such a model ends a hole."""
+        found = self.backend.token_to_id(DELETE_TOKEN)
+        return self.backend.token_to_id(END_OF_TEXT) if found is None else found
 
     @property
     def bos_id(self) -> int | None:
