@@ -175,7 +175,7 @@ class Answer:
         revoked = []
         if step.revoked is not None:
             revoked = step.revoked[0, start:].nonzero()[:, 0].tolist()
-        change = {"row": event.row, "step": step.index, "passes": step.forward_passes}
+        change: Json = {"row": event.row, "step": step.index, "passes": step.forward_passes}
         change |= {"committed": committed, "revoked": revoked}
         if step.resized is not None:
             change["canvas"] = self._texts(step.resized[0, start:].tolist())
