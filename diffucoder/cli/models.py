@@ -25,6 +25,7 @@ def models(*, as_json: AsJson = False) -> None:
                 "parameters": f"{stored / 2e6:.1f}M",  # of two bytes
                 "size_gb": round(stored / 1e9, 3),
                 "licence": "Apache-2.0",
+                "memory_gb": 1,
                 "here": True,
                 "note": "short functions; see docs/models.md",
             }
@@ -32,14 +33,16 @@ def models(*, as_json: AsJson = False) -> None:
     for known in KNOWN_MODELS:
         row = asdict(known)
         source = row.pop("hub_id")
-        rows.append({"name": row.pop("name"), "source": source, **row, "here": known.cached})
+        row |= {"memory_gb": known.memory_gb, "here": known.cached}
+        rows.append({"name": row.pop("name"), "source": source, **row})
     for row in rows:
         if as_json:
             print(json.dumps(row))
             continue
         here = "here" if row["here"] else "not downloaded"
         print(f"{row['name']:12} {row['source']}")
-        print(f"{'':12} {row['parameters']}, {row['size_gb']} GB, {here}; {row['licence']}; {row['note']}")
+        needs = f"needs {row['memory_gb']} GB of GPU or main memory"
+        print(f"{'':12} {row['parameters']}, {row['size_gb']} GB, {here}; {needs}; {row['licence']}; {row['note']}")
 
 
 def convert(

@@ -25,6 +25,7 @@ from torch.utils.checkpoint import checkpoint
 from diffucoder.errors import CheckpointError
 from diffucoder.models.attention import FULL, Attention, block_causal_mask
 from diffucoder.models.cache import KVCache
+from diffucoder.models.families import Published
 from diffucoder.models.layers import FastLayers, Project, plan_layout
 
 SUPPORTED_TYPES = ("qwen2", "qwen3", "llama")  # plain softmax attention, logits = lm_head(hidden), nothing in between
@@ -48,6 +49,7 @@ class Denoiser(nn.Module):
         self.mask_id = mask_id
         self.shifted = shifted
         self.attention = attention
+        self.published: Published | None = None  # how the checkpoint that it was loaded from is written
         self._no_split_modules = model._no_split_modules  # what accelerate shards by: the layers
         self.chunk_elements = CHUNK_ELEMENTS
         self.fast: FastLayers | None = None  # what decoding runs by, if it supports the architecture

@@ -20,7 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GgufConfig
 
 from diffucoder.errors import CheckpointError, ConfigError
 from diffucoder.model_files import one_line, shown
-from diffucoder.models.checkpoint import dream_can_represent, dream_weights
+from diffucoder.models.checkpoint import dream_weights, why_not_dream
 from diffucoder.models.denoiser import Denoiser
 from diffucoder.models.gguf_header import Tensor as StoredTensor
 from diffucoder.models.gguf_header import read_header
@@ -100,11 +100,13 @@ def write_gguf(
     dtype = dtype or str(denoiser.dtype).removeprefix("torch.")
     if dtype not in TYPES:
         raise ConfigError(f"dtype={dtype!r} is not supported by GGUF export; use one of {', '.join(TYPES)}")
-    if not dream_can_represent(denoiser) or denoiser.config.hidden_act != "silu":
+    reason = why_not_dream(denoiser)
+    if reason is None and denoiser.config.hidden_act != "silu":
+        reason = f"the activation {denoiser.config.hidden_act}"
+    if reason:
         kind = denoiser.config.model_type
         raise CheckpointError(
-            f"a dream GGUF cannot represent this {kind} model (scaled RoPE, other heads or biases, another "
-            "activation); export one that is plain Llama or Qwen2"
+            f"a dream GGUF cannot represent this {kind} model: it has {reason}; export one that is plain Llama or Qwen2"
         )
     tokenizer.check_fits(mask_id=denoiser.mask_id, rows=denoiser.vocab_size)
     path = Path(path)

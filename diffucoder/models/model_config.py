@@ -91,13 +91,16 @@ def transformers_config(family: Family, fields: Json, folder: Path) -> Any:  # A
     of_every_kind = {field.name for field in dataclasses.fields(PreTrainedConfig)}
     of_layers = {field.name for field in dataclasses.fields(kind)} - of_every_kind
     described: Json = {"dtype": _named_dtype(fields, folder)}
-    for theirs, value in fields.items():
-        name = family.config_names.get(theirs, theirs)
+    place = f"{folder}/config.json is not a {family.title} config"
+    for name, needed in family.config_values.items():
+        if fields.get(name) not in (None, needed):
+            raise CheckpointError(f"{place}: {name}={shown(fields[name])} is not supported; it must be {needed!r}")
+    renamed = {ours: fields[theirs] for theirs, ours in family.config_names.items() if fields.get(theirs) is not None}
+    for name, value in (fields | renamed).items():
         if name.endswith("_token_id"):
             value = whole_number(value)
         if name in of_layers or (name in ("head_dim", "rope_theta", "rope_scaling") and value is not None):
             described[name] = value
-    place = f"{folder}/config.json is not a {family.model_type} config"
     check_layers(described, place)
     try:
         with transformers_silenced():
