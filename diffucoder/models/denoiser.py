@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from diffucoder.errors import CheckpointError
-from diffucoder.models.attention import FULL, Attention, block_causal_mask
+from diffucoder.models.attention import FULL, Attention, block_causal_mask, block_numbers, two_stream_mask
 from diffucoder.models.cache import KVCache
 from diffucoder.models.families import Published
 from diffucoder.models.layers import FastLayers, Project, plan_layout
@@ -248,6 +248,7 @@ class Denoiser(nn.Module):
         valid: Tensor | None = None,
         attention: Tensor | None = None,
         prompt_ends: Tensor | None = None,
+        clean: Tensor | None = None,
         rows: Tensor | None = None,
         reduce: Reduce | None = None,
     ) -> Reduced:
@@ -257,7 +258,8 @@ class Denoiser(nn.Module):
         positions score means nothing, but is finite. `attention` bool, (T, T) or (B, T, T), True where query (row) may
         see key (column), narrows the model's own attention; a lower triangle is the autoregressive model. `prompt_ends`
         (B,) int64, the columns after the prompts, matter only to models whose blocks begin there. The first real
-        position of a shifted model is scored from itself: put a real token there.
+        position of a shifted model is scored from itself: put a real token there. `clean` (B, T) int64 is for training
+        block-causal models: each block of `tokens` sees itself and the blocks before it in `clean`.
 
         Returns (B, T, V) logits in the model's dtype; with `rows` (M, 2) int64 of (row, position) pairs only those,
         (M, V). With `reduce`, its results instead, one row for each logit row: it is called on chunks of at most
@@ -269,15 +271,26 @@ class Denoiser(nn.Module):
         valid = _moved(valid, device)
         attention = _moved(attention, device)
         rows = _moved(rows, device)
+        tokens = tokens.to(device)
+        shape = tokens.shape
+        blocks = None
         if self.attention.block is not None and not self.config.is_causal:
-            real = torch.ones(tokens.shape, dtype=torch.bool, device=device) if valid is None else valid
+            real = torch.ones_like(tokens, dtype=torch.bool) if valid is None else valid
             origins = self.attention.origins(real, _moved(prompt_ends, device))
-            blocks = block_causal_mask(tokens.shape[1], self.attention.block, origins)
-            attention = blocks if attention is None else blocks & attention
+            blocks = block_numbers(tokens.shape[1], self.attention.block, origins)  # (B, T)
+            seen = block_causal_mask(blocks)
+            attention = seen if attention is None else seen & attention
         mask, positions = _mask_and_positions(valid, attention)
+        if clean is not None:
+            assert blocks is not None and mask is not None, "only block-causal models are trained with a clean text"
+            mask = two_stream_mask(blocks, mask)
+            if positions is None:
+                positions = torch.arange(tokens.shape[1], device=device)[None]
+            positions = positions.repeat(1, 2)
+            tokens = torch.cat([tokens, clean.to(device)], -1)
         body = self.model.base_model  # the layers and final norm, without the head
         hidden = body(
-            input_ids=tokens.to(device),
+            input_ids=tokens,
             attention_mask=mask,
             position_ids=positions,
             use_cache=False,
@@ -285,13 +298,16 @@ class Denoiser(nn.Module):
         ).last_hidden_state  # (B, T, H)
         wanted = rows
         if wanted is None:
-            batch, length = tokens.shape
+            batch, length = shape
             wanted = torch.cartesian_prod(torch.arange(batch), torch.arange(length)).to(device)  # (B * T, 2)
-        hidden = hidden[tuple(self._sources(wanted, valid).T)]  # (M, H)
+        sources = self._sources(wanted, valid)
+        if clean is not None and blocks is not None:
+            sources = _in_streams(sources, wanted, blocks)
+        hidden = hidden[tuple(sources.T)]  # (M, H)
         head = self.model.get_output_embeddings()
         results = (head(hidden),) if reduce is None else self._reduced(hidden, head, reduce)
         if rows is None:  # other results stay as they are: FSDP2 warns of views among what it returns
-            results = tuple(result.view(*tokens.shape, *result.shape[1:]) for result in results)
+            results = tuple(result.view(*shape, *result.shape[1:]) for result in results)
         return results if len(results) > 1 else results[0]
 
     def _sources(self, wanted: Tensor, valid: Tensor | None) -> Tensor:
@@ -322,6 +338,14 @@ class Denoiser(nn.Module):
                 result = part(hidden[chunk], chunk)
             parts.append(_as_tuple(result))
         return tuple(torch.cat(column) for column in zip(*parts, strict=True))
+
+
+def _in_streams(sources: Tensor, wanted: Tensor, blocks: Tensor) -> Tensor:
+    """The pairs `sources` (M, 2) among 2 T columns: where a block begins, a shifted model reads the clean text."""
+    row, position = sources.unbind(-1)
+    length = blocks.shape[1]
+    other = blocks[row, position] != blocks[row, wanted[:, 1]]
+    return torch.stack([row, position + length * other], -1)
 
 
 def _moved(tensor: Tensor | None, device: torch.device) -> Tensor | None:

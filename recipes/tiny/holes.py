@@ -40,7 +40,7 @@ RATE = 1e-3
 
 def main(
     run: Annotated[Path, typer.Option(help="folder of the models")] = Path("runs/tiny-holes"),
-    steps: Annotated[int, typer.Option(help="training steps of each arm")] = 2000,
+    steps: Annotated[int, typer.Option(help="training steps of each arm")] = 800,
     count: Annotated[int, typer.Option(help="held-out holes")] = 500,
     split: Annotated[str, typer.Option(help="test for figures to report, dev for decisions")] = "test",
 ) -> None:
