@@ -282,7 +282,8 @@ class Denoiser(nn.Module):
             attention = seen if attention is None else seen & attention
         mask, positions = _mask_and_positions(valid, attention)
         if clean is not None:
-            assert blocks is not None and mask is not None, "only block-causal models are trained with a clean text"
+            assert blocks is not None, "only block-causal models are trained with a clean text"
+            assert mask is not None
             mask = two_stream_mask(blocks, mask)
             if positions is None:
                 positions = torch.arange(tokens.shape[1], device=device)[None]
