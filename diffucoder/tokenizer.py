@@ -66,17 +66,11 @@ def split_holes(text: str) -> list[str | Hole]:
 class Tokenizer:
     """A fast tokenizer that knows its mask, its terminators and its chat format."""
 
-    def __init__(
-        self,
-        backend: tokenizers.Tokenizer,
-        *,
-        config: Mapping[str, Any] | None = None,
-        end_tokens: Sequence[str] = (),
-    ) -> None:
+    def __init__(self, backend: tokenizers.Tokenizer, *, config: Mapping[str, Any] | None = None) -> None:
         """Wrap `backend`. `config` is a `tokenizer_config.json`: special tokens by role, and the chat template.
 
-        `end_tokens` end an answer besides the usual ones. CheckpointError if there is no mask token: neither
-        `config["mask_token"]` nor `<|mask|>`.
+        In `config["end_tokens"]` are further tokens that end an answer. CheckpointError if there is no mask token:
+        neither `config["mask_token"]` nor `<|mask|>`.
         """
         self.backend = backend
         self.config: Json = dict(config or {})
@@ -89,9 +83,8 @@ class Tokenizer:
             mask = self.mask_token
             raise CheckpointError(f"tokenizer has no mask token {mask!r}; use the tokenizer saved with the model")
         self.mask_id: int = mask_id
-        self.end_tokens = end_tokens
         eos_token = self.config.get("eos_token")
-        terminators = self._ids_of(eos_token, *TERMINATORS, *end_tokens)
+        terminators = self._ids_of(eos_token, *TERMINATORS, *self.config.get("end_tokens", ()))
         self.terminator_ids = frozenset(terminators)
         self.eos_id = next(iter(terminators), None)
         # Dream pads with a token for it if the checkpoint has one; older parents pad with their end of text
@@ -100,17 +93,11 @@ class Tokenizer:
 
     @classmethod
     def load(
-        cls,
-        folder: str | Path,
-        *,
-        add_mask: bool = False,
-        mask_id: int | None = None,
-        end_ids: Iterable[int] = (),
+        cls, folder: str | Path, *, add_mask: bool = False, mask_id: int | None = None, end_ids: Iterable[int] = ()
     ) -> "Tokenizer":
         """Read a tokenizer's files. If they name no mask token it is the one at `mask_id`, or `add_mask` adds one.
 
-        Of the `end_ids`, control tokens end an answer. CheckpointError if files are missing, damaged or disagree on
-        ids.
+        Special tokens at `end_ids` end an answer. CheckpointError if files are missing, damaged or disagree on ids.
         """
         folder = Path(folder)
         config = read_config(folder)
@@ -120,8 +107,8 @@ class Tokenizer:
         if not config.get("mask_token") and add_mask:
             add_special(backend, MASK_TOKEN)
         added = backend.get_added_tokens_decoder()
-        end_tokens = [added[id_].content for id_ in end_ids if id_ in added and added[id_].special]
-        return cls(backend, config=config, end_tokens=end_tokens)
+        config["end_tokens"] = [added[id_].content for id_ in end_ids if id_ in added and added[id_].special]
+        return cls(backend, config=config)
 
     def with_own_pad(self) -> "Tokenizer":
         """This tokenizer, but with `<|dlm_pad|>` at the next free id if it padded with an end of text until now."""
@@ -129,7 +116,7 @@ class Tokenizer:
             return self
         backend = tokenizers.Tokenizer.from_str(self.backend.to_str())
         add_special(backend, PAD_TOKEN)
-        return Tokenizer(backend, config={**self.config, "pad_token": PAD_TOKEN}, end_tokens=self.end_tokens)
+        return Tokenizer(backend, config={**self.config, "pad_token": PAD_TOKEN})
 
     def save(self, folder: str | Path) -> None:
         """Write `tokenizer.json`, `tokenizer_config.json` and `chat_template.jinja`, readable by transformers too."""

@@ -1,6 +1,7 @@
 """The commands about models: `diffucoder models`, `convert` and `bench`."""
 
 import json
+import math
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
@@ -13,28 +14,20 @@ from diffucoder.errors import ConfigError
 
 def models(*, as_json: AsJson = False) -> None:
     """List the models that load by name."""
-    from diffucoder.models.hub import KNOWN_MODELS, SHIPPED
+    from diffucoder.models.hub import SHIPPED, KnownModel, known_models
 
-    rows = []
+    known = list(known_models())
     if SHIPPED.is_dir():
         stored = (SHIPPED / "model.safetensors").stat().st_size
-        rows.append(
-            {
-                "name": "tiny",
-                "source": "shipped with the package; the default",
-                "parameters": f"{stored / 2e6:.1f}M",  # of two bytes
-                "size_gb": round(stored / 1e9, 3),
-                "licence": "Apache-2.0",
-                "memory_gb": 1,
-                "here": True,
-                "note": "short functions; see docs/models.md",
-            }
-        )
-    for known in KNOWN_MODELS:
-        row = asdict(known)
+        parameters = f"{stored / 2e6:.1f}M"  # of two bytes
+        place = "shipped with the package; the default"
+        note = "short functions; see docs/models.md"
+        known.insert(0, KnownModel("tiny", place, parameters, round(stored / 1e9, 3), "Apache-2.0", note))
+    rows = []
+    for model in known:
+        row = asdict(model) | {"memory_gb": math.ceil(1.2 * model.size_gb + 1)}  # and a short batch
         source = row.pop("hub_id")
-        row |= {"memory_gb": known.memory_gb, "here": known.cached}
-        rows.append({"name": row.pop("name"), "source": source, **row})
+        rows.append({"name": row.pop("name"), "source": source, **row, "here": model.name == "tiny" or model.cached})
     for row in rows:
         if as_json:
             print(json.dumps(row))

@@ -6,25 +6,25 @@ A merged weight is W + scale * B @ A, computed in float32.
 
 import math
 import os
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
 from diffucoder.errors import CheckpointError
 from diffucoder.model_files import one_line, read_json, shown
 from diffucoder.models.families import Family
-from diffucoder.models.hub import KNOWN_MODELS, find
+from diffucoder.models.hub import find, known_models
+from diffucoder.models.model_config import validated
 from diffucoder.models.weights import ADAPTER_WEIGHTS, read_tensors, stored_tensors
 
 CONFIG = "adapter_config.json"
 _Nothing = Annotated[dict[str, Any] | list[Any] | None, Field(max_length=0)]  # Any: of no items
 
 
-class _Config(BaseModel):
-    """The settings of an adapter: those that change what is merged."""
+class Adapter(BaseModel):
+    """The settings of an adapter that change what is merged; its weights are not read yet."""
 
     model_config = ConfigDict(strict=True, allow_inf_nan=False)
     peft_type: Literal["LORA"]
@@ -42,49 +42,27 @@ class _Config(BaseModel):
     layer_replication: _Nothing = None
 
 
-@dataclass(frozen=True)
-class Adapter:
-    """An adapter whose settings are understood and whose weights are not read yet."""
+def read_adapter(folder: Path, *, fetch: bool) -> tuple[Adapter, str | Path]:
+    """The adapter in `folder`, and what to load as its base: the folder that it names, or a model of that name.
 
-    source: str | Path | None
-    revision: str | None
-    base: str  # as its config names it
-    rank: int
-    scale: float
-
-
-def read_adapter(folder: Path, source: str | Path | None, revision: str | None) -> Adapter:
-    """The adapter in `folder`, which was found as `source`. CheckpointError if it cannot be merged."""
-    try:
-        config = _Config.model_validate(read_json(folder / CONFIG))
-    except ValidationError as error:
-        wrong = error.errors()[0]
-        name = ".".join(map(str, wrong["loc"]))
-        raise CheckpointError(
-            f"{folder / CONFIG}: {name}={shown(wrong['input'])} is not supported ({wrong['msg']}); "
-            "use a plain LoRA adapter, or merge this one with peft"
-        ) from None
-    divisor = math.sqrt(config.r) if config.use_rslora else config.r
-    return Adapter(source, revision, config.base_model_name_or_path, config.r, config.lora_alpha / divisor)
-
-
-def base_of(adapter: Adapter, folder: Path) -> str | Path:
-    """What to load as the base of the adapter in `folder`.
-
-    The name in the file may be anybody's, so only known models are fetched from the Hub. A path that is not here means
-    the known model of that name. CheckpointError if the base is not on this machine.
+    The name may be anybody's: `fetch` allows that a known model is downloaded, nothing else is. CheckpointError if the
+    adapter cannot be merged, or its base is not on this machine.
     """
-    for known in KNOWN_MODELS:
-        if known.hub_id.rpartition("/")[2] == os.path.basename(adapter.base) and not os.path.isdir(adapter.base):
-            return known.hub_id
+    adapter = validated(Adapter, read_json(folder / CONFIG), str(folder / CONFIG), "use a plain LoRA adapter")
+    named = adapter.base_model_name_or_path
+    base: str = named
+    if os.path.isabs(named) and not os.path.isdir(named):  # on the machine of its authors
+        base = os.path.basename(named)
+    for known in known_models():
+        if base in (known.hub_id, os.path.basename(known.hub_id)):
+            base = known.hub_id
+            if fetch:
+                return adapter, base
     try:
-        find(adapter.base, fetch=False)
+        return adapter, find(base, fetch=False)
     except CheckpointError as error:
-        raise CheckpointError(
-            f"{folder / CONFIG}: base {shown(adapter.base)} is not on this machine; fetch it, or write its folder or "
-            "Hub id as base_model_name_or_path"
-        ) from error
-    return adapter.base
+        message = f"base_model_name_or_path={shown(named)} is not on this machine; fetch it, or write where it is"
+        raise CheckpointError(f"{folder / CONFIG}: {message}") from error
 
 
 @torch.no_grad()
@@ -92,20 +70,22 @@ def merge(adapter: Adapter, folder: Path, model: Any, family: Family) -> None:  
     """Add the adapter in `folder` to the weights of its base, in place. CheckpointError unless all of it fits them."""
     stored = stored_tensors(folder, [ADAPTER_WEIGHTS])
     weights = dict(model.named_parameters())
+    rank = adapter.r
     targets = {}
     for name in stored:
         module = name.removeprefix("base_model.model.").removesuffix(".lora_A.weight").removesuffix(".lora_B.weight")
         down = stored.get(f"base_model.model.{module}.lora_A.weight")  # (rank, in)
         up = stored.get(f"base_model.model.{module}.lora_B.weight")  # (out, rank)
         weight = weights.get(family.weight_name(f"{module}.weight"))
-        fits = weight is not None and weight.ndim == 2 and down is not None and up is not None
-        if not fits or (*up.shape, *down.shape) != (weight.shape[0], adapter.rank, adapter.rank, weight.shape[1]):
+        shapes = [tensor.shape for tensor in (up, down) if tensor is not None]
+        if weight is None or shapes != [(*weight.shape[:1], rank), (rank, *weight.shape[1:])]:
             raise CheckpointError(
                 f"{folder / ADAPTER_WEIGHTS}: {one_line(name)} does not fit a matrix of the base; use the base that "
-                f"the adapter was trained on, with rank {adapter.rank}"
+                f"the adapter was trained on, with rank {rank}"
             )
         targets[module] = weight
+    scale = adapter.lora_alpha / (math.sqrt(rank) if adapter.use_rslora else rank)
     tensors = read_tensors(stored)
     for module, weight in targets.items():
         a, b = (tensors[f"base_model.model.{module}.lora_{part}.weight"].float().to(weight.device) for part in "AB")
-        weight.copy_(weight.float() + adapter.scale * (b @ a))
+        weight.copy_(weight.float() + scale * (b @ a))

@@ -1,10 +1,9 @@
 """Attention patterns: which positions of a canvas a model was trained to see.
 
-Most denoisers attend to every position. Block-causal ones cut a row into blocks of n positions: a position sees its own
-block, both ways, and all earlier blocks. So the keys of a finished block never change.
-
-Two conventions say where the first block begins (`origin`). "start": at position 0, so the prompt is in blocks too, and
-the block at its end holds both prompt and answer. "prompt": at the end of the prompt, which sees all of itself.
+Most denoisers attend to every position. Block-causal ones cut a row into blocks of n positions: a position sees all of
+its own block and of earlier blocks, so the keys of a finished block never change. The first block begins at position 0
+(origin "start"; the block at the end of a prompt holds a part of the answer too), or at the end of the prompt
+("prompt"), which sees all of itself.
 """
 
 from dataclasses import dataclass
@@ -26,8 +25,7 @@ class Attention:
     def origins(self, valid: Tensor, prompt_ends: Tensor | None = None) -> Tensor:
         """(R,) int64: the column where the first block of each row begins.
 
-        `valid` (R, T) bool is False on padding; `prompt_ends` (R,) int64 are the columns after the prompts. A
-        model whose blocks begin there takes a row without it as an answer without a prompt.
+        `valid` (R, T) bool is False on padding; `prompt_ends` (R,) int64 is the column after each prompt.
         """
         if self.origin == "prompt" and prompt_ends is not None:
             return prompt_ends

@@ -1,8 +1,7 @@
 """Checkpoints: load models from a folder, the Hub or the package, and write them.
 
-For: finding and loading models, choosing device and dtype, saving. Not for: where models are (`hub`), which families
-there are (`families`), reading a config (`model_config`) or weights (`weights`), adapters (`adapters`), the forward
-pass (`denoiser`), text (`tokenizer`), training state.
+For: finding and loading models, choosing device and dtype, saving. Not for: where models are (`hub`), families
+(`families`), reading a config (`model_config`) or weights (`weights`), the forward pass (`denoiser`), training state.
 
 A model of another family than Dream is written as it was read, with its own names. Others are written as Dream if Dream
 can represent them; Llama parents get zero q/k/v biases. The rest (Qwen3's q/k norms, scaled RoPE, unshifted rows,
@@ -26,15 +25,15 @@ from torch import Tensor
 from diffucoder.errors import CheckpointError, ConfigError
 from diffucoder.files import Json, write_json
 from diffucoder.model_files import read_json, shown
-from diffucoder.models.adapters import Adapter, base_of, merge, read_adapter
+from diffucoder.models.adapters import Adapter, merge, read_adapter
 from diffucoder.models.attention import Attention
 from diffucoder.models.denoiser import Denoiser
-from diffucoder.models.families import Published, Signs, adapter_attention, attention_of, family_of
+from diffucoder.models.families import Published, Signs, attention_of, family_of
 from diffucoder.models.hub import find
 from diffucoder.models.model_config import transformers_config, whole_number
 from diffucoder.models.weights import INDEX, expected_shapes, load_causal_lm, weight_names
 from diffucoder.tokenizer import Tokenizer
-from diffucoder.tokenizer_files import read_config, token_name
+from diffucoder.tokenizer_files import read_config
 
 EXTRAS = "diffucoder.json"
 _DREAM_SIZES = (
@@ -56,7 +55,7 @@ class Checkpoint:
     shifted: bool  # row i - 1 of the model scores token i
     attention: Attention
     published: Published
-    adapter: Adapter | None = None  # to be merged into the weights
+    adapter: tuple[Adapter, str | Path | None, str | None] | None = None  # to be merged, with its source and revision
 
     @property
     def dtype(self) -> torch.dtype:
@@ -65,7 +64,7 @@ class Checkpoint:
 
 
 Source = str | Path | Checkpoint | None
-"""A folder, a Hub id, a name of `KNOWN_MODELS`, a checkpoint found before, or the shipped model (None)."""
+"""A folder, a Hub id, a name of `known_models`, a checkpoint found before, or the shipped model (None)."""
 
 
 def load_denoiser(
@@ -93,8 +92,8 @@ def load_denoiser(
     folder = find(checkpoint.source, revision=checkpoint.revision, weights=True)
     model = load_causal_lm(folder, checkpoint.config, checkpoint.published, dtype=dtype, device=device)
     if checkpoint.adapter is not None:
-        adapter_folder = find(checkpoint.adapter.source, revision=checkpoint.adapter.revision, weights=True)
-        merge(checkpoint.adapter, adapter_folder, model, checkpoint.published.family)
+        adapter, source, revision = checkpoint.adapter
+        merge(adapter, find(source, revision=revision, weights=True), model, checkpoint.published.family)
     denoiser = Denoiser.from_causal_lm(
         model, mask_id=mask_id, shifted=checkpoint.shifted, attention=checkpoint.attention
     )
@@ -183,16 +182,16 @@ def find_checkpoint(source: Source, *, revision: str | None = None) -> Checkpoin
         raise CheckpointError(f"{folder} has no config.json; is it a model's folder?")
     fields = read_json(folder / "config.json")
     extras = read_json(folder / EXTRAS)
-    signs = Signs(folder, fields, _mask_token, weight_names)
+    mask_token = read_config(folder).get("mask_token")
+    signs = Signs(folder, fields, mask_token, weight_names(folder))
     family = family_of(signs, extras.get("family"))
     config = transformers_config(family, fields, folder)
     mask_id = whole_number(extras.get("mask_token_id", fields.get("mask_token_id")))
     if mask_id is None and family.diffusion:
-        mask_id = Tokenizer.load(folder).mask_id if _mask_token(folder) else family.mask_id
+        mask_id = Tokenizer.load(folder).mask_id if mask_token else family.mask_id
     if mask_id is None and family.diffusion:
-        raise CheckpointError(
-            f"{folder}/config.json: {family.title} needs a mask_token_id; add it (DiffuCoder's is 151666)"
-        )
+        kind = family.title
+        raise CheckpointError(f"{folder}/config.json: {kind} needs a mask_token_id; add it (DiffuCoder's is 151666)")
     if mask_id is not None and (type(mask_id) is not int or mask_id not in range(config.vocab_size)):
         raise CheckpointError(
             f"{folder}: mask_token_id={shown(mask_id)} is not an id below vocab_size={config.vocab_size}"
@@ -204,22 +203,19 @@ def find_checkpoint(source: Source, *, revision: str | None = None) -> Checkpoin
     return Checkpoint(source, revision, folder, config, mask_id, shifted, attention, Published(family, fields))
 
 
-def _mask_token(folder: Path) -> str | None:
-    """The mask token that the config of the tokenizer in `folder` names."""
-    return token_name(read_config(folder).get("mask_token"))
-
-
 def _find_base(source: str | Path | None, folder: Path, revision: str | None) -> Checkpoint:
     """The base of the adapter in `folder`, with the adapter to be merged and the attention that it was trained for."""
     if os.path.lexists(folder / "config.json"):  # transformers would add it to the model
         raise CheckpointError(f"{folder} holds an adapter (adapter_config.json); merge it, or move it elsewhere")
-    adapter = read_adapter(folder, source, revision)
-    base = find_checkpoint(base_of(adapter, folder))
-    if base.adapter is not None:
-        raise CheckpointError(f"{folder}: base {adapter.base!r} is an adapter itself; merge that one first")
+    is_local = os.path.isdir(os.path.expanduser(source or ""))
+    adapter, place = read_adapter(folder, fetch=not is_local)
+    if os.path.lexists(find(place) / "adapter_config.json"):
+        raise CheckpointError(f"{folder}: base {place} is an adapter itself; merge that one first")
+    base = find_checkpoint(place)
     signs = Signs(folder, {})
-    attention = attention_of(signs, read_json(folder / EXTRAS), adapter_attention(signs, base.attention))
-    return replace(base, attention=attention, adapter=adapter)
+    trained = Attention(32, "prompt") if signs.name.startswith("d2f") else base.attention
+    attention = attention_of(signs, read_json(folder / EXTRAS), trained)
+    return replace(base, attention=attention, adapter=(adapter, source, revision))
 
 
 def save_denoiser(
@@ -260,19 +256,18 @@ def save_denoiser(
 def why_not_dream(denoiser: Denoiser) -> str | None:
     """What Dream's config and layers cannot describe of this model; None if they describe it completely."""
     config = denoiser.config
-    if not denoiser.shifted:
-        return "rows that are not shifted"
-    if denoiser.attention.block is not None:
-        return "block-causal attention"
-    if config.model_type not in ("qwen2", "llama"):
-        return "norms of queries and keys"
-    if config.rope_parameters["rope_type"] != "default":
-        return "scaled RoPE"
-    if getattr(config, "attention_bias", False) or getattr(config, "mlp_bias", False):
-        return "biases elsewhere than at q, k, v"
-    if getattr(config, "head_dim", None) not in (None, config.hidden_size // config.num_attention_heads):
-        return "heads of another size"
-    return None
+    size = config.hidden_size // config.num_attention_heads
+    strange = {
+        "rows that are not shifted": not denoiser.shifted,
+        "block-causal attention": denoiser.attention.block is not None,
+        "norms of queries and keys": config.model_type not in ("qwen2", "llama"),
+        "scaled RoPE": config.rope_parameters["rope_type"] != "default",
+        "biases elsewhere than at q, k, v": any(
+            getattr(config, name, False) for name in ("attention_bias", "mlp_bias")
+        ),
+        "heads of another size": getattr(config, "head_dim", None) not in (None, size),
+    }
+    return next((what for what, there in strange.items() if there), None)
 
 
 def dream_weights(denoiser: Denoiser, state: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
@@ -336,11 +331,10 @@ def _own_config(denoiser: Denoiser, dtype: str) -> Json:
 def _published_config(denoiser: Denoiser, published: Published, dtype: str) -> Json:
     """The config.json that a model was published with, and what has changed since."""
     fields = dict(published.fields)
-    changeable = ("vocab_size", "tie_word_embeddings", "pad_token_id", "bos_token_id", "eos_token_id")
-    for name in changeable:
-        key = published.key(name)
-        if fields.get(key) != getattr(denoiser.config, name):
-            fields[key] = getattr(denoiser.config, name)
+    for name in ("vocab_size", "tie_word_embeddings", "pad_token_id", "bos_token_id", "eos_token_id"):
+        value = getattr(denoiser.config, name)
+        if fields.get(published.key(name)) != value:
+            fields[published.key(name)] = value
     fields["dtype" if "dtype" in fields else "torch_dtype"] = dtype
     if "mask_token_id" in fields:
         fields["mask_token_id"] = denoiser.mask_id

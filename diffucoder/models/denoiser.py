@@ -272,34 +272,17 @@ class Denoiser(nn.Module):
         attention = _moved(attention, device)
         rows = _moved(rows, device)
         tokens = tokens.to(device)
-        shape = tokens.shape
-        blocks = None
-        if self.attention.block is not None and not self.config.is_causal:
+        if self.attention.block is None or self.config.is_causal:
+            assert clean is None, "only block-causal models are trained with a clean text"
+            blocks = None
+        else:
             real = torch.ones_like(tokens, dtype=torch.bool) if valid is None else valid
             origins = self.attention.origins(real, _moved(prompt_ends, device))
             blocks = block_numbers(tokens.shape[1], self.attention.block, origins)  # (B, T)
-            seen = block_causal_mask(blocks)
-            attention = seen if attention is None else seen & attention
-        mask, positions = _mask_and_positions(valid, attention)
-        if clean is not None:
-            assert blocks is not None, "only block-causal models are trained with a clean text"
-            assert mask is not None
-            mask = two_stream_mask(blocks, mask)
-            if positions is None:
-                positions = torch.arange(tokens.shape[1], device=device)[None]
-            positions = positions.repeat(1, 2)
-            tokens = torch.cat([tokens, clean.to(device)], -1)
-        body = self.model.base_model  # the layers and final norm, without the head
-        hidden = body(
-            input_ids=tokens,
-            attention_mask=mask,
-            position_ids=positions,
-            use_cache=False,
-            return_dict=True,
-        ).last_hidden_state  # (B, T, H)
+        hidden = self._hidden(tokens, valid, attention, blocks, _moved(clean, device))
         wanted = rows
         if wanted is None:
-            batch, length = shape
+            batch, length = tokens.shape
             wanted = torch.cartesian_prod(torch.arange(batch), torch.arange(length)).to(device)  # (B * T, 2)
         sources = self._sources(wanted, valid)
         if clean is not None and blocks is not None:
@@ -308,8 +291,37 @@ class Denoiser(nn.Module):
         head = self.model.get_output_embeddings()
         results = (head(hidden),) if reduce is None else self._reduced(hidden, head, reduce)
         if rows is None:  # other results stay as they are: FSDP2 warns of views among what it returns
-            results = tuple(result.view(*shape, *result.shape[1:]) for result in results)
+            results = tuple(result.view(*tokens.shape, *result.shape[1:]) for result in results)
         return results if len(results) > 1 else results[0]
+
+    def _hidden(
+        self,
+        tokens: Tensor,
+        valid: Tensor | None,
+        attention: Tensor | None,
+        blocks: Tensor | None,
+        clean: Tensor | None,
+    ) -> Tensor:
+        """The last hidden states (B, T, H), of `forward`'s arguments; (B, 2 T, H) if there is a clean text."""
+        if blocks is not None:
+            seen = block_causal_mask(blocks)
+            attention = seen if attention is None else seen & attention
+        mask, positions = _mask_and_positions(valid, attention)
+        if clean is not None and blocks is not None and mask is not None:
+            mask = two_stream_mask(blocks, mask)
+            if positions is None:
+                positions = torch.arange(tokens.shape[1], device=tokens.device)[None]
+            positions = positions.repeat(1, 2)
+            tokens = torch.cat([tokens, clean], -1)
+        body = self.model.base_model  # the layers and final norm, without the head
+        hidden: Tensor = body(
+            input_ids=tokens,
+            attention_mask=mask,
+            position_ids=positions,
+            use_cache=False,
+            return_dict=True,
+        ).last_hidden_state
+        return hidden
 
     def _sources(self, wanted: Tensor, valid: Tensor | None) -> Tensor:
         """The (row, position) pairs (M, 2) whose hidden states score the pairs `wanted` (M, 2)."""

@@ -1,13 +1,11 @@
 """Families of models, one row each: how to recognise a checkpoint, and what its config and weights are called.
 
-A new family whose layers transformers has is a row here, with a test against its original. `docs/models.md` has the
-table of them for users. Attention, shift and ids are what a family has unless a checkpoint says otherwise.
+A new family whose layers transformers has is a row here, with a test against its original, and in `docs/models.md`.
 """
 
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 from pathlib import Path
 
 from diffucoder.errors import CheckpointError
@@ -16,39 +14,20 @@ from diffucoder.model_files import one_line, shown
 from diffucoder.models.attention import FULL, Attention
 
 
+@dataclass(frozen=True)
 class Signs:
-    """What tells families of the same model type apart. Other files than config.json are read only if a row asks."""
+    """What tells families of the same model type apart."""
 
-    def __init__(
-        self,
-        folder: Path,
-        fields: Json,
-        mask_token: Callable[[Path], str | None] = lambda folder: None,
-        weights: Callable[[Path], frozenset[str]] = lambda folder: frozenset(),
-    ) -> None:
-        """`fields` are those of the config.json in `folder`; the functions look for the two properties below."""
-        self.folder = folder
-        self.fields = fields
-        self.model_type = fields.get("model_type")
-        self.architectures = str(fields.get("architectures")).lower()
-        in_cache = folder.parent.name == "snapshots"  # .../models--owner--name/snapshots/revision
-        self.name = (folder.parents[1] if in_cache else folder.resolve()).name.lower()
-        self._mask_token = mask_token
-        self._weights = weights
+    folder: Path
+    fields: Json  # of its config.json
+    mask_token: object = None  # what the config of its tokenizer names
+    weights: frozenset[str] = frozenset()  # the names of the stored weights; none if they are not on this machine
 
-    @cached_property
-    def mask_token(self) -> str | None:
-        """The mask token that the tokenizer's config names."""
-        return self._mask_token(self.folder)
-
-    @cached_property
-    def weights(self) -> frozenset[str]:
-        """The names of the stored weights, none if they are not on this machine."""
-        return self._weights(self.folder)
-
-    def has_weight(self, part: str) -> bool:
-        """Whether the name of a stored weight contains `part`."""
-        return any(part in name for name in self.weights)
+    @property
+    def name(self) -> str:
+        """The name of the model, in lower case: of its folder, or of `models--owner--name` in the Hub's cache."""
+        in_cache = self.folder.parent.name == "snapshots"
+        return (self.folder.parents[1] if in_cache else self.folder.resolve()).name.lower()
 
 
 @dataclass(frozen=True)
@@ -61,7 +40,7 @@ class Family:
     sign: Callable[[Signs], bool] | None = None  # whether a checkpoint of this model type is one; None: each is
     shifted: bool = True  # row i - 1 of the model scores token i
     attention: Attention = FULL
-    diffusion: bool = False  # they are denoisers, so they need a mask id
+    diffusion: bool = True  # they are denoisers, so they need a mask id
     mask_id: int | None = None  # if neither their config nor their tokenizer names one
     end_ids: tuple[int, ...] = ()  # tokens that end an answer, besides the tokenizer's end of text
     defaults: Mapping[str, object] = field(default_factory=dict)  # decoding as released, by our settings' names
@@ -96,17 +75,14 @@ class Family:
 
 @dataclass(frozen=True)
 class Published:
-    """How a checkpoint was written, so that it can be written in the same way again."""
+    """How a checkpoint was written, so that it can be written so again."""
 
     family: Family
     fields: Json  # its config.json
 
     def key(self, name: str) -> str:
         """The checkpoint's own key for what transformers' configs call `name`."""
-        for theirs, ours in self.family.config_names.items():
-            if ours == name:
-                return theirs
-        return name
+        return {ours: theirs for theirs, ours in self.family.config_names.items()}.get(name, name)
 
 
 _A2D = Family(
@@ -114,7 +90,6 @@ _A2D = Family(
     "qwen3",
     "Tiny-A2D",
     shifted=False,
-    diffusion=True,
     defaults={"steps": 256, "temperature": 0.0, "policy": "max_prob"},
     licence="not stated; parents Apache-2.0",
     source="github.com/ZHZisZZ/dllm: pipelines/a2d/models, core/samplers",
@@ -125,7 +100,6 @@ _LLADA = Family(
     "llama",
     "LLaDA",
     shifted=False,
-    diffusion=True,
     mask_id=126336,
     end_ids=(126081, 126348),  # end of text, end of turn
     defaults={"policy": "max_prob", "block": 32},
@@ -150,9 +124,9 @@ _LLADA = Family(
         "model.transformer.ff_out.": "lm_head.",
         "model.transformer.blocks.": "model.layers.",
         **{f".{name}_proj.": f".self_attn.{name}_proj." for name in "qkv"},
-        **{".attn_out.": ".self_attn.o_proj.", ".attn_norm.": ".input_layernorm."},
+        ".attn_out.": ".self_attn.o_proj.",
         **{".ff_proj.": ".mlp.gate_proj.", ".up_proj.": ".mlp.up_proj.", ".ff_out.": ".mlp.down_proj."},
-        ".ff_norm.": ".post_attention_layernorm.",
+        **{".attn_norm.": ".input_layernorm.", ".ff_norm.": ".post_attention_layernorm."},
     },
     licence="MIT",
     source="github.com/ML-GSAI/LLaDA; its modelling code in github.com/ZHZisZZ/dllm: pipelines/llada/models",
@@ -163,10 +137,9 @@ FAMILIES = (  # of several rows that fit a checkpoint, the first counts
         "Dream",
         "qwen3",
         "DreamReasoner",
-        sign=lambda signs: signs.has_weight(".q_norm.") if signs.weights else "block_size" in signs.fields,
+        sign=lambda signs: "block_size" in signs.fields if not signs.weights else ".q_norm." in str(signs.weights),
         shifted=False,
         attention=Attention(32),
-        diffusion=True,
         mask_id=151669,
         end_ids=(151643, 151645),
         defaults={"policy": "max_prob", "threshold": 0.9, "block": 32},
@@ -176,7 +149,6 @@ FAMILIES = (  # of several rows that fit a checkpoint, the first counts
     Family(  # Dream, Dream-Coder, DreamOn, DiffuCoder: Qwen2 that attends both ways
         "Dream",
         "qwen2",
-        diffusion=True,
         defaults={"policy": "entropy", "temperature": 0.2, "top_p": 0.95},
         licence="Apache-2.0; DiffuCoder: apple-amlr",
         source="github.com/apple/ml-diffucoder; github.com/DreamLM",
@@ -186,28 +158,26 @@ FAMILIES = (  # of several rows that fit a checkpoint, the first counts
         "qwen2",
         "Open-dCoder",
         sign=lambda signs: signs.mask_token == "<M>",
-        diffusion=True,
         defaults={"steps": 200, "temperature": 0.7},
         licence="Apache-2.0",
         source="github.com/pengzhangzhi/Open-dLLM: generation_utils.py, tasks/train_torch.py",
     ),
-    Family("qwen2", "qwen2"),
-    Family("qwen3", "qwen3"),
+    Family("qwen2", "qwen2", diffusion=False),
+    Family("qwen3", "qwen3", diffusion=False),
     Family(
         "llama",
         "llama",
         "Stable-DiffCoder",
-        sign=lambda signs: "stablediffcoder" in signs.architectures,
+        sign=lambda signs: "StableDiffcoder" in str(signs.fields.get("architectures")),
         shifted=False,
         attention=Attention(4),
-        diffusion=True,
         mask_id=5,
         end_ids=(2,),
         defaults={"policy": "max_prob", "steps": 512, "block": 4},
         licence="MIT",
         source="github.com/ByteDance-Seed/Stable-DiffCoder; github.com/zhijie-group/Diffulex: config/stable_diffcoder",
     ),
-    Family("llama", "llama"),
+    Family("llama", "llama", diffusion=False),
     *(replace(_A2D_BLOCK, model_type=f"a2d-{layers}", architecture=layers) for layers in ("qwen2", "qwen3", "llama")),
     *(replace(_A2D, model_type=f"a2d-{layers}", architecture=layers) for layers in ("qwen2", "qwen3", "llama")),
     replace(
@@ -225,7 +195,6 @@ FAMILIES = (  # of several rows that fit a checkpoint, the first counts
         "SDAR",  # and TraDo
         shifted=False,
         attention=Attention(4),
-        diffusion=True,
         mask_id=151669,
         end_ids=(151643, 151645),
         defaults={"policy": "max_prob", "threshold": 0.9, "temperature": 1.0, "block": 4},
@@ -237,7 +206,6 @@ FAMILIES = (  # of several rows that fit a checkpoint, the first counts
         "qwen2",
         "Fast-dLLM v2",
         attention=Attention(32),
-        diffusion=True,
         mask_id=151665,
         end_ids=(151643, 151645),
         defaults={"policy": "max_prob", "threshold": 0.9, "block": 32},
@@ -247,7 +215,6 @@ FAMILIES = (  # of several rows that fit a checkpoint, the first counts
     Family(
         "CoDA",
         "qwen3",
-        diffusion=True,
         mask_id=151669,
         end_ids=(151643, 151645),
         defaults={"policy": "entropy", "policy_temperature": 0.1, "steps": 128, "block": 32},
@@ -256,39 +223,12 @@ FAMILIES = (  # of several rows that fit a checkpoint, the first counts
     ),
 )
 
-_COMPARED = 2000  # weights at most
-_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
-_REJECTED: tuple[tuple[str, Callable[[Signs], bool], str, str], ...] = (  # name, sign, nearest family, what differs
-    (
-        "ReFusion",
-        lambda signs: (
-            signs.model_type == "qwen3" and (signs.fields.get("mask_token_id") == 151670 or "refusion" in signs.name)
-        ),
-        "SDAR",
-        "reorders slots of tokens before each pass and writes inside a slot from left to right",
-    ),
-    (
-        "WeDLM",
-        lambda signs: signs.model_type == "wedlm",
-        "SDAR",
-        "attends causally over reordered tokens, and its licence is not intended for use within the European Union",
-    ),
-    (
-        "DiffusionGemma",
-        lambda signs: signs.model_type == "diffusion_gemma",
-        "LLaDA",
-        "denoises random tokens and has no mask token",
-    ),
-    (
-        "a mixture of experts",
-        lambda signs: (
-            "moe" in str(signs.model_type).lower()
-            or any(signs.fields.get(name) not in (None, 0, 1) for name in _EXPERTS)
-        ),
-        "LLaDA",
-        "has feed-forward layers that are not dense",
-    ),
-)
+_REJECTED = {  # model types, and what their nearest family does not do
+    "refusion": "ReFusion reorders slots of tokens before each pass and fills each left to right, nearest is SDAR",
+    "wedlm": "WeDLM attends causally over reordered tokens, nearest is SDAR; its licence is not for use in the EU",
+    "diffusion_gemma": "DiffusionGemma denoises random tokens and has no mask token, nearest is LLaDA",
+    "moe": "a mixture of experts has feed-forward layers that are not dense, nearest is LLaDA",
+}
 _LAYERS = re.compile(  # the weights of the layers that are supported, as transformers calls them
     r"(lm_head|model\.(embed_tokens|norm|layers\.\d+\.(self_attn\.([qkvo]_proj|[qk]_norm)|mlp\.(gate|up|down)_proj|"
     r"input_layernorm|post_attention_layernorm)))\.(weight|bias)"
@@ -297,16 +237,18 @@ _LAYERS = re.compile(  # the weights of the layers that are supported, as transf
 
 def family_of(signs: Signs, named: object = None) -> Family:
     """The family of a checkpoint: of the rows that fit, the one `named` or the first. CheckpointError if none fits."""
-    place = f"{signs.folder}/config.json: model_type {shown(signs.model_type)} is not supported"
-    for name, sign, nearest, reason in _REJECTED:
-        if sign(signs):
-            raise CheckpointError(f"{place}: {name} {reason}; the nearest family that is supported is {nearest}")
-    rows = [family for family in FAMILIES if family.model_type == signs.model_type]
-    for family in rows:
-        if family.title == named:
-            return family
-    for family in rows:
-        if family.sign is None or family.sign(signs):
+    kind = str(signs.fields.get("model_type"))
+    experts = ("num_experts", "num_local_experts", "n_routed_experts")
+    if "moe" in kind.lower() or any(signs.fields.get(name) not in (None, 0, 1) for name in experts):
+        kind = "moe"
+    elif kind == "qwen3" and (signs.fields.get("mask_token_id") == 151670 or "refusion" in signs.name):
+        kind = "refusion"
+    place = f"{signs.folder}/config.json: model_type {shown(signs.fields.get('model_type'))} is not supported"
+    if kind in _REJECTED:
+        raise CheckpointError(f"{place}: {_REJECTED[kind]}")
+    rows = [family for family in FAMILIES if family.model_type == signs.fields.get("model_type")]
+    for family in sorted(rows, key=lambda family: family.title != named):
+        if family.title == named or family.sign is None or family.sign(signs):
             return family
     known = ", ".join(dict.fromkeys(family.model_type for family in FAMILIES))
     raise CheckpointError(f"{place}; use one of {known}; {_nearest(signs)}")
@@ -320,10 +262,11 @@ def attention_of(signs: Signs, extras: Json, default: Attention) -> Attention:
     """
     block: object = default.block
     if block is not None:
-        named = re.search(r"-b(\d{1,5})\b", signs.name)
-        sizes = [signs.fields.get(key) for key in ("block_size", "bd_size", "block_length")]
-        sizes.append(int(named[1]) if named else None)
-        block = next((size for size in sizes if size is not None), block)
+        for size in re.findall(r"-b(\d{1,5})\b", signs.name):
+            block = int(size)
+        for key in ("block_length", "bd_size", "block_size"):
+            if signs.fields.get(key) is not None:
+                block = signs.fields[key]
     block = extras.get("block_size", block)
     origin = extras.get("block_origin", default.origin)
     if block is not None and (type(block) is not int or not 0 < block < 2**31):
@@ -333,22 +276,12 @@ def attention_of(signs: Signs, extras: Json, default: Attention) -> Attention:
     return Attention(block, origin)
 
 
-def adapter_attention(signs: Signs, base: Attention) -> Attention:
-    """The attention that an adapter was trained for, by its name: D2F's see a whole prompt, then blocks of 32."""
-    return Attention(32, "prompt") if signs.name.startswith("d2f") else base
-
-
 def _nearest(signs: Signs) -> str:
-    """Which family explains most of the weights and of the config, and what it does not explain."""
-
-    def unexplained(family: Family) -> list[str]:
-        return [name for name in weights if not _LAYERS.fullmatch(family.weight_name(name))]
-
-    weights = sorted(signs.weights)[:_COMPARED]
-    nearest = min(
-        FAMILIES, key=lambda family: (len(unexplained(family)), -len(family.config_names.keys() & signs.fields.keys()))
-    )
-    strange = unexplained(nearest)
-    if strange:
-        return f"the nearest is {nearest.title}, which has no weight {one_line(strange[0])}"
-    return f"the nearest is {nearest.title}, of model_type {nearest.model_type}"
+    """Which family explains most of the config and of the weights, and the first weight that it does not explain."""
+    names = sorted(signs.weights)[:2000]
+    strange = {}
+    for family in sorted(FAMILIES, key=lambda family: -len(signs.fields.keys() & family.config_names)):
+        strange[family.title] = [name for name in names if not _LAYERS.fullmatch(family.weight_name(name))]
+    nearest = min(strange, key=lambda title: len(strange[title]))
+    lacks = f"has no weight {one_line(strange[nearest][0])}" if strange[nearest] else "has these weights"
+    return f"the nearest is {nearest}, which {lacks}"

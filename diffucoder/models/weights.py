@@ -47,7 +47,8 @@ def load_causal_lm(
     """
     with transformers_silenced():
         stored = _check_weights(folder, config, published)
-    _check_memory(folder, stored, dtype, device)
+    numbers = sum(torch.Size(tensor.shape).numel() for tensor in stored.values())
+    check_memory(numbers * dtype.itemsize, device, f"{folder} as {str(dtype).removeprefix('torch.')}")
     try:
         with transformers_silenced():
             model = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].from_pretrained(
@@ -61,16 +62,10 @@ def load_causal_lm(
 
 
 def weight_names(folder: Path) -> frozenset[str]:
-    """The names of the weights in `folder`, by its index or its one file; none if that cannot be read."""
+    """The names of the weights in `folder`; none if they are not there, or damaged, as loading will say."""
     try:
-        listed = read_json(folder / INDEX).get("weight_map")
-        if isinstance(listed, dict):
-            return frozenset(listed)
-        if not is_regular(folder / WEIGHTS):
-            return frozenset()
-        with safe_open(folder / WEIGHTS, framework="pt") as file:
-            return frozenset(file.keys())
-    except (CheckpointError, SafetensorError, OSError):  # loading will say what is wrong
+        return frozenset(stored_tensors(folder, _file_names(folder)))
+    except CheckpointError:
         return frozenset()
 
 
@@ -97,18 +92,16 @@ def _check_weights(folder: Path, config: Any, published: Published) -> dict[str,
     family = published.family
     present = stored_tensors(folder, _file_names(folder))
     if config.num_hidden_layers > len(present):  # checked first, because layers are made one by one
-        layers = config.num_hidden_layers
-        raise CheckpointError(
-            f"{folder}/config.json has num_hidden_layers={layers}, but there are {len(present)} weights"
-        )
+        layers = f"num_hidden_layers={config.num_hidden_layers}"
+        raise CheckpointError(f"{folder}/config.json has {layers}, but there are {len(present)} weights")
     stored: dict[str, Stored] = {}
     for name, tensor in present.items():
         if name.endswith("rotary_emb.inv_freq"):  # a buffer of old checkpoints, which follows from the config
             continue
         ours = family.weight_name(name)
         if ours in stored:
-            both = f"{one_line(stored[ours].name)} and {one_line(name)}"
-            raise CheckpointError(f"{folder} has {both}, which are one weight of {family.title}; remove one")
+            both = f"{one_line(stored[ours].name)} and {one_line(name)}, one weight of {family.title}"
+            raise CheckpointError(f"{folder} has {both}; remove one")
         stored[ours] = tensor
     if "lm_head.weight" not in stored and published.fields.get(published.key("tie_word_embeddings")) is None:
         config.tie_word_embeddings = True  # what transformers' configs once meant by leaving the key out
@@ -120,10 +113,8 @@ def _check_weights(folder: Path, config: Any, published: Published) -> dict[str,
     if config.tie_word_embeddings:
         missing.discard("lm_head.weight")  # one matrix, stored once
     unexpected = stored.keys() - expected.keys()
-    wrong = []
-    for name in expected.keys() & stored.keys():
-        if stored[name].shape != expected[name]:
-            wrong.append(f"{name} {stored[name].shape} instead of {expected[name]}")
+    shapes = [(name, stored[name].shape, expected[name]) for name in expected.keys() & stored.keys()]
+    wrong = [f"{name} {found} instead of {right}" for name, found, right in shapes if found != right]
     problems = {"lacks": missing, "has unexpected": unexpected, "has wrong shapes for": wrong}
     for problem, names in problems.items():
         if names:
@@ -175,13 +166,6 @@ def _file_names(folder: Path) -> set[str]:
                 f"{folder / INDEX} names {shown(name)}, which is not a .safetensors file of the folder"
             )
     return set(weight_map.values())
-
-
-def _check_memory(folder: Path, stored: dict[str, Stored], dtype: torch.dtype, device: torch.device) -> None:
-    numbers = 0
-    for tensor in stored.values():
-        numbers += torch.Size(tensor.shape).numel()
-    check_memory(numbers * dtype.itemsize, device, f"{folder} as {str(dtype).removeprefix('torch.')}")
 
 
 def _free_memory(device: torch.device) -> int:

@@ -24,7 +24,7 @@ from diffucoder.models.checkpoint import (
     save_denoiser,
 )
 from diffucoder.models.denoiser import Denoiser
-from diffucoder.models.hub import KNOWN_MODELS
+from diffucoder.models.hub import known_models
 
 MakeLM = Callable[..., Any]
 
@@ -264,9 +264,9 @@ def refusal(source: str | Path | None, **options: Any) -> str:
 
 
 def test_unknown_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert refusal("nonsense") == (
-        "model 'nonsense' is not a folder, a Hub id (owner/name) or a name that 'diffucoder models' lists"
-    )
+    names = ", ".join(model.name for model in known_models())
+    assert names.startswith("base, instruct, cpgrpo, d2f, dream-base, dream, dream-coder, ")
+    assert refusal("nonsense") == f"model 'nonsense' is not a folder, a Hub id (owner/name) or one of {names}, tiny"
     assert "is not a folder" in refusal(tmp_path / "absent")
     assert "is not a folder" in refusal("./a/b")
     assert "not a valid Hub id; write owner/name" in refusal("what is/this?")
@@ -502,9 +502,9 @@ def test_no_network(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 
 def test_known_models_have_one_name_each() -> None:
-    names = [model.name for model in KNOWN_MODELS]
+    names = [model.name for model in known_models()]
     assert len(set(names)) == len(names) == 28
-    assert all(model.hub_id.count("/") == 1 for model in KNOWN_MODELS)
+    assert all(model.hub_id.count("/") == 1 for model in known_models())
 
 
 # ---- the tokenizer beside a model ----

@@ -14,12 +14,15 @@ from torch import Tensor
 
 from diffucoder.decoding.params import DecodingParams
 from diffucoder.errors import CheckpointError
+from diffucoder.models import hub
 from diffucoder.models.attention import Attention
 from diffucoder.models.checkpoint import find_checkpoint, load_denoiser, load_tokenizer, save_denoiser
 from diffucoder.models.denoiser import Denoiser
 from diffucoder.models.families import FAMILIES
+from diffucoder.models.hub import known_models
 from diffucoder.tokenizer import Tokenizer
 
+REPOSITORY = Path(__file__).parents[2]
 ROWS, HIDDEN, FEED, HEADS, KEY_HEADS, LENGTH = 310, 32, 48, 4, 2, 70
 SIZES = {
     **{"vocab_size": ROWS, "hidden_size": HIDDEN, "intermediate_size": FEED, "num_hidden_layers": 2},
@@ -271,23 +274,28 @@ WRONG: dict[str, tuple[str, Case, Case, str]] = {
         "LLaDA",
         {"model_type": "llada3"},
         {},
-        "'llada3' is not supported; .*; the nearest is iLLaDA, of model_type llada",
+        "'llada3' is not supported; .*; the nearest is iLLaDA, which has these weights",
     ),
     "a list of types": ("SDAR", {"model_type": ["sdar"]}, {}, r"model_type \['sdar'\] is not supported"),
     "ReFusion": (
         "SDAR",
         {"model_type": "qwen3", "mask_token_id": 151670},
         {},
-        "'qwen3' is not supported: ReFusion reorders slots of tokens .* nearest family that is supported is SDAR",
+        "'qwen3' is not supported: ReFusion reorders slots of tokens .* nearest is SDAR",
     ),
-    "WeDLM": ("SDAR", {"model_type": "wedlm"}, {}, "WeDLM attends causally over reordered tokens, and its licence"),
+    "WeDLM": (
+        "SDAR",
+        {"model_type": "wedlm"},
+        {},
+        "WeDLM attends causally over reordered tokens, nearest is SDAR; its licence is not for use in the EU",
+    ),
     "DiffusionGemma": (
         "SDAR",
         {"model_type": "diffusion_gemma"},
         {},
-        "DiffusionGemma denoises random tokens and has no mask token",
+        "DiffusionGemma denoises random tokens .* nearest is LLaDA",
     ),
-    "LLaDA-MoE": ("LLaDA", {"model_type": "lladamoe"}, {}, "a mixture of experts has .* supported is LLaDA"),
+    "LLaDA-MoE": ("LLaDA", {"model_type": "lladamoe"}, {}, "a mixture of experts has .* nearest is LLaDA"),
     "LLaDA2": ("LLaDA", {"model_type": "llada2_moe"}, {}, "a mixture of experts has feed-forward layers that are not"),
     "RND1": ("SDAR", {"model_type": "rnd1", "num_experts": 128}, {}, "'rnd1' is not supported: a mixture of experts"),
     "experts in a known type": ("SDAR", {"n_routed_experts": 8}, {}, "'sdar' is not supported: a mixture of experts"),
@@ -321,7 +329,7 @@ WRONG: dict[str, tuple[str, Case, Case, str]] = {
         "LLaDA",
         {},
         {"model.embed_tokens.weight": torch.zeros(ROWS, HIDDEN)},
-        "has model.embed_tokens.weight and model.transformer.wte.weight, which are one weight of LLaDA; remove one",
+        "has model.embed_tokens.weight and model.transformer.wte.weight, one weight of LLaDA; remove one",
     ),
     "LLaDA with more layers than weights": ("LLaDA", {"n_layers": 900}, {}, "num_hidden_layers=900, but there are 21"),
     "SDAR without norms of keys": (
@@ -429,6 +437,27 @@ def test_each_row_is_stated_and_small() -> None:
     assert len({(family.title, family.model_type) for family in FAMILIES}) == len(FAMILIES)
 
 
+def test_the_page_of_models_has_the_facts_of_each_row() -> None:
+    text = (REPOSITORY / "docs" / "models.md").read_text()
+    lines = {line.split(" | ")[0].removeprefix("| "): line for line in text.splitlines() if line.startswith("| ")}
+    for family in FAMILIES:
+        if family.diffusion:
+            line = next(line for name, line in lines.items() if name.split(" (")[0] == family.title)
+            attention = f"blocks of {family.attention.block}" if family.attention.block else "full"
+            for fact in (f"| {'yes' if family.shifted else 'no'} | {attention} |", f"| {family.licence} |"):
+                assert fact in line, (family.title, fact)
+            assert family.mask_id is None or f"| {family.mask_id} |" in line
+            assert family.architecture.capitalize() in line
+
+
+def test_known_models_are_described_and_load_by_name() -> None:
+    for known in known_models():
+        assert known.hub_id.count("/") == 1
+        assert known.licence
+        assert known.note
+        assert 1.7 < known.size_gb / float(known.parameters.removesuffix("B")) < 2.3  # two bytes for each
+
+
 # ---- adapters ----
 
 
@@ -499,16 +528,19 @@ def test_an_adapter_merges_as_by_peft(tmp_path: Path) -> None:
     [
         (
             {"use_dora": True},
-            "use_dora=True is not supported .*; use a plain LoRA adapter, or merge this one with peft",
+            "json: use_dora=True: .*; use a plain LoRA adapter",
         ),
-        ({"peft_type": "IA3"}, "peft_type='IA3' is not supported"),
-        ({"bias": "all"}, "bias='all' is not supported"),
-        ({"alpha_pattern": {"q_proj": 2}}, "alpha_pattern={'q_proj': 2} is not supported"),
-        ({"modules_to_save": ["lm_head"]}, r"modules_to_save=\['lm_head'\] is not supported"),
-        ({"r": 0}, "r=0 is not supported"),
+        ({"peft_type": "IA3"}, "json: peft_type='IA3': "),
+        ({"bias": "all"}, "json: bias='all': "),
+        ({"alpha_pattern": {"q_proj": 2}}, "json: alpha_pattern={'q_proj': 2}: "),
+        ({"modules_to_save": ["lm_head"]}, r"json: modules_to_save=\['lm_head'\]: "),
+        ({"r": 0}, "json: r=0: "),
         ({"r": 8}, "layers.0.self_attn.q_proj.lora_A.weight does not fit a matrix of the base; .* with rank 8"),
-        ({"base_model_name_or_path": "who/what"}, "base 'who/what' is not on this machine; fetch it, or write its"),
-        ({"base_model_name_or_path": "/a/b/DiffuCoder-7B-Instruct"}, "'apple/DiffuCoder-7B-Instruct' is not on this"),
+        (
+            {"base_model_name_or_path": "who/what"},
+            "base_model_name_or_path='who/what' is not on this machine; fetch it, or write where it is",
+        ),
+        ({"base_model_name_or_path": "/a/DiffuCoder-7B-Instruct"}, "path='/a/DiffuCoder-7B-Instruct' is not on this"),
     ],
 )
 def test_an_adapter_that_cannot_be_merged_is_one_line(settings: Case, message: str, tmp_path: Path) -> None:
@@ -517,6 +549,20 @@ def test_an_adapter_that_cannot_be_merged_is_one_line(settings: Case, message: s
     with pytest.raises(CheckpointError, match=message) as caught:
         load(tmp_path / "adapter")
     assert "\n" not in str(caught.value)
+
+
+def test_the_base_of_a_local_adapter_is_never_downloaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def download(hub_id: str, **options: Any) -> str:
+        asked.append((hub_id, options["local_files_only"]))
+        raise OSError("no network")
+
+    monkeypatch.setattr(hub, "snapshot_download", download)
+    write_adapter(tmp_path / "adapter", "/home/author/DiffuCoder-7B-Instruct", MODULES["Dream"])
+    with pytest.raises(CheckpointError, match="is not on this machine; fetch it"):
+        find_checkpoint(tmp_path / "adapter")
+    assert asked == [("apple/DiffuCoder-7B-Instruct", True)]
 
 
 def test_an_adapter_for_another_layer_is_rejected(tmp_path: Path) -> None:
