@@ -28,6 +28,8 @@ from diffucoder.tokenizer_files import CONTROL, ROLES, add_special, read_backend
 MASK_TOKEN = "<|mask|>"
 PAD_TOKEN = "<|dlm_pad|>"
 END_OF_TEXT = "<|endoftext|>"
+EXPAND_TOKEN = "<|expand|>"
+DELETE_TOKEN = "<|delete|>"
 END_OF_TURN = "<|im_end|>"
 TERMINATORS = (END_OF_TEXT, END_OF_TURN, PAD_TOKEN)  # an answer ends at the first of them
 PLACEHOLDER = "░"  # printed for a masked token, or for half a character
@@ -67,7 +69,8 @@ class Tokenizer:
     def __init__(self, backend: tokenizers.Tokenizer, *, config: Mapping[str, Any] | None = None) -> None:
         """Wrap `backend`. `config` is a `tokenizer_config.json`: special tokens by role, and the chat template.
 
-        CheckpointError if there is no mask token: neither `config["mask_token"]` nor `<|mask|>`.
+        In `config["end_tokens"]` are further tokens that end an answer. CheckpointError if there is no mask token:
+        neither `config["mask_token"]` nor `<|mask|>`.
         """
         self.backend = backend
         self.config: Json = dict(config or {})
@@ -81,7 +84,7 @@ class Tokenizer:
             raise CheckpointError(f"tokenizer has no mask token {mask!r}; use the tokenizer saved with the model")
         self.mask_id: int = mask_id
         eos_token = self.config.get("eos_token")
-        terminators = self._ids_of(eos_token, *TERMINATORS)
+        terminators = self._ids_of(eos_token, *TERMINATORS, *self.config.get("end_tokens", ()))
         self.terminator_ids = frozenset(terminators)
         self.eos_id = next(iter(terminators), None)
         # Dream pads with a token for it if the checkpoint has one; older parents pad with their end of text
@@ -89,16 +92,22 @@ class Tokenizer:
         self.pad_id = pads[0]
 
     @classmethod
-    def load(cls, folder: str | Path, *, add_mask: bool = False) -> "Tokenizer":
-        """Read a tokenizer's files; `add_mask` adds `<|mask|>` if they name no mask token.
+    def load(
+        cls, folder: str | Path, *, add_mask: bool = False, mask_id: int | None = None, end_ids: Iterable[int] = ()
+    ) -> "Tokenizer":
+        """Read a tokenizer's files. If they name no mask token it is the one at `mask_id`, or `add_mask` adds one.
 
-        CheckpointError if files are missing, damaged or disagree on ids.
+        Special tokens at `end_ids` end an answer. CheckpointError if files are missing, damaged or disagree on ids.
         """
         folder = Path(folder)
         config = read_config(folder)
         backend = read_backend(folder, config)
-        if add_mask and not config.get("mask_token"):
+        if not config.get("mask_token") and mask_id is not None:
+            config["mask_token"] = backend.id_to_token(mask_id)
+        if not config.get("mask_token") and add_mask:
             add_special(backend, MASK_TOKEN)
+        added = backend.get_added_tokens_decoder()
+        config["end_tokens"] = [added[id_].content for id_ in end_ids if id_ in added and added[id_].special]
         return cls(backend, config=config)
 
     def with_own_pad(self) -> "Tokenizer":
@@ -138,6 +147,17 @@ class Tokenizer:
     def special_ids(self) -> frozenset[int]:
         """Ids of tokens that are not text. `decode` skips them."""
         return frozenset(id_ for id_, token in self._added_tokens.items() if token.special)
+
+    @property
+    def expand_id(self) -> int | None:
+        """The id of the token that becomes two masks, of models that decide how long a hole is (DreamOn), else None."""
+        return self.backend.token_to_id(EXPAND_TOKEN)
+
+    @property
+    def delete_id(self) -> int | None:
+        """The id of the token by which such a model ends a hole."""
+        found = self.backend.token_to_id(DELETE_TOKEN)
+        return self.backend.token_to_id(END_OF_TEXT) if found is None else found
 
     @property
     def bos_id(self) -> int | None:

@@ -47,6 +47,11 @@ class CanvasView:
         if step.revoked is not None:
             for position in step.revoked[0, self.first :].nonzero()[:, 0].tolist():
                 self.step_of.pop(position, None)
+        if step.resized is not None and step.places is not None:
+            self.tokens = step.resized[0, self.first :].tolist()
+            places = (step.places[0, self.first :] - self.first).tolist()
+            known = [position for position, token in enumerate(self.tokens) if token != self.tokenizer.mask_id]
+            self.step_of = {new: self.step_of[places[new]] for new in known if places[new] in self.step_of}
         self.passes = step.forward_passes
 
     def text(self) -> Text:

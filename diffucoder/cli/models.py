@@ -1,6 +1,7 @@
 """The commands about models: `diffucoder models`, `convert` and `bench`."""
 
 import json
+import math
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
@@ -13,33 +14,28 @@ from diffucoder.errors import ConfigError
 
 def models(*, as_json: AsJson = False) -> None:
     """List the models that load by name."""
-    from diffucoder.models.hub import KNOWN_MODELS, SHIPPED
+    from diffucoder.models.hub import SHIPPED, KnownModel, known_models
 
-    rows = []
+    known = list(known_models())
     if SHIPPED.is_dir():
         stored = (SHIPPED / "model.safetensors").stat().st_size
-        rows.append(
-            {
-                "name": "tiny",
-                "source": "shipped with the package; the default",
-                "parameters": f"{stored / 2e6:.1f}M",  # of two bytes
-                "size_gb": round(stored / 1e9, 3),
-                "licence": "Apache-2.0",
-                "here": True,
-                "note": "short functions; see docs/models.md",
-            }
-        )
-    for known in KNOWN_MODELS:
-        row = asdict(known)
+        parameters = f"{stored / 2e6:.1f}M"  # of two bytes
+        place = "shipped with the package; the default"
+        note = "short functions; see docs/models.md"
+        known.insert(0, KnownModel("tiny", place, parameters, round(stored / 1e9, 3), "Apache-2.0", note))
+    rows = []
+    for model in known:
+        row = asdict(model) | {"memory_gb": math.ceil(1.2 * model.size_gb + 1)}  # and a short batch
         source = row.pop("hub_id")
-        rows.append({"name": row.pop("name"), "source": source, **row, "here": known.cached})
+        rows.append({"name": row.pop("name"), "source": source, **row, "here": model.name == "tiny" or model.cached})
     for row in rows:
         if as_json:
             print(json.dumps(row))
             continue
         here = "here" if row["here"] else "not downloaded"
         print(f"{row['name']:12} {row['source']}")
-        print(f"{'':12} {row['parameters']}, {row['size_gb']} GB, {here}; {row['licence']}; {row['note']}")
+        needs = f"needs {row['memory_gb']} GB of GPU or main memory"
+        print(f"{'':12} {row['parameters']}, {row['size_gb']} GB, {here}; {needs}; {row['licence']}; {row['note']}")
 
 
 def convert(

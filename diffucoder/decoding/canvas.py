@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from diffucoder.decoding.resize import Resize
 from diffucoder.errors import PromptError
 from diffucoder.models.attention import FULL, Attention
 
@@ -27,6 +28,7 @@ class Canvas:
     forbidden: tuple[int, ...] = ()  # ids that are never proposed, as the mask is (not `reference`)
     proposable: int | None = None  # ids from this one on are never proposed (not `reference`); None: all may be
     attention: Attention = FULL  # of the model
+    resize: Resize | None = None  # the model decides how long the holes become
 
     def __post_init__(self) -> None:
         shape = tuple(self.tokens.shape)

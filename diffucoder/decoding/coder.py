@@ -5,11 +5,13 @@ its engine. `Request.results` makes `Generation`s of them.
 
 A hole without a given length is tried at a few lengths, as rows of one batch. The row whose tokens were most likely on
 average is kept. Several such holes in one text have the same length.
+A model that was trained to decide the length
+(DreamOn) resizes its holes instead (`resize`), to `new_tokens` tokens at most.
 """
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -17,6 +19,7 @@ import torch
 from diffucoder.decoding.canvas import Canvas
 from diffucoder.decoding.params import DecodingParams
 from diffucoder.decoding.requests import Generation, HoleRequest, Request
+from diffucoder.decoding.resize import Resize
 from diffucoder.decoding.sequence import Sequence as DecodingSequence
 from diffucoder.decoding.step import Step, decode, denoise
 from diffucoder.errors import ConfigError, PromptError
@@ -24,6 +27,7 @@ from diffucoder.models.checkpoint import load_with_tokenizer
 from diffucoder.models.denoiser import Denoiser
 from diffucoder.tokenizer import Hole, Tokenizer, split_holes
 
+FIRST_LENGTH = 4  # tokens that a hole begins with whose length the model decides
 HOLE_LENGTHS = (2, 4, 6, 8, 12, 16, 24)  # tokens, tried for a hole without a given length
 Prompt = str | Sequence[Mapping[str, str]]  # a request, or the messages of a conversation
 OnStep = Callable[[DecodingSequence, Step], None]  # called after each step of each sequence
@@ -221,7 +225,10 @@ class DiffuCoder:
                 f"{block} tokens from left to right; let it continue the text before the hole, or use another model"
             )
         lengths: tuple[int, ...] = (0,)
-        if Hole() in pieces:
+        resize = self._resize(pieces, params, most)
+        if resize is not None:
+            lengths = (max(1, min(FIRST_LENGTH, resize.most // pieces.count(Hole()))),)
+        elif Hole() in pieces:
             lengths = tuple(length for length in HOLE_LENGTHS if most is None or length <= most) or (1,)
         needed = 0
         for piece in pieces:  # before their texts are read, and lists of that length are made
@@ -242,9 +249,14 @@ class DiffuCoder:
                 if isinstance(piece, Hole):
                     row += [self.model.mask_id] * (piece.length or length)
             rows.append(row)
-        forbidden = tuple(sorted(self.tokenizer.special_ids - {self.model.mask_id}))
+        special = self.tokenizer.special_ids - {self.model.mask_id}
+        canvas = self._canvas(rows, 0, forbidden=tuple(sorted(special)))
+        if resize is not None:
+            room = self.model.max_length - needed + int(canvas.masked[0].sum())
+            allowed = tuple(sorted(special - {resize.expand_id, resize.delete_id}))
+            canvas = replace(canvas, forbidden=allowed, resize=replace(resize, most=min(resize.most, room)))
         return HoleRequest(
-            canvas=self._canvas(rows, 0, forbidden=forbidden).repeat(params.num_samples),
+            canvas=canvas.repeat(params.num_samples),
             params=params,
             tokenizer=self.tokenizer,
             model_name=self.name,
@@ -253,6 +265,14 @@ class DiffuCoder:
             lengths=lengths,
             whole=whole,
         )
+
+    def _resize(self, pieces: list[str | Hole], params: DecodingParams, most: int | None) -> Resize | None:
+        """How the model decides the lengths of the holes; None if it cannot, or if one is given."""
+        expand_id, delete_id = self.tokenizer.expand_id, self.tokenizer.delete_id
+        given = any(isinstance(piece, Hole) and piece.length is not None for piece in pieces)
+        if expand_id is None or delete_id is None or given or params.preset == "reference":
+            return None
+        return Resize(expand_id, delete_id, most=min(params.new_tokens, most or params.new_tokens))
 
     def _check_length(self, tokens: int, what: str) -> None:
         if tokens > self.model.max_length:

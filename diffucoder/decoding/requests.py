@@ -215,10 +215,12 @@ class HoleRequest(Request):
         for sample in range(samples):
             rows = range(sample, len(traces), samples)
             best = max(rows, key=lambda row: traces[row].mean_log_prob)  # the first of equals
-            results.append(self._filled(sample, self.lengths[best // samples], traces[best], seconds))
+            places = sequences[best].places.tolist()
+            results.append(self._filled(sample, self.lengths[best // samples], traces[best], places, seconds))
         return results
 
-    def _filled(self, index: int, length: int, trace: Trace, seconds: float) -> Generation:
+    def _filled(self, index: int, length: int, trace: Trace, places: list[int], seconds: float) -> Generation:
+        """The result of a row, of which each token comes from one of the `places` of the canvas."""
         text = ""
         holes: list[str] = []
         tokens: list[int] = []
@@ -227,7 +229,7 @@ class HoleRequest(Request):
         for piece, size in zip(self.pieces, self.sizes, strict=True):
             if isinstance(piece, Hole):
                 size = piece.length or length
-                ids = trace.tokens[position : position + size]
+                ids = trace.tokens[bisect_left(places, position) : bisect_left(places, position + size)]
                 hole, kept, cut = self._before_stops(ids)
                 stopped = stopped or cut
                 holes.append(hole)

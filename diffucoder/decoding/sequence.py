@@ -38,6 +38,8 @@ class Step:
     confidence: Tensor  # (B, T) score of each commitment, by the row's policy; 0 elsewhere
     log_prob: Tensor  # (B, T) log-probability of each commitment when it was made; 0 elsewhere
     entropy: Tensor | None  # (B, T) nats, of each position before this step; nan where none was scored
+    resized: Tensor | None = None  # (B, T') tokens once holes have the length that this step gave them; None: as before
+    places: Tensor | None = None  # (B, T') where each of these was before
 
     @property
     def forward_passes(self) -> int:
@@ -97,15 +99,16 @@ class Sequence:
         masked = int(self.holes.sum())
         self.schedule = schedule_of(params, masked)
         self.rule = rule_of(params)
-        self.sampler = Sampler.of(
-            params, mask_id=canvas.mask_id, forbidden=canvas.forbidden, proposable=canvas.proposable
-        )
         self.cache_plan = cache_plan_of(params, canvas.attention)
         self.constraint = constraint
+        self.places = torch.arange(len(self.tokens))  # (T,) of the canvas: which of its positions each comes from
+        self._expansions = 0
+        self._schedule_began = 0  # the step that is the first of the schedule
         self.verifier = verifier_of(params)
         self.finish_reason: Literal["stop", "length"] | None = None if masked else "length"
         self.forward_passes = 0
         self._until_saw = self.first_hole  # the first masked position when `until` was called last
+        self._set_sampler()
         # Depends on seed and sample alone. SeedSequence hashes them, so that neighbours share nothing; it reads words
         # of 32 bits, so the sample follows the first word: else sample 1 of seed s would be sample 0 of seed s + 2**32
         upper, lower = divmod(params.seed, 2**32)
@@ -180,7 +183,7 @@ class Sequence:
 
     def due(self) -> float:
         """Return the count or probability that the schedule wants of the next step."""
-        return self.schedule.due(self.forward_passes, int(self.masked.sum()))
+        return self.schedule.due(self.forward_passes - self._schedule_began, int(self.masked.sum()))
 
     def acquire(self, model: Denoiser) -> int:
         """Return its row of the model's cache. Raises CheckpointError for a model without one."""
@@ -197,9 +200,18 @@ class Sequence:
             self._cache = None
             self.cache_plan = cache_plan_of(self.params, self.canvas.attention)
 
+    def _set_sampler(self) -> None:
+        """Decide how tokens are sampled: once the holes have their limit, none is proposed that makes them longer."""
+        forbidden = self.canvas.forbidden
+        if self.canvas.resize is not None and self._room <= 0:
+            forbidden += (self.canvas.resize.expand_id,)
+        self.sampler = Sampler.of(
+            self.params, mask_id=self.canvas.mask_id, forbidden=forbidden, proposable=self.canvas.proposable
+        )
+
     def apply(self, proposals: Proposals, chosen: Tensor) -> Step:
         """Commit the `chosen` (T,) of the `proposals` ((T,) each), as constraint and verifier allow."""
-        decision = Decision(chosen, proposals.tokens, proposals.log_prob)
+        decision = Decision(self._within_room(chosen, proposals.tokens), proposals.tokens, proposals.log_prob)
         if self.constraint is not None:
             decision = self.constraint.allow(self, proposals, decision)
         committed = decision.committed
@@ -222,16 +234,62 @@ class Sequence:
             self._take_back(revoked[0])
         self.forward_passes += 1
         self._uniform = None
+        canvas = self.tokens[None]
+        places = self._resize()
+        resized = None if places is None else self.tokens[None]
         self._finish_if_over()
         return Step(
             index=self.forward_passes - 1,
-            canvas=self.tokens[None],
+            canvas=self.tokens[None] if resized is None else canvas,
             committed=committed[None],
             revoked=revoked,
             confidence=confidence[None],
             log_prob=log_prob[None],
             entropy=entropy,
+            resized=resized,
+            places=places,
         )
+
+    def _within_room(self, chosen: Tensor, tokens: Tensor) -> Tensor:
+        """Of the positions `chosen` (T,) those whose `tokens` (T,) leave the holes within their limit."""
+        resize = self.canvas.resize
+        if resize is None:
+            return chosen
+        expands = chosen & (tokens == resize.expand_id)
+        return chosen & ~(expands & (expands.cumsum(0) > self._room))
+
+    @property
+    def _room(self) -> int:
+        """How often a token may still become two masks."""
+        assert self.canvas.resize is not None
+        return self.canvas.resize.most - max(int(self.holes.sum()), self._expansions)
+
+    def _resize(self) -> Tensor | None:
+        """Let the holes have the length that the tokens just committed give them: (1, T') places; None: as before."""
+        resize = self.canvas.resize
+        places = None
+        if resize is not None:
+            places = resize.places(self.tokens, self.holes, self.canvas.mask_id)
+        if resize is None or places is None:
+            return None
+        self.release()  # keys and values are those of other positions
+        self.tokens = self.tokens[places]
+        self.holes = self.holes[places]
+        self.places = self.places[places]
+        self._committed_by = self._committed_by[places]
+        self._confidence = self._confidence[places]
+        self._log_prob = self._log_prob[places]
+        expanded = self.holes & (self.tokens == resize.expand_id)
+        self.tokens = self.tokens.masked_fill(expanded, self.canvas.mask_id)
+        self._committed_by = self._committed_by.masked_fill(expanded, -1)
+        self._expansions += int(expanded.sum()) // 2
+        self._entropies = []  # they are of other positions
+        self._revoked = []
+        self.verifier = verifier_of(self.params)
+        self.schedule = schedule_of(self.params, int(self.masked.sum()))
+        self._schedule_began = self.forward_passes
+        self._set_sampler()
+        return places[None]
 
     def _take_back(self, revoked: Tensor) -> None:
         """Mask the positions `revoked` (T,) again."""
@@ -267,13 +325,14 @@ class Sequence:
         """Return the history so far as a trace. `model` is the name of the model in it."""
         start = self.first_hole
         steps: list[int] = self._committed_by[start:].tolist()
+        resized = len(self.places) != self.canvas.valid[self.row].sum()
         return Trace(
             tokens=self.tokens.tolist(),
             prompt_length=start,
             steps=steps,
             confidence=[float(f"{value:.4g}") for value in self._confidence[start:].tolist()],
             log_probs=[round(value, 4) for value in self._log_prob[start:].tolist()],
-            forward_passes=max(steps, default=-1) + 1,
+            forward_passes=self.forward_passes if self._expansions or resized else max(steps, default=-1) + 1,
             params=self.params.model_dump(mode="json"),
             model=model,
             revoked=self._revoked,

@@ -66,6 +66,7 @@ def denoise(
         raise PromptError(
             f"the canvas marks holes with {canvas.mask_id}, the model with {model.mask_id}; use the model's"
         )
+    assert canvas.resize is None, "all steps have the canvas's shape"
     canvas.check_scorable(model.first_scorable)
     canvas = replace(canvas, attention=model.attention).repeat(params.num_samples)
     rows = range(len(canvas.tokens))

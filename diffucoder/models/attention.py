@@ -1,10 +1,9 @@
 """Attention patterns: which positions of a canvas a model was trained to see.
 
-Most denoisers attend to every position. Block-causal ones cut a row into blocks of n positions: a position sees its own
-block, both ways, and all earlier blocks. So the keys of a finished block never change.
-
-Two conventions say where the first block begins (`origin`). "start": at position 0, so the prompt is in blocks too, and
-the block at its end holds both prompt and answer. "prompt": at the end of the prompt, which sees all of itself.
+Most denoisers attend to every position. Block-causal ones cut a row into blocks of n positions: a position sees all of
+its own block and of earlier blocks, so the keys of a finished block never change. The first block begins at position 0
+(origin "start"; the block at the end of a prompt holds a part of the answer too), or at the end of the prompt
+("prompt"), which sees all of itself.
 """
 
 from dataclasses import dataclass
@@ -26,22 +25,37 @@ class Attention:
     def origins(self, valid: Tensor, prompt_ends: Tensor | None = None) -> Tensor:
         """(R,) int64: the column where the first block of each row begins.
 
-        `valid` (R, T) bool is False on left padding; `prompt_ends` (R,) int64 are the columns after the prompts. A
-        model whose blocks begin there takes a row without it as an answer without a prompt.
+        `valid` (R, T) bool is False on padding; `prompt_ends` (R,) int64 is the column after each prompt.
         """
         if self.origin == "prompt" and prompt_ends is not None:
             return prompt_ends
-        return (~valid).sum(-1)
+        return valid.int().argmax(-1)
 
 
 FULL = Attention()
 
 
-def block_causal_mask(length: int, block: int, origins: Tensor) -> Tensor:
-    """(R, T, T) bool, True where a position (row) may see another (column): for rows of T = `length` columns.
+def block_numbers(length: int, block: int, origins: Tensor) -> Tensor:
+    """(R, T) int64: the block of each of T = `length` columns.
 
-    The first block of each row begins at the column `origins` (R,) int64. All columns before it are one earlier block.
+    The first block of each row begins at the column `origins` (R,) int64. All columns before it are the block -1.
     """
     columns = torch.arange(length, device=origins.device)
-    blocks = (columns - origins[:, None]).div(block, rounding_mode="floor").clamp(min=-1)  # (R, T)
+    return (columns - origins[:, None]).div(block, rounding_mode="floor").clamp(min=-1)
+
+
+def block_causal_mask(blocks: Tensor) -> Tensor:
+    """(R, T, T) bool, True where a position (row) may see another (column), given their `blocks` (R, T)."""
     return blocks[:, None, :] <= blocks[:, :, None]
+
+
+def two_stream_mask(blocks: Tensor, mask: Tensor) -> Tensor:
+    """(R, 1, 2 T, 2 T) bool, the mask of a noisy text with the clean one after it; `mask` (R, 1, T, T) is that of one.
+
+    A noisy block sees itself and the clean blocks before it, as in decoding, so one pass trains all blocks (block
+    diffusion, arXiv 2503.09573).
+    """
+    own = (blocks[:, None, :] == blocks[:, :, None])[:, None] & mask
+    noisy = torch.cat([own, mask & ~own], -1)
+    clean = torch.cat([torch.zeros_like(mask), mask], -1)
+    return torch.cat([noisy, clean], -2)

@@ -1,11 +1,11 @@
-"""Checkpoints: load models from a folder, the Hub or the package, and write Dream checkpoints.
+"""Checkpoints: load models from a folder, the Hub or the package, and write them.
 
-For: finding and loading models, choosing device and dtype, saving. Not for: where models are (`hub`), reading a config
-(`model_config`) or weights (`weights`), the forward pass (`denoiser`), text (`tokenizer`), training state.
+For: finding and loading models, choosing device and dtype, saving. Not for: where models are (`hub`), families
+(`families`), reading a config (`model_config`) or weights (`weights`), the forward pass (`denoiser`), training state.
 
-A Dream model is a Qwen2 model that attends both ways, so it loads as transformers' Qwen2. Models that Dream can
-represent are written as Dream; Llama parents get zero q/k/v biases. Other models (Qwen3's q/k norms, scaled RoPE,
-unshifted rows) keep their type, and `diffucoder.json` has the rest.
+A model of another family than Dream is written as it was read, with its own names. Others are written as Dream if Dream
+can represent them; Llama parents get zero q/k/v biases. The rest (Qwen3's q/k norms, scaled RoPE, unshifted rows,
+blocks) keep the type of their layers. `diffucoder.json` has what a config.json does not say.
 """
 
 import json
@@ -13,7 +13,7 @@ import os
 import platform
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +25,15 @@ from torch import Tensor
 from diffucoder.errors import CheckpointError, ConfigError
 from diffucoder.files import Json, write_json
 from diffucoder.model_files import read_json, shown
+from diffucoder.models.adapters import Adapter, merge, read_adapter
+from diffucoder.models.attention import Attention
 from diffucoder.models.denoiser import Denoiser
-from diffucoder.models.families import Family, family_of
+from diffucoder.models.families import Published, Signs, attention_of, family_of
 from diffucoder.models.hub import find
 from diffucoder.models.model_config import transformers_config, whole_number
-from diffucoder.models.weights import INDEX, expected_shapes, load_causal_lm
+from diffucoder.models.weights import INDEX, expected_shapes, load_causal_lm, weight_names
 from diffucoder.tokenizer import Tokenizer
+from diffucoder.tokenizer_files import read_config
 
 EXTRAS = "diffucoder.json"
 _DREAM_SIZES = (
@@ -50,7 +53,9 @@ class Checkpoint:
     config: Any  # a transformers config, which mypy does not follow
     mask_id: int | None  # None: an autoregressive model
     shifted: bool  # row i - 1 of the model scores token i
-    family: Family
+    attention: Attention
+    published: Published
+    adapter: tuple[Adapter, str | Path | None, str | None] | None = None  # to be merged, with its source and revision
 
     @property
     def dtype(self) -> torch.dtype:
@@ -59,7 +64,7 @@ class Checkpoint:
 
 
 Source = str | Path | Checkpoint | None
-"""A folder, a Hub id, a name of `KNOWN_MODELS`, a checkpoint found before, or the shipped model (None)."""
+"""A folder, a Hub id, a name of `known_models`, a checkpoint found before, or the shipped model (None)."""
 
 
 def load_denoiser(
@@ -85,15 +90,26 @@ def load_denoiser(
         )
     device, dtype = default_device_and_dtype(device, dtype)
     folder = find(checkpoint.source, revision=checkpoint.revision, weights=True)
-    model = load_causal_lm(folder, checkpoint.config, checkpoint.family, dtype=dtype, device=device)
-    return Denoiser.from_causal_lm(model, mask_id=mask_id, shifted=checkpoint.shifted)
+    model = load_causal_lm(folder, checkpoint.config, checkpoint.published, dtype=dtype, device=device)
+    if checkpoint.adapter is not None:
+        adapter, source, revision = checkpoint.adapter
+        merge(adapter, find(source, revision=revision, weights=True), model, checkpoint.published.family)
+    denoiser = Denoiser.from_causal_lm(
+        model, mask_id=mask_id, shifted=checkpoint.shifted, attention=checkpoint.attention
+    )
+    denoiser.published = checkpoint.published
+    return denoiser
 
 
 def load_tokenizer(source: Source = None) -> Tokenizer:
     """Load the tokenizer beside a model; a parent's gets a mask token. CheckpointError if it is damaged or unfit."""
     checkpoint = find_checkpoint(source)
+    family = checkpoint.published.family
+    mask_id = checkpoint.mask_id if family.mask_id is not None else None
     try:
-        tokenizer = Tokenizer.load(checkpoint.folder, add_mask=checkpoint.mask_id is None)
+        tokenizer = Tokenizer.load(
+            checkpoint.folder, add_mask=checkpoint.mask_id is None, mask_id=mask_id, end_ids=family.end_ids
+        )
         if checkpoint.mask_id is not None:
             tokenizer.check_fits(mask_id=checkpoint.mask_id, rows=checkpoint.config.vocab_size)
     except CheckpointError as error:
@@ -156,8 +172,8 @@ def find_checkpoint(source: Source, *, revision: str | None = None) -> Checkpoin
     if isinstance(source, Checkpoint):
         return source
     folder = find(source, revision=revision)
-    if os.path.lexists(folder / "adapter_config.json"):  # transformers would add it to the model
-        raise CheckpointError(f"{folder} holds an adapter (adapter_config.json); merge it, or move it elsewhere")
+    if os.path.lexists(folder / "adapter_config.json"):
+        return _find_base(source, folder, revision)
     if not os.path.lexists(folder / "config.json"):
         if os.path.lexists(folder / "settings.json"):
             raise CheckpointError(
@@ -166,14 +182,16 @@ def find_checkpoint(source: Source, *, revision: str | None = None) -> Checkpoin
         raise CheckpointError(f"{folder} has no config.json; is it a model's folder?")
     fields = read_json(folder / "config.json")
     extras = read_json(folder / EXTRAS)
-    family = family_of(fields, folder)
-    mask_id = whole_number(extras.get("mask_token_id", fields.get("mask_token_id")))
-    if mask_id is None:
-        mask_id = family.mask_id
-    if mask_id is None and family.diffusion:
-        kind = family.model_type
-        raise CheckpointError(f"{folder}/config.json: {kind} needs a mask_token_id; add it (DiffuCoder's is 151666)")
+    mask_token = read_config(folder).get("mask_token")
+    signs = Signs(folder, fields, mask_token, weight_names(folder))
+    family = family_of(signs, extras.get("family"))
     config = transformers_config(family, fields, folder)
+    mask_id = whole_number(extras.get("mask_token_id", fields.get("mask_token_id")))
+    if mask_id is None and family.diffusion:
+        mask_id = Tokenizer.load(folder).mask_id if mask_token else family.mask_id
+    if mask_id is None and family.diffusion:
+        kind = family.title
+        raise CheckpointError(f"{folder}/config.json: {kind} needs a mask_token_id; add it (DiffuCoder's is 151666)")
     if mask_id is not None and (type(mask_id) is not int or mask_id not in range(config.vocab_size)):
         raise CheckpointError(
             f"{folder}: mask_token_id={shown(mask_id)} is not an id below vocab_size={config.vocab_size}"
@@ -181,7 +199,23 @@ def find_checkpoint(source: Source, *, revision: str | None = None) -> Checkpoin
     shifted = extras.get("shifted", family.shifted)
     if not isinstance(shifted, bool):
         raise CheckpointError(f"{folder / EXTRAS}: shifted={shown(shifted)} is not true or false; fetch it again")
-    return Checkpoint(source, revision, folder, config, mask_id, shifted, family)
+    attention = attention_of(signs, extras, family.attention)
+    return Checkpoint(source, revision, folder, config, mask_id, shifted, attention, Published(family, fields))
+
+
+def _find_base(source: str | Path | None, folder: Path, revision: str | None) -> Checkpoint:
+    """The base of the adapter in `folder`, with the adapter to be merged and the attention that it was trained for."""
+    if os.path.lexists(folder / "config.json"):  # transformers would add it to the model
+        raise CheckpointError(f"{folder} holds an adapter (adapter_config.json); merge it, or move it elsewhere")
+    is_local = os.path.isdir(os.path.expanduser(source or ""))
+    adapter, place = read_adapter(folder, fetch=not is_local)
+    if os.path.lexists(find(place) / "adapter_config.json"):
+        raise CheckpointError(f"{folder}: base {place} is an adapter itself; merge that one first")
+    base = find_checkpoint(place)
+    signs = Signs(folder, {})
+    trained = Attention(32, "prompt") if signs.name.startswith("d2f") else base.attention
+    attention = attention_of(signs, read_json(folder / EXTRAS), trained)
+    return replace(base, attention=attention, adapter=(adapter, source, revision))
 
 
 def save_denoiser(
@@ -191,7 +225,7 @@ def save_denoiser(
     state: Mapping[str, Tensor] | None = None,
     as_parent: bool = False,
 ) -> None:
-    """Write `denoiser` to `folder` as a Dream checkpoint, or its own type plus `diffucoder.json` (module docstring).
+    """Write `denoiser` to `folder` in the format of its family (module docstring).
 
     `state` replaces the model's own weights, by their transformers names. `as_parent` writes the plain causal model
     that it is with causal attention. Saving over the folder that `denoiser` was loaded from is safe. CheckpointError
@@ -199,14 +233,19 @@ def save_denoiser(
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    if as_parent or not dream_can_represent(denoiser):
-        weights = _named_weights(denoiser, state)
-        files = _own_files(denoiser, weights["model.embed_tokens.weight"].dtype)
+    weights = _named_weights(denoiser, state)
+    dtype = str(weights["model.embed_tokens.weight"].dtype).removeprefix("torch.")
+    published = denoiser.published
+    if as_parent:
+        files = {"config.json": _own_config(denoiser, dtype)}
+    elif published is not None and published.family.keeps_format:
+        files = {"config.json": _published_config(denoiser, published, dtype), EXTRAS: _extras(denoiser)}
+        weights = {published.family.stored_name(name): tensor for name, tensor in weights.items()}
+    elif why_not_dream(denoiser):
+        files = {"config.json": _own_config(denoiser, dtype), EXTRAS: _extras(denoiser)}
     else:
         weights = dream_weights(denoiser, state)
-        files = _dream_files(denoiser, weights["model.embed_tokens.weight"].dtype)
-    if as_parent:
-        del files[EXTRAS]
+        files = _dream_files(denoiser, dtype)
     for name, fields in files.items():
         write_json(folder / name, dict(sorted(fields.items())))
     for name in {"generation_config.json", EXTRAS} - files.keys():  # of an earlier save
@@ -214,16 +253,21 @@ def save_denoiser(
     _write_weights(folder, weights)
 
 
-def dream_can_represent(denoiser: Denoiser) -> bool:
-    """Whether Dream's config and layers describe this model completely."""
+def why_not_dream(denoiser: Denoiser) -> str | None:
+    """What Dream's config and layers cannot describe of this model; None if they describe it completely."""
     config = denoiser.config
-    if not denoiser.shifted or config.model_type not in ("qwen2", "llama"):
-        return False
-    if config.rope_parameters["rope_type"] != "default":
-        return False
-    if getattr(config, "attention_bias", False) or getattr(config, "mlp_bias", False):  # Dream: only q, k, v
-        return False
-    return getattr(config, "head_dim", None) in (None, config.hidden_size // config.num_attention_heads)
+    size = config.hidden_size // config.num_attention_heads
+    strange = {
+        "rows that are not shifted": not denoiser.shifted,
+        "block-causal attention": denoiser.attention.block is not None,
+        "norms of queries and keys": config.model_type not in ("qwen2", "llama"),
+        "scaled RoPE": config.rope_parameters["rope_type"] != "default",
+        "biases elsewhere than at q, k, v": any(
+            getattr(config, name, False) for name in ("attention_bias", "mlp_bias")
+        ),
+        "heads of another size": getattr(config, "head_dim", None) not in (None, size),
+    }
+    return next((what for what, there in strange.items() if there), None)
 
 
 def dream_weights(denoiser: Denoiser, state: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
@@ -251,7 +295,7 @@ def _named_weights(denoiser: Denoiser, state: Mapping[str, Tensor] | None) -> di
     return weights
 
 
-def _dream_files(denoiser: Denoiser, dtype: torch.dtype) -> dict[str, Json]:
+def _dream_files(denoiser: Denoiser, dtype: str) -> dict[str, Json]:
     """The JSON files of a Dream checkpoint, key for key as the release has them."""
     config = denoiser.config
     fields: Json = {name: getattr(config, name) for name in _DREAM_SIZES}
@@ -265,7 +309,7 @@ def _dream_files(denoiser: Denoiser, dtype: torch.dtype) -> dict[str, Json]:
         "rope_theta": config.rope_parameters["rope_theta"],
         "sliding_window": None,
         "tie_word_embeddings": False,
-        "torch_dtype": str(dtype).removeprefix("torch."),
+        "torch_dtype": dtype,
         "use_cache": False,
         "use_mrope": False,
         "use_sliding_window": False,
@@ -275,13 +319,36 @@ def _dream_files(denoiser: Denoiser, dtype: torch.dtype) -> dict[str, Json]:
     return {"config.json": fields, "generation_config.json": {name: fields[name] for name in names}}
 
 
-def _own_files(denoiser: Denoiser, dtype: torch.dtype) -> dict[str, Json]:
-    """The JSON files of a model that keeps its own type."""
-    fields = json.loads(denoiser.config.to_json_string())
-    fields |= {"architectures": [type(denoiser.model).__name__], "dtype": str(dtype).removeprefix("torch.")}
+def _own_config(denoiser: Denoiser, dtype: str) -> Json:
+    """The config.json of a model that keeps the type of its layers."""
+    fields: Json = json.loads(denoiser.config.to_json_string())
+    fields |= {"architectures": [type(denoiser.model).__name__], "dtype": dtype}
     for name in ("is_causal", "transformers_version"):  # the first would half-convert it for other tools
         fields.pop(name, None)
-    return {"config.json": fields, EXTRAS: {"mask_token_id": denoiser.mask_id, "shifted": denoiser.shifted}}
+    return fields
+
+
+def _published_config(denoiser: Denoiser, published: Published, dtype: str) -> Json:
+    """The config.json that a model was published with, and what has changed since."""
+    fields = dict(published.fields)
+    for name in ("vocab_size", "tie_word_embeddings", "pad_token_id", "bos_token_id", "eos_token_id"):
+        value = getattr(denoiser.config, name)
+        if fields.get(published.key(name)) != value:
+            fields[published.key(name)] = value
+    fields["dtype" if "dtype" in fields else "torch_dtype"] = dtype
+    if "mask_token_id" in fields:
+        fields["mask_token_id"] = denoiser.mask_id
+    return fields
+
+
+def _extras(denoiser: Denoiser) -> Json:
+    """What is needed to use a model and is not in its config.json."""
+    fields: Json = {"mask_token_id": denoiser.mask_id, "shifted": denoiser.shifted}
+    if denoiser.attention.block is not None:
+        fields |= {"block_size": denoiser.attention.block, "block_origin": denoiser.attention.origin}
+    if denoiser.published is not None and denoiser.published.family.keeps_format:
+        fields["family"] = denoiser.published.family.title
+    return fields
 
 
 def _write_weights(folder: Path, weights: dict[str, Tensor]) -> None:

@@ -23,8 +23,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from diffucoder.errors import CheckpointError
-from diffucoder.models.attention import FULL, Attention, block_causal_mask
+from diffucoder.models.attention import FULL, Attention, block_causal_mask, block_numbers, two_stream_mask
 from diffucoder.models.cache import KVCache
+from diffucoder.models.families import Published
 from diffucoder.models.layers import FastLayers, Project, plan_layout
 
 SUPPORTED_TYPES = ("qwen2", "qwen3", "llama")  # plain softmax attention, logits = lm_head(hidden), nothing in between
@@ -48,6 +49,7 @@ class Denoiser(nn.Module):
         self.mask_id = mask_id
         self.shifted = shifted
         self.attention = attention
+        self.published: Published | None = None  # how the checkpoint that it was loaded from is written
         self._no_split_modules = model._no_split_modules  # what accelerate shards by: the layers
         self.chunk_elements = CHUNK_ELEMENTS
         self.fast: FastLayers | None = None  # what decoding runs by, if it supports the architecture
@@ -246,6 +248,7 @@ class Denoiser(nn.Module):
         valid: Tensor | None = None,
         attention: Tensor | None = None,
         prompt_ends: Tensor | None = None,
+        clean: Tensor | None = None,
         rows: Tensor | None = None,
         reduce: Reduce | None = None,
     ) -> Reduced:
@@ -255,7 +258,8 @@ class Denoiser(nn.Module):
         positions score means nothing, but is finite. `attention` bool, (T, T) or (B, T, T), True where query (row) may
         see key (column), narrows the model's own attention; a lower triangle is the autoregressive model. `prompt_ends`
         (B,) int64, the columns after the prompts, matter only to models whose blocks begin there. The first real
-        position of a shifted model is scored from itself: put a real token there.
+        position of a shifted model is scored from itself: put a real token there. `clean` (B, T) int64 is for training
+        block-causal models: each block of `tokens` sees itself and the blocks before it in `clean`.
 
         Returns (B, T, V) logits in the model's dtype; with `rows` (M, 2) int64 of (row, position) pairs only those,
         (M, V). With `reduce`, its results instead, one row for each logit row: it is called on chunks of at most
@@ -267,30 +271,57 @@ class Denoiser(nn.Module):
         valid = _moved(valid, device)
         attention = _moved(attention, device)
         rows = _moved(rows, device)
-        if self.attention.block is not None and not self.config.is_causal:
-            real = torch.ones(tokens.shape, dtype=torch.bool, device=device) if valid is None else valid
+        tokens = tokens.to(device)
+        if self.attention.block is None or self.config.is_causal:
+            assert clean is None, "only block-causal models are trained with a clean text"
+            blocks = None
+        else:
+            real = torch.ones_like(tokens, dtype=torch.bool) if valid is None else valid
             origins = self.attention.origins(real, _moved(prompt_ends, device))
-            blocks = block_causal_mask(tokens.shape[1], self.attention.block, origins)
-            attention = blocks if attention is None else blocks & attention
-        mask, positions = _mask_and_positions(valid, attention)
-        body = self.model.base_model  # the layers and final norm, without the head
-        hidden = body(
-            input_ids=tokens.to(device),
-            attention_mask=mask,
-            position_ids=positions,
-            use_cache=False,
-            return_dict=True,
-        ).last_hidden_state  # (B, T, H)
+            blocks = block_numbers(tokens.shape[1], self.attention.block, origins)  # (B, T)
+        hidden = self._hidden(tokens, valid, attention, blocks, _moved(clean, device))
         wanted = rows
         if wanted is None:
             batch, length = tokens.shape
             wanted = torch.cartesian_prod(torch.arange(batch), torch.arange(length)).to(device)  # (B * T, 2)
-        hidden = hidden[tuple(self._sources(wanted, valid).T)]  # (M, H)
+        sources = self._sources(wanted, valid)
+        if clean is not None and blocks is not None:
+            sources = _in_streams(sources, wanted, blocks)
+        hidden = hidden[tuple(sources.T)]  # (M, H)
         head = self.model.get_output_embeddings()
         results = (head(hidden),) if reduce is None else self._reduced(hidden, head, reduce)
         if rows is None:  # other results stay as they are: FSDP2 warns of views among what it returns
             results = tuple(result.view(*tokens.shape, *result.shape[1:]) for result in results)
         return results if len(results) > 1 else results[0]
+
+    def _hidden(
+        self,
+        tokens: Tensor,
+        valid: Tensor | None,
+        attention: Tensor | None,
+        blocks: Tensor | None,
+        clean: Tensor | None,
+    ) -> Tensor:
+        """The last hidden states (B, T, H), of `forward`'s arguments; (B, 2 T, H) if there is a clean text."""
+        if blocks is not None:
+            seen = block_causal_mask(blocks)
+            attention = seen if attention is None else seen & attention
+        mask, positions = _mask_and_positions(valid, attention)
+        if clean is not None and blocks is not None and mask is not None:
+            mask = two_stream_mask(blocks, mask)
+            if positions is None:
+                positions = torch.arange(tokens.shape[1], device=tokens.device)[None]
+            positions = positions.repeat(1, 2)
+            tokens = torch.cat([tokens, clean], -1)
+        body = self.model.base_model  # the layers and final norm, without the head
+        hidden: Tensor = body(
+            input_ids=tokens,
+            attention_mask=mask,
+            position_ids=positions,
+            use_cache=False,
+            return_dict=True,
+        ).last_hidden_state
+        return hidden
 
     def _sources(self, wanted: Tensor, valid: Tensor | None) -> Tensor:
         """The (row, position) pairs (M, 2) whose hidden states score the pairs `wanted` (M, 2)."""
@@ -320,6 +351,14 @@ class Denoiser(nn.Module):
                 result = part(hidden[chunk], chunk)
             parts.append(_as_tuple(result))
         return tuple(torch.cat(column) for column in zip(*parts, strict=True))
+
+
+def _in_streams(sources: Tensor, wanted: Tensor, blocks: Tensor) -> Tensor:
+    """The pairs `sources` (M, 2) among 2 T columns: where a block begins, a shifted model reads the clean text."""
+    row, position = sources.unbind(-1)
+    length = blocks.shape[1]
+    other = blocks[row, position] != blocks[row, wanted[:, 1]]
+    return torch.stack([row, position + length * other], -1)
 
 
 def _moved(tensor: Tensor | None, device: torch.device) -> Tensor | None:

@@ -20,25 +20,27 @@ from transformers import AutoConfig, AutoModelForCausalLM, GgufConfig
 
 from diffucoder.errors import CheckpointError, ConfigError
 from diffucoder.model_files import one_line, shown
-from diffucoder.models.checkpoint import dream_can_represent, dream_weights
+from diffucoder.models.checkpoint import dream_weights, why_not_dream
 from diffucoder.models.denoiser import Denoiser
 from diffucoder.models.gguf_header import Tensor as StoredTensor
 from diffucoder.models.gguf_header import read_header
 from diffucoder.models.gguf_tokenizer import add_tokenizer, read_tokenizer
-from diffucoder.models.model_config import check_layers
+from diffucoder.models.model_config import Layers, validated
 from diffucoder.models.weights import check_memory, expected_shapes, transformers_silenced
 from diffucoder.tokenizer import Tokenizer
 
 Value = TypeVar("Value")
 ARCHITECTURES = ("llama", "qwen2")
-_SIZES = {  # of a config of transformers, and GGUF's names for them
+_NEEDED = {  # of a config of transformers, and GGUF's names for them
     "num_hidden_layers": "block_count",
     "max_position_embeddings": "context_length",
     "hidden_size": "embedding_length",
     "intermediate_size": "feed_forward_length",
     "num_attention_heads": "attention.head_count",
-    "num_key_value_heads": "attention.head_count_kv",
     "rms_norm_eps": "attention.layer_norm_rms_epsilon",
+}
+_SIZES = _NEEDED | {
+    "num_key_value_heads": "attention.head_count_kv",
     "rope_theta": "rope.freq_base",
     "head_dim": "attention.key_length",
     "vocab_size": "vocab_size",
@@ -100,11 +102,13 @@ def write_gguf(
     dtype = dtype or str(denoiser.dtype).removeprefix("torch.")
     if dtype not in TYPES:
         raise ConfigError(f"dtype={dtype!r} is not supported by GGUF export; use one of {', '.join(TYPES)}")
-    if not dream_can_represent(denoiser) or denoiser.config.hidden_act != "silu":
+    reason = why_not_dream(denoiser)
+    if reason is None and denoiser.config.hidden_act != "silu":
+        reason = f"the activation {denoiser.config.hidden_act}"
+    if reason:
         kind = denoiser.config.model_type
         raise CheckpointError(
-            f"a dream GGUF cannot represent this {kind} model (scaled RoPE, other heads or biases, another "
-            "activation); export one that is plain Llama or Qwen2"
+            f"a dream GGUF cannot represent this {kind} model: it has {reason}; export one that is plain Llama or Qwen2"
         )
     tokenizer.check_fits(mask_id=denoiser.mask_id, rows=denoiser.vocab_size)
     path = Path(path)
@@ -145,7 +149,7 @@ def _check_sizes(
     for name, key in _SIZES.items():
         if f"{architecture}.{key}" in fields:
             described[name] = fields[f"{architecture}.{key}"]
-    check_layers(described, f"{path} is not a {architecture} model")
+    validated(Layers, described, f"{path} is not a {architecture} model", "fetch it again")
     layers = described.get("num_hidden_layers", 0)
     if layers > len(tensors):
         raise CheckpointError(f"{path}: {architecture}.block_count={layers}, but there are {len(tensors)} tensors")
@@ -162,14 +166,7 @@ def _check_metadata(path: Path, architecture: str, fields: Mapping[str, Any], co
     head_size = config.hidden_size // config.num_attention_heads
     if f"{architecture}.attention.key_length" in fields:
         head_size = getattr(config, "head_dim", head_size)
-    needed = {
-        "block_count": config.num_hidden_layers,
-        "context_length": config.max_position_embeddings,
-        "embedding_length": config.hidden_size,
-        "feed_forward_length": config.intermediate_size,
-        "attention.head_count": config.num_attention_heads,
-        "attention.layer_norm_rms_epsilon": config.rms_norm_eps,
-    }
+    needed = {key: getattr(config, name) for name, key in _NEEDED.items()}
     further = {
         "attention.head_count_kv": config.num_key_value_heads,
         "attention.key_length": head_size,

@@ -1,7 +1,9 @@
 """Where models are: the shipped one, folders, and the Hub, by id or by short name. Needs no torch."""
 
+import csv
 import os
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 from huggingface_hub import errors, snapshot_download, try_to_load_from_cache
@@ -27,18 +29,15 @@ class KnownModel:
     @property
     def cached(self) -> bool:
         """Whether the Hub's cache on this machine holds it."""
-        return isinstance(try_to_load_from_cache(self.hub_id, "config.json"), str)
+        paths = [try_to_load_from_cache(self.hub_id, name) for name in ("config.json", "adapter_config.json")]
+        return any(isinstance(path, str) for path in paths)
 
 
-_APPLE = "apple-amlr (research only)"
-KNOWN_MODELS = (
-    KnownModel("base", "apple/DiffuCoder-7B-Base", "7.6B", 15.2, _APPLE, "completes code; no chat"),
-    KnownModel("instruct", "apple/DiffuCoder-7B-Instruct", "7.6B", 15.2, _APPLE, "Base after instruction tuning"),
-    KnownModel("cpgrpo", "apple/DiffuCoder-7B-cpGRPO", "7.6B", 15.2, _APPLE, "Instruct after coupled-GRPO"),
-    KnownModel("dream-base", "Dream-org/Dream-v0-Base-7B", "7.6B", 15.2, "Apache-2.0", "general text"),
-    KnownModel("dream", "Dream-org/Dream-v0-Instruct-7B", "7.6B", 15.2, "Apache-2.0", "general chat"),
-    KnownModel("dream-coder", "Dream-org/Dream-Coder-v0-Instruct-7B", "7.6B", 15.2, "Apache-2.0", "code chat"),
-)
+@cache
+def known_models() -> tuple[KnownModel, ...]:
+    """The published checkpoints that load by a short name: the rows of `data/models.csv`."""
+    rows = csv.DictReader((SHIPPED.parent / "models.csv").read_text(encoding="utf-8").splitlines())
+    return tuple(KnownModel(size_gb=float(row.pop("size_gb")), **row) for row in rows)
 
 
 def find(source: str | Path | None, *, revision: str | None = None, weights: bool = False, fetch: bool = True) -> Path:
@@ -55,7 +54,7 @@ def find(source: str | Path | None, *, revision: str | None = None, weights: boo
     if len(str(source)) > 4000 or "\0" in str(source):
         raise CheckpointError(f"model {str(source)[:40]!r}... is not the name of a folder or a model; shorten it")
     folder = Path(os.path.expanduser(source))  # unlike Path.expanduser it leaves an unknown ~user as it is
-    known = {model.name: model.hub_id for model in KNOWN_MODELS} | {"tiny": str(SHIPPED)}
+    known = {model.name: model.hub_id for model in known_models()} | {"tiny": str(SHIPPED)}
     is_known = isinstance(source, str) and source in known
     if is_known and os.path.exists(folder / "config.json"):
         raise CheckpointError(

@@ -7,7 +7,7 @@ Only fields that describe layers are read. Others set up remote code, attention 
 import dataclasses
 import math
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
@@ -20,6 +20,7 @@ from diffucoder.model_files import one_line, shown
 from diffucoder.models.families import Family
 from diffucoder.models.weights import transformers_silenced
 
+Model = TypeVar("Model", bound=BaseModel)
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 _Size = Annotated[int, Field(gt=0, le=2**24)] | None
@@ -46,7 +47,7 @@ class _Rope(BaseModel):
     long_factor: Annotated[list[float], Field(max_length=2**16)] | None = None
 
 
-class _Layers(BaseModel):
+class Layers(BaseModel):
     """The types and bounds of the fields that describe layers: no larger than any model, so that no size overflows."""
 
     model_config = ConfigDict(strict=True, allow_inf_nan=False)
@@ -91,14 +92,17 @@ def transformers_config(family: Family, fields: Json, folder: Path) -> Any:  # A
     of_every_kind = {field.name for field in dataclasses.fields(PreTrainedConfig)}
     of_layers = {field.name for field in dataclasses.fields(kind)} - of_every_kind
     described: Json = {"dtype": _named_dtype(fields, folder)}
-    for theirs, value in fields.items():
-        name = family.config_names.get(theirs, theirs)
+    place = f"{folder}/config.json is not a {family.title} config"
+    for name, needed in family.config_values.items():
+        if fields.get(name) not in (None, needed):
+            raise CheckpointError(f"{place}: {name}={shown(fields[name])} is not supported; it must be {needed!r}")
+    renamed = {ours: fields[theirs] for theirs, ours in family.config_names.items() if fields.get(theirs) is not None}
+    for name, value in (fields | renamed).items():
         if name.endswith("_token_id"):
             value = whole_number(value)
         if name in of_layers or (name in ("head_dim", "rope_theta", "rope_scaling") and value is not None):
             described[name] = value
-    place = f"{folder}/config.json is not a {family.model_type} config"
-    check_layers(described, place)
+    validated(Layers, described, place, "fetch it again")
     try:
         with transformers_silenced():
             config = kind(**described)
@@ -113,14 +117,14 @@ def transformers_config(family: Family, fields: Json, folder: Path) -> Any:  # A
     return config
 
 
-def check_layers(described: Json, place: str) -> None:
-    """CheckpointError for sizes and other fields of a config that are of the wrong type or out of bounds."""
+def validated(kind: type[Model], fields: Json, place: str, way_out: str) -> Model:
+    """`fields` as a pydantic model; CheckpointError for the first that is wrong."""
     try:
-        _Layers.model_validate(described)
+        return kind.model_validate(fields)
     except ValidationError as error:
         wrong = error.errors()[0]
         name = ".".join(map(str, wrong["loc"]))
-        raise CheckpointError(f"{place}: {name}={shown(wrong['input'])}: {wrong['msg']}; fetch it again") from None
+        raise CheckpointError(f"{place}: {name}={shown(wrong['input'])}: {wrong['msg']}; {way_out}") from None
 
 
 def _check_heads(config: Any, place: str) -> None:  # Any: mypy does not follow transformers

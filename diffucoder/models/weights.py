@@ -6,7 +6,7 @@ The files are found and read here, and transformers gets tensors: it would read 
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,9 +20,10 @@ from transformers.utils import logging as transformers_logging
 
 from diffucoder.errors import CheckpointError
 from diffucoder.model_files import is_regular, one_line, read_json, shown
-from diffucoder.models.families import Family
+from diffucoder.models.families import Published
 
 WEIGHTS = "model.safetensors"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
 INDEX = "model.safetensors.index.json"
 _STORED_DTYPES = ("F32", "BF16", "F16", "F64")  # as safetensors calls them
 _FILE_NAME = re.compile(r"[\w-][\w.-]{0,200}\.safetensors", re.ASCII)
@@ -38,25 +39,34 @@ class Stored:
 
 
 def load_causal_lm(
-    folder: Path, config: Any, family: Family, *, dtype: torch.dtype, device: torch.device
+    folder: Path, config: Any, published: Published, *, dtype: torch.dtype, device: torch.device
 ) -> Any:  # Any: mypy does not follow transformers
     """The model of `config` with the weights in `folder`, on `device`.
 
     CheckpointError if the files do not hold exactly its weights, or it needs more memory than there is.
     """
     with transformers_silenced():
-        stored = _check_weights(folder, config, family)
-    _check_memory(folder, stored, dtype, device)
+        stored = _check_weights(folder, config, published)
+    numbers = sum(torch.Size(tensor.shape).numel() for tensor in stored.values())
+    check_memory(numbers * dtype.itemsize, device, f"{folder} as {str(dtype).removeprefix('torch.')}")
     try:
         with transformers_silenced():
             model = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].from_pretrained(
-                None, config=config, state_dict=_read(stored), dtype=dtype, attn_implementation="sdpa"
+                None, config=config, state_dict=read_tensors(stored), dtype=dtype, attn_implementation="sdpa"
             )
             model.to(device)
     except (SafetensorError, OSError, RuntimeError, ValueError, TypeError, ArithmeticError, MemoryError) as error:
         raise CheckpointError(f"{folder} cannot be loaded ({one_line(error)})") from error
     model.name_or_path = model.config.name_or_path = str(folder)
     return model.eval()
+
+
+def weight_names(folder: Path) -> frozenset[str]:
+    """The names of the weights in `folder`; none if they are not there, or damaged, as loading will say."""
+    try:
+        return frozenset(stored_tensors(folder, _file_names(folder)))
+    except CheckpointError:
+        return frozenset()
 
 
 def expected_shapes(config: Any) -> dict[str, tuple[int, ...]]:
@@ -74,46 +84,52 @@ def check_memory(needed: int, device: torch.device, subject: str) -> None:
         raise CheckpointError(f"{subject} {sizes}; use a smaller dtype or another machine")
 
 
-def _check_weights(folder: Path, config: Any, family: Family) -> dict[str, Stored]:
+def _check_weights(folder: Path, config: Any, published: Published) -> dict[str, Stored]:
     """The stored weights by transformers' names; CheckpointError unless they are exactly those that `config` describes.
 
     Reads headers only.
     """
-    present = _stored_tensors(folder)
+    family = published.family
+    present = stored_tensors(folder, _file_names(folder))
     if config.num_hidden_layers > len(present):  # checked first, because layers are made one by one
-        layers = config.num_hidden_layers
-        raise CheckpointError(
-            f"{folder}/config.json has num_hidden_layers={layers}, but there are {len(present)} weights"
-        )
+        layers = f"num_hidden_layers={config.num_hidden_layers}"
+        raise CheckpointError(f"{folder}/config.json has {layers}, but there are {len(present)} weights")
+    stored: dict[str, Stored] = {}
+    for name, tensor in present.items():
+        if name.endswith("rotary_emb.inv_freq"):  # a buffer of old checkpoints, which follows from the config
+            continue
+        ours = family.weight_name(name)
+        if ours in stored:
+            both = f"{one_line(stored[ours].name)} and {one_line(name)}, one weight of {family.title}"
+            raise CheckpointError(f"{folder} has {both}; remove one")
+        stored[ours] = tensor
+    if "lm_head.weight" not in stored and published.fields.get(published.key("tie_word_embeddings")) is None:
+        config.tie_word_embeddings = True  # what transformers' configs once meant by leaving the key out
     try:
         expected = expected_shapes(config)
     except (TypeError, ValueError, KeyError, RuntimeError, AssertionError, ArithmeticError) as error:
         raise CheckpointError(f"{folder}/config.json describes an impossible model: {one_line(error)}") from error
-    stored = {}
-    for name, tensor in present.items():
-        if not name.endswith("rotary_emb.inv_freq"):  # a buffer of old checkpoints, which follows from the config
-            stored[family.weight_name(name)] = tensor
     missing = expected.keys() - stored.keys()
     if config.tie_word_embeddings:
         missing.discard("lm_head.weight")  # one matrix, stored once
     unexpected = stored.keys() - expected.keys()
-    wrong = []
-    for name in expected.keys() & stored.keys():
-        if stored[name].shape != expected[name]:
-            wrong.append(f"{name} {stored[name].shape} instead of {expected[name]}")
+    shapes = [(name, stored[name].shape, expected[name]) for name in expected.keys() & stored.keys()]
+    wrong = [f"{name} {found} instead of {right}" for name, found, right in shapes if found != right]
     problems = {"lacks": missing, "has unexpected": unexpected, "has wrong shapes for": wrong}
     for problem, names in problems.items():
         if names:
             more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-            first = one_line(min(names))
-            raise CheckpointError(f"{folder} {problem} {first}{more}; config.json and weights do not match")
+            first = one_line(family.stored_name(min(names)))
+            raise CheckpointError(
+                f"{folder} {problem} {first}{more}; config.json and weights do not match, nearest is {family.title}"
+            )
     return stored
 
 
-def _stored_tensors(folder: Path) -> dict[str, Stored]:
-    """All tensors in the folder's safetensors files. CheckpointError if a file is missing or damaged."""
+def stored_tensors(folder: Path, file_names: Iterable[str]) -> dict[str, Stored]:
+    """All tensors in safetensors files of the folder. CheckpointError if a file is missing or damaged."""
     tensors: dict[str, Stored] = {}
-    for file_name in sorted(_file_names(folder)):
+    for file_name in sorted(file_names):
         path = folder / file_name
         try:
             if not is_regular(path):
@@ -152,13 +168,6 @@ def _file_names(folder: Path) -> set[str]:
     return set(weight_map.values())
 
 
-def _check_memory(folder: Path, stored: dict[str, Stored], dtype: torch.dtype, device: torch.device) -> None:
-    numbers = 0
-    for tensor in stored.values():
-        numbers += torch.Size(tensor.shape).numel()
-    check_memory(numbers * dtype.itemsize, device, f"{folder} as {str(dtype).removeprefix('torch.')}")
-
-
 def _free_memory(device: torch.device) -> int:
     """Bytes that can be allocated on `device`, as far as the system says."""
     if device.type == "cuda":
@@ -171,7 +180,7 @@ def _free_memory(device: torch.device) -> int:
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
-def _read(stored: dict[str, Stored]) -> dict[str, Tensor]:
+def read_tensors(stored: dict[str, Stored]) -> dict[str, Tensor]:
     """The tensors, mapped from their files: read when they are used."""
     state = {}
     for path in {tensor.path for tensor in stored.values()}:

@@ -65,7 +65,12 @@ class Budget:
     def cost_of(self, request: Request) -> Cost:
         """Estimate what decoding `request` takes."""
         rows, positions = request.canvas.tokens.shape
-        return self.cost(rows, positions, int(request.canvas.masked.sum(-1).max()), request.params)
+        masked = int(request.canvas.masked.sum(-1).max())
+        resize = request.canvas.resize
+        if resize is not None:  # each pass may make a hole longer, and then fill it
+            positions += max(0, resize.most - masked)
+            masked += 2 * resize.most
+        return self.cost(rows, positions, masked, request.params)
 
     def cost(self, rows: int, positions: int, masked: int, params: DecodingParams) -> Cost:
         """Estimate what decoding so many rows takes, of at most so many positions, `masked` of them masked."""

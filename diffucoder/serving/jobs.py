@@ -78,6 +78,7 @@ class Row:
 
     def passed(self, model: Denoiser) -> None:
         """Note that a pass has computed it: with a cache, the next one is fed less."""
+        self.cost = len(self.sequence.tokens)
         if self.sequence.cache_plan.uses_cache:
             self.cost = int(self.sequence.cache_plan.feed(self.sequence, model).sum())
 

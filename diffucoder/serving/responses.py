@@ -153,8 +153,11 @@ class Answer:
     def _canvas(self, job: Job, row: int) -> list[str | None]:
         """The text of each token before the first step, from the first hole on; None for a mask."""
         canvas = self.request.canvas
-        tokens = canvas.tokens[row, canvas.valid[row]][job.sequences[row].first_hole :].tolist()
-        return [None if token == canvas.mask_id else token_text(self.coder, token) for token in tokens]
+        return self._texts(canvas.tokens[row, canvas.valid[row]][job.sequences[row].first_hole :].tolist())
+
+    def _texts(self, tokens: list[int]) -> list[str | None]:
+        mask_id = self.request.canvas.mask_id
+        return [None if token == mask_id else token_text(self.coder, token) for token in tokens]
 
     def _committed(self, job: Job, event: Event) -> Json:
         """What a step did to a row. Positions count from the row's first hole."""
@@ -172,8 +175,11 @@ class Answer:
         revoked = []
         if step.revoked is not None:
             revoked = step.revoked[0, start:].nonzero()[:, 0].tolist()
-        head = {"row": event.row, "step": step.index, "passes": step.forward_passes}
-        return {**head, "committed": committed, "revoked": revoked}
+        change: Json = {"row": event.row, "step": step.index, "passes": step.forward_passes}
+        change |= {"committed": committed, "revoked": revoked}
+        if step.resized is not None:
+            change["canvas"] = self._texts(step.resized[0, start:].tolist())
+        return change
 
     def _row(self, job: Job, result: Generation) -> int:
         """The row that a result was made of: the only one, or that of the length that was kept."""

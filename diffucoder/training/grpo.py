@@ -166,7 +166,9 @@ class GrpoStage:
 
     def score(self, model: nn.Module, micro: GrpoMicroBatch) -> Tensor:
         """The scores of a micro-batch's tokens, (B, T)."""
-        return objectives.token_scores(model, micro.batch, micro.views, mask_id=self.denoiser.mask_id)
+        block_causal = self.denoiser.attention.block is not None
+        mask_id = self.denoiser.mask_id
+        return objectives.token_scores(model, micro.batch, micro.views, mask_id=mask_id, block_causal=block_causal)
 
     def score_now(self, micro: GrpoMicroBatch) -> Tensor:
         """As `score`, without gradients, by the kernels that learning uses."""

@@ -51,6 +51,7 @@ class Objective:
     normaliser: Normaliser = "length"
     anneal_steps: int = 0
     autoregressive: bool = False  # score every token from its left
+    block_causal: bool = False  # each block is noised after the clean text before it
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,8 @@ class MaskedMicro(MicroBatch):
     noisy: Tensor  # (B, T) int64
     valid: Tensor | None  # (B, T) bool; None if all rows are T long
     attention: Tensor | None  # (T, T) bool; None if it is full
+    clean: Tensor | None  # (B, T) int64, for block-causal models
+    prompt_ends: Tensor  # (B,) int64: the first column that may be hidden
     rows: Tensor  # (M, 2) row and position of what is scored
     targets: Tensor  # (M,) int64
     weights: Tensor  # (M,) float32
@@ -106,7 +109,8 @@ class MaskedStage:
             logits = logits.float()  # for the argmax too, which is slow in bfloat16
             return F.cross_entropy(logits, targets, reduction="none"), (logits.argmax(-1) == targets).float()  # (m,)
 
-        inputs = {"valid": micro.valid, "attention": micro.attention, "rows": micro.rows}
+        names = ("valid", "attention", "clean", "prompt_ends", "rows")
+        inputs = {name: getattr(micro, name) for name in names}
         cost, right = model(micro.noisy, **inputs, reduce=score)  # (M,) each
         loss = (cost * micro.weights.to(cost.device)).sum()
         scored = len(micro.targets)
@@ -149,6 +153,8 @@ class MaskedStage:
             noisy=tokens if objective.autoregressive else noisy,
             valid=None if valid.all() else valid,
             attention=self._attention(step, width),
+            clean=tokens if objective.block_causal else None,
+            prompt_ends=maskable.int().argmax(-1),
             rows=hidden.nonzero(),
             targets=tokens[hidden],
             weights=weights,

@@ -104,8 +104,13 @@ def collate(generations: Sequence[Generation], *, pad_id: int, score_padding: bo
     return CompletionBatch(tokens, valid, completion, scored)
 
 
-def token_scores(model: nn.Module, batch: CompletionBatch, views: Sequence[View], *, mask_id: int) -> Tensor:
-    """The score of every token that is scored, (B, T) float32, 0 elsewhere: one forward pass over all views at once."""
+def token_scores(
+    model: nn.Module, batch: CompletionBatch, views: Sequence[View], *, mask_id: int, block_causal: bool = False
+) -> Tensor:
+    """The score of every token that is scored, (B, T) float32, 0 elsewhere: one forward pass over all views at once.
+
+    A `block_causal` model scores the tokens of each block after the completion before it, without masks.
+    """
     tokens = torch.cat([batch.tokens.masked_fill(view.masked, mask_id) for view in views])  # (V * B, T)
     weight = torch.cat([view.weight * batch.scored for view in views])  # (V * B, T)
     wanted = weight > 0
@@ -116,7 +121,11 @@ def token_scores(model: nn.Module, batch: CompletionBatch, views: Sequence[View]
         return -F.cross_entropy(logits.float(), target, reduction="none")  # (m,)
 
     valid = batch.valid.repeat(len(views), 1)
-    log_probs = model(tokens, valid=valid, rows=wanted.nonzero(), reduce=log_prob)  # (M,)
+    inputs = {"valid": valid, "rows": wanted.nonzero()}
+    if block_causal:
+        inputs["clean"] = batch.tokens.repeat(len(views), 1)
+        inputs["prompt_ends"] = batch.completion.int().argmax(-1).repeat(len(views))
+    log_probs = model(tokens, **inputs, reduce=log_prob)  # (M,)
     weighted = log_probs * weight[wanted].to(log_probs.device)
     sums = torch.zeros(wanted.shape, device=weighted.device, dtype=torch.float32)
     sums = sums.masked_scatter(wanted.to(weighted.device), weighted)

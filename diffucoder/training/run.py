@@ -63,6 +63,7 @@ def objective_of(settings: TextSettings, denoiser: Denoiser, tokenizer: Tokenize
         mask_id=tokenizer.mask_id,
         pad_id=tokenizer.pad_id,
         first_scorable=denoiser.first_scorable,
+        block_causal=denoiser.attention.block is not None,
         autoregressive=isinstance(settings, PretrainSettings),
         **shared,
     )

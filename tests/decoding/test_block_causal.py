@@ -245,5 +245,3 @@ def test_requests_of_the_server_get_what_they_get_alone(coder: DiffuCoder) -> No
 def test_full_attention_is_the_default() -> None:
     assert Attention(None) == FULL
     assert canvas_of([[1]], new_tokens=1).attention == FULL
-
-

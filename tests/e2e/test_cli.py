@@ -15,7 +15,7 @@ from commands import Run, assert_refused, process
 
 from diffucoder.decoding.params import DecodingParams
 from diffucoder.decoding.trace import read_traces
-from diffucoder.models.hub import KNOWN_MODELS, SHIPPED
+from diffucoder.models.hub import SHIPPED, known_models
 
 REQUEST = "Write a function total(nums) that sums the numbers."
 QUICK = ("--new-tokens", "8", "--steps", "4", "--dtype", "float32")
@@ -293,7 +293,7 @@ def test_chat_has_commands(cli: Run) -> None:
 
 def test_models_lists_what_is_here_and_what_can_be_fetched_with_licences(cli: Run) -> None:
     rows = [json.loads(line) for line in cli("models", "--json").out.splitlines()]
-    assert [row["name"] for row in rows] == ["tiny", *(known.name for known in KNOWN_MODELS)]
+    assert [row["name"] for row in rows] == ["tiny", *(known.name for known in known_models())]
     apple = [row for row in rows if row["source"].startswith("apple/")]
     assert len(apple) == 3
     assert all(row["licence"] == "apple-amlr (research only)" and row["size_gb"] == 15.2 for row in apple)

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from diffucoder.errors import CheckpointError
-from diffucoder.models.attention import Attention, block_causal_mask
+from diffucoder.models.attention import Attention, block_causal_mask, block_numbers
 from diffucoder.models.checkpoint import load_denoiser
 from diffucoder.models.denoiser import Denoiser, set_causal
 
@@ -145,7 +145,7 @@ def test_gradients_through_padding_are_finite(tiny: Denoiser) -> None:
 @pytest.mark.parametrize("block", [1, 3, 4, 99])
 def test_a_block_causal_mask_allows_what_its_definition_says(block: int) -> None:
     origins = torch.tensor([0, 2, 9, 12])
-    mask = block_causal_mask(12, block, origins)
+    mask = block_causal_mask(block_numbers(12, block, origins))
     for row, origin in enumerate(origins.tolist()):
         for query in range(12):
             end = origin + ((query - origin) // block + 1) * block if query >= origin else origin  # of its block
@@ -178,7 +178,8 @@ def test_blocks_of_a_padded_batch_are_those_of_its_rows_alone(causal_lm: MakeLM,
         alone = denoiser(tokens[row : row + 1, -length:], prompt_ends=prompts[row : row + 1])
         torch.testing.assert_close(batch[row, -length:], alone[0], rtol=0, atol=1e-5)
     full = Denoiser.from_causal_lm(causal_lm(), mask_id=66)
-    own = full(tokens, valid=valid, attention=block_causal_mask(13, 4, attention.origins(valid, padding + prompts)))
+    blocks = block_numbers(13, 4, attention.origins(valid, padding + prompts))
+    own = full(tokens, valid=valid, attention=block_causal_mask(blocks))
     assert torch.equal(batch, own)
 
 

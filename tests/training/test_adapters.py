@@ -145,6 +145,8 @@ def test_an_exported_model_is_the_one_that_peft_loads(
     learnt = (logits(theirs) - logits(before)).abs().max()
     assert learnt > 1e-3
     torch.testing.assert_close(logits(ours), logits(theirs), atol=1e-4, rtol=1e-5)
+    merged_on_load = load_denoiser(tmp_path / "run" / "adapter", dtype=torch.float32, device="cpu")
+    torch.testing.assert_close(logits(merged_on_load), logits(theirs), atol=1e-4, rtol=1e-5)
     for name, weight in before.model.state_dict().items():  # what has no adapter is what it was
         if "norm" in name or name.startswith(("lm_head", "model.embed")):
             assert torch.equal(ours.model.state_dict()[name], weight), name

@@ -1,0 +1,250 @@
+"""Holes whose length the model decides: exact texts of scripted models, alone and in batches, and limits that hold."""
+
+import json
+from typing import Any
+
+import pytest
+import tokenizers
+import torch
+from fastapi.testclient import TestClient
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from diffucoder import DecodingParams, DiffuCoder
+from diffucoder.decoding.canvas import Canvas
+from diffucoder.decoding.resize import Resize
+from diffucoder.decoding.step import Sequence, Step, decode
+from diffucoder.models.attention import FULL
+from diffucoder.models.checkpoint import load_denoiser, load_tokenizer
+from diffucoder.models.denoiser import Denoiser, grow_vocabulary
+from diffucoder.serving.app import create_app
+from diffucoder.serving.settings import ServerSettings
+from diffucoder.tokenizer import DELETE_TOKEN, EXPAND_TOKEN, Tokenizer
+
+VOCABULARY, MASK, EXPAND, DELETE = 12, 9, 10, 11
+RULE = Resize(EXPAND, DELETE, most=64)
+
+
+class Wanted:
+    """Looks like an unshifted Denoiser. It knows the text of each hole, and fills it from the left.
+
+    Rows name their holes by the token before: hole n follows the token n. A position whose hole has too few places
+    left says expand; the first one too many says delete.
+    """
+
+    first_scorable = 0
+    attention = FULL
+    mask_id = MASK
+    dtype = torch.float32
+    device = torch.device("cpu")
+
+    def __init__(self, texts: dict[int, list[int]]) -> None:
+        self.texts = texts
+        self.longest = 0
+
+    def needed_for(self, positions: Tensor) -> Tensor:
+        return positions
+
+    def scorable(self, fed: Tensor) -> Tensor:
+        return fed
+
+    def score(self, tokens: Tensor, *, valid: Tensor, wanted: Tensor, reduce: Any, **_: Any) -> Any:
+        self.longest = max(self.longest, int((tokens == MASK).sum(-1).max()))
+        rows = [self.proposals(row[row_valid].tolist()) for row, row_valid in zip(tokens, valid, strict=True)]
+        logits = torch.zeros(len(wanted), VOCABULARY)
+        for index, (row, position) in enumerate(wanted.tolist()):
+            start = tokens.shape[1] - int(valid[row].sum())
+            token, sure = rows[row][position - start]
+            logits[index, token] = sure
+        return reduce(logits, slice(0, len(wanted)))
+
+    def proposals(self, row: list[int]) -> list[tuple[int, float]]:
+        found = []
+        hole, start = 0, 0
+        for position, token in enumerate(row):
+            if token in self.texts:
+                hole, start = token, position + 1
+            wanted = self.texts[hole] if hole else []
+            size = 0
+            while start + size < len(row) and row[start + size] not in (*self.texts, 8):
+                size += 1
+            offset = position - start
+            proposal = EXPAND
+            if size >= len(wanted):
+                proposal = wanted[offset] if 0 <= offset < len(wanted) else DELETE
+            found.append((proposal, 20.0 - 0.1 * position))  # the surest first: from the left
+        return found
+
+
+def run(model: Any, rows: list[list[int]], rule: Resize = RULE, **params: Any) -> tuple[list[Sequence], list[Step]]:
+    longest = max(map(len, rows))
+    canvas = Canvas(
+        tokens=torch.tensor([[0] * (longest - len(row)) + row for row in rows]),
+        valid=torch.tensor([[False] * (longest - len(row)) + [True] * len(row) for row in rows]),
+        sample=torch.zeros(len(rows), dtype=torch.long),
+        mask_id=MASK,
+        resize=rule,
+    )
+    sequences = [Sequence(canvas, DecodingParams(**params), row=row) for row in range(len(rows))]
+    steps = [step for pairs in decode(model, sequences) for _, step in pairs]
+    return sequences, steps
+
+
+texts = st.lists(st.integers(3, 7), min_size=0, max_size=9)
+
+
+@settings(max_examples=80, deadline=None)
+@given(first=texts, second=texts, masks=st.integers(1, 5), more=st.sampled_from([{}, {"threshold": 0.9}, {"steps": 2}]))
+def test_the_holes_become_what_the_model_wants_alone_and_in_a_batch(
+    first: list[int], second: list[int], masks: int, more: dict[str, Any]
+) -> None:
+    holes = {1: first, 2: second}
+    rows = [
+        [8, 1, *[MASK] * masks, 8],
+        [8, 8, 1, *[MASK] * masks, 8, 2, *[MASK] * 4, 8, 8],
+        [2, *[MASK] * (masks + 1)],
+    ]
+    expected = [[8, 1, *first, 8], [8, 8, 1, *first, 8, 2, *second, 8, 8], [2, *second]]
+    together, _ = run(Wanted(holes), rows, **more)
+    assert [sequence.tokens.tolist() for sequence in together] == expected
+    for row, text in zip(rows, expected, strict=True):
+        [alone], _ = run(Wanted(holes), [row], **more)
+        assert alone.tokens.tolist() == text
+
+
+@settings(max_examples=60, deadline=None)
+@given(most=st.integers(1, 12), masks=st.integers(1, 12), more=st.sampled_from([{}, {"threshold": 0.5}, {"steps": 1}]))
+def test_no_hole_exceeds_the_limit(most: int, masks: int, more: dict[str, Any]) -> None:
+    model = Wanted({1: [3] * 100})
+    masks = min(masks, most)
+    [sequence], steps = run(model, [[8, 1, *[MASK] * masks, 8]], Resize(EXPAND, DELETE, most), **more)
+    assert model.longest <= most
+    assert sequence.finish_reason is not None
+    assert len(sequence.tokens) == most + 3
+    assert EXPAND not in sequence.tokens
+    assert len(steps) <= masks + 2 * most
+
+
+class Random:
+    """Proposes at random; expands and deletes as often as anything else."""
+
+    first_scorable = 0
+    attention = FULL
+    mask_id = MASK
+    dtype = torch.float32
+    device = torch.device("cpu")
+
+    def __init__(self, seed: int) -> None:
+        self.generator = torch.Generator().manual_seed(seed)
+
+    needed_for = scorable = staticmethod(lambda positions: positions)
+
+    def score(self, tokens: Tensor, *, wanted: Tensor, reduce: Any, **_: Any) -> Any:
+        logits = 9 * torch.rand(len(wanted), VOCABULARY, generator=self.generator)
+        return reduce(logits, slice(0, len(wanted)))
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    seed=st.integers(0, 10**6),
+    most=st.integers(4, 20),
+    more=st.sampled_from([{}, {"threshold": 0.2}, {"steps": 2}, {"temperature": 1.0}, {"revoke": 0.5, "steps": 3}]),
+)
+def test_decoding_ends_and_leaves_the_text_around_holes_alone(seed: int, most: int, more: dict[str, Any]) -> None:
+    [sequence], steps = run(Random(seed), [[8, 1, *[MASK] * 4, 8, 2]], Resize(EXPAND, DELETE, most), **more)
+    tokens = sequence.tokens.tolist()
+    assert tokens[:2] == [8, 1]
+    assert tokens[-2:] == [8, 2]
+    assert not {MASK, EXPAND, DELETE} & set(tokens)
+    assert len(tokens) - 4 <= most
+    assert len(steps) == sequence.forward_passes == sequence.trace().forward_passes
+    assert sequence.places[[0, 1, -2, -1]].tolist() == [0, 1, 6, 7]
+    trace = sequence.trace()
+    assert len(trace.steps) == len(tokens) - 2
+    for step in steps:
+        if step.resized is not None:
+            assert step.places is not None
+            assert step.places.shape == step.resized.shape
+
+
+def test_masks_right_of_a_deletion_go_and_tokens_stay() -> None:
+    tokens = torch.tensor([8, 3, DELETE, MASK, 4, MASK, 8, MASK, EXPAND])
+    holes = torch.tensor([False, True, True, True, True, True, False, True, True])
+    places = RULE.places(tokens, holes, MASK)
+    assert places is not None
+    assert places.tolist() == [0, 1, 4, 6, 7, 8, 8]
+    assert RULE.places(torch.tensor([8, 3, MASK]), torch.tensor([False, True, True]), MASK) is None
+
+
+# --- text and server -------------------------------------------------------------------------------------------------
+
+TEXT = "def f(x):\n    y = <|hole|>\n    return <|hole|>\n"
+
+
+class Insisting(Denoiser):
+    """The shipped model, which expands in its passes 1 and 3 and deletes in its pass 6."""
+
+    passes = 0
+
+    def score(self, tokens: Tensor, *, reduce: Any, **more: Any) -> Any:
+        self.passes += 1
+        insists = {1: self.vocab_size - 2, 3: self.vocab_size - 2, 6: self.vocab_size - 1}.get(self.passes % 10)
+
+        def insisted(logits: Tensor, chunk: slice) -> Any:
+            logits[:, -2:] = -50
+            if insists is not None:
+                logits[:, insists] = 50
+            return reduce(logits, chunk)
+
+        return super().score(tokens, reduce=insisted, **more)
+
+
+@pytest.fixture
+def coder() -> DiffuCoder:
+    shipped = load_denoiser(None, dtype=torch.float32, device="cpu")
+    tokenizer = load_tokenizer()
+    backend = tokenizers.Tokenizer.from_str(tokenizer.backend.to_str())
+    backend.add_special_tokens([tokenizers.AddedToken(name, special=True) for name in (EXPAND_TOKEN, DELETE_TOKEN)])
+    grow_vocabulary(shipped.model, backend.get_vocab_size())
+    model = Insisting(shipped.model, mask_id=shipped.mask_id, shifted=shipped.shifted)
+    assert backend.token_to_id(EXPAND_TOKEN) == model.vocab_size - 2
+    return DiffuCoder(model, Tokenizer(backend, config=tokenizer.config))
+
+
+@pytest.mark.parametrize("cache", ["none", "delayed"])
+def test_text_is_filled_by_holes_that_change_their_length(coder: DiffuCoder, cache: Any) -> None:
+    result = coder.fill(TEXT, DecodingParams(cache=cache))
+    before, between, after = TEXT.split("<|hole|>")
+    assert result.text == before + result.pieces[0] + between + result.pieces[1] + after
+    changes = [n for n in range(1, result.forward_passes + 1) if n % 10 in (1, 3, 6)]
+    assert len(result.tokens) == result.forward_passes - len(changes)  # each other pass commits a token
+    assert len(changes) >= 3
+    assert coder.model.cache.in_use == 0
+
+
+def test_given_lengths_are_kept(coder: DiffuCoder) -> None:
+    result = coder.fill(TEXT.replace("<|hole|>", "<|hole:3|>"))
+    assert len(result.tokens) == 6
+    assert len(coder.fill(TEXT, DecodingParams(new_tokens=5)).tokens) <= 5
+
+
+def test_a_stream_shows_each_change_of_length(coder: DiffuCoder) -> None:
+    with TestClient(create_app(coder, ServerSettings())) as client:
+        body = {"text": TEXT, "n": 3, "stream": True, "stream_options": {"denoise": True}}
+        chunks = [json.loads(line[6:]) for line in client.post("/v1/fill", json=body).text.split("\n\n")[:-2]]
+    rows: dict[int, list[str | None]] = {}
+    resized = 0
+    for chunk in chunks:
+        change = chunk.get("denoise", {})
+        if "committed" in change:
+            for entry in change["committed"]:
+                rows[change["row"]][entry["position"]] = entry["text"]
+        if "canvas" in change:
+            rows[change["row"]] = change["canvas"]
+            resized += "committed" in change
+    assert resized >= 6
+    ends = [choice for chunk in chunks for choice in chunk["choices"]]
+    assert len(ends) == 3
+    for end in ends:
+        assert "".join(map(str, rows[end["row"]])) == end["text"].removeprefix("def f(x):\n    y = ")
