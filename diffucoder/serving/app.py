@@ -28,7 +28,7 @@ from diffucoder.decoding.coder import DiffuCoder, Span
 from diffucoder.decoding.params import DecodingParams
 from diffucoder.decoding.requests import Generation, Request
 from diffucoder.serving import protocol, responses
-from diffucoder.serving.edge import ApiError, add_error_handlers, answer_head
+from diffucoder.serving.edge import ApiError, add_error_handlers
 from diffucoder.serving.engine import BusyError, Engine, LateError
 from diffucoder.serving.guard import Guard
 from diffucoder.serving.responses import Json
@@ -66,7 +66,6 @@ def create_app(coder: DiffuCoder, settings: ServerSettings | None = None) -> Fas
         redirect_slashes=False,  # a redirect would repeat the Host header
     )
     app.state.server = server
-    app.add_middleware(answer_head)
     app.add_middleware(Guard, settings=settings)
     if settings.cors:
         app.add_middleware(CORSMiddleware, allow_origins=settings.cors, allow_methods=["*"], allow_headers=["*"])
@@ -161,7 +160,7 @@ class Server:
 
     async def completion(self, body: protocol.ContinueRequest, http: fastapi.Request) -> Response:
         """Continue text as llama.cpp does, for plug-ins that write their prompts themselves."""
-        return await self._llama_reply(partial(self._continuation, body.prompts()), body, http)
+        return await self._llama_reply(partial(self._continuation, protocol.prompts_of(body.prompt)), body, http)
 
     async def tokenize(self, body: protocol.TokenizeRequest, http: fastapi.Request) -> Response:
         """Tokens of a text, as llama.cpp's route gives them."""
@@ -234,12 +233,12 @@ class Server:
         self._check_model(body.model)
         count = body.n_cmpl or self.settings.decoding.num_samples
         if isinstance(body, protocol.ContinueRequest):
-            count *= len(body.prompts())
-        answers = [responses.nothing_written(self.coder)] * count
+            count *= len(protocol.prompts_of(body.prompt))
+        answers = [responses.llama_answer(self.coder, None, 0)] * count
         if body.n_predict != 0:
             request = await self._prepare(lambda: request_of(self._params(body)), http)
             results = await self._results(request, http)
-            answers = [responses.llama_answer(self.coder, request, result) for result in results]
+            answers = [responses.llama_answer(self.coder, each, request.prompt_tokens(each.index)) for each in results]
         if body.stream:
             return Response(responses.llama_events(answers, body.response_fields), media_type="text/event-stream")
         shown = [responses.only_fields(answer, body.response_fields) for answer in answers]

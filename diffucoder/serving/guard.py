@@ -41,7 +41,10 @@ def is_loopback(host: str) -> bool:
 
 
 class Guard:
-    """An application that answers what must not reach `app`, and hands it whole bodies."""
+    """An application that answers what must not reach `app`, and hands it whole bodies.
+
+    It answers HEAD as GET, without the body (RFC 9110, 9.3.2).
+    """
 
     def __init__(self, app: ASGIApp, settings: ServerSettings) -> None:
         self.app = app
@@ -51,22 +54,29 @@ class Guard:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
+        is_head = scope["method"] == "HEAD"
+        whole: list[Message] = []
 
-        async def send_with_headers(message: Message) -> None:
+        async def receive_whole() -> Message:
+            return whole.pop() if whole else await receive()
+
+        async def send_guarded(message: Message) -> None:
             if message["type"] == "http.response.start":
-                headers = MutableHeaders(scope=message)
-                for name, value in _HEADERS.items():
-                    headers[name] = value
+                MutableHeaders(scope=message).update(_HEADERS)
+            elif is_head:
+                message = {**message, "body": b""}
             await send(message)
 
         try:
             self._check(scope)
             body = await self._read(receive)
         except ApiError as error:
-            await JSONResponse(error.body, error.status, error.headers)(scope, receive, send_with_headers)
+            await JSONResponse(error.body, error.status, error.headers)(scope, receive, send_guarded)
             return
         if body is not None:
-            await self.app({**scope, "body_bytes": len(body)}, _received(body, receive), send_with_headers)
+            whole.append({"type": "http.request", "body": body, "more_body": False})
+            method = "GET" if is_head else scope["method"]
+            await self.app({**scope, "method": method, "body_bytes": len(body)}, receive_whole, send_guarded)
 
     def _check(self, scope: Scope) -> None:
         """Raise ApiError for a request whose head says enough."""
@@ -129,18 +139,6 @@ def _name_of(url: str) -> str:
     """The host of a URL, without its port; empty if there is none, or the port is not a number."""
     try:
         parts = urlsplit(url)
-        if parts.port is None or parts.port > 0:
-            return parts.hostname or ""
+        return (parts.port != 0 and parts.hostname) or ""
     except ValueError:
-        pass
-    return ""
-
-
-def _received(body: bytes, receive: Receive) -> Receive:
-    """What an application receives: the body, then what `receive` has."""
-    messages: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
-
-    async def next_message() -> Message:
-        return messages.pop() if messages else await receive()
-
-    return next_message
+        return ""

@@ -111,11 +111,11 @@ LlamaPrompt = str | TextPrompt | Mixed
 LlamaPrompts = LlamaPrompt | Annotated[list[LlamaPrompt], Field(min_length=1, max_length=64, fail_fast=True)]
 
 
-def prompts_of(given: Prompts) -> list[str | list[int]]:
-    """The prompts of a field: each is text or token ids."""
-    if isinstance(given, str) or isinstance(given[0], int):
-        return [given]
-    return given
+def prompts_of(given: Any) -> list[str | list[int | str]]:  # Any: Prompts or LlamaPrompts
+    """The prompts of a field: each is text, or a list of token ids and text."""
+    if not isinstance(given, list) or any(isinstance(part, int) for part in given):  # a list of texts has several
+        given = [given]
+    return [prompt.prompt_string if isinstance(prompt, TextPrompt) else prompt for prompt in given]
 
 
 class Body(BaseModel):
@@ -360,16 +360,6 @@ class ContinueRequest(LlamaRequest):
     """llama.cpp's `/completion`: text or token ids to be continued."""
 
     prompt: LlamaPrompts = Field(description="text, ids, both in a list, {prompt_string: text}, or a list of these")
-
-    def prompts(self) -> list[str | list[int | str]]:
-        """Each is text, or a list of token ids and text."""
-        given: list[Any] = self.prompt if isinstance(self.prompt, list) else [self.prompt]  # Any: its many types
-        if any(isinstance(part, int) for part in given):  # one prompt; a list of texts has several
-            given = [given]
-        prompts = []
-        for prompt in given:
-            prompts.append(prompt.prompt_string if isinstance(prompt, TextPrompt) else prompt)
-        return prompts
 
 
 class TokenizeRequest(Body):

@@ -14,6 +14,8 @@ import logging
 import time
 import uuid
 from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
+from itertools import takewhile
+from operator import eq
 from typing import Any, ClassVar
 
 from diffucoder.decoding.coder import HOLE_LENGTHS, DiffuCoder
@@ -255,7 +257,9 @@ class CompletionAnswer(Answer):
     def _prompt(self, index: int) -> str:
         """The text of the prompt that the choice `index` answers."""
         prompt = protocol.prompts_of(self.body.prompt)[index // self.request.params.num_samples]
-        return prompt if isinstance(prompt, str) else self.coder.tokenizer.decode(prompt, skip_special=False)
+        if isinstance(prompt, str):
+            return prompt
+        return self.coder.tokenizer.decode(ids_of(self.coder, prompt), skip_special=False)
 
     def _logprob_columns(self, result: Generation, offset: int) -> Json:
         """The log-probabilities as `/v1/completions` has them; the answer begins at character `offset`."""
@@ -306,18 +310,12 @@ def unified_diff(before: str, after: str) -> str:
     new_end = len(new) - end - first
     old = old[first : len(old) - last]
     new = new[first : len(new) - last]
-    groups: Iterable[list[tuple[str, int, int, int, int]]]
-    if (old_end - _CONTEXT) * (new_end - _CONTEXT) <= _MOST_COMPARED:
+    start -= first
+    changed = ("replace", start, old_end, start, new_end)
+    groups: Iterable[Sequence[tuple[str, int, int, int, int]]]
+    groups = [[("equal", 0, start, 0, start), changed, ("equal", old_end, len(old), new_end, len(new))]]
+    if (old_end - _CONTEXT) * (new_end - _CONTEXT) <= _MOST_COMPARED:  # its time is the square or cube of the lines
         groups = difflib.SequenceMatcher(None, old, new).get_grouped_opcodes(_CONTEXT)
-    else:  # its time is the square or the cube of the number of lines
-        start -= first
-        groups = [
-            [
-                ("equal", 0, start, 0, start),
-                ("replace", start, old_end, start, new_end),
-                ("equal", old_end, len(old), new_end, len(new)),
-            ]
-        ]
     diff = "--- before\n+++ after\n"
     for group in groups:
         diff += f"@@ -{_lines(first, group[0][1], group[-1][2])} +{_lines(first, group[0][3], group[-1][4])} @@\n"
@@ -331,12 +329,7 @@ def unified_diff(before: str, after: str) -> str:
 
 def _common(old: list[str], new: list[str]) -> int:
     """How many lines two texts begin with alike."""
-    count = 0
-    for one, other in zip(old, new, strict=False):
-        if one != other:
-            break
-        count += 1
-    return count
+    return sum(takewhile(bool, map(eq, old, new)))
 
 
 def _lines(first: int, start: int, end: int) -> str:
@@ -370,29 +363,21 @@ def fit_into_context(coder: DiffuCoder, body: protocol.InfillRequest) -> tuple[s
     return text or "\n", tokenizer.decode(suffix).rstrip("\ufffd")
 
 
-def llama_answer(coder: DiffuCoder, request: Request, result: Generation) -> Json:
-    """An answer in llama.cpp's form. Times of the prompt are 0: it is read again in every pass."""
-    return _llama_fields(
-        coder,
-        text=result.text,
-        stop_type="word" if result.finish_reason == "stop" else "limit",
-        known=request.prompt_tokens(result.index),
-        written=len(result.tokens),
-        seconds=result.seconds,
-    )
+def llama_answer(coder: DiffuCoder, result: Generation | None, known: int) -> Json:
+    """An answer in llama.cpp's form to a prompt of `known` tokens; `result` is None if nothing was to be written.
 
-
-def nothing_written(coder: DiffuCoder) -> Json:
-    """The answer to a request that is to write nothing."""
-    return _llama_fields(coder, text="", stop_type="limit", known=0, written=0, seconds=0.0)
-
-
-def _llama_fields(coder: DiffuCoder, *, text: str, stop_type: str, known: int, written: int, seconds: float) -> Json:
-    milliseconds = 1e3 * seconds
-    timings = {"prompt_n": known, "prompt_ms": 0.0, "prompt_per_token_ms": 0.0, "prompt_per_second": 0.0}
-    timings |= {"predicted_n": written, "predicted_ms": milliseconds}
-    timings["predicted_per_token_ms"] = milliseconds / max(1, written)
-    timings["predicted_per_second"] = written / max(1e-9, seconds)
+    Times of the prompt are 0: it is read again in every pass.
+    """
+    text = ""
+    stop_type = "limit"
+    written = 0
+    seconds = 0.0
+    if result is not None:
+        text = result.text
+        written = len(result.tokens)
+        seconds = result.seconds
+        if result.finish_reason == "stop":
+            stop_type = "word"
     return {
         "content": text,
         "model": coder.name,
@@ -403,7 +388,14 @@ def _llama_fields(coder: DiffuCoder, *, text: str, stop_type: str, known: int, w
         "tokens_evaluated": known,
         "tokens_cached": known + written,
         "generation_settings": {"n_ctx": coder.model.max_length},
-        "timings": timings,
+        "timings": {
+            "prompt_n": known,
+            **dict.fromkeys(("prompt_ms", "prompt_per_token_ms", "prompt_per_second"), 0.0),
+            "predicted_n": written,
+            "predicted_ms": 1e3 * seconds,
+            "predicted_per_token_ms": 1e3 * seconds / max(1, written),
+            "predicted_per_second": written / max(1e-9, seconds),
+        },
     }
 
 

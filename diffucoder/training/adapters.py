@@ -31,24 +31,26 @@ def add_adapters(denoiser: Denoiser, settings: TrainSettings) -> Any:  # Any: my
 
     targets = list(settings.lora_targets)
     config = LoraConfig(r=settings.lora_rank, lora_alpha=settings.lora_alpha, target_modules=targets)
-    with (
-        torch.random.fork_rng(),
-        warnings.catch_warnings(action="ignore"),
-    ):  # of tied matrices, and of its own old names
-        torch.manual_seed(settings.seed)  # peft draws from the global generator
+    # peft draws from the global generator, and warns of tied matrices and of its own old names
+    with torch.random.fork_rng(), warnings.catch_warnings(action="ignore"):
+        torch.manual_seed(settings.seed)
         try:
             adapters = get_peft_model(denoiser.model, config)
         except ValueError as error:
             raise ConfigError(f"lora_targets={settings.lora_targets} are not in this model: {error}") from error
     source = getattr(settings, "model", None) or denoiser.model.name_or_path
     adapters.peft_config["default"].base_model_name_or_path = source
-    ends = (denoiser.model.get_input_embeddings(), denoiser.model.get_output_embeddings())
-    if getattr(settings, "tied", False) and any(hasattr(end, "base_layer") for end in ends):
+    if getattr(settings, "tied", False) and adapts_ends(denoiser.model):
         raise ConfigError(
             f"tied=true trains embeddings and head as one matrix, but lora_targets={settings.lora_targets} adapts one "
             "by itself; leave one of the two settings out"
         )
     return adapters
+
+
+def adapts_ends(model: Any) -> bool:  # Any: as `transformers` has it
+    """Whether the embeddings or the head have an adapter."""
+    return any(hasattr(end, "base_layer") for end in (model.get_input_embeddings(), model.get_output_embeddings()))
 
 
 def save_adapters(adapters: Any, state: Mapping[str, Tensor], folder: Path) -> None:  # Any: peft's model

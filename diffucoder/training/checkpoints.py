@@ -58,9 +58,7 @@ def open_run_folder(settings: TrainSettings, *, write: bool) -> None:
     fixed = _fixed_settings(settings)
     try:
         if os.path.lexists(run / "checkpoints") and not (run / "checkpoints").is_dir():
-            raise ConfigError(
-                f"run={str(run)!r} has a file in the place of its folder checkpoints; name another folder"
-            )
+            raise ConfigError(f"run={str(run)!r} has a file in place of its folder checkpoints; name another folder")
         if settings.resume and path.exists():
             _check_unchanged(fixed, read_json(path), run)
         elif settings.resume and checkpoint_steps(run):
@@ -110,11 +108,8 @@ def _trim_logs(run: Path, step: int) -> None:
     """Keep the lines of the logs up to `step`; the resumed run writes the later ones again."""
     for path in (run / name for name in LOGS):
         if os.path.lexists(path):  # a link that leads nowhere would lead what is written there
-            kept: list[Json] = []
-            for line in read_whole_lines(path):
-                if isinstance(line.get("step"), int) and line["step"] <= step:
-                    kept.append(line)
-            write_jsonl(path, kept)
+            lines = read_whole_lines(path)
+            write_jsonl(path, (line for line in lines if isinstance(line.get("step"), int) and line["step"] <= step))
 
 
 def save(run: Path, step: int, state: State, accelerator: Accelerator, *, keep: int) -> None:

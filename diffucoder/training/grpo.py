@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from itertools import compress
 from pathlib import Path
 
 import torch
@@ -207,13 +208,11 @@ class GrpoStage:
         self, completions: Sequence[Completion], advantage: Tensor, seconds: dict[str, float]
     ) -> dict[str, tuple[float, float]]:
         """What to log of a round: sums and numbers."""
-        figures: dict[str, tuple[float, float]] = {}
+        figures: dict[str, tuple[float, float]] = {name: (value, 1) for name, value in seconds.items()}
         rows = [completion.figures for completion in completions]
         for name in rows[0]:
             values = [row[name] for row in rows if not math.isnan(row[name])]
             figures[name] = (sum(values), len(values))
-        for name, value in seconds.items():
-            figures[name] = (value, 1)
         flat = (advantage.view(-1, self.settings.group) == 0).all(1)
         figures["zero_variance"] = (float(flat.sum()), len(flat))
         return figures
@@ -255,20 +254,17 @@ def usable(exercises: Sequence[Exercise], name: str) -> list[Exercise]:
     lost = 0
     solved = 0
     for exercise in exercises:
-        tests = []
-        for test, split in zip(exercise.tests, parse_all(exercise.tests), strict=True):
-            if split is not None:
-                tests.append(test)
+        tests = tuple(compress(exercise.tests, parse_all(exercise.tests)))
         dropped += len(exercise.tests) - len(tests)
         if not tests:
             lost += 1
         elif passing_constants(tests):
             solved += 1
         else:
-            kept.append(replace(exercise, tests=tuple(tests)))
+            kept.append(replace(exercise, tests=tests))
     if dropped and first_process():
-        message = f"left out {dropped:,} tests that a program could tamper with, and {lost:,} problems with no other"
-        print(f"{name}: {message}", file=sys.stderr)
+        left_out = f"{dropped:,} tests that a program could tamper with, and {lost:,} problems with no other"
+        print(f"{name}: left out {left_out}", file=sys.stderr)
     if solved and first_process():
         print(f"{name}: left out {solved:,} problems whose tests a constant passes", file=sys.stderr)
     if not kept:

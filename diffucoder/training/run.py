@@ -15,15 +15,9 @@ from diffucoder.files import written_folder
 from diffucoder.models.checkpoint import find_checkpoint, load_with_tokenizer, save_denoiser
 from diffucoder.models.denoiser import Denoiser
 from diffucoder.tokenizer import Tokenizer
-from diffucoder.training.adapters import add_adapters, merged, save_adapters
+from diffucoder.training.adapters import adapts_ends, add_adapters, merged, save_adapters
 from diffucoder.training.masked import Objective
-from diffucoder.training.settings import (
-    DiffusionSettings,
-    GrpoSettings,
-    PretrainSettings,
-    TextSettings,
-    TrainSettings,
-)
+from diffucoder.training.settings import DiffusionSettings, GrpoSettings, PretrainSettings, TextSettings, TrainSettings
 from diffucoder.training.trainer import Stage, Trainer
 
 
@@ -89,12 +83,14 @@ def train_and_export(
             with written_folder(settings.run / "adapter") as partial:
                 save_adapters(adapters, state, partial)
             changes = merged(state, settings)
-            untie(trained)
+            if adapts_ends(trained.model):  # the two are no longer equal
+                trained.config.tie_word_embeddings = False
         weights, kept = rounded(changes, getattr(torch, settings.export_dtype))
         with written_folder(folder) as partial:
             save_denoiser(trained, partial, state=weights, as_parent=parent)
             tokenizer.save(partial)
-        report_rounding(kept, settings)
+        if kept is not None:
+            report_rounding(kept, settings)
     trainer.close()
     return folder
 
@@ -143,10 +139,8 @@ def rounded(
     return weights, kept / whole if whole else None
 
 
-def report_rounding(kept: float | None, settings: TrainSettings) -> None:
+def report_rounding(kept: float, settings: TrainSettings) -> None:
     """Print how much of the update the exported model has, and the way out if that is little."""
-    if kept is None:
-        return
     share = max(0.0, min(kept, 1.0))
     message = f"export_dtype={settings.export_dtype} keeps {share:.0%} of what training changed in the weights"
     if kept < 0.9:
@@ -154,10 +148,3 @@ def report_rounding(kept: float | None, settings: TrainSettings) -> None:
         if settings.lora_rank:
             message += f", or load {settings.run / 'adapter'} with peft"
     print(message, file=sys.stderr)
-
-
-def untie(denoiser: Denoiser) -> None:
-    """Let the head be a matrix of its own if it, or the embeddings, have an adapter: they are no longer equal."""
-    ends = (denoiser.model.get_input_embeddings(), denoiser.model.get_output_embeddings())
-    if any(hasattr(end, "base_layer") for end in ends):
-        denoiser.config.tie_word_embeddings = False

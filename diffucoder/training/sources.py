@@ -56,10 +56,7 @@ def records(sources: Sources, kind: Kind, suffixes: Sequence[str] | None = None)
 
 
 def source_names(sources: Sources) -> list[str]:
-    """`sources` as a list of names."""
-    if isinstance(sources, (str, Path)):
-        sources = [sources]
-    return list(map(str, sources))
+    return [str(sources)] if isinstance(sources, str | Path) else list(map(str, sources))
 
 
 def read_rows(sources: Sources, parse: Parse[T], suffixes: Sequence[str] = JSONL) -> Iterator[T | Skipped]:
@@ -82,20 +79,20 @@ def usable(rows: Iterable[T | Skipped], name: str, skipped: list[Skipped]) -> It
     """
     count = 0
     for row in rows:
-        if isinstance(row, Skipped):
-            skipped.append(row)
-            if len(skipped) > _MOST_SKIPPED:
-                raise ConfigError(f"over {_MOST_SKIPPED:,} records of {name} cannot be used; the first: {skipped[0]}")
-        else:
+        if not isinstance(row, Skipped):
             count += 1
             yield row
-    if not skipped and not count:
-        raise ConfigError(f"{name} holds no record; name another source")
-    if not count:
-        raise ConfigError(f"none of {len(skipped):,} records of {name} can be used; the first: {skipped[0]}")
-    if skipped:
+            continue
+        skipped.append(row)
+        if len(skipped) > _MOST_SKIPPED:
+            raise ConfigError(f"over {_MOST_SKIPPED:,} records of {name} cannot be used; the first: {skipped[0]}")
+    if skipped and count:
         records = f"{len(skipped):,} of {len(skipped) + count:,} records"
         print(f"skipped {records}; the first: {skipped[0]}", file=sys.stderr)
+    elif skipped:
+        raise ConfigError(f"none of {len(skipped):,} records of {name} can be used; the first: {skipped[0]}")
+    elif not count:
+        raise ConfigError(f"{name} holds no record; name another source")
 
 
 def read_usable(sources: Sources, parse: Parse[T]) -> list[T]:
@@ -112,21 +109,20 @@ def find_files(source: str, suffixes: Sequence[str]) -> list[Path]:
         _hub_parts(source)
         return []
     path = Path(source)
-    if path.is_dir():
-        files = []
-        for folder, inner, names in os.walk(path):
-            inner[:] = [name for name in inner if not _is_foreign(Path(folder, name))]
-            files += [Path(folder, name) for name in names if name.endswith(tuple(suffixes)) and name[0] != "."]
-        files = sorted(file for file in files if file.is_file())
-        if not files:
-            raise ConfigError(f"source {source!r} holds no file with suffix {' '.join(suffixes)}; name another folder")
-        return files
-    if not path.is_file():
+    if path.is_file():
+        if not path.name.endswith((*JSONL, *suffixes)):
+            allowed = " ".join(sorted({*JSONL, *suffixes}))
+            raise ConfigError(f"source {source!r} has none of the suffixes {allowed}; convert it, or name its folder")
+        return [path]
+    if not path.is_dir():
         raise ConfigError(f"source {source!r} is not a folder or a file; check the path, or write hub:owner/name")
-    if not path.name.endswith((*JSONL, *suffixes)):
-        allowed = " ".join(sorted({*JSONL, *suffixes}))
-        raise ConfigError(f"source {source!r} has none of the suffixes {allowed}; convert it, or name its folder")
-    return [path]
+    files = []
+    for folder, inner, names in os.walk(path):
+        inner[:] = [name for name in inner if not _is_foreign(Path(folder, name))]
+        files += [Path(folder, name) for name in names if name.endswith(tuple(suffixes)) and name[0] != "."]
+    if not any(map(Path.is_file, files)):
+        raise ConfigError(f"source {source!r} holds no file with suffix {' '.join(suffixes)}; name another folder")
+    return sorted(filter(Path.is_file, files))
 
 
 def _is_foreign(folder: Path) -> bool:
@@ -206,17 +202,14 @@ def check_messages(messages: Any) -> list[dict[str, str]]:  # Any: from a file
     """Role and content of each message: perhaps a system message, then user and assistant, who speaks last."""
     if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
         raise ValueError("field 'messages' is not a list of messages")
-    roles = [message.get("role") for message in messages]
+    checked = [{"role": message.get("role"), "content": message.get("content")} for message in messages]
+    roles = [message["role"] for message in checked]
     turns = roles[1:] if roles[:1] == ["system"] else roles
     if any(role not in ("user", "assistant") for role in turns) or turns[-2:] != ["user", "assistant"]:
         raise ValueError(f"roles {', '.join(map(str, roles)) or 'none'} are not (system,) user, assistant, ...")
-    checked = []
-    for message in messages:
-        role = message["role"]
-        content = message.get("content")
-        if role != "system" or content != "":  # an empty system message replaces the default one
-            text_of(content, f"{role} message")
-        checked.append({"role": role, "content": content})
+    for message in checked:
+        if message != {"role": "system", "content": ""}:  # which replaces the default one
+            text_of(message["content"], f"{message['role']} message")
     return checked
 
 

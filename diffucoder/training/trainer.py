@@ -159,14 +159,11 @@ class Trainer:
             raise ConfigError(f"grad_norm={norm} in step {self.step + 1}; start again with less than lr={settings.lr}")
         self.optimizer.step()
         self.optimizer.zero_grad()
-        self._update_average()
-        return self._means(figures) | {"grad_norm": norm, "tokens": tokens}
-
-    def _update_average(self) -> None:
-        decay = min(self.settings.ema, (self.step + 1) / (self.step + 11))  # less at first, when weights change much
+        decay = min(settings.ema, (self.step + 1) / (self.step + 11))  # less at first, when weights change much
         if self.average:
             for name, parameter in trained_parameters(self._whole_model()):
                 self.average[name].lerp_(parameter.detach(), 1 - decay)
+        return self._means(figures) | {"grad_norm": norm, "tokens": tokens}
 
     def evaluate(self) -> dict[str, float]:
         """The stage's held-out figures, of the averaged weights if there are any."""
@@ -244,11 +241,9 @@ def _resumed(step: int, settings: TrainSettings) -> str:
     """One line about where a run goes on."""
     if step == 0:
         return f"run={str(settings.run)!r} has no checkpoint; it starts at step 0"
-    if step >= settings.steps:
-        return (
-            f"run={str(settings.run)!r} has all of its {step} steps; its model is written again (raise steps to go on)"
-        )
-    return f"run={str(settings.run)!r} goes on after step {step} of {settings.steps}"
+    if step < settings.steps:
+        return f"run={str(settings.run)!r} goes on after step {step} of {settings.steps}"
+    return f"run={str(settings.run)!r} has all of its {step} steps; its model is written again (raise steps to go on)"
 
 
 def schedule(step: int, settings: TrainSettings) -> float:
@@ -286,13 +281,12 @@ def swap_trained(model: nn.Module, other: dict[str, Tensor]) -> None:
 
 def _optimizer(model: Denoiser, settings: TrainSettings) -> torch.optim.AdamW:
     """AdamW that decays matrices only."""
-    matrices: list[nn.Parameter] = []
-    others: list[nn.Parameter] = []
+    groups: dict[float, list[nn.Parameter]] = {}
     for _, parameter in trained_parameters(model):
-        (matrices if parameter.ndim > 1 else others).append(parameter)
-    groups = [{"params": matrices, "weight_decay": settings.weight_decay}, {"params": others, "weight_decay": 0.0}]
-    groups = [group for group in groups if group["params"]]
-    return torch.optim.AdamW(groups, lr=settings.lr, betas=settings.betas, fused=True)
+        decay = settings.weight_decay if parameter.ndim > 1 else 0.0
+        groups.setdefault(decay, []).append(parameter)
+    described = [{"params": parameters, "weight_decay": decay} for decay, parameters in groups.items()]
+    return torch.optim.AdamW(described, lr=settings.lr, betas=settings.betas, fused=True)
 
 
 @contextmanager
