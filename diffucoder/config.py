@@ -117,16 +117,12 @@ def _explain(kind: type[Settings], error: ValidationError) -> str:
 
 
 def _shown(value: object) -> str:
-    """A value as Python has it, cut if it is long."""
     text = repr(value)
     return text if len(text) <= 100 else f"{text[:100]}..."
 
 
 def _name_missing(error: ValidationError) -> str:
-    missing = []
-    for detail in error.errors():
-        if detail["type"] == "missing":
-            missing.append(".".join(str(part) for part in detail["loc"]))
+    missing = [".".join(map(str, detail["loc"])) for detail in error.errors() if detail["type"] == "missing"]
     if len(missing) == 1:
         return f"setting {missing[0]!r} is missing; give it in the settings file or as --set {missing[0]}=..."
     return f"settings {', '.join(missing)} are missing; give them in the settings file or as --set {missing[0]}=..."

@@ -181,10 +181,7 @@ def read_unpacked(path: str | Path) -> bytes:
 
 
 def read_whole_lines(path: str | Path) -> list[Json]:
-    """The JSON objects of a file that may have been cut short: all up to the first line that is not whole.
-
-    None if there is no file. Raises ConfigError if it cannot be read.
-    """
+    """The JSON objects of a file up to the first line that is not whole; [] if there is no file. Raises ConfigError."""
     rows: list[Json] = []
     try:
         for _, line in read_lines(path):
@@ -194,9 +191,8 @@ def read_whole_lines(path: str | Path) -> list[Json]:
     except FileNotFoundError:
         pass
     except OSError as error:
-        raise ConfigError(
-            f"{str(path)!r} cannot be read ({error.strerror}); remove it, or name another folder"
-        ) from None
+        reason = f"cannot be read ({error.strerror}); remove it, or name another folder"
+        raise ConfigError(f"{str(path)!r} {reason}") from None
     except ValueError:  # the first line that is not whole
         pass
     return rows

@@ -25,16 +25,12 @@ def read_json(path: Path) -> Json:
     try:
         return {} if text is None else parse_object(text, deepest=_MAX_DEPTH)
     except ValueError as error:
-        raise CheckpointError(
-            f"{path} cannot be read, it holds no JSON object ({one_line(error)}); fetch it again"
-        ) from error
+        reason = f"it holds no JSON object ({one_line(error)})"
+        raise CheckpointError(f"{path} cannot be read: {reason}; fetch it again") from error
 
 
 def read_model_text(path: Path, *, folder: Path | None = None) -> str | None:
-    """The text of a file of the model in `folder`, by default the one it is in; None if there is no such file.
-
-    CheckpointError if it is not a regular file, leads out of the folder, is too large or not UTF-8.
-    """
+    """The text of a file of the model in `folder`, by default its parent; None if there is none. CheckpointError."""
     try:
         if not is_regular(path):
             return None
@@ -48,10 +44,7 @@ def read_model_text(path: Path, *, folder: Path | None = None) -> str | None:
 
 
 def is_regular(path: Path) -> bool:
-    """Whether there is a file. CheckpointError if something else has its name: a folder, a pipe, a device, a dead link.
-
-    Raises OSError.
-    """
+    """Whether there is a file. CheckpointError if it is a folder, pipe, device or dead link. Raises OSError."""
     try:
         mode = path.stat().st_mode
     except (FileNotFoundError, NotADirectoryError):

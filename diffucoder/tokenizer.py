@@ -65,10 +65,7 @@ class Tokenizer:
     """A fast tokenizer that knows its mask, its terminators and its chat format."""
 
     def __init__(self, backend: tokenizers.Tokenizer, *, config: Mapping[str, Any] | None = None) -> None:
-        """Wrap `backend`. `config` is a `tokenizer_config.json`: special tokens by role, and the chat template.
-
-        CheckpointError if there is no mask token: neither `config["mask_token"]` nor `<|mask|>`.
-        """
+        """Wrap `backend`; `config` is a `tokenizer_config.json`. CheckpointError if there is no mask token."""
         self.backend = backend
         self.config: Json = dict(config or {})
         for role in ROLES:
@@ -90,10 +87,7 @@ class Tokenizer:
 
     @classmethod
     def load(cls, folder: str | Path, *, add_mask: bool = False) -> "Tokenizer":
-        """Read a tokenizer's files; `add_mask` adds `<|mask|>` if they name no mask token.
-
-        CheckpointError if files are missing, damaged or disagree on ids.
-        """
+        """Read a tokenizer's files; `add_mask` adds `<|mask|>` if they name no mask token. Raises CheckpointError."""
         folder = Path(folder)
         config = read_config(folder)
         backend = read_backend(folder, config)
@@ -152,10 +146,7 @@ class Tokenizer:
 
     @property
     def chat_template(self) -> str | None:
-        """The checkpoint's Jinja template; None if it has none, and chats are then written as Qwen2.5 does.
-
-        Of several templates it is the one named "default". CheckpointError if there is none of that name.
-        """
+        """The checkpoint's Jinja template, of several the default one; None: as Qwen2.5. Raises CheckpointError."""
         template = self.config.get("chat_template")
         if isinstance(template, list):
             named = [each for each in template if isinstance(each, Mapping) and isinstance(each.get("name"), str)]
@@ -214,10 +205,7 @@ class Tokenizer:
             raise
 
     def decode(self, ids: Iterable[int], *, skip_special: bool = True) -> str:
-        """Text of `ids`. Bytes that form no character become U+FFFD; spare ids become nothing.
-
-        PromptError if the tokenizer's decoder cannot decode them.
-        """
+        """Text of `ids`. Bytes that form no character become U+FFFD, spare ids nothing. PromptError if it fails."""
         try:
             return str(self.backend.decode(list(ids), skip_special_tokens=skip_special))
         except BaseException as error:
@@ -326,7 +314,6 @@ class Tokenizer:
 
     @cached_property
     def _stood_in(self) -> dict[int, str]:
-        """The characters of the stand-ins, for `str.translate`."""
         return {ord(stand_in): character for character, stand_in in self._stand_ins.items()}
 
     def _with_stand_ins(self, text: str) -> str:
@@ -350,9 +337,8 @@ class Tokenizer:
     def _plain_backend(self) -> tokenizers.Tokenizer:
         """A copy of the backend that reads control tokens as text: the switch is a property of a whole tokenizer."""
         plain = tokenizers.Tokenizer.from_str(self.backend.to_str())
-        plain.add_special_tokens(
-            [AddedToken(name, special=True) for name in self._control_tokens.values()]
-        )  # all known: flags
+        names = self._control_tokens.values()
+        plain.add_special_tokens([AddedToken(name, special=True) for name in names])  # all known: flags
         plain.encode_special_tokens = True
         return plain
 
@@ -371,7 +357,6 @@ class Tokenizer:
         return {role: name for role, name in names.items() if name}
 
     def _ids_of(self, *tokens: str | None) -> list[int]:
-        """The ids of those tokens that the vocabulary has."""
         ids = [self.backend.token_to_id(token) for token in tokens if token]
         return [id_ for id_ in ids if id_ is not None]
 

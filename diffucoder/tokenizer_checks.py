@@ -48,20 +48,16 @@ _TRIED_LENGTH = 20_000
 
 
 def check_tokenizer_json(fields: Json, path: Path) -> None:
-    """CheckpointError unless the parts of a tokenizer.json are known and bounded. Raises what wrong types raise.
-
-    An expression that has a linear equivalent is replaced by it in `fields`.
-    """
+    """CheckpointError unless the parts of a tokenizer.json are known and bounded. May change `fields`."""
     model = fields["model"]
     for name in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"):
         if model.get(name):
             raise CheckpointError(f"{path}: model has {name}={shown(model[name])}, which is not supported")
     check_names([token["content"] for token in fields.get("added_tokens") or ()], path)
     _check_ids(fields, path)
+    fields = {**fields, "model": {"type": model.get("type", "BPE")}}  # the oldest files have no type
     for part, kinds in _KINDS.items():
         steps = list(_steps(fields.get(part)))
-        if part == "model":
-            steps = [{"type": model.get("type", "BPE")}]  # the oldest files have no type
         reason = _reason_against(steps, kinds)
         if reason:
             raise CheckpointError(f"{path}: {part} {reason}")

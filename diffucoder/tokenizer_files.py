@@ -42,11 +42,7 @@ def qwen2_words() -> pre_tokenizers.PreTokenizer:
 
 
 def read_config(folder: Path) -> Json:
-    """`tokenizer_config.json`, completed by the files that some checkpoints keep parts of it in.
-
-    Which file overrules which is as in transformers: it reads the map of special tokens only where the config describes
-    no added tokens, and templates in files of their own before others.
-    """
+    """`tokenizer_config.json`, completed by other files. Which file overrules which is as in transformers."""
     config = read_json(folder / "tokenizer_config.json")
     tokens = read_json(folder / "special_tokens_map.json")
     if "added_tokens_decoder" in config:
@@ -75,9 +71,8 @@ def read_backend(folder: Path, config: Json) -> tokenizers.Tokenizer:
         backend.no_truncation()  # some files keep the settings of a training run
         backend.no_padding()
         named = _named_tokens(config)
-        listed = _added_tokens(folder, config, named, backend.get_added_tokens_decoder())
+        listed = dict(sorted(_added_tokens(folder, config, named, backend.get_added_tokens_decoder()).items()))
         check_names([token.content for token in (*listed.values(), *named)], folder)
-        listed = dict(sorted(listed.items()))
         backend.add_tokens(list(listed.values()))
         for id_, token in listed.items():
             assigned = backend.token_to_id(token.content)
@@ -123,10 +118,7 @@ def _read_vocabulary(folder: Path, config: Json) -> tokenizers.Tokenizer:
 def _added_tokens(
     folder: Path, config: Json, named: list[AddedToken], present: Mapping[int, AddedToken]
 ) -> dict[int, AddedToken]:
-    """The tokens that the checkpoint adds to its vocabulary, by id, besides those that are `present` in it.
-
-    Those of `added_tokens.json` that no role and no list names are text, unless they look like control tokens.
-    """
+    """The tokens by id that are not `present`. Those without a role or list are text, or look like control tokens."""
     tokens = {}
     special = [token.content for token in named if token.special]
     if "added_tokens_decoder" not in config:
@@ -155,22 +147,19 @@ def role_tokens(config: Json) -> Json:
 
 def _named_tokens(config: Json) -> list[AddedToken]:
     """The special tokens that the config names, in the order that transformers gives them ids."""
-    tokens = []
-    for value in role_tokens(config).values():
-        tokens.append(_described_token(value, special=True))
+    values = [(value, True) for value in role_tokens(config).values()]
     extra = config.get("extra_special_tokens") or config.get("additional_special_tokens") or []
     if not isinstance(extra, Mapping):
-        for value in extra:
-            special = not isinstance(value, Mapping) or bool(value.get("special"))
-            tokens.append(_described_token(value, special=special))
-    return [token for token in tokens if token.content]
-
-
-def _described_token(value: Any, *, special: bool) -> AddedToken:  # Any: from a file
-    flags: Json = {"normalized": False}
-    if isinstance(value, Mapping):
-        flags = {name: value[name] for name in ("lstrip", "rstrip", "single_word", "normalized") if name in value}
-    return AddedToken(token_name(value) or "", special=special, **flags)
+        values += [(value, not isinstance(value, Mapping) or bool(value.get("special"))) for value in extra]
+    tokens = []
+    for value, special in values:
+        flags: Json = {"normalized": False}
+        if isinstance(value, Mapping):
+            flags = {name: value[name] for name in ("lstrip", "rstrip", "single_word", "normalized") if name in value}
+        name = token_name(value)
+        if name:
+            tokens.append(AddedToken(name, special=special, **flags))
+    return tokens
 
 
 def token_name(token: Any) -> str | None:  # Any: from a file

@@ -77,7 +77,6 @@ class CanvasView:
         return self.tokens
 
     def render(self, *, finished: bool = False) -> Group:
-        """Canvas, progress bar and figures."""
         seconds = time.perf_counter() - self.start
         written = 0
         for position, token in enumerate(self._answer()):

@@ -200,7 +200,6 @@ class Server:
     # --- from a request to its answer ---
 
     def _check_model(self, name: str | None) -> None:
-        """Raise ApiError for a request to another model."""
         if name not in (None, self.coder.name):
             message = f"the model {name[:100]!r} is not here; this server has {self.coder.name!r}"
             raise ApiError(404, message, param="model")
@@ -229,7 +228,6 @@ class Server:
     async def _llama_reply(
         self, request_of: Callable[[DecodingParams], Request], body: protocol.LlamaRequest, http: fastapi.Request
     ) -> Response:
-        """Decode a request, and answer it in llama.cpp's form."""
         self._check_model(body.model)
         count = body.n_cmpl or self.settings.decoding.num_samples
         if isinstance(body, protocol.ContinueRequest):
@@ -251,7 +249,6 @@ class Server:
         body: protocol.SamplingRequest,
         http: fastapi.Request,
     ) -> Response:
-        """Decode a request, and answer it whole or as a stream."""
         request = await self._prepare(request_of, http)
         answer = kind(self.coder, request, body)
         if not body.stream:
@@ -280,8 +277,13 @@ class Server:
 
 async def _unless_gone(work: Coroutine[Any, Any, T], http: fastapi.Request) -> T:
     """Return what `work` returns; cancel it if the client of the request disconnects."""
+
+    async def disconnected() -> None:
+        while (await http.receive())["type"] != "http.disconnect":
+            pass
+
     task = asyncio.create_task(work)
-    disconnect = asyncio.create_task(_disconnected(http))
+    disconnect = asyncio.create_task(disconnected())
     try:
         await asyncio.wait({task, disconnect}, return_when=asyncio.FIRST_COMPLETED)
         if not task.done():
@@ -290,12 +292,6 @@ async def _unless_gone(work: Coroutine[Any, Any, T], http: fastapi.Request) -> T
     finally:
         task.cancel()
         disconnect.cancel()
-
-
-async def _disconnected(http: fastapi.Request) -> None:
-    """Wait until the client is gone."""
-    while (await http.receive())["type"] != "http.disconnect":
-        pass
 
 
 def _printed(content: Any) -> Response:  # Any: JSON

@@ -69,7 +69,6 @@ def api_error(error: Exception, route: str = "") -> ApiError:
 
 
 def _invalid_body(error: RequestValidationError) -> ApiError:
-    """Describe the first field that does not fit."""
     details = error.errors()
     # an unknown name first: if it is misspelt, it is the reason why another is missing
     first = min(details, key=lambda detail: detail["type"] != "extra_forbidden")

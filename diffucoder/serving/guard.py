@@ -41,10 +41,7 @@ def is_loopback(host: str) -> bool:
 
 
 class Guard:
-    """An application that answers what must not reach `app`, and hands it whole bodies.
-
-    It answers HEAD as GET, without the body (RFC 9110, 9.3.2).
-    """
+    """Answers what must not reach `app`, and hands it whole bodies, and HEAD as GET (RFC 9110, 9.3.2)."""
 
     def __init__(self, app: ASGIApp, settings: ServerSettings) -> None:
         self.app = app

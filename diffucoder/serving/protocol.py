@@ -236,10 +236,8 @@ class Message(Body):
 
     @model_validator(mode="after")
     def _says_something(self) -> Self:
-        if self.content is None:
-            if self.role != "assistant":
-                raise ValueError(f"the {self.role} message has no content; give a string or a list of text parts")
-            self.content = ""
+        if self.content is None and self.role != "assistant":
+            raise ValueError(f"the {self.role} message has no content; give a string or a list of text parts")
         return self
 
     def plain(self) -> dict[str, str]:
@@ -292,9 +290,7 @@ class EditRequest(SamplingRequest):
     """`/v1/edit`: a text to change, either in some spans while the rest is frozen, or by an instruction."""
 
     text: str
-    spans: list[Span] = Field(
-        default_factory=list, max_length=64, fail_fast=True, description="in order, without overlaps"
-    )
+    spans: list[Span] = Field(default_factory=list, max_length=64, fail_fast=True, description="in order, no overlaps")
     instruction: str | None = Field(default=None, min_length=1, description="what to change; only without spans")
 
     @model_validator(mode="after")
@@ -325,9 +321,7 @@ class LlamaRequest(DecodingRequest):
         validation_alias=AliasChoices("n_cmpl", "n"),
         description="number of answers, or `n`; several come as a list",
     )
-    top_k: int | None = Field(
-        default=None, ge=1, lt=2**31, description="propose only this many of the likeliest tokens"
-    )
+    top_k: int | None = Field(default=None, ge=1, lt=2**31, description="propose only so many of the likeliest tokens")
     stream: bool = Field(default=False, description="as events: the text of each answer at once, then its figures")
     response_fields: list[str] = Field(
         default_factory=list, max_length=64, description="send only these fields, such as timings/prompt_n; empty: all"

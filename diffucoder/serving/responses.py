@@ -11,9 +11,10 @@ import difflib
 import io
 import json
 import logging
+import re
 import time
 import uuid
-from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from itertools import takewhile
 from operator import eq
 from typing import Any, ClassVar
@@ -32,11 +33,7 @@ log = logging.getLogger(__name__)
 Json = dict[str, Any]  # Any: what is sent as JSON
 _CONTEXT = 3  # lines around a change
 _MOST_COMPARED = 10**6  # lines times lines; in longer texts everything from the first to the last change is replaced
-
-
-def token_text(coder: DiffuCoder, token: int) -> str:
-    """The text of one token; special tokens are shown."""
-    return coder.tokenizer.pieces([token])[0]
+_OTHER = "\udfff"  # makes a line unlike all others: comparing takes the square or the cube of their number
 
 
 def ids_of(coder: DiffuCoder, prompt: Sequence[int | str]) -> list[int]:
@@ -93,10 +90,7 @@ class Answer:
         return {**self._head(self.kind), "choices": choices, "usage": self._usage(results)}
 
     async def events(self, job: Job) -> AsyncIterator[str]:
-        """The answer as server-sent events: text as it settles, from the left, then the end of each choice.
-
-        An error is one of them, since it comes too late for a status.
-        """
+        """The answer as server-sent events: text as it settles. An error is one: it is too late for a status."""
         sent: list[SettledText] = []  # the text of each choice until now
         for _ in range(self.request.result_count):
             sent.append(SettledText(self.request.tokenizer, self.request.params.stop))
@@ -156,18 +150,20 @@ class Answer:
         """The text of each token before the first step, from the first hole on; None for a mask."""
         canvas = self.request.canvas
         tokens = canvas.tokens[row, canvas.valid[row]][job.sequences[row].first_hole :].tolist()
-        return [None if token == canvas.mask_id else token_text(self.coder, token) for token in tokens]
+        return [None if token == canvas.mask_id else self.coder.tokenizer.pieces([token])[0] for token in tokens]
 
     def _committed(self, job: Job, event: Event) -> Json:
         """What a step did to a row. Positions count from the row's first hole."""
         step = event.step
+        tokenizer = self.coder.tokenizer
         start = job.sequences[event.row].first_hole
         committed = []
         for position in step.committed[0, start:].nonzero()[:, 0].tolist():
             token = int(step.canvas[0, start + position])
             log_prob = round(float(step.log_prob[0, start + position]), 4)
-            entry = {"position": position, "token": token, "text": token_text(self.coder, token), "log_prob": log_prob}
-            content = text_or_bytes(self.coder.tokenizer.token_bytes(token))
+            text = tokenizer.pieces([token])[0]
+            entry = {"position": position, "token": token, "text": text, "log_prob": log_prob}
+            content = text_or_bytes(tokenizer.token_bytes(token))
             if isinstance(content, list):  # a part of a character
                 entry["bytes"] = content
             committed.append(entry)
@@ -196,15 +192,12 @@ class Answer:
         return {**counts, "forward_passes": passes}
 
     def _token_logprobs(self, result: Generation) -> list[Json]:
-        """Each token of an answer with its log-probability when it was committed.
-
-        Their bytes together are those of the answer's text: special tokens, which it leaves out, have none.
-        """
+        """Each token with its log-probability. Their bytes together are those of the text: special tokens have none."""
         tokenizer = self.coder.tokenizer
         pieces = iter(tokenizer.pieces([token for token in result.tokens if token not in tokenizer.special_ids]))
         entries = []
         for token, log_prob in zip(result.tokens, result.trace.log_probs, strict=False):
-            text = token_text(self.coder, token)
+            text = tokenizer.pieces([token])[0]
             content = b""
             if token not in tokenizer.special_ids:
                 text = next(pieces)
@@ -300,30 +293,18 @@ def unified_diff(before: str, after: str) -> str:
     """What changes `before` into `after`, as `git apply` and `patch` read it: only a newline ends a line."""
     old = list(io.StringIO(before, newline="\n"))
     new = list(io.StringIO(after, newline="\n"))
-    if old == new:
-        return ""
     start = _common(old, new)
     end = _common(old[start:][::-1], new[start:][::-1])
+    if (len(old) - start - end) * (len(new) - start - end) > _MOST_COMPARED:
+        new[start : len(new) - end] = [line + _OTHER for line in new[start : len(new) - end]]
     first = max(0, start - _CONTEXT)  # of the lines that are shown
     last = max(0, end - _CONTEXT)  # from the end
-    old_end = len(old) - end - first
-    new_end = len(new) - end - first
-    old = old[first : len(old) - last]
-    new = new[first : len(new) - last]
-    start -= first
-    changed = ("replace", start, old_end, start, new_end)
-    groups: Iterable[Sequence[tuple[str, int, int, int, int]]]
-    groups = [[("equal", 0, start, 0, start), changed, ("equal", old_end, len(old), new_end, len(new))]]
-    if (old_end - _CONTEXT) * (new_end - _CONTEXT) <= _MOST_COMPARED:  # its time is the square or cube of the lines
-        groups = difflib.SequenceMatcher(None, old, new).get_grouped_opcodes(_CONTEXT)
-    diff = "--- before\n+++ after\n"
-    for group in groups:
-        diff += f"@@ -{_lines(first, group[0][1], group[-1][2])} +{_lines(first, group[0][3], group[-1][4])} @@\n"
-        for kind, i, j, k, m in group:
-            if kind == "equal":
-                diff += _marked(" ", old[i:j])
-            else:
-                diff += _marked("-", old[i:j]) + _marked("+", new[k:m])
+    diff = ""
+    for line in difflib.unified_diff(old[first : len(old) - last], new[first : len(new) - last], "before", "after"):
+        line = line.replace(_OTHER, "")
+        if line.startswith("@@"):
+            line = re.sub(r"(?<=[-+])\d+", lambda number: str(int(number[0]) + first), line)
+        diff += line if line.endswith("\n") else f"{line}\n\\ No newline at end of file\n"
     return diff
 
 
@@ -332,28 +313,11 @@ def _common(old: list[str], new: list[str]) -> int:
     return sum(takewhile(bool, map(eq, old, new)))
 
 
-def _lines(first: int, start: int, end: int) -> str:
-    """The lines of a hunk, from 1, and their number."""
-    count = end - start
-    number = first + start + (count > 0)
-    return f"{number}" if count == 1 else f"{number},{count}"
-
-
-def _marked(mark: str, lines: Sequence[str]) -> str:
-    text = ""
-    for line in lines:
-        text += f"{mark}{line}" if line.endswith("\n") else f"{mark}{line}\n\\ No newline at end of file\n"
-    return text
-
-
 # --- llama.cpp's /infill and /completion -----------------------------------------------------------------------------
 
 
 def fit_into_context(coder: DiffuCoder, body: protocol.InfillRequest) -> tuple[str, str]:
-    """Return prefix and suffix, cut to what the model can read.
-
-    The text next to the cursor comes first. Text from elsewhere goes before the prefix if there is room.
-    """
+    """Return prefix and suffix, cut to what the model can read: the text next to the cursor comes first."""
     tokenizer = coder.tokenizer
     room = coder.model.max_length - max(HOLE_LENGTHS) - 2
     suffix = tokenizer.encode(body.input_suffix)[: room // 4]
@@ -364,10 +328,7 @@ def fit_into_context(coder: DiffuCoder, body: protocol.InfillRequest) -> tuple[s
 
 
 def llama_answer(coder: DiffuCoder, result: Generation | None, known: int) -> Json:
-    """An answer in llama.cpp's form to a prompt of `known` tokens; `result` is None if nothing was to be written.
-
-    Times of the prompt are 0: it is read again in every pass.
-    """
+    """An answer in llama.cpp's form to a prompt of `known` tokens; `result` is None if nothing was to be written."""
     text = ""
     stop_type = "limit"
     written = 0

@@ -106,7 +106,6 @@ class _Server(uvicorn.Server):
     """Prints where it listens and that it is stopping, and closes connections of clients that are too slow."""
 
     async def startup(self, sockets: list[object] | None = None) -> None:  # type: ignore[override]  # sockets: unused
-        """Begin to listen."""
         await super().startup(sockets)  # type: ignore[arg-type]
         if not self.started:
             return
@@ -117,12 +116,10 @@ class _Server(uvicorn.Server):
         announce(self.config.host, self.servers[0].sockets[0].getsockname()[1])
 
     async def shutdown(self, sockets: list[object] | None = None) -> None:  # type: ignore[override]  # unused
-        """Answer what was accepted."""
         print("stopping: accepted requests are still answered; a second signal stops at once", file=sys.stderr)
         await super().shutdown(sockets)  # type: ignore[arg-type]
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """Stop, on a signal."""
         self.should_exit = True
         restore_signals()
 

@@ -108,7 +108,6 @@ def _resources(settings: ScaleSettings) -> dict[str, Any]:
 
 
 def _free_port(host: str) -> int:
-    """A port that nobody listens on."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.create_server((host, 0), family=family) as probe:
         return int(probe.getsockname()[1])

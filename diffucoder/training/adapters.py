@@ -23,10 +23,7 @@ _BASE = ".base_layer."  # peft's name for a layer that has an adapter
 
 
 def add_adapters(denoiser: Denoiser, settings: TrainSettings) -> Any:  # Any: mypy does not follow peft
-    """Put adapters into the model's layers, in place, and freeze everything else; peft's model around them.
-
-    ConfigError if the layers are not in the model, or if `tied` would be broken.
-    """
+    """Put adapters into the model's layers, in place, and freeze all else. ConfigError if they do not fit."""
     from peft import LoraConfig, get_peft_model
 
     targets = list(settings.lora_targets)
@@ -64,10 +61,7 @@ def save_adapters(adapters: Any, state: Mapping[str, Tensor], folder: Path) -> N
 
 
 def merged(state: Mapping[str, Tensor], settings: TrainSettings) -> Iterator[tuple[str, Tensor, Tensor]]:
-    """Name, weight before and weight after training of all weights; the latter is float32 where there is an adapter.
-
-    `state` has the weights of a model with adapters. The names are those of the model without them.
-    """
+    """Name, weight before and after training of the model without adapters; the latter is float32 where one was."""
     scale = settings.lora_alpha / settings.lora_rank
     for name, weight in state.items():
         layer, adapted, kind = name.partition(_BASE)

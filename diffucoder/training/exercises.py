@@ -26,11 +26,7 @@ class Exercise:
 
 
 def read_exercises(sources: Sources) -> list[Exercise]:
-    """The exercises of `sources`: JSONL files, folders of them, or `hub:owner/name[/config][@split]`.
-
-    Rows that cannot be used are counted on stderr, with the first one. Raises ConfigError if there is none or a source
-    does not exist, CheckpointError for a hub dataset that cannot be reached.
-    """
+    """The exercises of `sources`; rows that cannot be used are counted on stderr. Errors of `sources.read_usable`."""
     return read_usable(sources, parse_exercise)
 
 

@@ -103,9 +103,8 @@ class GrpoStage:
         rewards = torch.zeros(settings.batch)
         rewards[rows] = torch.tensor([completion.reward.total for completion in completions])
         rewards = reduce(rewards.to(self.denoiser.device), "sum").cpu()  # groups may span processes
-        gains = objectives.advantages(
-            rewards, settings.group, baseline=settings.advantage, scale=settings.scale_rewards
-        )
+        baseline = settings.advantage
+        gains = objectives.advantages(rewards, settings.group, baseline=baseline, scale=settings.scale_rewards)
         return gains.where(gains > 0, settings.negative_weight * gains)
 
     def scored_micro_batches(

@@ -16,7 +16,7 @@ from diffucoder.models.checkpoint import find_checkpoint, load_with_tokenizer, s
 from diffucoder.models.denoiser import Denoiser
 from diffucoder.tokenizer import Tokenizer
 from diffucoder.training.adapters import adapts_ends, add_adapters, merged, save_adapters
-from diffucoder.training.masked import Objective
+from diffucoder.training.masked import MaskedStage, Objective, Rows
 from diffucoder.training.settings import DiffusionSettings, GrpoSettings, PretrainSettings, TextSettings, TrainSettings
 from diffucoder.training.trainer import Stage, Trainer
 
@@ -50,16 +50,19 @@ def check_length(denoiser: Denoiser, name: str, tokens: int) -> None:
         raise ConfigError(f"{name}={tokens} exceeds the model's context of {longest}; lower it to {longest} or less")
 
 
-def objective_of(settings: TextSettings, denoiser: Denoiser, tokenizer: Tokenizer) -> Objective:
-    """The masked objective of a stage: of its settings those that an `Objective` has too."""
+def masked_stage(
+    settings: TextSettings, denoiser: Denoiser, tokenizer: Tokenizer, rows: Rows, held_out: Rows | None
+) -> MaskedStage:
+    """A stage over `rows`, with the masked objective: of the settings those that an `Objective` has too."""
     shared = settings.model_dump(include={field.name for field in fields(Objective)})
-    return Objective(
+    objective = Objective(
         mask_id=tokenizer.mask_id,
         pad_id=tokenizer.pad_id,
         first_scorable=denoiser.first_scorable,
         autoregressive=isinstance(settings, PretrainSettings),
         **shared,
     )
+    return MaskedStage(objective, rows, held_out, settings.held_out_rows)
 
 
 def train_and_export(

@@ -73,10 +73,7 @@ def read_rows(sources: Sources, parse: Parse[T], suffixes: Sequence[str] = JSONL
 
 
 def usable(rows: Iterable[T | Skipped], name: str, skipped: list[Skipped]) -> Iterator[T]:
-    """Yield the rows that can be used and append the others to `skipped`; then report those on stderr.
-
-    Raises ConfigError at the end if no row can be used, and before it if over `_MOST_SKIPPED` cannot.
-    """
+    """Yield usable rows, append the others to `skipped`, and report those. ConfigError if none is usable."""
     count = 0
     for row in rows:
         if not isinstance(row, Skipped):
@@ -101,10 +98,7 @@ def read_usable(sources: Sources, parse: Parse[T]) -> list[T]:
 
 
 def find_files(source: str, suffixes: Sequence[str]) -> list[Path]:
-    """The file `source`, or the sorted files of a folder with these suffixes; [] for a hub name. Raises ConfigError.
-
-    Hidden files and folders (.git, .venv), virtual environments and `node_modules` within the folder are left out.
-    """
+    """The file `source`, or sorted files of a folder, not those of tools; [] for a hub name. Raises ConfigError."""
     if source.startswith("hub:"):
         _hub_parts(source)
         return []
@@ -152,7 +146,6 @@ def _row(where: str, content: Any, read: Callable[[Any], Json], parse: Parse[T])
 
 
 def _hub_rows(source: str, parse: Parse[T]) -> Iterator[T | Skipped]:
-    """The rows of a hub dataset, streamed, numbered from 1."""
     parts = _hub_parts(source)
     try:
         datasets = import_module("datasets")  # late: it is optional, and its import takes seconds
@@ -180,7 +173,6 @@ def _hub_parts(source: str) -> dict[str, str | None]:
 
 
 def parse_document(where: str, fields: Json) -> Record:
-    """A document from `text` or `content`."""
     return Record(where, text_field(fields, first_name(("text", "content"), fields)))
 
 

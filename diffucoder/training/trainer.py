@@ -107,10 +107,7 @@ class Trainer:
                 print(_resumed(self.step, settings), file=sys.stderr)
 
     def train(self) -> Denoiser:
-        """Run the remaining steps. Returns the trained model, averaged if `ema` is set.
-
-        On SIGINT and SIGTERM the step at hand is finished, a checkpoint written, and SystemExit raised.
-        """
+        """Run the remaining steps and return the model. A signal stops it after a step: checkpoint and SystemExit."""
         settings = self.settings
         self.accelerator.init_trackers("diffucoder", config={name: str(value) for name, value in settings})
         console = Console(stderr=True)
@@ -135,7 +132,6 @@ class Trainer:
         return model
 
     def _train_step(self, batch: Batch) -> dict[str, float]:
-        """Learn from one batch and return the figures of the step."""
         settings = self.settings
         accelerator = self.accelerator
         for group in self.optimizer.param_groups:
@@ -238,7 +234,6 @@ class Trainer:
 
 
 def _resumed(step: int, settings: TrainSettings) -> str:
-    """One line about where a run goes on."""
     if step == 0:
         return f"run={str(settings.run)!r} has no checkpoint; it starts at step 0"
     if step < settings.steps:
