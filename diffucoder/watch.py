@@ -42,8 +42,7 @@ class CanvasView:
     def update(self, step: Step) -> None:
         """Add what one step did; the row is the first of its canvas."""
         self.tokens = step.canvas[0, self.first :].tolist()
-        for position in step.committed[0, self.first :].nonzero()[:, 0].tolist():
-            self.step_of[position] = step.index
+        self.step_of |= dict.fromkeys(step.committed[0, self.first :].nonzero()[:, 0].tolist(), step.index)
         if step.revoked is not None:
             for position in step.revoked[0, self.first :].nonzero()[:, 0].tolist():
                 self.step_of.pop(position, None)

@@ -122,20 +122,18 @@ class Server:
         return await self._reply(request, responses.CompletionAnswer, body, http)
 
     async def chat(self, body: protocol.ChatRequest, http: fastapi.Request) -> Response:
-        def request() -> Request:
-            return self.coder.request([message.plain() for message in body.messages], self._params(body))
-
-        return await self._reply(request, responses.ChatAnswer, body, http)
+        messages = [message.plain() for message in body.messages]
+        return await self._reply(
+            lambda: self.coder.request(messages, self._params(body)), responses.ChatAnswer, body, http
+        )
 
     # --- our own, and llama.cpp's ---
 
     async def fill(self, body: protocol.FillRequest, http: fastapi.Request) -> Response:
         """Fill every hole of a text, all of them jointly; a stream has the text in its last chunk."""
-
-        def request() -> Request:
-            return self.coder.fill_request(body.text, self._params_of_holes(body))
-
-        return await self._reply(request, responses.FillAnswer, body, http)
+        return await self._reply(
+            lambda: self.coder.fill_request(body.text, self._params_of_holes(body)), responses.FillAnswer, body, http
+        )
 
     async def edit(self, body: protocol.EditRequest, http: fastapi.Request) -> Response:
         """Rewrite spans of a text while the rest is frozen, or change it by an instruction."""

@@ -81,7 +81,11 @@ class Guard:
         if self.settings.api_key is None:
             self._check_site(headers, scope)
         elif scope["path"] not in OPEN_PATHS and not scope["path"].startswith(OPEN_FOLDERS):
-            _check_key(headers, self.settings.api_key)
+            scheme, _, token = headers.get("authorization", "").partition(" ")
+            right = secrets.compare_digest(token.strip().encode(), self.settings.api_key.encode())
+            if scheme.lower() != "bearer" or not right:
+                message = "the API key is missing or wrong; send it as 'Authorization: Bearer KEY'"
+                raise ApiError(401, message, headers={"WWW-Authenticate": "Bearer"})
         length = headers.get("content-length", "0")
         if length.isdecimal() and int(length[:20]) > self.settings.max_body:
             raise self._too_large()
@@ -123,13 +127,6 @@ class Guard:
 
     def _too_large(self) -> ApiError:
         return ApiError(413, f"the request is over {self.settings.max_body:,} bytes; send less")
-
-
-def _check_key(headers: Headers, key: str) -> None:
-    scheme, _, token = headers.get("authorization", "").partition(" ")
-    if scheme.lower() != "bearer" or not secrets.compare_digest(token.strip().encode(), key.encode()):
-        message = "the API key is missing or wrong; send it as 'Authorization: Bearer KEY'"
-        raise ApiError(401, message, headers={"WWW-Authenticate": "Bearer"})
 
 
 def _name_of(url: str) -> str:

@@ -14,7 +14,7 @@ import logging
 import re
 import time
 import uuid
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Sequence
 from itertools import takewhile
 from operator import eq
 from typing import Any, ClassVar
@@ -91,21 +91,11 @@ class Answer:
 
     async def events(self, job: Job) -> AsyncIterator[str]:
         """The answer as server-sent events: text as it settles. An error is one: it is too late for a status."""
-        sent: list[SettledText] = []  # the text of each choice until now
-        for _ in range(self.request.result_count):
-            sent.append(SettledText(self.request.tokenizer, self.request.params.stop))
         job.claim()
         try:
-            for chunk in self._first_chunks(job):
-                yield self._event(chunk)
+            async for chunk in self._chunks(job):
+                yield f"data: {json.dumps({**self._head(self.chunk_kind), 'choices': [], **chunk})}\n\n"
                 await asyncio.sleep(0)  # other connections have their turn, however much is ready to be sent
-            async for event in job.events():
-                await asyncio.sleep(0)
-                for chunk in self._step_chunks(job, event, sent):
-                    yield self._event(chunk)
-            for chunk in self._last_chunks(job, await job.made_results(), sent):
-                yield self._event(chunk)
-                await asyncio.sleep(0)
         except Exception as error:  # whatever it is, the client must hear of it
             if not isinstance(error, DiffuCoderError):
                 log.exception("a stream broke")
@@ -115,28 +105,26 @@ class Answer:
             raise
         yield "data: [DONE]\n\n"
 
-    def _event(self, content: Json) -> str:
-        chunk = {**self._head(self.chunk_kind), "choices": [], **content}
-        return f"data: {json.dumps(chunk)}\n\n"
-
-    def _first_chunks(self, job: Job) -> Iterator[Json]:
-        if self.first_piece:
-            for index in range(self.request.result_count):
+    async def _chunks(self, job: Job) -> AsyncIterator[Json]:
+        """What a stream holds, besides what is in each of its chunks."""
+        params = self.request.params
+        sent: list[SettledText] = []  # the text of each choice until now
+        for index in range(self.request.result_count):
+            sent.append(SettledText(self.request.tokenizer, params.stop))
+            if self.first_piece:
                 yield {"choices": [_choice(index, self.first_piece)]}
         if self.options.denoise:
             for row in range(len(job.sequences)):
                 yield {"denoise": {"row": row, "canvas": self._canvas(job, row)}}
-
-    def _step_chunks(self, job: Job, event: Event, sent: list[SettledText]) -> Iterator[Json]:
-        if self.options.denoise:
-            yield {"denoise": self._committed(job, event)}
-        rows_are_choices = len(sent) == len(job.sequences)
-        if self.piece("") and rows_are_choices and not self.request.params.revoke:
-            text = sent[event.row].add(event.settled)
+        settles = self.piece("") and len(sent) == len(job.sequences) and not params.revoke  # each row is a choice
+        async for event in job.events():
+            await asyncio.sleep(0)
+            if self.options.denoise:
+                yield {"denoise": self._committed(job, event)}
+            text = sent[event.row].add(event.settled) if settles else ""
             if text:
                 yield {"choices": [_choice(event.row, self.piece(text))]}
-
-    def _last_chunks(self, job: Job, results: list[Generation], sent: list[SettledText]) -> Iterator[Json]:
+        results = await job.made_results()
         for result in results:
             rest = result.text[sent[result.index].length :]
             content = self.piece(rest) or self.choice(result)
