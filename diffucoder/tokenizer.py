@@ -175,10 +175,7 @@ class Tokenizer:
             )
 
     def encode(self, text: str, *, special: bool = False) -> list[int]:
-        """Token ids of `text`, nothing added. `special` reads `<|mask|>` and other control tokens as such, not as text.
-
-        PromptError if the string is not Unicode: Python puts lone surrogates where bytes were not UTF-8.
-        """
+        """Token ids of `text`; `special` reads names of control tokens as such. PromptError if it is not Unicode."""
         return list(self._encoded(self.backend if special else self._plain_backend, text).ids)
 
     def _encoded(self, backend: tokenizers.Tokenizer, text: str) -> tokenizers.Encoding:
@@ -214,10 +211,7 @@ class Tokenizer:
             raise PromptError(f"this tokenizer's decoder cannot decode the answer ({one_line(error)})") from None
 
     def encode_chat(self, messages: str | Messages, *, prefill: str = "") -> list[int]:
-        """Token ids of `chat(messages)` and the `prefill` that the answer begins with. Errors of `chat` and `encode`.
-
-        Control tokens are those that the template writes: names of them in a message are plain characters.
-        """
+        """Token ids of `chat(messages)` and a `prefill`; control tokens that a message spells are plain characters."""
         turns = _checked_turns(messages)
         for turn in turns:
             for name, value in turn.items():
@@ -248,10 +242,7 @@ class Tokenizer:
         return token.replace("\u2581", " ").encode()  # its blank
 
     def pieces(self, ids: Iterable[int]) -> list[str]:
-        """The text of each token. A character of several tokens belongs to the last of them, the others have "".
-
-        Bytes that form no character become U+FFFD, as by `decode`. Special tokens have their names.
-        """
+        """The text of each token. A character of several tokens belongs to the last of them, the others have ""."""
         decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         pieces = [decoder.decode(self.token_bytes(id_)) for id_ in ids]
         if pieces:
@@ -270,10 +261,7 @@ class Tokenizer:
         return text
 
     def chat(self, messages: str | Messages) -> str:
-        """The prompt of a conversation up to and including the assistant's header; a string is one user turn.
-
-        The checkpoint's template writes it, or else Qwen2.5's. PromptError for messages without role and content.
-        """
+        """The prompt of a conversation with the assistant's header; a string is one user turn. Raises PromptError."""
         return self._render(_checked_turns(messages))
 
     @cached_property
@@ -317,10 +305,7 @@ class Tokenizer:
         return {ord(stand_in): character for character, stand_in in self._stand_ins.items()}
 
     def _with_stand_ins(self, text: str) -> str:
-        """`text` with a stand-in at the start of each control token that it spells, so that it is none to a template.
-
-        The same for a beginning at the end of the text, which the template may complete.
-        """
+        """`text` with a stand-in at the start of each control token that it spells, or that a template may complete."""
         if text.translate(self._stood_in) != text:
             raise PromptError(f"text {text[:40]!r} is not Unicode; give it as UTF-8")
         characters = list(text)

@@ -129,10 +129,7 @@ class GrpoStage:
     def micro_batch(
         self, step: int, share: range, completions: Mapping[int, Completion], advantage: Tensor
     ) -> GrpoMicroBatch:
-        """The rows `share` of the completions; `advantage` (batch,) has those of all.
-
-        Without a KL term a completion like the rest of its group teaches nothing: it counts, but is left out.
-        """
+        """The rows `share` of the completions; without a KL term, those without an advantage are counted alone."""
         settings = self.settings
         new_tokens = settings.decoding.new_tokens
         lengths = [new_tokens if settings.score_padding else completions[row].length for row in share]

@@ -50,10 +50,7 @@ class Reward:
 
 
 def read_program(completion: str, style: Style = "robust", tests: Sequence[str] = ()) -> tuple[float, str]:
-    """The reward of the format, and the program: 1.0 where the style wants it, 0.5 with a syntax error, else 0.0.
-
-    `robust` reads the blocks that define what `tests` call. A completion that takes too long to read has no program.
-    """
+    """The reward of the format, 1, 0.5 with a syntax error, or 0, and the program: `robust` reads what `tests` call."""
     form, program = read_limited(_read_program, completion, style, list(tests), otherwise=(0.0, ""))
     return form, program
 

@@ -22,11 +22,7 @@ from diffucoder.training.trainer import Stage, Trainer
 
 
 def load_start(settings: DiffusionSettings | GrpoSettings) -> tuple[Denoiser, Tokenizer]:
-    """The model that a stage begins with, on the CPU, and its tokenizer.
-
-    Weights are in float32, or in bfloat16 if they are stored so and only adapters are trained: the frozen weights are
-    never rounded. A parent gets the tokenizer's mask.
-    """
+    """The model that a stage begins with, on the CPU, and its tokenizer. Frozen bfloat16 weights stay so."""
     checkpoint = find_checkpoint(settings.model)
     frozen_bf16 = settings.lora_rank and settings.bf16 and checkpoint.dtype == torch.bfloat16
     dtype = torch.bfloat16 if frozen_bf16 else torch.float32

@@ -286,14 +286,11 @@ def _optimizer(model: Denoiser, settings: TrainSettings) -> torch.optim.AdamW:
 
 @contextmanager
 def training_kernels(device: torch.device, *, bf16: bool) -> Iterator[None]:
-    """Attend by plain products of bfloat16 on a CPU, which beat flash attention there (benchmarks/results/training.md).
-
-    Torch must be kept from widening them to float32. On other devices and in float32 nothing changes.
-    """
+    """Attend by plain bfloat16 products on a CPU: they beat flash attention (benchmarks/results/training.md)."""
     if device.type != "cpu" or not bf16:
         yield
         return
-    flags = torch.backends.cuda  # the flag is for every device, whatever its name
+    flags = torch.backends.cuda  # the flag, of every device, keeps torch from widening them to float32
     before = flags.fp16_bf16_reduction_math_sdp_allowed()  # type: ignore[no-untyped-call]  # torch leaves it untyped
     flags.allow_fp16_bf16_reduction_math_sdp(True)
     try:
