@@ -71,7 +71,7 @@ def _read_program(completion: str, style: Style, tests: Sequence[str]) -> tuple[
 def reward(
     completion: str, tests: Sequence[str], sandbox: Sandbox, *, style: Style = "robust", limits: Limits = DEFAULT_LIMITS
 ) -> Reward:
-    """Judge one completion; only a program in the right form is run. Tests that it could tamper with earn nothing."""
+    """Judge one completion; only a program in the right form is run. Tests that can be cheated earn nothing."""
     form, program = read_program(completion, style, tests)
     if form < 1:
         detail = "syntax error" if form else "no program in the required form"
