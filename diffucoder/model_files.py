@@ -25,8 +25,8 @@ def read_json(path: Path) -> Json:
     try:
         return {} if text is None else parse_object(text, deepest=_MAX_DEPTH)
     except ValueError as error:
-        reason = f"it holds no JSON object ({one_line(error)})"
-        raise CheckpointError(f"{path} cannot be read: {reason}; fetch it again") from error
+        reason = f"cannot be read as JSON, or holds no JSON object ({one_line(error)})"
+        raise CheckpointError(f"{path} {reason}; fetch it again") from error
 
 
 def read_model_text(path: Path, *, folder: Path | None = None) -> str | None:
