@@ -6,9 +6,6 @@ Jinja's sandbox limits what a template may touch, not how long it runs or how mu
 rendered in a process of their own, except those that are known to be harmless.
 """
 
-import os
-from functools import cache
-
 from diffucoder.errors import PromptError
 from diffucoder.limited import Limited, LimitError
 from diffucoder.model_files import one_line
@@ -20,9 +17,7 @@ CHATML = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-_HARMLESS = (CHATML,)
-_SECONDS = 5  # of a processor; importing takes up to one of them
-_MEMORY = 2**30  # of address space; importing takes a fifth
+_limited = Limited(seconds=5, memory=2**30)  # importing takes up to a second, and a fifth of the memory
 
 
 def render_chat(template: str, turns: Turns, names: dict[str, str]) -> str:
@@ -30,19 +25,17 @@ def render_chat(template: str, turns: Turns, names: dict[str, str]) -> str:
 
     PromptError if the template rejects the messages, fails, or goes over a limit.
     """
-    if template in _HARMLESS:
+    if template == CHATML:  # which is known to be harmless
         return render_unlimited(template, turns, names)
     try:
-        text: str = _renderer(os.getpid())(render_unlimited, template, turns, names)
+        text: str = _limited(render_unlimited, template, turns, names)
+        return text
     except LimitError as error:
-        raise PromptError(
-            f"the checkpoint's chat template {one_line(error)}; use another chat_template.jinja"
-        ) from None
+        raise PromptError(f"the checkpoint's chat template {one_line(error)}; use another one") from None
+    except PromptError:
+        raise
     except (TypeError, ValueError) as error:
-        if isinstance(error, PromptError):
-            raise
         raise PromptError(f"messages cannot be written as JSON ({one_line(error)}); give texts") from None
-    return text
 
 
 def render_unlimited(template: str, turns: Turns, names: dict[str, str]) -> str:
@@ -62,9 +55,3 @@ def render_unlimited(template: str, turns: Turns, names: dict[str, str]) -> str:
     if len(text) > limit:
         raise PromptError(f"the checkpoint's chat template wrote {len(text):,} characters, over {limit:,}; use another")
     return text
-
-
-@cache
-def _renderer(process: int) -> Limited:
-    """Return the children of a process, because a fork must not share those of its parent."""
-    return Limited(seconds=_SECONDS, memory=_MEMORY)

@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic.fields import FieldInfo
 
 from diffucoder.errors import ConfigError
-from diffucoder.files import DEEPEST, is_deeper, read_text
+from diffucoder.files import DEEPEST, decode_text, is_deeper, read_bytes
 
 
 class Settings(BaseModel):
@@ -76,7 +76,7 @@ def all_settings(kind: type[Settings], prefix: str = "") -> Iterator[tuple[str, 
 def read_toml(path: Path) -> dict[str, Any]:
     """Return the content of a TOML file. Raises ConfigError."""
     try:
-        content = tomllib.loads(read_text(path))
+        content = tomllib.loads(decode_text(read_bytes(path)))
         if is_deeper(content, DEEPEST):
             raise ValueError(f"tables over {DEEPEST} deep")
         return content
@@ -123,10 +123,7 @@ def _shown(value: object) -> str:
 
 
 def _name_missing(error: ValidationError) -> str:
-    missing = []
-    for detail in error.errors():
-        if detail["type"] == "missing":
-            missing.append(".".join(str(part) for part in detail["loc"]))
+    missing = [".".join(map(str, detail["loc"])) for detail in error.errors() if detail["type"] == "missing"]
     if len(missing) == 1:
         return f"setting {missing[0]!r} is missing; give it in the settings file or as --set {missing[0]}=..."
     return f"settings {', '.join(missing)} are missing; give them in the settings file or as --set {missing[0]}=..."

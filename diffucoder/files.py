@@ -108,10 +108,8 @@ def disk_is_full(error: BaseException | None) -> bool:
     if error is None:
         return False
     full = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-    texts = (
-        *map(os.strerror, full),
-        " requested and ",
-    )  # of safetensors and datasets; numpy: "9 requested and 3 written"
+    # as safetensors and datasets quote them; numpy has "9 requested and 3 written"
+    texts = (*map(os.strerror, full), " requested and ")
     if getattr(error, "errno", None) in full or any(text in str(error) for text in texts):
         return True
     return disk_is_full(error.__cause__) or disk_is_full(error.__context__)
@@ -129,25 +127,21 @@ def open_file(path: str | Path) -> io.BufferedReader:
     return os.fdopen(handle, "rb")
 
 
-def read_bytes(path: str | Path) -> bytes:
-    """Return the content of a file of at most `LARGEST_FILE` bytes. Raises OSError."""
+def read_bytes(path: str | Path, *, most: int | None = None) -> bytes:
+    """Return the content of a file of at most `most` bytes, by default `LARGEST_FILE`. Raises OSError."""
     with open_file(path) as file:
-        if os.fstat(file.fileno()).st_size > LARGEST_FILE:
-            raise UnreadableError(f"it is larger than {LARGEST_FILE // 2**20} MiB")
+        _check_size(os.fstat(file.fileno()).st_size, most or LARGEST_FILE)
         return file.read()
 
 
-def read_text(path: str | Path) -> str:
-    """Return the text of a UTF-8 file without its byte-order mark. Raises OSError, or ValueError."""
-    return decode_text(read_bytes(path))
+def _check_size(size: int, most: int) -> None:
+    if size > most:
+        raise UnreadableError(f"it is larger than {most // 2**20} MiB")
 
 
 def read_json(path: str | Path) -> Json:
     """Return the JSON object in a file. Raises OSError, or ValueError with the reason."""
-    fields = parse_json(read_text(path))
-    if not isinstance(fields, dict):
-        raise ValueError(f"not a JSON object but {type(fields).__name__}")
-    return fields
+    return parse_object(decode_text(read_bytes(path)))
 
 
 def read_lines(path: str | Path) -> Iterator[tuple[int, bytes]]:
@@ -181,8 +175,7 @@ def read_unpacked(path: str | Path) -> bytes:
     size = 0
     for _, line in read_lines(path):
         size += len(line)
-        if size > LARGEST_FILE:
-            raise UnreadableError(f"it is larger than {LARGEST_FILE // 2**20} MiB")
+        _check_size(size, LARGEST_FILE)
         lines.append(line)
     return b"".join(lines)
 
@@ -201,9 +194,8 @@ def read_whole_lines(path: str | Path) -> list[Json]:
     except FileNotFoundError:
         pass
     except OSError as error:
-        raise ConfigError(
-            f"{str(path)!r} cannot be read ({error.strerror}); remove it, or name another folder"
-        ) from None
+        reason = f"cannot be read ({error.strerror}); remove it, or name another folder"
+        raise ConfigError(f"{str(path)!r} {reason}") from None
     except ValueError:  # the first line that is not whole
         pass
     return rows
@@ -227,13 +219,18 @@ def parse_json_line(line: bytes) -> Json:
     text = decode_text(line).rstrip("\r\n")
     if not text.strip():
         raise ValueError("line is empty")
-    fields = parse_json(text)
+    return parse_object(text)
+
+
+def parse_object(text: str, *, deepest: int = DEEPEST) -> Json:
+    """The object of a JSON document. Raises ValueError with the reason."""
+    fields = parse_json(text, deepest=deepest)
     if not isinstance(fields, dict):
         raise ValueError(f"not a JSON object but {type(fields).__name__}")
     return fields
 
 
-def parse_json(text: str) -> Any:  # Any: whatever JSON can hold
+def parse_json(text: str, *, deepest: int = DEEPEST) -> Any:  # Any: whatever JSON can hold
     """Parse a JSON document. Raises ValueError with the reason."""
     try:
         document = json.loads(text)
@@ -241,8 +238,8 @@ def parse_json(text: str) -> Any:  # Any: whatever JSON can hold
         raise ValueError(f"not JSON ({error.msg} at character {error.pos + 1})") from None
     except (ValueError, RecursionError) as error:  # numbers of thousands of digits, brackets thousands deep
         raise ValueError(f"not JSON that can be read ({error})") from None
-    if is_deeper(document, DEEPEST):
-        raise ValueError(f"not JSON that can be read (lists or objects over {DEEPEST} deep)")
+    if is_deeper(document, deepest):
+        raise ValueError(f"not JSON that can be read (lists or objects over {deepest} deep)")
     return document
 
 

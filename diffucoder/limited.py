@@ -56,8 +56,10 @@ class Limited:
             answer, status = self._ask(call)
             if status != -signal.SIGKILL:
                 break
+        if status in (-signal.SIGPROF, -signal.SIGALRM):
+            raise LimitError(f"took over {self.seconds:g} s")
         if status is not None:
-            raise LimitError(self._reason(status))
+            raise LimitError(f"crashed, or needed over {self.memory / 2**20:,.0f} MiB (status {status})")
         kind, value = json.loads(answer)
         if kind is None:
             return value
@@ -70,7 +72,7 @@ class Limited:
         try:
             child = self._idle.pop()
         except IndexError:
-            child = self._start_patiently()
+            child = self._start()
         answer = b""
         assert child.stdin is not None
         assert child.stdout is not None
@@ -84,29 +86,23 @@ class Limited:
         _stop([child])
         return b"", child.returncode
 
-    def _start_patiently(self) -> subprocess.Popen[bytes]:
-        """Start a child. If the machine lacks descriptors, processes or memory, wait for them half a minute."""
+    def _start(self) -> subprocess.Popen[bytes]:
+        """Start a child. Where the machine lacks descriptors, processes or memory, wait for them half a minute."""
+
+        def start() -> subprocess.Popen[bytes]:
+            return subprocess.Popen(
+                [sys.executable, "-P", "-c", _SERVE, str(self.seconds), str(self.memory)],  # -P: not the current folder
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+            )
+
         for pause in _PAUSES:
             with suppress(OSError):
-                return self._start()
+                return start()
             time.sleep(pause)
-        return self._start()
-
-    def _start(self) -> subprocess.Popen[bytes]:
-        limits = [str(self.seconds), str(self.memory)]
-        paths = {"PYTHONPATH": os.pathsep.join(sys.path)}
-        return subprocess.Popen(
-            [sys.executable, "-P", "-c", _SERVE, *limits],  # -P: never import from the current folder
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            env={**os.environ, **paths},
-        )
-
-    def _reason(self, status: int) -> str:
-        if status in (-signal.SIGPROF, -signal.SIGALRM):
-            return f"took over {self.seconds:g} s"
-        return f"crashed, or needed over {self.memory / 2**20:,.0f} MiB (status {status})"
+        return start()
 
 
 def _stop(children: list[subprocess.Popen[bytes]]) -> None:
@@ -118,10 +114,7 @@ def _stop(children: list[subprocess.Popen[bytes]]) -> None:
 
 
 def _serve() -> None:
-    """The child: answer each line, a function and its arguments, with a line: an error's name or null, and the value.
-
-    The clocks' signals have no handlers, so they end the process whatever it is doing.
-    """
+    """The child: answer each line, a function and its arguments. Its clocks' signals have no handlers: they end it."""
     seconds, memory = float(sys.argv[1]), int(sys.argv[2])
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     with suppress(ValueError, OSError):  # macOS does not limit address space

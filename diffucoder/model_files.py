@@ -3,16 +3,15 @@
 For: every file that describes a model or its tokenizer. A fault of a file is a CheckpointError of one line.
 Not for: weights (`models.weights`), what the files mean.
 
-A file has to be a regular one, of a bounded size, inside the folder: a pipe would never end, and a link could bring a
-private file into a chat template, which is sent to whoever chats.
+A file has to be inside the folder: a link could bring a private file into a chat template, which is sent to whoever
+chats. `files` refuses pipes and large files.
 """
 
-import json
 import stat
 from pathlib import Path
 
 from diffucoder.errors import CheckpointError
-from diffucoder.files import Json, decode_text, is_deeper
+from diffucoder.files import Json, decode_text, parse_object, read_bytes
 
 _MAX_TEXT = 16 * 2**20  # bytes: the index of a model with 10,000 experts has 8 MiB
 _MAX_VOCABULARY = 64 * 2**20  # of 250,000 tokens: 33 MiB
@@ -23,17 +22,11 @@ _MAX_DEPTH = 50  # brackets inside brackets
 def read_json(path: Path) -> Json:
     """Return the object in a JSON file of a model, {} if there is none. Raises CheckpointError if it is damaged."""
     text = read_model_text(path)
-    if text is None:
-        return {}
     try:
-        content = json.loads(text)
-        if is_deeper(content, _MAX_DEPTH):
-            raise ValueError(f"brackets more than {_MAX_DEPTH} deep")
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} cannot be read as JSON ({one_line(error)}); fetch it again") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path} holds no JSON object; fetch it again")
-    return content
+        return {} if text is None else parse_object(text, deepest=_MAX_DEPTH)
+    except ValueError as error:
+        reason = f"cannot be read as JSON, or holds no JSON object ({one_line(error)})"
+        raise CheckpointError(f"{path} {reason}; fetch it again") from error
 
 
 def read_model_text(path: Path, *, folder: Path | None = None) -> str | None:
@@ -41,17 +34,12 @@ def read_model_text(path: Path, *, folder: Path | None = None) -> str | None:
 
     CheckpointError if it is not a regular file, leads out of the folder, is too large or not UTF-8.
     """
-    limit = _MAX_VOCABULARY if path.name in _VOCABULARIES else _MAX_TEXT
     try:
         if not is_regular(path):
             return None
         if path.is_symlink() and not _is_inside(path.resolve(), (folder or path.parent).resolve()):
             raise CheckpointError(f"{path} is a link out of the model's folder; copy the file into it")
-        with path.open("rb") as file:
-            content = file.read(limit + 1)
-        if len(content) > limit:
-            raise CheckpointError(f"{path} is larger than {limit // 2**20} MiB, as no {path.name} is; fetch it again")
-        return decode_text(content)
+        return decode_text(read_bytes(path, most=_MAX_VOCABULARY if path.name in _VOCABULARIES else _MAX_TEXT))
     except CheckpointError:
         raise
     except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: links in a circle

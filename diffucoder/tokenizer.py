@@ -172,10 +172,7 @@ class Tokenizer:
 
     @property
     def chat_template(self) -> str | None:
-        """The checkpoint's Jinja template; None if it has none, and chats are then written as Qwen2.5 does.
-
-        Of several templates it is the one named "default". CheckpointError if there is none of that name.
-        """
+        """The checkpoint's Jinja template, of several the default one; None: as Qwen2.5. Raises CheckpointError."""
         template = self.config.get("chat_template")
         if isinstance(template, list):
             named = [each for each in template if isinstance(each, Mapping) and isinstance(each.get("name"), str)]
@@ -204,10 +201,7 @@ class Tokenizer:
             )
 
     def encode(self, text: str, *, special: bool = False) -> list[int]:
-        """Token ids of `text`, nothing added. `special` reads `<|mask|>` and other control tokens as such, not as text.
-
-        PromptError if the string is not Unicode: Python puts lone surrogates where bytes were not UTF-8.
-        """
+        """Token ids of `text`; `special` reads names of control tokens as such. PromptError if it is not Unicode."""
         return list(self._encoded(self.backend if special else self._plain_backend, text).ids)
 
     def _encoded(self, backend: tokenizers.Tokenizer, text: str) -> tokenizers.Encoding:
@@ -234,10 +228,7 @@ class Tokenizer:
             raise
 
     def decode(self, ids: Iterable[int], *, skip_special: bool = True) -> str:
-        """Text of `ids`. Bytes that form no character become U+FFFD; spare ids become nothing.
-
-        PromptError if the tokenizer's decoder cannot decode them.
-        """
+        """Text of `ids`. Bytes that form no character become U+FFFD, spare ids nothing. PromptError if it fails."""
         try:
             return str(self.backend.decode(list(ids), skip_special_tokens=skip_special))
         except BaseException as error:
@@ -246,10 +237,7 @@ class Tokenizer:
             raise PromptError(f"this tokenizer's decoder cannot decode the answer ({one_line(error)})") from None
 
     def encode_chat(self, messages: str | Messages, *, prefill: str = "") -> list[int]:
-        """Token ids of `chat(messages)` and the `prefill` that the answer begins with. Errors of `chat` and `encode`.
-
-        Control tokens are those that the template writes: names of them in a message are plain characters.
-        """
+        """Token ids of `chat(messages)` and a `prefill`; control tokens that a message spells are plain characters."""
         turns = _checked_turns(messages)
         for turn in turns:
             for name, value in turn.items():
@@ -280,10 +268,7 @@ class Tokenizer:
         return token.replace("\u2581", " ").encode()  # its blank
 
     def pieces(self, ids: Iterable[int]) -> list[str]:
-        """The text of each token. A character of several tokens belongs to the last of them, the others have "".
-
-        Bytes that form no character become U+FFFD, as by `decode`. Special tokens have their names.
-        """
+        """The text of each token. A character of several tokens belongs to the last of them, the others have ""."""
         decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         pieces = [decoder.decode(self.token_bytes(id_)) for id_ in ids]
         if pieces:
@@ -302,10 +287,7 @@ class Tokenizer:
         return text
 
     def chat(self, messages: str | Messages) -> str:
-        """The prompt of a conversation up to and including the assistant's header; a string is one user turn.
-
-        The checkpoint's template writes it, or else Qwen2.5's. PromptError for messages without role and content.
-        """
+        """The prompt of a conversation with the assistant's header; a string is one user turn. Raises PromptError."""
         return self._render(_checked_turns(messages))
 
     @cached_property
@@ -346,14 +328,10 @@ class Tokenizer:
 
     @cached_property
     def _stood_in(self) -> dict[int, str]:
-        """The characters of the stand-ins, for `str.translate`."""
         return {ord(stand_in): character for character, stand_in in self._stand_ins.items()}
 
     def _with_stand_ins(self, text: str) -> str:
-        """`text` with a stand-in at the start of each control token that it spells, so that it is none to a template.
-
-        The same for a beginning at the end of the text, which the template may complete.
-        """
+        """`text` with a stand-in at the start of each control token that it spells, or that a template may complete."""
         if text.translate(self._stood_in) != text:
             raise PromptError(f"text {text[:40]!r} is not Unicode; give it as UTF-8")
         characters = list(text)
@@ -370,9 +348,8 @@ class Tokenizer:
     def _plain_backend(self) -> tokenizers.Tokenizer:
         """A copy of the backend that reads control tokens as text: the switch is a property of a whole tokenizer."""
         plain = tokenizers.Tokenizer.from_str(self.backend.to_str())
-        plain.add_special_tokens(
-            [AddedToken(name, special=True) for name in self._control_tokens.values()]
-        )  # all known: flags
+        names = self._control_tokens.values()
+        plain.add_special_tokens([AddedToken(name, special=True) for name in names])  # all known: flags
         plain.encode_special_tokens = True
         return plain
 
@@ -391,7 +368,6 @@ class Tokenizer:
         return {role: name for role, name in names.items() if name}
 
     def _ids_of(self, *tokens: str | None) -> list[int]:
-        """The ids of those tokens that the vocabulary has."""
         ids = [self.backend.token_to_id(token) for token in tokens if token]
         return [id_ for id_ in ids if id_ is not None]
 

@@ -18,11 +18,13 @@ from diffucoder.files import Json
 from diffucoder.limited import Limited, LimitError
 from diffucoder.model_files import one_line, shown
 
-_NORMALIZERS = {"NFC", "NFD", "NFKC", "NFKD", "Lowercase", "Strip", "StripAccents", "Prepend", "Replace"}
-_PRE_TOKENIZERS = {"ByteLevel", "Split", "Digits", "Whitespace", "WhitespaceSplit", "Punctuation", "Metaspace"}
-_POST_PROCESSORS = {"ByteLevel", "TemplateProcessing", "RobertaProcessing", "BertProcessing"}
-_DECODERS = {"ByteLevel", "Replace", "ByteFallback", "Fuse", "Strip", "Metaspace"}
-_MODELS = {"BPE", "WordLevel"}
+_KINDS = {
+    "model": {"BPE", "WordLevel"},
+    "normalizer": {"NFC", "NFD", "NFKC", "NFKD", "Lowercase", "Strip", "StripAccents", "Prepend", "Replace"},
+    "pre_tokenizer": {"ByteLevel", "Split", "Digits", "Whitespace", "WhitespaceSplit", "Punctuation", "Metaspace"},
+    "post_processor": {"ByteLevel", "TemplateProcessing", "RobertaProcessing", "BertProcessing"},
+    "decoder": {"ByteLevel", "Replace", "ByteFallback", "Fuse", "Strip", "Metaspace"},
+}
 _ONCE = {"ByteLevel", "Metaspace"}  # twice they make bytes of bytes
 _MAX_PARTS = 16
 _MAX_GROWTH = 16  # times, by all replacements together
@@ -51,32 +53,26 @@ def check_tokenizer_json(fields: Json, path: Path) -> None:
     An expression that has a linear equivalent is replaced by it in `fields`.
     """
     model = fields["model"]
-    if model.get("type", "BPE") not in _MODELS:  # the oldest files have no type
-        raise CheckpointError(f"{path}: model {shown(model['type'])} is not supported; use one of {_listed(_MODELS)}")
     for name in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"):
         if model.get(name):
             raise CheckpointError(f"{path}: model has {name}={shown(model[name])}, which is not supported")
-    expressions: dict[str, set[str]] = {"decoder": set(), "others": set()}
-    for part, kinds in (
-        ("normalizer", _NORMALIZERS),
-        ("pre_tokenizer", _PRE_TOKENIZERS),
-        ("post_processor", _POST_PROCESSORS),
-        ("decoder", _DECODERS),
-    ):
-        steps = list(_steps(fields.get(part)))
-        for step in steps:
-            if step["type"] not in kinds:
-                kind = shown(step["type"])
-                raise CheckpointError(f"{path}: {part} {kind} is not supported; use one of {_listed(kinds)}")
-        reason = _reason_against(steps, expressions["decoder" if part == "decoder" else "others"])
-        if reason:
-            raise CheckpointError(f"{path}: {part} {reason}")
     check_names([token["content"] for token in fields.get("added_tokens") or ()], path)
     _check_ids(fields, path)
-    for part, found in expressions.items():
-        unknown = sorted(found - _KNOWN_EXPRESSIONS)
-        if unknown:
-            _try_expressions(unknown, path, may_give_up=part == "decoder")
+    fields = {**fields, "model": {"type": model.get("type", "BPE")}}  # the oldest files have no type
+    for part, kinds in _KINDS.items():
+        steps = list(_steps(fields.get(part)))
+        reason = _reason_against(steps, kinds)
+        if reason:
+            raise CheckpointError(f"{path}: {part} {reason}")
+        patterns = [step for step in steps if step["type"] == "Replace" or _is_unknown(step.get("pattern") or {})]
+        try:
+            if patterns:
+                _TRIED(try_patterns, patterns, part == "decoder")
+        except LimitError as error:
+            tried = shown([step["pattern"] for step in patterns])
+            raise CheckpointError(
+                f"{path}: {part} cannot replace or cut text by {tried} ({one_line(error)}); leave that step out"
+            ) from None
 
 
 def check_names(names: Iterable[str], place: object) -> None:
@@ -91,43 +87,46 @@ def check_names(names: Iterable[str], place: object) -> None:
         raise CheckpointError(f"{place}: added tokens have {total:,} characters, over {_MAX_NAMES:,}; leave some out")
 
 
-def split_samples(expressions: list[str], may_give_up: bool) -> int:
-    """Cut texts on which expressions usually backtrack, and return how many pieces there are; called in a child.
+def try_patterns(steps: list[Json], may_give_up: bool) -> int:
+    """Use the patterns of steps on texts, and return how many pieces there are; called in a child.
 
-    `may_give_up`: the library may end the search by itself. A decoder sees only what the model wrote, and what it
-    cannot decode is an error of one request. An expression that cuts users' texts must always do so.
+    Expressions cut texts on which they usually backtrack. `may_give_up`: the library may end the search by itself. A
+    decoder sees only what the model wrote, and what it cannot decode is an error of one request. An expression that
+    cuts users' texts must always do so. For replacements a short text will do: the library panics on no text.
     """
-    characters = set(" \n\ta1A'._-é日\u0301").union(*expressions)
-    units = [*sorted(characters), "aA", "a ", "a1", "a'", " \n", "1,", "ab"]
     count = 0
-    for expression in expressions:
-        cut = pre_tokenizers.Split(Regex(expression), "isolated")
-        for unit in units:
-            for end in ("", "!", "\0"):
-                try:
-                    count += len(cut.pre_tokenize_str(unit * (_TRIED_LENGTH // len(unit)) + end))
-                except BaseException as error:
-                    if not (is_panic(error) and may_give_up):
-                        raise
-                    return count
+    for step in steps:
+        [(kind, text)] = step["pattern"].items()
+        pattern = Regex(text) if kind == "Regex" else text
+        if _is_unknown(step["pattern"]):
+            count += _cut_samples(pattern, set(text), may_give_up)
+        if step["type"] == "Replace":
+            backend = Tokenizer(models.BPE())
+            backend.normalizer = normalizers.Replace(pattern, "x")
+            backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+            count += len(backend.encode("hi a\n é "))
     return count
 
 
-def replace_samples(pattern: Json) -> int:
-    """Replace a pattern in a text and return the number of words. Called in a child: the library panics on no text."""
-    [(kind, text)] = pattern.items()
-    backend = Tokenizer(models.BPE())
-    backend.normalizer = normalizers.Replace(Regex(text) if kind == "Regex" else text, "x")
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    return len(backend.encode("hi a\n é "))
+def _cut_samples(expression: Regex, characters: set[str], may_give_up: bool) -> int:
+    """Cut texts of these characters, and others, and return how many pieces there are."""
+    units = [*sorted(characters.union(" \n\ta1A'._-é日\u0301")), "aA", "a ", "a1", "a'", " \n", "1,", "ab"]
+    cut = pre_tokenizers.Split(expression, "isolated")
+    count = 0
+    for unit in units:
+        for end in ("", "!", "\0"):
+            try:
+                count += len(cut.pre_tokenize_str(unit * (_TRIED_LENGTH // len(unit)) + end))
+            except BaseException as error:
+                if not (is_panic(error) and may_give_up):
+                    raise
+                return count
+    return count
 
 
-def _try_expressions(expressions: list[str], path: Path, *, may_give_up: bool) -> None:
-    try:
-        _TRIED(split_samples, expressions, may_give_up)
-    except LimitError as error:
-        reason = f"cutting {_TRIED_LENGTH:,} characters {one_line(error)}"
-        raise CheckpointError(f"{path}: expression {shown(expressions[0])} is not safe: {reason}") from None
+def _is_unknown(pattern: Json) -> bool:
+    """Whether a pattern is an expression that no published model has."""
+    return "Regex" in pattern and pattern["Regex"] not in _KNOWN_EXPRESSIONS
 
 
 def is_panic(error: BaseException) -> bool:
@@ -148,41 +147,35 @@ def _steps(part: Any) -> Iterator[Json]:  # Any: from a file
             yield from _steps(step)
 
 
-def _reason_against(steps: list[Json], expressions: set[str]) -> str | None:
-    """Return the fault of the steps of a part, or None; add their expressions to `expressions`."""
+def _reason_against(steps: list[Json], kinds: set[str]) -> str | None:
+    """What is wrong with the steps of a part, None if nothing is; replaces expressions by their linear equivalents."""
     if len(steps) > _MAX_PARTS:
         return f"has {len(steps)} steps; use at most {_MAX_PARTS}"
     growth = 1.0
-    kinds = [step["type"] for step in steps]
+    names = [step["type"] for step in steps]
     for step in steps:
+        name = step["type"]
+        if name not in kinds:
+            return f"{shown(name)} is not supported; use one of {', '.join(sorted(kinds))}"
+        if name in _ONCE and names.count(name) > 1:
+            return f"has {name} twice; use it once"
         pattern: Json = step.get("pattern") or {}
         if "Regex" in pattern:
             pattern["Regex"] = _LINEAR.get(pattern["Regex"], pattern["Regex"])
-            expressions.add(pattern["Regex"])
             if _REFERENCES.search(pattern["Regex"]):
                 return f"has an expression that refers to itself ({shown(pattern['Regex'])}), which is not supported"
-        if step["type"] == "Replace":
-            try:
-                _TRIED(replace_samples, pattern)
-            except LimitError as error:
-                return f"cannot replace {shown(pattern)} ({one_line(error)}); leave that step out"
-            replaced = len(pattern["String"]) if "String" in pattern else 0
+        if name == "Replace":
+            replaced = len(pattern.get("String", ""))
             growth *= max(1, len(step["content"]) / max(1, replaced) + (replaced == 0))
-        if step["type"] == "Prepend" and len(step["prepend"]) > _MAX_GROWTH:
+        if name == "Prepend" and len(step["prepend"]) > _MAX_GROWTH:
             return f"prepends {len(step['prepend'])} characters; use at most {_MAX_GROWTH}"
-        if step["type"] == "TemplateProcessing" and not _is_plain(step["single"]):
-            return "repeats, drops or adds texts; its template must have the text once"
-        if step["type"] in _ONCE and kinds.count(step["type"]) > 1:
-            return f"has {step['type']} twice; use it once"
+        if name == "TemplateProcessing":
+            texts = [piece["Sequence"]["id"] for piece in step["single"] if "Sequence" in piece]
+            if texts != ["A"] or len(step["single"]) > _MAX_PARTS:
+                return "repeats, drops or adds texts; its template must have the text once"
     if growth > _MAX_GROWTH:
         return f"replaces text by text that is {growth:,.0f} times as long; use at most {_MAX_GROWTH} times"
     return None
-
-
-def _is_plain(template: list[Json]) -> bool:
-    """Whether a template of a post-processor has the text once, and few tokens around it."""
-    texts = [piece["Sequence"]["id"] for piece in template if "Sequence" in piece]
-    return texts == ["A"] and len(template) <= _MAX_PARTS
 
 
 def _check_ids(fields: Json, path: Path) -> None:
@@ -192,7 +185,3 @@ def _check_ids(fields: Json, path: Path) -> None:
     limit = 2 * len(ids) + 1000
     if max(ids, default=0) >= limit:
         raise CheckpointError(f"{path}: id {shown(max(ids))} is too large for {len(ids):,} tokens; number them from 0")
-
-
-def _listed(kinds: set[str]) -> str:
-    return ", ".join(sorted(kinds))

@@ -75,9 +75,8 @@ def read_backend(folder: Path, config: Json) -> tokenizers.Tokenizer:
         backend.no_truncation()  # some files keep the settings of a training run
         backend.no_padding()
         named = _named_tokens(config)
-        listed = _added_tokens(folder, config, named, backend.get_added_tokens_decoder())
+        listed = dict(sorted(_added_tokens(folder, config, named, backend.get_added_tokens_decoder()).items()))
         check_names([token.content for token in (*listed.values(), *named)], folder)
-        listed = dict(sorted(listed.items()))
         backend.add_tokens(list(listed.values()))
         for id_, token in listed.items():
             assigned = backend.token_to_id(token.content)
@@ -154,23 +153,20 @@ def role_tokens(config: Json) -> Json:
 
 
 def _named_tokens(config: Json) -> list[AddedToken]:
-    """Return the special tokens that the config names, in the order in which transformers gives them ids."""
-    tokens = []
-    for value in role_tokens(config).values():
-        tokens.append(_described_token(value, special=True))
+    """The special tokens that the config names, in the order that transformers gives them ids."""
+    values = [(value, True) for value in role_tokens(config).values()]
     extra = config.get("extra_special_tokens") or config.get("additional_special_tokens") or []
     if not isinstance(extra, Mapping):
-        for value in extra:
-            special = not isinstance(value, Mapping) or bool(value.get("special"))
-            tokens.append(_described_token(value, special=special))
-    return [token for token in tokens if token.content]
-
-
-def _described_token(value: Any, *, special: bool) -> AddedToken:  # Any: from a file
-    flags: Json = {"normalized": False}
-    if isinstance(value, Mapping):
-        flags = {name: value[name] for name in ("lstrip", "rstrip", "single_word", "normalized") if name in value}
-    return AddedToken(token_name(value) or "", special=special, **flags)
+        values += [(value, not isinstance(value, Mapping) or bool(value.get("special"))) for value in extra]
+    tokens = []
+    for value, special in values:
+        flags: Json = {"normalized": False}
+        if isinstance(value, Mapping):
+            flags = {name: value[name] for name in ("lstrip", "rstrip", "single_word", "normalized") if name in value}
+        name = token_name(value)
+        if name:
+            tokens.append(AddedToken(name, special=special, **flags))
+    return tokens
 
 
 def token_name(token: Any) -> str | None:  # Any: from a file

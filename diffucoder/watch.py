@@ -42,8 +42,7 @@ class CanvasView:
     def update(self, step: Step) -> None:
         """Add a step, whose first row is this one."""
         self.tokens = step.canvas[0, self.first :].tolist()
-        for position in step.committed[0, self.first :].nonzero()[:, 0].tolist():
-            self.step_of[position] = step.index
+        self.step_of |= dict.fromkeys(step.committed[0, self.first :].nonzero()[:, 0].tolist(), step.index)
         if step.revoked is not None:
             for position in step.revoked[0, self.first :].nonzero()[:, 0].tolist():
                 self.step_of.pop(position, None)
@@ -82,7 +81,6 @@ class CanvasView:
         return self.tokens
 
     def render(self, *, finished: bool = False) -> Group:
-        """Canvas, progress bar and figures."""
         seconds = time.perf_counter() - self.start
         written = 0
         for position, token in enumerate(self._answer()):

@@ -28,7 +28,7 @@ from diffucoder.decoding.coder import DiffuCoder, Span
 from diffucoder.decoding.params import DecodingParams
 from diffucoder.decoding.requests import Generation, Request
 from diffucoder.serving import protocol, responses
-from diffucoder.serving.edge import ApiError, add_error_handlers, answer_head
+from diffucoder.serving.edge import ApiError, add_error_handlers
 from diffucoder.serving.engine import BusyError, Engine, LateError
 from diffucoder.serving.guard import Guard
 from diffucoder.serving.responses import Json
@@ -66,7 +66,6 @@ def create_app(coder: DiffuCoder, settings: ServerSettings | None = None) -> Fas
         redirect_slashes=False,  # a redirect would repeat the Host header
     )
     app.state.server = server
-    app.add_middleware(answer_head)
     app.add_middleware(Guard, settings=settings)
     if settings.cors:
         app.add_middleware(CORSMiddleware, allow_origins=settings.cors, allow_methods=["*"], allow_headers=["*"])
@@ -123,20 +122,18 @@ class Server:
         return await self._reply(request, responses.CompletionAnswer, body, http)
 
     async def chat(self, body: protocol.ChatRequest, http: fastapi.Request) -> Response:
-        def request() -> Request:
-            return self.coder.request([message.plain() for message in body.messages], self._params(body))
-
-        return await self._reply(request, responses.ChatAnswer, body, http)
+        messages = [message.plain() for message in body.messages]
+        return await self._reply(
+            lambda: self.coder.request(messages, self._params(body)), responses.ChatAnswer, body, http
+        )
 
     # --- our own, and llama.cpp's ---
 
     async def fill(self, body: protocol.FillRequest, http: fastapi.Request) -> Response:
         """Fill every hole of a text, all of them jointly; a stream has the text in its last chunk."""
-
-        def request() -> Request:
-            return self.coder.fill_request(body.text, self._params_of_holes(body))
-
-        return await self._reply(request, responses.FillAnswer, body, http)
+        return await self._reply(
+            lambda: self.coder.fill_request(body.text, self._params_of_holes(body)), responses.FillAnswer, body, http
+        )
 
     async def edit(self, body: protocol.EditRequest, http: fastapi.Request) -> Response:
         """Rewrite spans of a text while the rest is frozen, or change it by an instruction."""
@@ -161,7 +158,7 @@ class Server:
 
     async def completion(self, body: protocol.ContinueRequest, http: fastapi.Request) -> Response:
         """Continue text as llama.cpp does, for plug-ins that write their prompts themselves."""
-        return await self._llama_reply(partial(self._continuation, body.prompts()), body, http)
+        return await self._llama_reply(partial(self._continuation, protocol.prompts_of(body.prompt)), body, http)
 
     async def tokenize(self, body: protocol.TokenizeRequest, http: fastapi.Request) -> Response:
         """Tokens of a text, as llama.cpp's route gives them."""
@@ -201,7 +198,6 @@ class Server:
     # --- from a request to its answer ---
 
     def _check_model(self, name: str | None) -> None:
-        """Raise ApiError for a request to another model."""
         if name not in (None, self.coder.name):
             message = f"the model {name[:100]!r} is not here; this server has {self.coder.name!r}"
             raise ApiError(404, message, param="model")
@@ -230,16 +226,15 @@ class Server:
     async def _llama_reply(
         self, request_of: Callable[[DecodingParams], Request], body: protocol.LlamaRequest, http: fastapi.Request
     ) -> Response:
-        """Decode a request, and answer it in llama.cpp's form."""
         self._check_model(body.model)
         count = body.n_cmpl or self.settings.decoding.num_samples
         if isinstance(body, protocol.ContinueRequest):
-            count *= len(body.prompts())
-        answers = [responses.nothing_written(self.coder)] * count
+            count *= len(protocol.prompts_of(body.prompt))
+        answers = [responses.llama_answer(self.coder, None, 0)] * count
         if body.n_predict != 0:
             request = await self._prepare(lambda: request_of(self._params(body)), http)
             results = await self._results(request, http)
-            answers = [responses.llama_answer(self.coder, request, result) for result in results]
+            answers = [responses.llama_answer(self.coder, each, request.prompt_tokens(each.index)) for each in results]
         if body.stream:
             return Response(responses.llama_events(answers, body.response_fields), media_type="text/event-stream")
         shown = [responses.only_fields(answer, body.response_fields) for answer in answers]
@@ -252,7 +247,6 @@ class Server:
         body: protocol.SamplingRequest,
         http: fastapi.Request,
     ) -> Response:
-        """Decode a request, and answer it whole or as a stream."""
         request = await self._prepare(request_of, http)
         answer = kind(self.coder, request, body)
         if not body.stream:
@@ -281,8 +275,13 @@ class Server:
 
 async def _unless_gone(work: Coroutine[Any, Any, T], http: fastapi.Request) -> T:
     """Return what `work` returns; cancel it if the client of the request disconnects."""
+
+    async def disconnected() -> None:
+        while (await http.receive())["type"] != "http.disconnect":
+            pass
+
     task = asyncio.create_task(work)
-    disconnect = asyncio.create_task(_disconnected(http))
+    disconnect = asyncio.create_task(disconnected())
     try:
         await asyncio.wait({task, disconnect}, return_when=asyncio.FIRST_COMPLETED)
         if not task.done():
@@ -291,12 +290,6 @@ async def _unless_gone(work: Coroutine[Any, Any, T], http: fastapi.Request) -> T
     finally:
         task.cancel()
         disconnect.cancel()
-
-
-async def _disconnected(http: fastapi.Request) -> None:
-    """Wait until the client is gone."""
-    while (await http.receive())["type"] != "http.disconnect":
-        pass
 
 
 def _printed(content: Any) -> Response:  # Any: JSON

@@ -122,13 +122,10 @@ class Connection(H11Protocol):
         super().connection_made(_Transport(transport, self))  # type: ignore[arg-type]
         if len(self.connections) <= self.most:
             return
-        oldest: Connection | None = None
-        for other in self.connections:
-            assert isinstance(other, Connection)
-            waited_for = other is not self and other.waits_for() is not None
-            if waited_for and (oldest is None or other.since < oldest.since):
-                oldest = other
-        if oldest is not None:
+        others: set[Any] = self.connections - {self}  # Any: of this class, but uvicorn has several
+        idle = [other for other in others if other.waits_for() is not None]
+        if idle:
+            oldest = min(idle, key=lambda other: other.since)
             self.connections.discard(oldest)
             oldest.transport.abort()
             return

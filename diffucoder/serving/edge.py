@@ -1,4 +1,4 @@
-"""What holds for every answer alike: how errors are answered, and HEAD.
+"""How errors are answered, by every route alike.
 
 Not for: which requests are let in (`guard`), the fields of a request (`protocol`) or the routes (`app`).
 """
@@ -11,7 +11,6 @@ from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from diffucoder.errors import DiffuCoderError
 from diffucoder.serving.engine import BusyError, ClosingError, FailedError, LateError
@@ -64,13 +63,12 @@ def api_error(error: Exception, route: str = "") -> ApiError:
             message = "the body cannot be read; send JSON in UTF-8, not too deep, with numbers of sensible length"
         headers = dict(error.headers or {})
         if headers.get("Allow") == "GET":
-            headers["Allow"] = "GET, HEAD"  # `answer_head`
+            headers["Allow"] = "GET, HEAD"  # which `Guard` turns into a GET
         return ApiError(error.status_code, message, headers=headers)
     return ApiError(500, "the server made a mistake; its log has the reason")
 
 
 def _invalid_body(error: RequestValidationError) -> ApiError:
-    """Describe the first field that does not fit."""
     details = error.errors()
     # an unknown name first: if it is misspelt, it is the reason why another is missing
     first = min(details, key=lambda detail: detail["type"] != "extra_forbidden")
@@ -114,21 +112,3 @@ def _closest(first: Detail, details: Sequence[Detail]) -> list[Detail]:
     furthest = max(map(reach, rivals))
     rivals = [detail for detail in rivals if reach(detail) == furthest]
     return [detail for detail in rivals if not detail["type"].endswith("_type")] or rivals
-
-
-def answer_head(app: ASGIApp) -> ASGIApp:
-    """Wrap an application so that it answers HEAD as GET, without the body (RFC 9110, 9.3.2)."""
-
-    async def answered(scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or scope["method"] != "HEAD":
-            await app(scope, receive, send)
-            return
-
-        async def send_head(message: Message) -> None:
-            if message["type"] == "http.response.body":
-                message = {**message, "body": b""}
-            await send(message)
-
-        await app({**scope, "method": "GET"}, receive, send_head)
-
-    return answered

@@ -41,7 +41,7 @@ def is_loopback(host: str) -> bool:
 
 
 class Guard:
-    """An application that answers what must not reach `app`, and hands it whole bodies."""
+    """Answers what must not reach `app`, and hands it whole bodies, and HEAD as GET (RFC 9110, 9.3.2)."""
 
     def __init__(self, app: ASGIApp, settings: ServerSettings) -> None:
         self.app = app
@@ -51,22 +51,29 @@ class Guard:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
+        is_head = scope["method"] == "HEAD"
+        whole: list[Message] = []
 
-        async def send_with_headers(message: Message) -> None:
+        async def receive_whole() -> Message:
+            return whole.pop() if whole else await receive()
+
+        async def send_guarded(message: Message) -> None:
             if message["type"] == "http.response.start":
-                headers = MutableHeaders(scope=message)
-                for name, value in _HEADERS.items():
-                    headers[name] = value
+                MutableHeaders(scope=message).update(_HEADERS)
+            elif is_head:
+                message = {**message, "body": b""}
             await send(message)
 
         try:
             self._check(scope)
             body = await self._read(receive)
         except ApiError as error:
-            await JSONResponse(error.body, error.status, error.headers)(scope, receive, send_with_headers)
+            await JSONResponse(error.body, error.status, error.headers)(scope, receive, send_guarded)
             return
         if body is not None:
-            await self.app({**scope, "body_bytes": len(body)}, _received(body, receive), send_with_headers)
+            whole.append({"type": "http.request", "body": body, "more_body": False})
+            method = "GET" if is_head else scope["method"]
+            await self.app({**scope, "method": method, "body_bytes": len(body)}, receive_whole, send_guarded)
 
     def _check(self, scope: Scope) -> None:
         """Raise ApiError for a request whose head says enough."""
@@ -74,7 +81,11 @@ class Guard:
         if self.settings.api_key is None:
             self._check_site(headers, scope)
         elif scope["path"] not in OPEN_PATHS and not scope["path"].startswith(OPEN_FOLDERS):
-            _check_key(headers, self.settings.api_key)
+            scheme, _, token = headers.get("authorization", "").partition(" ")
+            right = secrets.compare_digest(token.strip().encode(), self.settings.api_key.encode())
+            if scheme.lower() != "bearer" or not right:
+                message = "the API key is missing or wrong; send it as 'Authorization: Bearer KEY'"
+                raise ApiError(401, message, headers={"WWW-Authenticate": "Bearer"})
         length = headers.get("content-length", "0")
         if length.isdecimal() and int(length[:20]) > self.settings.max_body:
             raise self._too_large()
@@ -118,29 +129,10 @@ class Guard:
         return ApiError(413, f"the request is over {self.settings.max_body:,} bytes; send less")
 
 
-def _check_key(headers: Headers, key: str) -> None:
-    scheme, _, token = headers.get("authorization", "").partition(" ")
-    if scheme.lower() != "bearer" or not secrets.compare_digest(token.strip().encode(), key.encode()):
-        message = "the API key is missing or wrong; send it as 'Authorization: Bearer KEY'"
-        raise ApiError(401, message, headers={"WWW-Authenticate": "Bearer"})
-
-
 def _name_of(url: str) -> str:
     """The host of a URL, without its port; empty if there is none, or the port is not a number."""
     try:
         parts = urlsplit(url)
-        if parts.port is None or parts.port > 0:
-            return parts.hostname or ""
+        return (parts.port != 0 and parts.hostname) or ""
     except ValueError:
-        pass
-    return ""
-
-
-def _received(body: bytes, receive: Receive) -> Receive:
-    """What an application receives: the body, then what `receive` has."""
-    messages: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
-
-    async def next_message() -> Message:
-        return messages.pop() if messages else await receive()
-
-    return next_message
+        return ""

@@ -111,11 +111,11 @@ LlamaPrompt = str | TextPrompt | Mixed
 LlamaPrompts = LlamaPrompt | Annotated[list[LlamaPrompt], Field(min_length=1, max_length=64, fail_fast=True)]
 
 
-def prompts_of(given: Prompts) -> list[str | list[int]]:
-    """The prompts of a field: each is text or token ids."""
-    if isinstance(given, str) or isinstance(given[0], int):
-        return [given]
-    return given
+def prompts_of(given: Any) -> list[str | list[int | str]]:  # Any: Prompts or LlamaPrompts
+    """The prompts of a field: each is text, or a list of token ids and text."""
+    if not isinstance(given, list) or any(isinstance(part, int) for part in given):  # a list of texts has several
+        given = [given]
+    return [prompt.prompt_string if isinstance(prompt, TextPrompt) else prompt for prompt in given]
 
 
 class Body(BaseModel):
@@ -236,10 +236,8 @@ class Message(Body):
 
     @model_validator(mode="after")
     def _says_something(self) -> Self:
-        if self.content is None:
-            if self.role != "assistant":
-                raise ValueError(f"the {self.role} message has no content; give a string or a list of text parts")
-            self.content = ""
+        if self.content is None and self.role != "assistant":
+            raise ValueError(f"the {self.role} message has no content; give a string or a list of text parts")
         return self
 
     def plain(self) -> dict[str, str]:
@@ -292,9 +290,7 @@ class EditRequest(SamplingRequest):
     """`/v1/edit`: a text to change, either in some spans while the rest is frozen, or by an instruction."""
 
     text: str
-    spans: list[Span] = Field(
-        default_factory=list, max_length=64, fail_fast=True, description="in order, without overlaps"
-    )
+    spans: list[Span] = Field(default_factory=list, max_length=64, fail_fast=True, description="in order, no overlaps")
     instruction: str | None = Field(default=None, min_length=1, description="what to change; only without spans")
 
     @model_validator(mode="after")
@@ -325,9 +321,7 @@ class LlamaRequest(DecodingRequest):
         validation_alias=AliasChoices("n_cmpl", "n"),
         description="number of answers, or `n`; several come as a list",
     )
-    top_k: int | None = Field(
-        default=None, ge=1, lt=2**31, description="propose only this many of the likeliest tokens"
-    )
+    top_k: int | None = Field(default=None, ge=1, lt=2**31, description="propose only so many of the likeliest tokens")
     stream: bool = Field(default=False, description="as events: the text of each answer at once, then its figures")
     response_fields: list[str] = Field(
         default_factory=list, max_length=64, description="send only these fields, such as timings/prompt_n; empty: all"
@@ -360,16 +354,6 @@ class ContinueRequest(LlamaRequest):
     """llama.cpp's `/completion`: text or token ids to be continued."""
 
     prompt: LlamaPrompts = Field(description="text, ids, both in a list, {prompt_string: text}, or a list of these")
-
-    def prompts(self) -> list[str | list[int | str]]:
-        """Each is text, or a list of token ids and text."""
-        given: list[Any] = self.prompt if isinstance(self.prompt, list) else [self.prompt]  # Any: its many types
-        if any(isinstance(part, int) for part in given):  # one prompt; a list of texts has several
-            given = [given]
-        prompts = []
-        for prompt in given:
-            prompts.append(prompt.prompt_string if isinstance(prompt, TextPrompt) else prompt)
-        return prompts
 
 
 class TokenizeRequest(Body):

@@ -11,9 +11,12 @@ import difflib
 import io
 import json
 import logging
+import re
 import time
 import uuid
-from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
+from collections.abc import AsyncIterator, Sequence
+from itertools import takewhile
+from operator import eq
 from typing import Any, ClassVar
 
 from diffucoder.decoding.coder import HOLE_LENGTHS, DiffuCoder
@@ -30,11 +33,7 @@ log = logging.getLogger(__name__)
 Json = dict[str, Any]  # Any: what is sent as JSON
 _CONTEXT = 3  # lines around a change
 _MOST_COMPARED = 10**6  # lines times lines; in longer texts everything from the first to the last change is replaced
-
-
-def token_text(coder: DiffuCoder, token: int) -> str:
-    """The text of one token; special tokens are shown."""
-    return coder.tokenizer.pieces([token])[0]
+_OTHER = "\udfff"  # makes a line unlike all others: comparing takes the square or the cube of their number
 
 
 def ids_of(coder: DiffuCoder, prompt: Sequence[int | str]) -> list[int]:
@@ -91,25 +90,12 @@ class Answer:
         return {**self._head(self.kind), "choices": choices, "usage": self._usage(results)}
 
     async def events(self, job: Job) -> AsyncIterator[str]:
-        """The answer as server-sent events: text as it settles, from the left, then the end of each choice.
-
-        An error is one of them, since it comes too late for a status.
-        """
-        sent: list[SettledText] = []  # the text of each choice until now
-        for _ in range(self.request.result_count):
-            sent.append(SettledText(self.request.tokenizer, self.request.params.stop))
+        """The answer as server-sent events: text as it settles. An error is one: it is too late for a status."""
         job.claim()
         try:
-            for chunk in self._first_chunks(job):
-                yield self._event(chunk)
+            async for chunk in self._chunks(job):
+                yield f"data: {json.dumps({**self._head(self.chunk_kind), 'choices': [], **chunk})}\n\n"
                 await asyncio.sleep(0)  # other connections have their turn, however much is ready to be sent
-            async for event in job.events():
-                await asyncio.sleep(0)
-                for chunk in self._step_chunks(job, event, sent):
-                    yield self._event(chunk)
-            for chunk in self._last_chunks(job, await job.made_results(), sent):
-                yield self._event(chunk)
-                await asyncio.sleep(0)
         except Exception as error:  # whatever it is, the client must hear of it
             if not isinstance(error, DiffuCoderError):
                 log.exception("a stream broke")
@@ -119,28 +105,26 @@ class Answer:
             raise
         yield "data: [DONE]\n\n"
 
-    def _event(self, content: Json) -> str:
-        chunk = {**self._head(self.chunk_kind), "choices": [], **content}
-        return f"data: {json.dumps(chunk)}\n\n"
-
-    def _first_chunks(self, job: Job) -> Iterator[Json]:
-        if self.first_piece:
-            for index in range(self.request.result_count):
+    async def _chunks(self, job: Job) -> AsyncIterator[Json]:
+        """What a stream holds, besides what is in each of its chunks."""
+        params = self.request.params
+        sent: list[SettledText] = []  # the text of each choice until now
+        for index in range(self.request.result_count):
+            sent.append(SettledText(self.request.tokenizer, params.stop))
+            if self.first_piece:
                 yield {"choices": [_choice(index, self.first_piece)]}
         if self.options.denoise:
             for row in range(len(job.sequences)):
                 yield {"denoise": {"row": row, "canvas": self._canvas(job, row)}}
-
-    def _step_chunks(self, job: Job, event: Event, sent: list[SettledText]) -> Iterator[Json]:
-        if self.options.denoise:
-            yield {"denoise": self._committed(job, event)}
-        rows_are_choices = len(sent) == len(job.sequences)
-        if self.piece("") and rows_are_choices and not self.request.params.revoke:
-            text = sent[event.row].add(event.settled)
+        settles = self.piece("") and len(sent) == len(job.sequences) and not params.revoke  # each row is a choice
+        async for event in job.events():
+            await asyncio.sleep(0)
+            if self.options.denoise:
+                yield {"denoise": self._committed(job, event)}
+            text = sent[event.row].add(event.settled) if settles else ""
             if text:
                 yield {"choices": [_choice(event.row, self.piece(text))]}
-
-    def _last_chunks(self, job: Job, results: list[Generation], sent: list[SettledText]) -> Iterator[Json]:
+        results = await job.made_results()
         for result in results:
             rest = result.text[sent[result.index].length :]
             content = self.piece(rest) or self.choice(result)
@@ -157,18 +141,20 @@ class Answer:
 
     def _texts(self, tokens: list[int]) -> list[str | None]:
         mask_id = self.request.canvas.mask_id
-        return [None if token == mask_id else token_text(self.coder, token) for token in tokens]
+        return [None if token == mask_id else self.coder.tokenizer.pieces([token])[0] for token in tokens]
 
     def _committed(self, job: Job, event: Event) -> Json:
         """What a step did to a row. Positions count from the row's first hole."""
         step = event.step
+        tokenizer = self.coder.tokenizer
         start = job.sequences[event.row].first_hole
         committed = []
         for position in step.committed[0, start:].nonzero()[:, 0].tolist():
             token = int(step.canvas[0, start + position])
             log_prob = round(float(step.log_prob[0, start + position]), 4)
-            entry = {"position": position, "token": token, "text": token_text(self.coder, token), "log_prob": log_prob}
-            content = text_or_bytes(self.coder.tokenizer.token_bytes(token))
+            text = tokenizer.pieces([token])[0]
+            entry = {"position": position, "token": token, "text": text, "log_prob": log_prob}
+            content = text_or_bytes(tokenizer.token_bytes(token))
             if isinstance(content, list):  # a part of a character
                 entry["bytes"] = content
             committed.append(entry)
@@ -200,15 +186,12 @@ class Answer:
         return {**counts, "forward_passes": passes}
 
     def _token_logprobs(self, result: Generation) -> list[Json]:
-        """Each token of an answer with its log-probability when it was committed.
-
-        Their bytes together are those of the answer's text: special tokens, which it leaves out, have none.
-        """
+        """Each token with its log-probability. Their bytes together are those of the text: special tokens have none."""
         tokenizer = self.coder.tokenizer
         pieces = iter(tokenizer.pieces([token for token in result.tokens if token not in tokenizer.special_ids]))
         entries = []
         for token, log_prob in zip(result.tokens, result.trace.log_probs, strict=False):
-            text = token_text(self.coder, token)
+            text = tokenizer.pieces([token])[0]
             content = b""
             if token not in tokenizer.special_ids:
                 text = next(pieces)
@@ -261,7 +244,9 @@ class CompletionAnswer(Answer):
     def _prompt(self, index: int) -> str:
         """The text of the prompt that the choice `index` answers."""
         prompt = protocol.prompts_of(self.body.prompt)[index // self.request.params.num_samples]
-        return prompt if isinstance(prompt, str) else self.coder.tokenizer.decode(prompt, skip_special=False)
+        if isinstance(prompt, str):
+            return prompt
+        return self.coder.tokenizer.decode(ids_of(self.coder, prompt), skip_special=False)
 
     def _logprob_columns(self, result: Generation, offset: int) -> Json:
         """The log-probabilities as `/v1/completions` has them; the answer begins at character `offset`."""
@@ -302,71 +287,31 @@ def unified_diff(before: str, after: str) -> str:
     """What changes `before` into `after`, as `git apply` and `patch` read it: only a newline ends a line."""
     old = list(io.StringIO(before, newline="\n"))
     new = list(io.StringIO(after, newline="\n"))
-    if old == new:
-        return ""
     start = _common(old, new)
     end = _common(old[start:][::-1], new[start:][::-1])
+    if (len(old) - start - end) * (len(new) - start - end) > _MOST_COMPARED:
+        new[start : len(new) - end] = [line + _OTHER for line in new[start : len(new) - end]]
     first = max(0, start - _CONTEXT)  # of the lines that are shown
     last = max(0, end - _CONTEXT)  # from the end
-    old_end = len(old) - end - first
-    new_end = len(new) - end - first
-    old = old[first : len(old) - last]
-    new = new[first : len(new) - last]
-    groups: Iterable[list[tuple[str, int, int, int, int]]]
-    if (old_end - _CONTEXT) * (new_end - _CONTEXT) <= _MOST_COMPARED:
-        groups = difflib.SequenceMatcher(None, old, new).get_grouped_opcodes(_CONTEXT)
-    else:  # its time is the square or the cube of the number of lines
-        start -= first
-        groups = [
-            [
-                ("equal", 0, start, 0, start),
-                ("replace", start, old_end, start, new_end),
-                ("equal", old_end, len(old), new_end, len(new)),
-            ]
-        ]
-    diff = "--- before\n+++ after\n"
-    for group in groups:
-        diff += f"@@ -{_lines(first, group[0][1], group[-1][2])} +{_lines(first, group[0][3], group[-1][4])} @@\n"
-        for kind, i, j, k, m in group:
-            if kind == "equal":
-                diff += _marked(" ", old[i:j])
-            else:
-                diff += _marked("-", old[i:j]) + _marked("+", new[k:m])
+    diff = ""
+    for line in difflib.unified_diff(old[first : len(old) - last], new[first : len(new) - last], "before", "after"):
+        line = line.replace(_OTHER, "")
+        if line.startswith("@@"):
+            line = re.sub(r"(?<=[-+])\d+", lambda number: str(int(number[0]) + first), line)
+        diff += line if line.endswith("\n") else f"{line}\n\\ No newline at end of file\n"
     return diff
 
 
 def _common(old: list[str], new: list[str]) -> int:
     """How many lines two texts begin with alike."""
-    count = 0
-    for one, other in zip(old, new, strict=False):
-        if one != other:
-            break
-        count += 1
-    return count
-
-
-def _lines(first: int, start: int, end: int) -> str:
-    """The lines of a hunk, from 1, and their number."""
-    count = end - start
-    number = first + start + (count > 0)
-    return f"{number}" if count == 1 else f"{number},{count}"
-
-
-def _marked(mark: str, lines: Sequence[str]) -> str:
-    text = ""
-    for line in lines:
-        text += f"{mark}{line}" if line.endswith("\n") else f"{mark}{line}\n\\ No newline at end of file\n"
-    return text
+    return sum(takewhile(bool, map(eq, old, new)))
 
 
 # --- llama.cpp's /infill and /completion -----------------------------------------------------------------------------
 
 
 def fit_into_context(coder: DiffuCoder, body: protocol.InfillRequest) -> tuple[str, str]:
-    """Return prefix and suffix, cut to what the model can read.
-
-    The text next to the cursor comes first. Text from elsewhere goes before the prefix if there is room.
-    """
+    """Return prefix and suffix, cut to what the model can read: the text next to the cursor comes first."""
     tokenizer = coder.tokenizer
     room = coder.model.max_length - max(HOLE_LENGTHS) - 2
     suffix = tokenizer.encode(body.input_suffix)[: room // 4]
@@ -376,29 +321,18 @@ def fit_into_context(coder: DiffuCoder, body: protocol.InfillRequest) -> tuple[s
     return text or "\n", tokenizer.decode(suffix).rstrip("\ufffd")
 
 
-def llama_answer(coder: DiffuCoder, request: Request, result: Generation) -> Json:
-    """An answer in llama.cpp's form. Times of the prompt are 0: it is read again in every pass."""
-    return _llama_fields(
-        coder,
-        text=result.text,
-        stop_type="word" if result.finish_reason == "stop" else "limit",
-        known=request.prompt_tokens(result.index),
-        written=len(result.tokens),
-        seconds=result.seconds,
-    )
-
-
-def nothing_written(coder: DiffuCoder) -> Json:
-    """The answer to a request that is to write nothing."""
-    return _llama_fields(coder, text="", stop_type="limit", known=0, written=0, seconds=0.0)
-
-
-def _llama_fields(coder: DiffuCoder, *, text: str, stop_type: str, known: int, written: int, seconds: float) -> Json:
-    milliseconds = 1e3 * seconds
-    timings = {"prompt_n": known, "prompt_ms": 0.0, "prompt_per_token_ms": 0.0, "prompt_per_second": 0.0}
-    timings |= {"predicted_n": written, "predicted_ms": milliseconds}
-    timings["predicted_per_token_ms"] = milliseconds / max(1, written)
-    timings["predicted_per_second"] = written / max(1e-9, seconds)
+def llama_answer(coder: DiffuCoder, result: Generation | None, known: int) -> Json:
+    """An answer in llama.cpp's form to a prompt of `known` tokens; `result` is None if nothing was to be written."""
+    text = ""
+    stop_type = "limit"
+    written = 0
+    seconds = 0.0
+    if result is not None:
+        text = result.text
+        written = len(result.tokens)
+        seconds = result.seconds
+        if result.finish_reason == "stop":
+            stop_type = "word"
     return {
         "content": text,
         "model": coder.name,
@@ -409,7 +343,14 @@ def _llama_fields(coder: DiffuCoder, *, text: str, stop_type: str, known: int, w
         "tokens_evaluated": known,
         "tokens_cached": known + written,
         "generation_settings": {"n_ctx": coder.model.max_length},
-        "timings": timings,
+        "timings": {
+            "prompt_n": known,
+            **dict.fromkeys(("prompt_ms", "prompt_per_token_ms", "prompt_per_second"), 0.0),
+            "predicted_n": written,
+            "predicted_ms": 1e3 * seconds,
+            "predicted_per_token_ms": 1e3 * seconds / max(1, written),
+            "predicted_per_second": written / max(1e-9, seconds),
+        },
     }
 
 

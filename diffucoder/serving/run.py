@@ -105,26 +105,33 @@ def restore_signals() -> None:
 class _Server(uvicorn.Server):
     """Prints where it listens and that it is stopping, and closes connections of clients that are too slow."""
 
+    _reported = -60.0  # when a lack of descriptors was reported
+
     async def startup(self, sockets: list[object] | None = None) -> None:  # type: ignore[override]  # sockets: unused
-        """Begin to listen."""
         await super().startup(sockets)  # type: ignore[arg-type]
         if not self.started:
             return
         _LOG.setLevel(logging.ERROR)
-        asyncio.get_running_loop().set_exception_handler(_Complaints().report)
+        asyncio.get_running_loop().set_exception_handler(self._report)
         gc.freeze()  # else each body of many small values makes the collector look at all of torch's objects
         self._watcher = asyncio.create_task(self._watch())
         announce(self.config.host, self.servers[0].sockets[0].getsockname()[1])
 
     async def shutdown(self, sockets: list[object] | None = None) -> None:  # type: ignore[override]  # unused
-        """Answer what was accepted."""
         print("stopping: accepted requests are still answered; a second signal stops at once", file=sys.stderr)
         await super().shutdown(sockets)  # type: ignore[arg-type]
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """Stop, on a signal."""
         self.should_exit = True
         restore_signals()
+
+    def _report(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:  # Any: as asyncio has it
+        """Report an error of the event loop; a lack of descriptors in one line now and then."""
+        if context["message"] != _NO_DESCRIPTOR:
+            loop.default_exception_handler(context)
+        elif time.monotonic() - self._reported > 60:
+            self._reported = time.monotonic()
+            _LOG.error("no descriptor is free for a connection; raise the limit (ulimit -n)")
 
     async def _watch(self) -> None:
         while True:
@@ -136,16 +143,3 @@ class _Server(uvicorn.Server):
                 unread[connection] = connection.transport.get_write_buffer_size()
             if sum(unread.values()) > _MOST_UNREAD:
                 max(unread, key=unread.__getitem__).transport.abort()
-
-
-class _Complaints:
-    """Reports errors of the event loop, and a lack of descriptors in one line now and then."""
-
-    _printed = -60.0
-
-    def report(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:  # Any: as asyncio has it
-        if context["message"] != _NO_DESCRIPTOR:
-            loop.default_exception_handler(context)
-        elif time.monotonic() - self._printed > 60:
-            self._printed = time.monotonic()
-            _LOG.error("no descriptor is free for a connection; raise the limit (ulimit -n)")

@@ -81,7 +81,10 @@ def run_replicas(settings: ScaleSettings, *, host: str, port: int) -> None:
 
     for name in (signal.SIGTERM, signal.SIGINT):
         signal.signal(name, begin_to_stop)
-    port = port or _free_port(host)
+    if not port:  # one that is free
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        with socket.create_server((host, 0), family=family) as probe:
+            port = probe.getsockname()[1]
     serve.start(http_options=HTTPOptions(host=host, port=port), proxy_location="HeadOnly", logging_config=_QUIET)
     try:
         serve.run(app(settings), name=_NAME)
@@ -105,10 +108,3 @@ def _resources(settings: ScaleSettings) -> dict[str, Any]:
         sharing = math.ceil(most / torch.cuda.device_count())  # 3 replicas on 2 GPUs: half a GPU each
         gpus = int(1e4 / sharing) / 1e4  # Ray counts in steps of 1e-4
     return {"num_cpus": cpus, "num_gpus": gpus or 0}
-
-
-def _free_port(host: str) -> int:
-    """A port that nobody listens on."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    with socket.create_server((host, 0), family=family) as probe:
-        return int(probe.getsockname()[1])

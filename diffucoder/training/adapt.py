@@ -15,7 +15,7 @@ from diffucoder.models.denoiser import Denoiser
 from diffucoder.tokenizer import Tokenizer
 from diffucoder.training.data import TokenStore, epoch_index, prepare
 from diffucoder.training.masked import HELD_OUT, MaskedStage, Row
-from diffucoder.training.run import check_length, load_start, objective_of, train_and_export
+from diffucoder.training.run import check_length, load_start, masked_stage, train_and_export
 from diffucoder.training.settings import AdaptSettings, PretrainSettings
 
 _ORDER, _SHAPE = 10, 11  # the last number of a key of noise: what is drawn
@@ -23,10 +23,7 @@ _ORDER, _SHAPE = 10, 11  # the last number of a key of noise: what is drawn
 
 @dataclass
 class PackedRows:
-    """Rows of `context` consecutive tokens of the packed documents, in a new order every epoch (`masked.Rows`).
-
-    The last three fields are shares of the rows. ConfigError if `store` does not fill one row.
-    """
+    """Rows of consecutive tokens of the packed documents (`masked.Rows`). The last three fields are shares of them."""
 
     store: TokenStore
     context: int
@@ -74,8 +71,7 @@ def packed_stage(
 
     rows = rows_of(settings.data, **shares)
     held_out = rows_of(settings.held_out) if settings.held_out else None
-    objective = objective_of(settings, denoiser, tokenizer)
-    return MaskedStage(objective, rows, held_out, settings.held_out_rows)
+    return masked_stage(settings, denoiser, tokenizer, rows, held_out)
 
 
 def adapt(settings: AdaptSettings) -> Path:

@@ -23,32 +23,31 @@ _BASE = ".base_layer."  # peft's name for a layer that has an adapter
 
 
 def add_adapters(denoiser: Denoiser, settings: TrainSettings) -> Any:  # Any: mypy does not follow peft
-    """Put adapters into the model's layers, in place, and freeze everything else; peft's model around them.
-
-    ConfigError if the layers are not in the model, or if `tied` would be broken.
-    """
+    """Put adapters into the model's layers, in place, and freeze all else. ConfigError if they do not fit."""
     from peft import LoraConfig, get_peft_model
 
     targets = list(settings.lora_targets)
     config = LoraConfig(r=settings.lora_rank, lora_alpha=settings.lora_alpha, target_modules=targets)
-    with (
-        torch.random.fork_rng(),
-        warnings.catch_warnings(action="ignore"),
-    ):  # of tied matrices, and of its own old names
-        torch.manual_seed(settings.seed)  # peft draws from the global generator
+    # peft draws from the global generator, and warns of tied matrices and of its own old names
+    with torch.random.fork_rng(), warnings.catch_warnings(action="ignore"):
+        torch.manual_seed(settings.seed)
         try:
             adapters = get_peft_model(denoiser.model, config)
         except ValueError as error:
             raise ConfigError(f"lora_targets={settings.lora_targets} are not in this model: {error}") from error
     source = getattr(settings, "model", None) or denoiser.model.name_or_path
     adapters.peft_config["default"].base_model_name_or_path = source
-    ends = (denoiser.model.get_input_embeddings(), denoiser.model.get_output_embeddings())
-    if getattr(settings, "tied", False) and any(hasattr(end, "base_layer") for end in ends):
+    if getattr(settings, "tied", False) and adapts_ends(denoiser.model):
         raise ConfigError(
             f"tied=true trains embeddings and head as one matrix, but lora_targets={settings.lora_targets} adapts one "
             "by itself; leave one of the two settings out"
         )
     return adapters
+
+
+def adapts_ends(model: Any) -> bool:  # Any: as `transformers` has it
+    """Whether the embeddings or the head have an adapter."""
+    return any(hasattr(end, "base_layer") for end in (model.get_input_embeddings(), model.get_output_embeddings()))
 
 
 def save_adapters(adapters: Any, state: Mapping[str, Tensor], folder: Path) -> None:  # Any: peft's model
@@ -62,10 +61,7 @@ def save_adapters(adapters: Any, state: Mapping[str, Tensor], folder: Path) -> N
 
 
 def merged(state: Mapping[str, Tensor], settings: TrainSettings) -> Iterator[tuple[str, Tensor, Tensor]]:
-    """Name, weight before and weight after training of all weights; the latter is float32 where there is an adapter.
-
-    `state` has the weights of a model with adapters. The names are those of the model without them.
-    """
+    """Name, weight before and after training of the model without adapters; the latter is float32 where one was."""
     scale = settings.lora_alpha / settings.lora_rank
     for name, weight in state.items():
         layer, adapted, kind = name.partition(_BASE)

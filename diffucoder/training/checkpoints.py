@@ -49,18 +49,13 @@ class State:
 
 
 def open_run_folder(settings: TrainSettings, *, write: bool) -> None:
-    """Take the run folder for this run; without `write` only check it, as every process but the first does.
-
-    ConfigError if the folder belongs to another run, or to this one and `resume` is off, or cannot be written.
-    """
+    """Check that the folder is free, or is that of this run, and `write` to it. ConfigError if that is not possible."""
     run = settings.run
     path = run / "settings.json"
     fixed = _fixed_settings(settings)
     try:
         if os.path.lexists(run / "checkpoints") and not (run / "checkpoints").is_dir():
-            raise ConfigError(
-                f"run={str(run)!r} has a file in the place of its folder checkpoints; name another folder"
-            )
+            raise ConfigError(f"run={str(run)!r} has a file in place of its folder checkpoints; name another folder")
         if settings.resume and path.exists():
             _check_unchanged(fixed, read_json(path), run)
         elif settings.resume and checkpoint_steps(run):
@@ -110,11 +105,8 @@ def _trim_logs(run: Path, step: int) -> None:
     """Keep the lines of the logs up to `step`; the resumed run writes the later ones again."""
     for path in (run / name for name in LOGS):
         if os.path.lexists(path):  # a link that leads nowhere would lead what is written there
-            kept: list[Json] = []
-            for line in read_whole_lines(path):
-                if isinstance(line.get("step"), int) and line["step"] <= step:
-                    kept.append(line)
-            write_jsonl(path, kept)
+            lines = read_whole_lines(path)
+            write_jsonl(path, (line for line in lines if isinstance(line.get("step"), int) and line["step"] <= step))
 
 
 def save(run: Path, step: int, state: State, accelerator: Accelerator, *, keep: int) -> None:
@@ -151,10 +143,7 @@ def save(run: Path, step: int, state: State, accelerator: Accelerator, *, keep: 
 
 
 def load_newest(run: Path, state: State, accelerator: Accelerator) -> int:
-    """Fill `state` from the newest whole checkpoint and return its step; 0 if there is none.
-
-    A torn one is named and passed over. Lines of the logs after that step are removed.
-    """
+    """Fill `state` from the newest whole checkpoint and return its step, or 0; later lines of the logs are removed."""
     step = 0
     if accelerator.is_main_process:
         step = _newest_whole(run)
@@ -267,7 +256,6 @@ def _tied_names(model: nn.Module) -> list[str]:
 
 
 def _sizes_and_checksums(folder: Path) -> dict[str, list[int]]:
-    """Size and checksum of each file of tensors in the folder of a checkpoint."""
     files: dict[str, list[int]] = {}
     for path in folder.glob("*.safetensors"):
         checksum = 0
@@ -279,7 +267,6 @@ def _sizes_and_checksums(folder: Path) -> dict[str, list[int]]:
 
 
 def _sync(folder: Path) -> None:
-    """Wait until the disk has the folder and its files."""
     for path in [*folder.iterdir(), folder]:
         handle = os.open(path, os.O_RDONLY)
         try:

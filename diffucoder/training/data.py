@@ -25,16 +25,7 @@ from diffucoder.diffusion import keyed_generator
 from diffucoder.errors import CheckpointError, ConfigError, DiffuCoderError, PromptError
 from diffucoder.files import Json, disk_is_full, read_json, write_json
 from diffucoder.tokenizer import Tokenizer
-from diffucoder.training.sources import (
-    SUFFIXES,
-    Kind,
-    Record,
-    Skipped,
-    Sources,
-    find_files,
-    source_names,
-    usable,
-)
+from diffucoder.training.sources import SUFFIXES, Kind, Record, Skipped, Sources, find_files, source_names, usable
 from diffucoder.training.sources import records as read_records
 
 MANIFEST = "manifest.json"
@@ -49,10 +40,7 @@ class TokenStore:
     """Tokenised examples in memory-mapped files: opening them costs next to nothing, whatever their size."""
 
     def __init__(self, dataset: Dataset, folder: Path, vocab_size: int = 2**32) -> None:
-        """`dataset` has the columns `ids`, the tokens of an example, and `answer`, where in them its answer begins.
-
-        Reading a token from `vocab_size` on raises CheckpointError.
-        """
+        """`dataset` has the tokens of an example, `ids`, and where its `answer` begins in them."""
         self.folder = folder
         self.vocab_size = vocab_size
         self._answers = dataset.data.column("answer")
@@ -61,7 +49,6 @@ class TokenStore:
         self.tokens = len(self._stream)
 
     def __len__(self) -> int:
-        """Number of examples."""
         return len(self._answers)
 
     @property
@@ -179,11 +166,7 @@ def _open_or_generate(folder: Path, examples: Callable[[], Iterator[Json]], voca
         raise ConfigError(f"cache={str(folder.parent)!r} cannot be written ({error}); name another folder") from error
     try:
         dataset = Dataset.from_generator(
-            examples,
-            features=features,
-            cache_dir=str(folder),
-            fingerprint=folder.name,
-            writer_batch_size=_WRITTEN_ROWS,
+            examples, features=features, cache_dir=str(folder), fingerprint=folder.name, writer_batch_size=_WRITTEN_ROWS
         )
         dataset.data.validate(full=True)  # lists of a damaged file may begin and end outside of it
         if dataset.features != features:

@@ -26,11 +26,7 @@ class Exercise:
 
 
 def read_exercises(sources: Sources) -> list[Exercise]:
-    """The exercises of `sources`: JSONL files, folders of them, or `hub:owner/name[/config][@split]`.
-
-    Rows that cannot be used are counted on stderr, with the first one. Raises ConfigError if there is none or a source
-    does not exist, CheckpointError for a hub dataset that cannot be reached.
-    """
+    """The exercises of `sources`; rows that cannot be used are counted on stderr. Errors of `sources.read_usable`."""
     return read_usable(sources, parse_exercise)
 
 
@@ -56,17 +52,12 @@ def tests_of(fields: Json) -> tuple[str, ...]:
     """The tests of a row with our field name, AceCode's, MBPP's or HumanEval's. Raises ValueError."""
     name = first_name(("tests", "test_cases", "test_list", "test"), fields)
     tests: Any = fields[name]  # Any: from a file
-    if name == "test" and isinstance(tests, str):
-        tests = _asserts_of_check(tests, str(fields.get("entry_point")))
+    if name == "test" and isinstance(tests, str):  # HumanEval's `check(candidate)`
+        too_long: tuple[list[str], bool, str] = ([], False, "takes too long to read")
+        function = str(fields.get("entry_point"))
+        tests, _, problem = read_limited(asserts_of_check, tests, function, otherwise=too_long)
+        if problem:
+            raise ValueError(f"field 'test' {problem}")
     if not isinstance(tests, list) or not tests:
         raise ValueError(f"field {name!r} is not a list of asserts")
     return tuple(text_of(test, f"a test of {name!r}") for test in tests)
-
-
-def _asserts_of_check(code: str, function: str) -> list[str]:
-    """The asserts in the body of HumanEval's `check(candidate)`, with the name of the function as the candidate."""
-    too_long: tuple[list[str], bool, str] = ([], False, "takes too long to read")
-    asserts, _, problem = read_limited(asserts_of_check, code, function, otherwise=too_long)
-    if problem:
-        raise ValueError(f"field 'test' {problem}")
-    return asserts

@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from itertools import compress
 from pathlib import Path
 
 import torch
@@ -102,9 +103,8 @@ class GrpoStage:
         rewards = torch.zeros(settings.batch)
         rewards[rows] = torch.tensor([completion.reward.total for completion in completions])
         rewards = reduce(rewards.to(self.denoiser.device), "sum").cpu()  # groups may span processes
-        gains = objectives.advantages(
-            rewards, settings.group, baseline=settings.advantage, scale=settings.scale_rewards
-        )
+        baseline = settings.advantage
+        gains = objectives.advantages(rewards, settings.group, baseline=baseline, scale=settings.scale_rewards)
         return gains.where(gains > 0, settings.negative_weight * gains)
 
     def scored_micro_batches(
@@ -129,10 +129,7 @@ class GrpoStage:
     def micro_batch(
         self, step: int, share: range, completions: Mapping[int, Completion], advantage: Tensor
     ) -> GrpoMicroBatch:
-        """The rows `share` of the completions; `advantage` (batch,) has those of all.
-
-        Without a KL term a completion like the rest of its group teaches nothing: it counts, but is left out.
-        """
+        """The rows `share` of the completions; without a KL term, those without an advantage are counted alone."""
         settings = self.settings
         new_tokens = settings.decoding.new_tokens
         lengths = [new_tokens if settings.score_padding else completions[row].length for row in share]
@@ -209,13 +206,11 @@ class GrpoStage:
         self, completions: Sequence[Completion], advantage: Tensor, seconds: dict[str, float]
     ) -> dict[str, tuple[float, float]]:
         """What to log of a round: sums and numbers."""
-        figures: dict[str, tuple[float, float]] = {}
+        figures: dict[str, tuple[float, float]] = {name: (value, 1) for name, value in seconds.items()}
         rows = [completion.figures for completion in completions]
         for name in rows[0]:
             values = [row[name] for row in rows if not math.isnan(row[name])]
             figures[name] = (sum(values), len(values))
-        for name, value in seconds.items():
-            figures[name] = (value, 1)
         flat = (advantage.view(-1, self.settings.group) == 0).all(1)
         figures["zero_variance"] = (float(flat.sum()), len(flat))
         return figures
@@ -257,20 +252,17 @@ def usable(exercises: Sequence[Exercise], name: str) -> list[Exercise]:
     lost = 0
     solved = 0
     for exercise in exercises:
-        tests = []
-        for test, split in zip(exercise.tests, parse_all(exercise.tests), strict=True):
-            if split is not None:
-                tests.append(test)
+        tests = tuple(compress(exercise.tests, parse_all(exercise.tests)))
         dropped += len(exercise.tests) - len(tests)
         if not tests:
             lost += 1
         elif passing_constants(tests):
             solved += 1
         else:
-            kept.append(replace(exercise, tests=tuple(tests)))
+            kept.append(replace(exercise, tests=tests))
     if dropped and first_process():
-        message = f"left out {dropped:,} tests that a program could tamper with, and {lost:,} problems with no other"
-        print(f"{name}: {message}", file=sys.stderr)
+        left_out = f"{dropped:,} tests that a program could tamper with, and {lost:,} problems with no other"
+        print(f"{name}: left out {left_out}", file=sys.stderr)
     if solved and first_process():
         print(f"{name}: left out {solved:,} problems whose tests a constant passes", file=sys.stderr)
     if not kept:

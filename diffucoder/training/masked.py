@@ -90,10 +90,7 @@ class MaskedStage:
         yield Batch(self.micro_batches(step, shares))
 
     def micro_batches(self, step: int, shares: Sequence[range]) -> list[MaskedMicro]:
-        """The micro-batches of one process: `shares` are their rows within the step.
-
-        Held-out rows always have the same noise, full attention and the `length` normaliser.
-        """
+        """The rows `shares` of a step. Held-out rows always have the same noise and the `length` normaliser."""
         objective = self.objective
         if step == HELD_OUT and self.held_out_source is not None:
             times = self._times(step, self.held_out_rows)

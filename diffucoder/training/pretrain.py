@@ -27,14 +27,13 @@ def pretrain(settings: PretrainSettings) -> Path:
 def fresh_model(settings: PretrainSettings, tokenizer: Tokenizer) -> Denoiser:
     """A Qwen2-shaped model of random weights, a function of the seed, with the tokenizer's ids."""
     heads = settings.hidden // 64
-    grouped = heads % 2 == 0  # two heads share keys and values
     config = Qwen2Config(
         vocab_size=tokenizer.vocab_size,
         hidden_size=settings.hidden,
         intermediate_size=settings.intermediate,
         num_hidden_layers=settings.layers,
         num_attention_heads=heads,
-        num_key_value_heads=heads // 2 if grouped else heads,
+        num_key_value_heads=heads // 2 if heads % 2 == 0 else heads,  # two heads share keys and values
         max_position_embeddings=settings.positions,
         rope_theta=10_000.0,
         tie_word_embeddings=False,

@@ -52,11 +52,7 @@ def first_process() -> bool:
 
 
 def exit_worker() -> None:
-    """End one of several processes when its work is done; return if it is the only one.
-
-    Gloo's threads may still need the interpreter, whose shutdown would abort the process. The launcher would then end
-    the other processes too, which may still be writing the model.
-    """
+    """End one of several processes at once: if Gloo's threads abort its shutdown, the launcher ends the others."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         sys.stdout.flush()
         sys.stderr.flush()

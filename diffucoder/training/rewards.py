@@ -50,10 +50,7 @@ class Reward:
 
 
 def read_program(completion: str, style: Style = "robust", tests: Sequence[str] = ()) -> tuple[float, str]:
-    """The reward of the format, and the program: 1.0 where the style wants it, 0.5 with a syntax error, else 0.0.
-
-    `robust` reads the blocks that define what `tests` call. A completion that takes too long to read has no program.
-    """
+    """The reward of the format, 1, 0.5 with a syntax error, or 0, and the program: `robust` reads what `tests` call."""
     form, program = read_limited(_read_program, completion, style, list(tests), otherwise=(0.0, ""))
     return form, program
 
@@ -74,10 +71,7 @@ def _read_program(completion: str, style: Style, tests: Sequence[str]) -> tuple[
 def reward(
     completion: str, tests: Sequence[str], sandbox: Sandbox, *, style: Style = "robust", limits: Limits = DEFAULT_LIMITS
 ) -> Reward:
-    """Judge one completion; its program is run only if its format is right.
-
-    Tests that a program could tamper with earn nothing, nor do tests that a constant passes.
-    """
+    """Judge one completion; only a program in the right form is run. Tests that can be cheated earn nothing."""
     form, program = read_program(completion, style, tests)
     if form < 1:
         detail = "syntax error" if form else "no program in the required form"

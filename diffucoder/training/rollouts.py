@@ -97,15 +97,12 @@ class Rollouts:
         return completions, seconds
 
     def decode(self, exercises: Sequence[Exercise], params: DecodingParams, numbers: Sequence[int]) -> list[Generation]:
-        """One answer to each exercise."""
+        settings = self.settings
         requests = []
         for exercise, number in zip(exercises, numbers, strict=True):
-            requests.append(self.coder.request_of_ids(self.prompt_ids(exercise), params, sample=number))
+            ids = prompt_ids(self.coder.tokenizer, exercise.prompt, settings.prompt_tokens, chat=settings.chat)
+            requests.append(self.coder.request_of_ids(ids, params, sample=number))
         return [results[0] for results in self.coder.run(requests)]
-
-    def prompt_ids(self, exercise: Exercise) -> list[int]:
-        settings = self.settings
-        return prompt_ids(self.coder.tokenizer, exercise.prompt, settings.prompt_tokens, chat=settings.chat)
 
     def reward(self, exercise: Exercise, generation: Generation) -> Reward:
         """What an answer is worth; its program runs in the sandbox."""
@@ -118,10 +115,7 @@ class Rollouts:
 
 
 def prompt_ids(tokenizer: Tokenizer, request: str, longest: int, *, chat: bool = True) -> list[int]:
-    """The prompt of `request` in at most `longest` tokens: a longer request keeps its end, and the chat's header.
-
-    ConfigError if the header alone is longer than `longest`.
-    """
+    """The prompt of `request` in at most `longest` tokens: of a longer one the end is kept. ConfigError for no room."""
     plain = tokenizer.encode(request)
     if not chat:
         return plain[-longest:]
@@ -140,10 +134,7 @@ def prompt_ids(tokenizer: Tokenizer, request: str, longest: int, *, chat: bool =
 def write_samples(
     run: Path, step: int, completions: Sequence[Completion], advantages: Sequence[float], tokenizer: Tokenizer
 ) -> None:
-    """Write the completions that `step` is the first to learn from.
-
-    samples.jsonl grows. traces.jsonl and verdicts.jsonl have the latest ones; `diffucoder order --traces` draws these.
-    """
+    """Add what `step` learns from to samples.jsonl, and write traces.jsonl and verdicts.jsonl of it."""
     lines = []
     traces = []
     verdicts = []

@@ -15,24 +15,14 @@ from diffucoder.files import written_folder
 from diffucoder.models.checkpoint import find_checkpoint, load_with_tokenizer, save_denoiser
 from diffucoder.models.denoiser import Denoiser
 from diffucoder.tokenizer import Tokenizer
-from diffucoder.training.adapters import add_adapters, merged, save_adapters
-from diffucoder.training.masked import Objective
-from diffucoder.training.settings import (
-    DiffusionSettings,
-    GrpoSettings,
-    PretrainSettings,
-    TextSettings,
-    TrainSettings,
-)
+from diffucoder.training.adapters import adapts_ends, add_adapters, merged, save_adapters
+from diffucoder.training.masked import MaskedStage, Objective, Rows
+from diffucoder.training.settings import DiffusionSettings, GrpoSettings, PretrainSettings, TextSettings, TrainSettings
 from diffucoder.training.trainer import Stage, Trainer
 
 
 def load_start(settings: DiffusionSettings | GrpoSettings) -> tuple[Denoiser, Tokenizer]:
-    """The model that a stage begins with, on the CPU, and its tokenizer.
-
-    Weights are in float32, or in bfloat16 if they are stored so and only adapters are trained: the frozen weights are
-    never rounded. A parent gets the tokenizer's mask.
-    """
+    """The model that a stage begins with, on the CPU, and its tokenizer. Frozen bfloat16 weights stay so."""
     checkpoint = find_checkpoint(settings.model)
     frozen_bf16 = settings.lora_rank and settings.bf16 and checkpoint.dtype == torch.bfloat16
     dtype = torch.bfloat16 if frozen_bf16 else torch.float32
@@ -56,10 +46,12 @@ def check_length(denoiser: Denoiser, name: str, tokens: int) -> None:
         raise ConfigError(f"{name}={tokens} exceeds the model's context of {longest}; lower it to {longest} or less")
 
 
-def objective_of(settings: TextSettings, denoiser: Denoiser, tokenizer: Tokenizer) -> Objective:
-    """The masked objective of a stage: of its settings those that an `Objective` has too."""
+def masked_stage(
+    settings: TextSettings, denoiser: Denoiser, tokenizer: Tokenizer, rows: Rows, held_out: Rows | None
+) -> MaskedStage:
+    """A stage over `rows`, with the masked objective: of the settings those that an `Objective` has too."""
     shared = settings.model_dump(include={field.name for field in fields(Objective)})
-    return Objective(
+    objective = Objective(
         mask_id=tokenizer.mask_id,
         pad_id=tokenizer.pad_id,
         first_scorable=denoiser.first_scorable,
@@ -67,6 +59,7 @@ def objective_of(settings: TextSettings, denoiser: Denoiser, tokenizer: Tokenize
         autoregressive=isinstance(settings, PretrainSettings),
         **shared,
     )
+    return MaskedStage(objective, rows, held_out, settings.held_out_rows)
 
 
 def train_and_export(
@@ -90,12 +83,14 @@ def train_and_export(
             with written_folder(settings.run / "adapter") as partial:
                 save_adapters(adapters, state, partial)
             changes = merged(state, settings)
-            untie(trained)
+            if adapts_ends(trained.model):  # the two are no longer equal
+                trained.config.tie_word_embeddings = False
         weights, kept = rounded(changes, getattr(torch, settings.export_dtype))
         with written_folder(folder) as partial:
             save_denoiser(trained, partial, state=weights, as_parent=parent)
             tokenizer.save(partial)
-        report_rounding(kept, settings)
+        if kept is not None:
+            report_rounding(kept, settings)
     trainer.close()
     return folder
 
@@ -144,10 +139,8 @@ def rounded(
     return weights, kept / whole if whole else None
 
 
-def report_rounding(kept: float | None, settings: TrainSettings) -> None:
+def report_rounding(kept: float, settings: TrainSettings) -> None:
     """Print how much of the update the exported model has, and the way out if that is little."""
-    if kept is None:
-        return
     share = max(0.0, min(kept, 1.0))
     message = f"export_dtype={settings.export_dtype} keeps {share:.0%} of what training changed in the weights"
     if kept < 0.9:
@@ -155,10 +148,3 @@ def report_rounding(kept: float | None, settings: TrainSettings) -> None:
         if settings.lora_rank:
             message += f", or load {settings.run / 'adapter'} with peft"
     print(message, file=sys.stderr)
-
-
-def untie(denoiser: Denoiser) -> None:
-    """Let the head be a matrix of its own if it, or the embeddings, have an adapter: they are no longer equal."""
-    ends = (denoiser.model.get_input_embeddings(), denoiser.model.get_output_embeddings())
-    if any(hasattr(end, "base_layer") for end in ends):
-        denoiser.config.tie_word_embeddings = False

@@ -189,9 +189,7 @@ class GrpoSettings(DataSettings):
                     "so a run can only stop between two batches of them"
                 )
         if self.pairs > 1 and self.estimator not in ("coupled", "decoupled"):
-            raise ValueError(
-                f"pairs={self.pairs} is for coupled and decoupled; {self.estimator} has one pass, leave it out"
-            )
+            raise ValueError(f"pairs={self.pairs} is for coupled and decoupled; {self.estimator} has one pass, omit it")
         if not 0 < self.mask_ratio[0] <= self.mask_ratio[1]:
             raise ValueError(f"mask_ratio={self.mask_ratio} is not a range inside (0, 1); the paper uses [0.2, 0.8]")
         return self
@@ -202,9 +200,7 @@ class GrpoSettings(DataSettings):
         for name in ("seed", "num_samples", "stop"):
             value = getattr(decoding, name)
             if value != DecodingParams.model_fields[name].default:
-                raise ValueError(
-                    f"decoding.{name}={value!r} cannot be set for training, seed and group can; leave it out"
-                )
+                raise ValueError(f"decoding.{name}={value!r} cannot be set for training; use seed and group")
         if self.lora_rank and decoding.cache != "none":
             raise ValueError(
                 f"decoding.cache={decoding.cache!r} does not work with the adapters of lora_rank={self.lora_rank}, "

@@ -17,9 +17,9 @@ from diffucoder.diffusion import keyed_generator, random_spans
 from diffucoder.errors import ConfigError
 from diffucoder.models.denoiser import grow_vocabulary
 from diffucoder.training.data import TokenStore, epoch_index, prepare
-from diffucoder.training.masked import HELD_OUT, MaskedStage, Row
+from diffucoder.training.masked import HELD_OUT, Row
 from diffucoder.training.processes import first_process
-from diffucoder.training.run import check_length, load_start, objective_of, train_and_export
+from diffucoder.training.run import check_length, load_start, masked_stage, train_and_export
 from diffucoder.training.settings import SftSettings
 
 _ORDER, _SHAPE, _SPARE, _GROUP = 20, 21, 22, 23  # the last number of a key of noise: what is drawn
@@ -29,10 +29,7 @@ Array = np.ndarray[Any, Any]  # Any: as numpy's own stubs have it
 
 
 class ChatRows:
-    """Requests and answers, padded (`masked.Rows`).
-
-    With flexible padding the rows of 16 steps are sorted by length and divided into steps, which are then shuffled.
-    """
+    """Requests and answers, padded (`masked.Rows`). Flexible: rows of 16 steps are sorted by length."""
 
     def __init__(self, store: TokenStore, settings: SftSettings, *, pad_id: int) -> None:
         """ConfigError if no example fits into `length`."""
@@ -69,17 +66,13 @@ class ChatRows:
         maskable = torch.ones(len(tokens), dtype=torch.bool)
         noise = keyed_generator(settings.seed, step, index, _SHAPE)
         u, v = torch.rand(2, generator=noise).tolist()
-        if held_out or u < self._clean_share(step):
+        ramp = settings.ramp * self.steps  # steps over which the share of clean requests grows from 0 to 1
+        if held_out or step >= ramp or u < step / ramp:
             maskable[:answer] = False
         if not held_out and v < settings.infill:
             maskable[:] = False
             maskable[answer : len(ids)] = random_spans(len(ids) - answer, noise)
         return Row(tokens, maskable)
-
-    def _clean_share(self, step: int) -> float:
-        """Share of rows whose request stays clean: from 0 to 1 over the first `ramp` of the steps."""
-        ramp = self.settings.ramp * self.steps
-        return step / ramp if step < ramp else 1.0
 
     def _examples(self, step: int) -> Array:
         """The examples of the step's rows, (batch,); all that fit of held-out rows."""
@@ -114,25 +107,18 @@ def sft(settings: SftSettings) -> Path:
     def rows_of(name: str, sources: tuple[str, ...]) -> ChatRows:
         store = prepare(sources, tokenizer, settings.cache, kind="chat")
         rows = ChatRows(store, settings, pad_id=tokenizer.pad_id)
-        _report_left_out(rows, name)
+        too_long = np.flatnonzero(store.lengths > settings.length)
+        if len(too_long) and first_process():
+            print(
+                f"left out {len(too_long):,} of {len(store):,} examples of {name}, which are longer than "
+                f"length={settings.length}; the first is number {too_long[0] + 1}, with "
+                f"{store.lengths[too_long[0]]:,} tokens",
+                file=sys.stderr,
+            )
         return rows
 
     rows = rows_of("data", settings.data)
     settings = settings.model_copy(update={"steps": rows.steps})
     held_out = rows_of("held_out", settings.held_out) if settings.held_out else None
-    objective = objective_of(settings, denoiser, tokenizer)
-    stage = MaskedStage(objective, rows, held_out, settings.held_out_rows)
+    stage = masked_stage(settings, denoiser, tokenizer, rows, held_out)
     return train_and_export(denoiser, tokenizer, stage, settings)
-
-
-def _report_left_out(rows: ChatRows, setting: str) -> None:
-    """Print one line about the examples that are too long, from the first process."""
-    lengths = rows.store.lengths
-    limit = rows.settings.length
-    too_long = np.flatnonzero(lengths > limit)
-    if len(too_long) and first_process():
-        print(
-            f"left out {len(too_long):,} of {len(lengths):,} examples of {setting}, which are longer than "
-            f"length={limit}; the first is number {too_long[0] + 1}, with {lengths[too_long[0]]:,} tokens",
-            file=sys.stderr,
-        )

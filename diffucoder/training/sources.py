@@ -56,10 +56,7 @@ def records(sources: Sources, kind: Kind, suffixes: Sequence[str] | None = None)
 
 
 def source_names(sources: Sources) -> list[str]:
-    """`sources` as a list of names."""
-    if isinstance(sources, (str, Path)):
-        sources = [sources]
-    return list(map(str, sources))
+    return [str(sources)] if isinstance(sources, str | Path) else list(map(str, sources))
 
 
 def read_rows(sources: Sources, parse: Parse[T], suffixes: Sequence[str] = JSONL) -> Iterator[T | Skipped]:
@@ -76,26 +73,23 @@ def read_rows(sources: Sources, parse: Parse[T], suffixes: Sequence[str] = JSONL
 
 
 def usable(rows: Iterable[T | Skipped], name: str, skipped: list[Skipped]) -> Iterator[T]:
-    """Yield the rows that can be used and append the others to `skipped`; then report those on stderr.
-
-    Raises ConfigError at the end if no row can be used, and before it if over `_MOST_SKIPPED` cannot.
-    """
+    """Yield usable rows, append the others to `skipped`, and report those. ConfigError if none is usable."""
     count = 0
     for row in rows:
-        if isinstance(row, Skipped):
-            skipped.append(row)
-            if len(skipped) > _MOST_SKIPPED:
-                raise ConfigError(f"over {_MOST_SKIPPED:,} records of {name} cannot be used; the first: {skipped[0]}")
-        else:
+        if not isinstance(row, Skipped):
             count += 1
             yield row
-    if not skipped and not count:
-        raise ConfigError(f"{name} holds no record; name another source")
-    if not count:
-        raise ConfigError(f"none of {len(skipped):,} records of {name} can be used; the first: {skipped[0]}")
-    if skipped:
+            continue
+        skipped.append(row)
+        if len(skipped) > _MOST_SKIPPED:
+            raise ConfigError(f"over {_MOST_SKIPPED:,} records of {name} cannot be used; the first: {skipped[0]}")
+    if skipped and count:
         records = f"{len(skipped):,} of {len(skipped) + count:,} records"
         print(f"skipped {records}; the first: {skipped[0]}", file=sys.stderr)
+    elif skipped:
+        raise ConfigError(f"none of {len(skipped):,} records of {name} can be used; the first: {skipped[0]}")
+    elif not count:
+        raise ConfigError(f"{name} holds no record; name another source")
 
 
 def read_usable(sources: Sources, parse: Parse[T]) -> list[T]:
@@ -104,29 +98,25 @@ def read_usable(sources: Sources, parse: Parse[T]) -> list[T]:
 
 
 def find_files(source: str, suffixes: Sequence[str]) -> list[Path]:
-    """The file `source`, or the sorted files of a folder with these suffixes; [] for a hub name. Raises ConfigError.
-
-    Hidden files and folders (.git, .venv), virtual environments and `node_modules` within the folder are left out.
-    """
+    """The file `source`, or sorted files of a folder, not those of tools; [] for a hub name. Raises ConfigError."""
     if source.startswith("hub:"):
         _hub_parts(source)
         return []
     path = Path(source)
-    if path.is_dir():
-        files = []
-        for folder, inner, names in os.walk(path):
-            inner[:] = [name for name in inner if not _is_foreign(Path(folder, name))]
-            files += [Path(folder, name) for name in names if name.endswith(tuple(suffixes)) and name[0] != "."]
-        files = sorted(file for file in files if file.is_file())
-        if not files:
-            raise ConfigError(f"source {source!r} holds no file with suffix {' '.join(suffixes)}; name another folder")
-        return files
-    if not path.is_file():
+    if path.is_file():
+        if not path.name.endswith((*JSONL, *suffixes)):
+            allowed = " ".join(sorted({*JSONL, *suffixes}))
+            raise ConfigError(f"source {source!r} has none of the suffixes {allowed}; convert it, or name its folder")
+        return [path]
+    if not path.is_dir():
         raise ConfigError(f"source {source!r} is not a folder or a file; check the path, or write hub:owner/name")
-    if not path.name.endswith((*JSONL, *suffixes)):
-        allowed = " ".join(sorted({*JSONL, *suffixes}))
-        raise ConfigError(f"source {source!r} has none of the suffixes {allowed}; convert it, or name its folder")
-    return [path]
+    files = []
+    for folder, inner, names in os.walk(path):
+        inner[:] = [name for name in inner if not _is_foreign(Path(folder, name))]
+        files += [Path(folder, name) for name in names if name.endswith(tuple(suffixes)) and name[0] != "."]
+    if not any(map(Path.is_file, files)):
+        raise ConfigError(f"source {source!r} holds no file with suffix {' '.join(suffixes)}; name another folder")
+    return sorted(filter(Path.is_file, files))
 
 
 def _is_foreign(folder: Path) -> bool:
@@ -156,7 +146,6 @@ def _row(where: str, content: Any, read: Callable[[Any], Json], parse: Parse[T])
 
 
 def _hub_rows(source: str, parse: Parse[T]) -> Iterator[T | Skipped]:
-    """The rows of a hub dataset, streamed, numbered from 1."""
     parts = _hub_parts(source)
     try:
         datasets = import_module("datasets")  # late: it is optional, and its import takes seconds
@@ -184,7 +173,6 @@ def _hub_parts(source: str) -> dict[str, str | None]:
 
 
 def parse_document(where: str, fields: Json) -> Record:
-    """A document from `text` or `content`."""
     return Record(where, text_field(fields, first_name(("text", "content"), fields)))
 
 
@@ -206,17 +194,14 @@ def check_messages(messages: Any) -> list[dict[str, str]]:  # Any: from a file
     """Role and content of each message: perhaps a system message, then user and assistant, who speaks last."""
     if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
         raise ValueError("field 'messages' is not a list of messages")
-    roles = [message.get("role") for message in messages]
+    checked = [{"role": message.get("role"), "content": message.get("content")} for message in messages]
+    roles = [message["role"] for message in checked]
     turns = roles[1:] if roles[:1] == ["system"] else roles
     if any(role not in ("user", "assistant") for role in turns) or turns[-2:] != ["user", "assistant"]:
         raise ValueError(f"roles {', '.join(map(str, roles)) or 'none'} are not (system,) user, assistant, ...")
-    checked = []
-    for message in messages:
-        role = message["role"]
-        content = message.get("content")
-        if role != "system" or content != "":  # an empty system message replaces the default one
-            text_of(content, f"{role} message")
-        checked.append({"role": role, "content": content})
+    for message in checked:
+        if message != {"role": "system", "content": ""}:  # which replaces the default one
+            text_of(message["content"], f"{message['role']} message")
     return checked
 
 

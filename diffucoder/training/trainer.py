@@ -107,10 +107,7 @@ class Trainer:
                 print(_resumed(self.step, settings), file=sys.stderr)
 
     def train(self) -> Denoiser:
-        """Run the remaining steps. Returns the trained model, averaged if `ema` is set.
-
-        On SIGINT and SIGTERM the step at hand is finished, a checkpoint written, and SystemExit raised.
-        """
+        """Run the remaining steps and return the model. A signal stops it after a step: checkpoint and SystemExit."""
         settings = self.settings
         self.accelerator.init_trackers("diffucoder", config={name: str(value) for name, value in settings})
         console = Console(stderr=True)
@@ -135,7 +132,6 @@ class Trainer:
         return model
 
     def _train_step(self, batch: Batch) -> dict[str, float]:
-        """Learn from one batch and return the figures of the step."""
         settings = self.settings
         accelerator = self.accelerator
         for group in self.optimizer.param_groups:
@@ -159,14 +155,11 @@ class Trainer:
             raise ConfigError(f"grad_norm={norm} in step {self.step + 1}; start again with less than lr={settings.lr}")
         self.optimizer.step()
         self.optimizer.zero_grad()
-        self._update_average()
-        return self._means(figures) | {"grad_norm": norm, "tokens": tokens}
-
-    def _update_average(self) -> None:
-        decay = min(self.settings.ema, (self.step + 1) / (self.step + 11))  # less at first, when weights change much
+        decay = min(settings.ema, (self.step + 1) / (self.step + 11))  # less at first, when weights change much
         if self.average:
             for name, parameter in trained_parameters(self._whole_model()):
                 self.average[name].lerp_(parameter.detach(), 1 - decay)
+        return self._means(figures) | {"grad_norm": norm, "tokens": tokens}
 
     def evaluate(self) -> dict[str, float]:
         """The stage's held-out figures, of the averaged weights if there are any."""
@@ -241,14 +234,11 @@ class Trainer:
 
 
 def _resumed(step: int, settings: TrainSettings) -> str:
-    """One line about where a run goes on."""
     if step == 0:
         return f"run={str(settings.run)!r} has no checkpoint; it starts at step 0"
-    if step >= settings.steps:
-        return (
-            f"run={str(settings.run)!r} has all of its {step} steps; its model is written again (raise steps to go on)"
-        )
-    return f"run={str(settings.run)!r} goes on after step {step} of {settings.steps}"
+    if step < settings.steps:
+        return f"run={str(settings.run)!r} goes on after step {step} of {settings.steps}"
+    return f"run={str(settings.run)!r} has all of its {step} steps; its model is written again (raise steps to go on)"
 
 
 def schedule(step: int, settings: TrainSettings) -> float:
@@ -286,25 +276,21 @@ def swap_trained(model: nn.Module, other: dict[str, Tensor]) -> None:
 
 def _optimizer(model: Denoiser, settings: TrainSettings) -> torch.optim.AdamW:
     """AdamW that decays matrices only."""
-    matrices: list[nn.Parameter] = []
-    others: list[nn.Parameter] = []
+    groups: dict[float, list[nn.Parameter]] = {}
     for _, parameter in trained_parameters(model):
-        (matrices if parameter.ndim > 1 else others).append(parameter)
-    groups = [{"params": matrices, "weight_decay": settings.weight_decay}, {"params": others, "weight_decay": 0.0}]
-    groups = [group for group in groups if group["params"]]
-    return torch.optim.AdamW(groups, lr=settings.lr, betas=settings.betas, fused=True)
+        decay = settings.weight_decay if parameter.ndim > 1 else 0.0
+        groups.setdefault(decay, []).append(parameter)
+    described = [{"params": parameters, "weight_decay": decay} for decay, parameters in groups.items()]
+    return torch.optim.AdamW(described, lr=settings.lr, betas=settings.betas, fused=True)
 
 
 @contextmanager
 def training_kernels(device: torch.device, *, bf16: bool) -> Iterator[None]:
-    """Attend by plain products of bfloat16 on a CPU, which beat flash attention there (benchmarks/results/training.md).
-
-    Torch must be kept from widening them to float32. On other devices and in float32 nothing changes.
-    """
+    """Attend by plain bfloat16 products on a CPU: they beat flash attention (benchmarks/results/training.md)."""
     if device.type != "cpu" or not bf16:
         yield
         return
-    flags = torch.backends.cuda  # the flag is for every device, whatever its name
+    flags = torch.backends.cuda  # the flag, of every device, keeps torch from widening them to float32
     before = flags.fp16_bf16_reduction_math_sdp_allowed()  # type: ignore[no-untyped-call]  # torch leaves it untyped
     flags.allow_fp16_bf16_reduction_math_sdp(True)
     try:

@@ -26,7 +26,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 HERE = Path(__file__).parent
-ROOMS = (HERE, HERE.parents[1], HERE.parents[1] / "tools", HERE.parent / "models")
+ROOMS = (HERE, HERE.parents[1], HERE.parents[1] / "tools", HERE.parent / "models", HERE.parent / "serving")
 sys.path[:0] = map(str, ROOMS)  # children get it too
 
 import hostile_files

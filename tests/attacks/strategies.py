@@ -11,6 +11,7 @@ from typing import Any
 
 from hypothesis import strategies as st
 from hypothesis.strategies import SearchStrategy
+from routes import ROUTES
 
 from diffucoder.decoding.params import DecodingParams
 from diffucoder.serving import protocol
@@ -178,15 +179,6 @@ DECODING: dict[str, SearchStrategy[Json]] = {
     "steps": small,
     "block": small,
 }
-ROUTES: dict[str, Any] = {
-    "/v1/completions": protocol.CompletionRequest,
-    "/v1/chat/completions": protocol.ChatRequest,
-    "/v1/fill": protocol.FillRequest,
-    "/v1/edit": protocol.EditRequest,
-    "/infill": protocol.InfillRequest,
-    "/completion": protocol.ContinueRequest,
-    "/tokenize": protocol.TokenizeRequest,
-}
 _PAGES = [
     "/",
     "/health",
@@ -232,7 +224,7 @@ def _consistent(route: str, body: dict[str, Json]) -> dict[str, Json]:
 @st.composite
 def bodies(draw: st.DrawFn, route: str) -> dict[str, Json]:
     """The fields of a request to `route`: its own with honest values, then some that are not."""
-    fields = ROUTES[route].model_fields
+    fields = ROUTES[route][0].model_fields
     names = [name for name, field in fields.items() if field.is_required()]
     optional = sorted(fields.keys() - set(names))
     names += draw(st.lists(st.sampled_from(optional), max_size=4, unique=True)) if optional else []

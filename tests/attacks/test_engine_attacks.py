@@ -14,6 +14,7 @@ import torch
 from fastapi.testclient import TestClient
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from routes import ROUTES
 
 from diffucoder import DecodingParams, DiffuCoder
 from diffucoder.decoding.requests import SettledText, StopSearch, before_stops
@@ -30,18 +31,6 @@ Json = Any
 PATIENCE = 300  # seconds for anything that only a fault or a very busy machine can hold up
 PROMPT = "def f(x):\n"
 CONTEXT = 512  # of the shipped model
-ROUTES: dict[str, tuple[type[protocol.Body], dict[str, Json]]] = {
-    "/v1/chat/completions": (
-        protocol.ChatRequest,
-        {"messages": [{"role": "user", "content": "Double it."}], "max_tokens": 2},
-    ),
-    "/v1/completions": (protocol.CompletionRequest, {"prompt": PROMPT, "max_tokens": 2}),
-    "/v1/fill": (protocol.FillRequest, {"text": "x = <|hole:2|>\n"}),
-    "/v1/edit": (protocol.EditRequest, {"text": "x = 1\n", "spans": [{"start": 4, "end": 5, "tokens": 1}]}),
-    "/infill": (protocol.InfillRequest, {"input_prefix": "x =", "input_suffix": "\n", "n_predict": 2}),
-    "/completion": (protocol.ContinueRequest, {"prompt": PROMPT, "n_predict": 2}),
-    "/tokenize": (protocol.TokenizeRequest, {"content": "x = 1"}),
-}
 
 
 @pytest.fixture(scope="module")

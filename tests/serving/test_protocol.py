@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from fastapi.testclient import TestClient
+from routes import CHAT, ROUTES
 
 from diffucoder import DiffuCoder
 from diffucoder.decoding.params import DecodingParams
@@ -21,16 +22,6 @@ from diffucoder.serving.responses import unified_diff
 from diffucoder.serving.settings import ServerSettings
 
 Json = dict[str, Any]
-CHAT = [{"role": "user", "content": "Given a number, double the number."}]
-ROUTES: dict[str, tuple[type[protocol.Body], Json]] = {
-    "/v1/chat/completions": (protocol.ChatRequest, {"messages": CHAT, "max_tokens": 2}),
-    "/v1/completions": (protocol.CompletionRequest, {"prompt": "def f(x):\n", "max_tokens": 2}),
-    "/v1/fill": (protocol.FillRequest, {"text": "x = <|hole:2|>\n"}),
-    "/v1/edit": (protocol.EditRequest, {"text": "x = 1\n", "spans": [{"start": 4, "end": 5, "tokens": 1}]}),
-    "/infill": (protocol.InfillRequest, {"input_prefix": "x =", "input_suffix": "\n", "n_predict": 2}),
-    "/completion": (protocol.ContinueRequest, {"prompt": "def f(x):\n", "n_predict": 2}),
-    "/tokenize": (protocol.TokenizeRequest, {"content": "x = 1"}),
-}
 
 
 @pytest.fixture(scope="module")
