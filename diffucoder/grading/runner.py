@@ -358,16 +358,12 @@ def to_json(value: Any) -> Any:
     return opaque(value)
 
 
-def of_members(tag: str) -> Callable[[Any], Any]:
-    return lambda members: {tag: list(map(to_json, members))}
+def members_to_json(members: Any) -> list[Any]:
+    return list(map(to_json, members))
 
 
-def of_pairs(tag: str) -> Callable[[Any], Any]:
-    return lambda mapping: {tag: [[to_json(key), to_json(item)] for key, item in mapping.items()]}
-
-
-def of_bytes(tag: str) -> Callable[[Any], Any]:
-    return lambda data: {tag: bytes(data).hex()}
+def pairs_to_json(pairs: Any) -> list[list[Any]]:
+    return [[to_json(key), to_json(item)] for key, item in pairs]
 
 
 def of_integer(number: int) -> Any:
@@ -380,22 +376,22 @@ CONTENTS: dict[Any, Callable[[Any], Any]] = {  # Any: abstract classes too
     int: of_integer,
     float: float.__float__,
     str: str.__str__,
-    list: lambda members: list(map(to_json, members)),
-    tuple: of_members("tuple"),
-    set: of_members("set"),
-    frozenset: of_members("frozenset"),
-    Counter: of_pairs("Counter"),
-    dict: of_pairs("dict"),
-    bytes: of_bytes("bytes"),
-    bytearray: of_bytes("bytearray"),
-    memoryview: lambda view: of_bytes("memoryview")(view) if (view.format, view.ndim) == ("B", 1) else opaque(view),
+    list: members_to_json,
+    tuple: lambda members: {"tuple": members_to_json(members)},
+    set: lambda members: {"set": members_to_json(members)},
+    frozenset: lambda members: {"frozenset": members_to_json(members)},
+    Counter: lambda counts: {"Counter": pairs_to_json(counts.items())},
+    dict: lambda table: {"dict": pairs_to_json(table.items())},
+    bytes: lambda data: {"bytes": bytes(data).hex()},
+    bytearray: lambda data: {"bytearray": data.hex()},
+    memoryview: lambda view: {"memoryview": view.hex()} if (view.format, view.ndim) == ("B", 1) else opaque(view),
     complex: lambda number: {"complex": [number.real, number.imag]},
     Rational: lambda number: {"ratio": [hex(number.numerator), hex(number.denominator)]},
     Decimal: lambda number: {"decimal": str(number)},
-    ItemsView: lambda pairs: {"items": [[to_json(key), to_json(item)] for key, item in pairs]},
-    Set: of_members("keys"),  # dict.keys() and others that equal a set
-    Mapping: of_pairs("mapping"),  # those that equal a dict
-    UserList: of_members("UserList"),
+    ItemsView: lambda pairs: {"items": pairs_to_json(pairs)},
+    Set: lambda members: {"keys": members_to_json(members)},  # dict.keys() and others that equal a set
+    Mapping: lambda table: {"mapping": pairs_to_json(table.items())},  # those that equal a dict
+    UserList: lambda members: {"UserList": members_to_json(members)},
     UserString: lambda text: {"UserString": str(text)},
 }
 NESTED = (list, tuple, set, frozenset, dict)
