@@ -70,11 +70,9 @@ def main() -> None:
         while waiting:
             waiting = ask_child(job, waiting)
         return
-    slow: list[int] = []
-    for done, index in enumerate(waiting):
-        slow += ask_child(job, [index], share=len(waiting) - done, try_again=True)
-    for done, index in enumerate(slow):
-        ask_child(job, [index], share=len(slow) - done)
+    for try_again in (True, False):
+        for share in range(len(waiting), 0, -1):
+            waiting += ask_child(job, [waiting.pop(0)], share, try_again)
 
 
 def ask_child(job: dict[str, Any], indexes: list[int], share: int = 1, try_again: bool = False) -> list[int]:

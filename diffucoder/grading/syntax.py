@@ -212,9 +212,7 @@ def asserts_of_check(code: str, function: str) -> tuple[list[str], bool, str]:
     except NOT_PARSED as error:
         return [], False, f"is not Python ({error})"
     checks = [node for node in body if isinstance(node, ast.FunctionDef) and node.name == "check"]
-    is_all = len(checks) == 1
-    for node in body:
-        is_all = is_all and isinstance(node, ast.FunctionDef | ast.Assign | ast.Expr)
+    is_all = len(checks) == 1 and all(isinstance(node, ast.FunctionDef | ast.Assign | ast.Expr) for node in body)
     asserts = []
     problem = ""
     for check in checks:
