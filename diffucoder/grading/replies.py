@@ -13,6 +13,7 @@ import textwrap
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain
 
 from diffucoder.grading.syntax import (
     NOT_PARSED,
@@ -291,7 +292,7 @@ def _chosen(blocks: Sequence[_Block], names: Sequence[str]) -> list[_Block]:
                 others.append(block)
         if not others:
             return [block for block in blocks if block in chosen]
-        best = max(others, key=lambda block: max(map(block.ranks.get, missing.intersection(block.ranks)), default=0))
+        best = max(others, key=lambda block: max((block.ranks.get(name, 0) for name in missing), default=0))
         chosen.add(best)
         defined.update(best.ranks)
 
@@ -309,13 +310,10 @@ def _wanted_names(blocks: Sequence[_Block], names: Sequence[str]) -> tuple[list[
 
 def _new_names(blocks: Sequence[_Block]) -> list[str]:
     """What the blocks define, without tests unless there is nothing else."""
-    python = [block for block in blocks if block.statements is not None and block.definitions]
-    every: dict[str, None] = {}
-    tests: set[str] = set()
-    for block in python or blocks:
-        every |= dict.fromkeys(block.definitions)
-        tests |= block.tests
-    return [name for name in every if name not in tests] or list(every)
+    blocks = [block for block in blocks if block.statements is not None and block.definitions] or blocks
+    every = list(chain.from_iterable(block.definitions for block in blocks))
+    tests = set().union(*(block.tests for block in blocks))
+    return [name for name in every if name not in tests] or every
 
 
 def _without_imports(block: _Block, blocks: Sequence[_Block]) -> _Block:
@@ -346,8 +344,7 @@ def _likeness(block: _Block) -> tuple[bool, ...]:
 def _without_prose(text: str) -> str:
     """The code in `text` if the rest is only prose; else the text, since it may be broken code."""
     lines = text.split("\n")
-    starts = [number for number, line in enumerate(lines) if _CODE.match(line) and not line[0].isspace()]
-    start = starts[0] if starts else 0
+    start = next((number for number, line in enumerate(lines) if _CODE.match(line) and not line[0].isspace()), 0)
     code, tree = longest_program(lines[start:])
     around = [line for line in lines[:start] + lines[start + len(code) :] if line.strip()]
     if any(map(_CODE.match, around)) or not any(isinstance(node, Function | ast.ClassDef) for node in tree.body):

@@ -175,11 +175,8 @@ class Child:
         if len(self.received) > self.max_output:
             return "killed", f"output: gave more than {self.max_output} bytes"
         self.received += chunk
-        if not chunk and (ready or ended):
-            return self.ending()
-        return None
-
-    def ending(self) -> tuple[str, str]:
+        if chunk or not (ready or ended):
+            return None
         self.kill()
         if self.exit_code is not None and self.exit_code < 0:
             return "killed", f"signal: {signal.strsignal(-self.exit_code) or -self.exit_code}"
