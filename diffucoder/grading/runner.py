@@ -396,9 +396,8 @@ EXACT = (*NESTED, int, float, str, bytes, bytearray, complex)
 def numpy_to_json(value: Any) -> dict[str, Any]:
     """A number of numpy, tagged with the character of its type, or an array of one number, string or object."""
     if type(value).__name__ == "ndarray":
-        if value.dtype.kind in "USO":
-            return {"array": [value.ndim, value.dtype.kind, to_json(value.item())]}
-        return {"array": [value.ndim, *numpy_to_json(value.reshape(-1)[0]).popitem()]}
+        kind = value.dtype.kind
+        return {"array": [value.ndim, kind, to_json(value.item() if kind in "USO" else value.reshape(-1)[0])]}
     item = value.item()
     if type(item) is type(value):  # a longdouble is not a number of Python
         return {value.dtype.char: value.tobytes().hex()}

@@ -144,19 +144,18 @@ def _numpy(character: str, content: Any) -> Any:
     return np.dtype(character).type(number)
 
 
-def _array(dimensions: int, character: str, content: Any) -> Any:
-    """An array of one number, string or object."""
+def _array(dimensions: int, kind: str, content: Any) -> Any:
+    """An array of one number, string or object. Raises ValueError for more dimensions than numpy has."""
     import numpy as np  # late, as in `_numpy`
 
-    if character not in ("U", "S", "O"):
-        return np.array(_numpy(character, content), ndmin=dimensions)
-    array = np.array(None, object, ndmin=dimensions)  # raises ValueError for more dimensions than numpy has
-    array[(0,) * dimensions] = _shallow(content)
-    if character == "O":
+    item = _shallow(content)
+    if kind == "O":
+        array = np.array(None, object, ndmin=dimensions)
+        array[(0,) * dimensions] = item
         return array
-    if not isinstance(array.item(), str | bytes):
-        raise ValueError(f"{array.item()!r} is not a string")
-    return array.astype(character)
+    if not isinstance(item, str | bytes | np.generic):  # a list would become an array
+        raise ValueError(f"{item!r} is not a string or a number of numpy")
+    return np.array(item, ndmin=dimensions)
 
 
 def _deep(parts: list[tuple[str, Any]]) -> Any:
