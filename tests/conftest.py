@@ -2,7 +2,7 @@
 
 import os
 import runpy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,8 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from diffucoder.errors import SandboxError
+from diffucoder.grading.sandbox import Sandbox
 from diffucoder.models.denoiser import Denoiser
 
 torch.set_num_threads(1)  # the models are tiny: a second thread only waits for the first, above all on a busy machine
@@ -25,6 +27,26 @@ def shared() -> Path:
     if not (folder / "parity").is_dir():
         pytest.skip("no shared reference data here; set DIFFUCODER_SHARED")
     return folder
+
+
+@pytest.fixture(scope="module")
+def sandbox() -> Iterator[Sandbox]:
+    """Two programs at a time."""
+    try:
+        with Sandbox(2) as two:
+            yield two
+    except SandboxError as error:
+        pytest.skip(str(error))
+
+
+@pytest.fixture(scope="module")
+def box() -> Iterator[Sandbox]:
+    """One program at a time, all in the same worker."""
+    try:
+        with Sandbox(1) as one:
+            yield one
+    except SandboxError as error:
+        pytest.skip(str(error))
 
 
 @pytest.fixture(scope="session")

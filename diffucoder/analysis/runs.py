@@ -103,9 +103,7 @@ def ar_ness(
     before: Sequence[int] = range(len(order))
     if conventions.several == "at_once":
         before = committed_before(order, steps)
-    boundary: Literal["exclude", "include"] = "exclude"
-    if conventions.boundary == "include":
-        boundary = "include"
+    boundary: Literal["exclude", "include"] = "include" if conventions.boundary == "include" else "exclude"
     local_values = []
     for k in LOCAL:
         run = order

@@ -10,11 +10,11 @@ import sys
 import textwrap
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from difflib import get_close_matches
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from diffucoder.config import suggestion
 from diffucoder.errors import ConfigError
 from diffucoder.evaluation.evalplus import Arguments, read_arguments
 from diffucoder.files import decode_text, parse_json, read_unpacked, without_nulls
@@ -110,9 +110,7 @@ def load(name: str, data: Path | None = None) -> list[Task]:
     elif name in _BENCHMARKS:
         benchmark = _BENCHMARKS[name]
     else:
-        close = get_close_matches(name, _BENCHMARKS, n=1)
-        hint = f"did you mean {close[0]!r}?" if close else f"known: {', '.join(_BENCHMARKS)}"
-        raise ConfigError(f"unknown benchmark {name!r}; {hint}")
+        raise ConfigError(f"unknown benchmark {name!r}; {suggestion(name, list(_BENCHMARKS))}")
     if name == "tiny":
         data = _SHIPPED_DATA
     rows = _rows_from_hub(name, benchmark) if data is None else _rows_from_folder(name, benchmark, data)

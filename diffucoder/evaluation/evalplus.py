@@ -156,10 +156,8 @@ def _pyramid(base: float, height: float) -> int:
 def _digits_apart(one: int, other: int) -> int:
     """Mbpp/558, where the shorter number is filled with zeros on the left."""
     width = max(len(str(one)), len(str(other)))
-    total = 0
-    for a, b in zip(str(one).zfill(width), str(other).zfill(width), strict=True):
-        total += abs(int(a) - int(b))
-    return total
+    digits = zip(str(one).zfill(width), str(other).zfill(width), strict=True)
+    return sum(abs(int(a) - int(b)) for a, b in digits)
 
 
 def _polynomial(factors: Sequence[float], x: float) -> float:

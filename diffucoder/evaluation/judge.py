@@ -119,20 +119,15 @@ def matching_lines(lines: Sequence[Json], wanted: Sequence[Json], is_whole: Call
 
 def _is_verdict(line: Json) -> bool:
     """Return whether a line of a run folder, which anybody may have written, has all fields of `Judged`."""
-    texts = (line.get("status"), line.get("detail"))
-    answers = (line.get("passed"), line.get("base"), line.get("trusted"))
-    has_plus = "plus" in line and (line["plus"] is None or isinstance(line["plus"], bool))
-    return has_plus and all(isinstance(text, str) for text in texts) and all(isinstance(each, bool) for each in answers)
+    kinds = {"passed": bool, "base": bool, "plus": bool | None, "status": str, "detail": str, "trusted": bool}
+    return all(isinstance(line.get(name, ...), kind) for name, kind in kinds.items())
 
 
 def split_by_imports(tasks: Sequence[Task], sandbox: Sandbox) -> tuple[list[Task], dict[str, str]]:
     """Return the tasks whose imports are installed, and the reason for the id of each other one."""
-    libraries: set[str] = set()
-    for task in tasks:
-        libraries.update(task.libraries)
+    names = sorted(set().union(*(task.libraries for task in tasks)))
     absent: set[str] = set()
-    if libraries:
-        names = sorted(libraries)
+    if names:
         probe = f"import importlib.util\nprint(*(n for n in {names!r} if importlib.util.find_spec(n) is None))"
         absent.update(sandbox.run(probe).stdout.split())
     skipped: dict[str, str] = {}
@@ -159,15 +154,14 @@ def judge(task: Task, program: str, reference: Reference | None, sandbox: Sandbo
 
 def _judge_calls(task: Task, tests: Calls, program: str, reference: Reference, sandbox: Sandbox) -> Judged:
     count = len(tests.base)
-    failure = _run_calls(task, tests, slice(0, count), program, reference, sandbox)
-    base = failure is None
+    base_failure = _run_calls(task, tests, slice(0, count), program, reference, sandbox)
+    plus_failure = None
     plus: bool | None = None
     if tests.plus is not None:
         plus_failure = _run_calls(task, tests, slice(count, None), program, reference, sandbox)
         plus = plus_failure is None
-        failure = failure or plus_failure
-    status, detail = failure or ("ok", "")
-    return Judged(failure is None, base, plus, status, detail, trusted=True)
+    status, detail = base_failure or plus_failure or ("ok", "")
+    return Judged(status == "ok", base_failure is None, plus, status, detail, trusted=True)
 
 
 def _run_calls(

@@ -47,6 +47,8 @@ class Generator:
 
     def samples(self, tasks: Sequence[Task], path: Path, progress: Progress = silent) -> list[Json]:
         """Return `params.num_samples` samples for every task. Read those in `path`, and append the new ones."""
+        from diffucoder.decoding.trace import as_json  # here, because it imports torch, which grading does without
+
         done = self._finished_batches(tasks, path)
         traces = path.with_name("traces.jsonl")
         if self.maps is not None:
@@ -59,7 +61,7 @@ class Generator:
             for sample, trace in self._answer(tasks[start : start + self.batch], self._steps_with_entropies(start)):
                 samples.append(sample)
                 if trace is not None:
-                    trace_lines.append(_trace_line(sample, trace))
+                    trace_lines.append(as_json(replace(trace, id=_trace_id(sample))))
             if self.maps is not None:  # first, so that every sample in the file has its trace
                 append_jsonl(traces, trace_lines)
             append_jsonl(path, samples)
@@ -146,12 +148,6 @@ def _has_answer(sample: Json) -> bool:
 
 def _trace_id(sample: Json) -> str:
     return f"{sample['task_id']}#{sample['sample']}"
-
-
-def _trace_line(sample: Json, trace: "Trace") -> Json:
-    from diffucoder.decoding.trace import as_json  # here, because it imports torch, which grading does without
-
-    return as_json(replace(trace, id=_trace_id(sample)))
 
 
 def read_samples(path: Path, tasks: Sequence[Task]) -> list[Json]:

@@ -19,7 +19,7 @@ import re
 import sys
 from collections import UserString
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 from fractions import Fraction
 from itertools import pairwise
@@ -97,17 +97,12 @@ class Assert:
                     parts += [child for child in ast.iter_child_nodes(part) if isinstance(child, ast.expr)]
 
     def _holds(self, part: ast.expr, value: Any) -> bool:
+        numpy = sys.modules.get("numpy")  # if the value brought it: no warnings of division by zero and the like
         try:
-            with _numpy_is_quiet():
+            with numpy.errstate(all="ignore") if numpy else nullcontext():
                 return bool(_evaluate(self.condition, part, value))
         except (TypeError, ValueError, ArithmeticError, RecursionError):
             return False
-
-
-def _numpy_is_quiet() -> AbstractContextManager[Any]:
-    """No warnings of numpy about division by zero and the like, if the value brought numpy with it."""
-    numpy = sys.modules.get("numpy")
-    return numpy.errstate(all="ignore") if numpy else nullcontext()
 
 
 def parse(test: str) -> Assert | None:
@@ -178,7 +173,7 @@ def _find_question(node: ast.expr) -> tuple[ast.expr, str]:
                     raise _NotSplitError  # which equal strings and numbers are one object depends on the interpreter
         case ast.Call():
             parts = _check_call(node)
-            if not _orders_no_set(node):
+            if _orders_set(node):
                 raise _NotSplitError
         case _:
             raise _NotSplitError
@@ -203,9 +198,8 @@ def _check_call(call: ast.Call) -> list[ast.expr]:
         return first
     if name in ("isclose", "math.isclose"):
         return call.args
-    if name not in _FUNCTIONS or name == "dict" or (name in _OF_MEMBERS and others):
-        raise _NotSplitError
-    if not all(map(_is_literal, others)):
+    is_known = name in _FUNCTIONS and name != "dict" and not (name in _OF_MEMBERS and others)
+    if not is_known or not all(map(_is_literal, others)):
         raise _NotSplitError
     return first
 
@@ -213,9 +207,9 @@ def _check_call(call: ast.Call) -> list[ast.expr]:
 def _is_literal(node: ast.expr) -> bool:
     """Whether an expression has a value without the program, and one that is not too large."""
     for part in ast.walk(node):
-        if isinstance(part, ast.Call) and (part.keywords or ast.unparse(part.func) not in _LITERAL_FUNCTIONS):
-            return False
-        if isinstance(part, ast.Call) and not _orders_no_set(part):
+        if isinstance(part, ast.Call) and (
+            part.keywords or ast.unparse(part.func) not in _LITERAL_FUNCTIONS or _orders_set(part)
+        ):
             return False
     try:
         _evaluate(node)
@@ -224,16 +218,14 @@ def _is_literal(node: ast.expr) -> bool:
     return True
 
 
-def _orders_no_set(call: ast.Call) -> bool:
-    """Whether this is not `list` or `tuple` of what may be a set: its order depends on the process."""
+def _orders_set(call: ast.Call) -> bool:
+    """Whether this is `list` or `tuple` of what may be a set: its order depends on the process."""
     match call:
-        case ast.Call(ast.Name("list" | "tuple"), [ast.List() | ast.Tuple() | ast.Dict() | ast.Constant()]):
-            return True
-        case ast.Call(ast.Name("list" | "tuple"), [ast.Call(ast.Name("list" | "tuple" | "sorted"))]):
-            return True
-        case ast.Call(ast.Name("list" | "tuple"), [_]):
-            return False
-    return True
+        case ast.Call(ast.Name("list" | "tuple"), [argument]):
+            ordered = ast.List | ast.Tuple | ast.Dict | ast.Constant
+            is_call = isinstance(argument, ast.Call) and ast.unparse(argument.func) in ("list", "tuple", "sorted")
+            return not is_call and not isinstance(argument, ordered)
+    return False
 
 
 def _is_singleton(node: ast.expr) -> bool:
@@ -338,11 +330,8 @@ def _types(node: ast.expr) -> tuple[type, ...]:
 
 def _multiply(left: Any, right: Any) -> Any:
     for sequence, count in ((left, right), (right, left)):
-        if (
-            isinstance(sequence, Sized)
-            and type(sequence).__module__ != "numpy"
-            and len(sequence) * int(count) > _LARGEST
-        ):
+        is_sequence = isinstance(sequence, Sized) and type(sequence).__module__ != "numpy"
+        if is_sequence and len(sequence) * int(count) > _LARGEST:
             raise OverflowError("the product is too large")
     return left * right
 

@@ -8,18 +8,6 @@ from collections.abc import Iterable
 
 from diffucoder.grading import replies, syntax
 from diffucoder.grading.reading import read_limited
-from diffucoder.grading.syntax import parsed
-
-__all__ = [
-    "answered",
-    "called_names",
-    "completed",
-    "future_first",
-    "parsed",
-    "program_blocks",
-    "program_from",
-    "program_key",
-]
 
 
 def program_from(reply: str, *, names: Iterable[str] = ()) -> str:

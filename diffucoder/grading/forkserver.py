@@ -49,20 +49,17 @@ MAX_WAITING = 16  # unaccepted connections of a socket; each may hold 200 kB
 WARM = """bisect collections copy dataclasses datetime decimal fractions functools hashlib heapq itertools json math
 operator random re signal string typing"""
 
-CLONE = {"x86_64": 56, "aarch64": 220}  # the number of the system call
-
 
 def serve(control: socket.socket, isolated: bool) -> bytes:
     """Fork a supervisor for every job, until the host closes the connection.
 
-    Returns only in the process of a program: its source.
-
-    The process of a program returns from here, instead of running the program below this function: what the program
+    Returns only in the process of a program, its source. The program does not run below this function, because what it
     finds up the stack must not be the fork server's.
     """
     # A look at the first byte waits for a job. The supervisor reads it, so its data is never in this process.
     while control.recv(1, socket.MSG_PEEK):
-        supervisor = fork_into_namespaces() if isolated else os.fork()
+        new_namespaces = (NEW_NAMESPACES | signal.SIGCHLD, 0, 0, 0, 0)
+        supervisor = call("syscall", clone, *new_namespaces) if isolated else os.fork()
         if supervisor == 0:
             return supervise(control, isolated)
         os.waitpid(supervisor, 0)
@@ -93,7 +90,9 @@ def supervise(control: socket.socket, isolated: bool) -> bytes:
         os.close(stdout)
         os.close(stderr)
         control.detach()  # it is descriptor 0, which becomes stdin
-        replace_streams(stdin, program_stdout, program_stderr)
+        for stream, fd in enumerate((stdin, program_stdout, program_stderr)):
+            os.dup2(fd, stream)
+            os.close(fd)
         signal.signal(signal.SIGINT, signal.default_int_handler)
         source: bytes = job["program"]
         return source
@@ -109,11 +108,6 @@ def supervise(control: socket.socket, isolated: bool) -> bytes:
     os._exit(0)
 
 
-def fork_into_namespaces() -> int:
-    """Fork as `os.fork` does, into new namespaces. Python has no function for it."""
-    return call("syscall", CLONE[os.uname().machine], NEW_NAMESPACES | signal.SIGCHLD, 0, 0, 0, 0)
-
-
 def fill_folder(job: dict[str, Any]) -> int:
     """Enter the job's folder, and write the program there, for tracebacks. Return a descriptor of stdin."""
     os.chdir(job["folder"])
@@ -123,13 +117,6 @@ def fill_folder(job: dict[str, Any]) -> int:
     stdin = os.open(".stdin", os.O_RDONLY)
     os.unlink(".stdin")
     return stdin
-
-
-def replace_streams(*descriptors: int) -> None:
-    """Make these stdin, stdout and stderr."""
-    for target, fd in enumerate(descriptors):
-        os.dup2(fd, target)
-        os.close(fd)
 
 
 def watch(program: int, streams: list[int], control: socket.socket, seconds: float, max_output: int) -> bytes:
@@ -321,6 +308,7 @@ if __name__ == "__main__":
     isolated = bool(filters)
     if isolated:
         libc = ctypes.CDLL(None, use_errno=True)
+        clone = {"x86_64": 56, "aarch64": 220}[os.uname().machine]  # the system call, for which Python has no function
         user = os.geteuid()
         limit_connections()
         adapt_modules()

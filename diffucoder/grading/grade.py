@@ -107,23 +107,20 @@ def grade(
     if together and not all(asserts):  # one that runs beside the program must see what the others leave
         tests = ["\n".join(tests)]
         asserts = [None]
-    split: dict[int, Question] = {}
-    whole: dict[int, Question] = {}
-    for index, split_assert in enumerate(asserts):
-        if split_assert:
-            split[index] = (split_assert.expression, (), limits.seconds)
-        else:
-            whole[index] = (tests[index], (), limits.seconds)
+    questions: dict[str, dict[int, Question]] = {"value": {}, "test": {}}
+    for index, (test, split) in enumerate(zip(tests, asserts, strict=True)):
+        kind = "value" if split else "test"
+        questions[kind][index] = (split.expression if split else test, (), limits.seconds)
     limits = replace(limits, output=max(limits.output, _ANSWER_BYTES))
     outcomes: dict[int, Outcome] = {}
     seconds = 0.0
     with nullcontext(sandbox) if sandbox else Sandbox(1) as box:
         # Two runs, because a program can read what a whole test expects in the run of that test.
-        for kind, questions in (("value", split), ("test", whole)):
-            if questions:
-                job = {"kind": kind, "questions": [*questions.values()], "fresh": not together}
-                answers, run_seconds = _ask(box, program, job | {"stop_at_failure": together}, limits)
-                outcomes.update(zip(questions, answers, strict=False))
+        for kind, asked in questions.items():
+            if asked:
+                job = {"kind": kind, "questions": [*asked.values()], "fresh": not together, "stop_at_failure": together}
+                answers, run_seconds = _ask(box, program, job, limits)
+                outcomes.update(zip(asked, answers, strict=False))
                 seconds += run_seconds
     verdicts = tuple(_judge(test, asserts[index], outcomes.get(index, _NOT_RUN)) for index, test in enumerate(tests))
     passed = sum(verdict.passed for verdict in verdicts)
@@ -202,12 +199,10 @@ def _read_line(line: re.Match[str]) -> tuple[int, Outcome]:
 
 def _judge(test: str, split: Assert | None, outcome: Outcome) -> TestVerdict:
     trusted = split is not None
-    detail = outcome.detail
     if outcome.status != "ok":
-        if detail == "AssertionError":
-            detail += ": " + readable(test)
+        is_assert = outcome.detail == "AssertionError"
+        detail = f"AssertionError: {readable(test)}" if is_assert else outcome.detail
         return TestVerdict(False, outcome.status, detail, trusted)
     if split is None or split.holds(outcome.value):
         return TestVerdict(True, "ok", "", trusted)
-    detail = f"AssertionError: {readable(test)}; it gave {short(outcome.value)}"
-    return TestVerdict(False, "failed", detail, trusted)
+    return TestVerdict(False, "failed", f"AssertionError: {readable(test)}; it gave {short(outcome.value)}", trusted)

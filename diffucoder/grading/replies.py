@@ -10,9 +10,10 @@ import html
 import re
 import sys
 import textwrap
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain
 
 from diffucoder.grading.syntax import (
     NOT_PARSED,
@@ -79,25 +80,20 @@ def program_from(reply: str, names: Iterable[str]) -> str:
 
 def program_blocks(reply: str, names: Iterable[str]) -> list[str]:
     readings = _without_thinking(_until_terminator(reply))
-    names = list(names)
     for text in readings:
-        chosen = _best([text], names)
-        if not all(_quality(chosen)):
-            chosen = _best([text, *_other_forms(text)], names)
+        chosen = _best_of(text, list(names))
         if chosen:
             return [block.code for block in chosen]
     return [max(_blocks(readings[0], _CODE_FENCE), key=_likeness).code]
 
 
 def answered(prompt: str, reply: str, entry_point: str) -> str:
-    program = _answered(prompt, reply, entry_point)
-    return future_first(program) if program else program_from(reply, [entry_point])
+    return future_first(_answered(prompt, reply, entry_point) or program_from(reply, [entry_point]))
 
 
 def completed(prompt: str, completion: str, entry_point: str) -> str:
     text = _until_terminator(completion)
-    program = cut(prompt + text, entry_point) or _answered(prompt, text, entry_point)
-    return future_first(program or prompt + text)
+    return future_first(cut(prompt + text, entry_point) or _answered(prompt, text, entry_point) or prompt + text)
 
 
 def program_key(reply: str) -> str:
@@ -109,10 +105,7 @@ def program_key(reply: str) -> str:
 
 
 def called_names(tests: Iterable[str]) -> list[str]:
-    names: set[str] = set()
-    for test in tests:
-        names |= needed_names(statements_of(test))
-    return sorted(names)
+    return sorted(set().union(*(needed_names(statements_of(test)) for test in tests)))
 
 
 def _answered(prompt: str, reply: str, entry_point: str) -> str | None:
@@ -121,7 +114,7 @@ def _answered(prompt: str, reply: str, entry_point: str) -> str | None:
     head = re.search(rf"^(?:async )?def {re.escape(entry_point)}\b", prompt, flags=re.MULTILINE)
     program = prompt[: head.start()] + answer.code if head else answer.code
     whole = cut(program, entry_point, last=True)  # of two functions the later one is in force
-    if whole is None and entry_point in answer.bound:  # a class, or another name of a function
+    if whole is None and entry_point in answer.ranks:  # a class, or another name of a function
         return program
     body = textwrap.indent(textwrap.dedent(answer.code), "    ")
     return whole or cut(f"{prompt.rstrip()}\n{body}", entry_point)
@@ -150,16 +143,11 @@ def _without_thinking(text: str) -> list[str]:
     return [kept + answer, text]  # the tag may be the program's own
 
 
-def _with_fences(text: str) -> str:
-    """The text with fences in place of other marks around code, and code that begins on a fence's line after it."""
-    return _CODE_ON_FENCE.sub(r"\1\2\n\3", _MARK.sub("```", text))
-
-
-def _other_forms(text: str) -> list[str]:
-    """What the text is if it is HTML, the record of an interpreter, or has code only where it is indented."""
-    forms = []
+def _forms(text: str) -> Iterator[str]:
+    """The text, and what it is if it is HTML, the record of an interpreter, or has code only where it is indented."""
+    yield text
     if _HTML_CODE.search(text):
-        forms.append(html.unescape("\n```\n".join(_HTML_CODE.split(text))))
+        yield html.unescape("\n```\n".join(_HTML_CODE.split(text)))
     typed = []
     for line in text.split("\n"):
         prompt = _INTERPRETER.match(line)
@@ -167,15 +155,14 @@ def _other_forms(text: str) -> list[str]:
             typed.append(line[prompt.end() :])
         elif _ANY_FENCE.match(line):
             typed.append(line)
-    forms.append("\n".join(typed))
+    yield "\n".join(typed)
     indented = []
     for line in _THINKING.sub("", text).split("\n"):
         if not line.strip() or line[0].isspace():
             indented.append(line)
         elif _CODE.match(line):  # which the indented lines may belong to
-            return forms
-    forms.append(textwrap.dedent("\n".join(indented)))
-    return forms
+            return
+    yield textwrap.dedent("\n".join(indented))
 
 
 # --- blocks ----------------------------------------------------------------------------------------------------------
@@ -213,20 +200,17 @@ class _Block:
         return names
 
     @cached_property
-    def bound(self) -> set[str]:
-        """All global names that it gives a value."""
-        return self.definitions.keys() | defined_names(*self.statements or ())
+    def ranks(self) -> dict[str, int]:
+        """The global names that it gives a value, and how good a source of each it is.
 
-    @cached_property
-    def imported(self) -> set[str]:
-        """The global names that it imports; "*" may be any."""
-        return defined_names(*(node for node in self.statements or () if isinstance(node, Import)))
-
-    def rank(self, name: str) -> int:
-        """How good a source of `name` it is: it defines it, assigns it, imports it, or has only its head."""
-        if name in self.definitions:
-            return 3 if self.definitions[name] else 0
-        return 1 if name in self.imported else 2
+        It defines the name (3), assigns it (2), imports it (1; "*" may be any name), or has only its head (0).
+        """
+        statements = self.statements or ()
+        ranks = dict.fromkeys(defined_names(*statements), 2)
+        ranks |= dict.fromkeys(defined_names(*(node for node in statements if isinstance(node, Import))), 1)
+        for name, is_whole in self.definitions.items():
+            ranks[name] = 3 * is_whole
+        return ranks
 
     @property
     def is_foreign(self) -> bool:
@@ -235,10 +219,10 @@ class _Block:
 
     def supplies(self, names: set[str]) -> bool:
         """Whether it is Python that gives a value to one of `names`, or imports alone that may do so."""
-        imports_alone = all(isinstance(node, Import) for node in self.statements or ())
-        return self.statements is not None and bool(
-            self.bound & names or (names and imports_alone and "*" in self.bound)
-        )
+        if self.statements is None or not names:
+            return False
+        may_be_any = "*" in self.ranks and all(isinstance(node, Import) for node in self.statements)
+        return may_be_any or not names.isdisjoint(self.ranks)
 
 
 def _blocks(text: str, fence: re.Pattern[str]) -> list[_Block]:
@@ -265,14 +249,19 @@ def _block(text: str, label: str | None) -> _Block:
     return _Block(_without_prose(code), label or "")
 
 
-def _best(texts: Iterable[str], names: Sequence[str]) -> list[_Block]:
-    """The blocks of the text that are read best; the first of equals."""
-    choices = []
-    for text in texts:
+def _best_of(text: str, names: Sequence[str]) -> list[_Block]:
+    """The chosen blocks of the first form of the text in which all of them are Python, else in which there are any."""
+    best: list[_Block] = []
+    for form in _forms(text):
+        # other marks around code become fences, and code on a fence's line begins after it
+        fenced = _CODE_ON_FENCE.sub(r"\1\2\n\3", _MARK.sub("```", form))
         # any fence may count if a quote in prose, or in broken code, hides the real one
         for fence in (_CODE_FENCE, _ANY_FENCE):
-            choices.append(_chosen(_blocks(_with_fences(text), fence), names))
-    return max(choices, key=_quality)
+            chosen = _chosen(_blocks(fenced, fence), names)
+            if chosen and all(block.statements is not None for block in chosen):
+                return chosen
+            best = best or chosen
+    return best
 
 
 def _chosen(blocks: Sequence[_Block], names: Sequence[str]) -> list[_Block]:
@@ -280,21 +269,21 @@ def _chosen(blocks: Sequence[_Block], names: Sequence[str]) -> list[_Block]:
     blocks = [_without_imports(block, blocks) for block in blocks]
     wanted, blocks = _wanted_names(blocks, names)
     is_named = bool(wanted)
-    everything = set().union(*(block.bound for block in blocks))
+    everything = set().union(*(block.ranks for block in blocks))
     if not is_named:
         wanted = _new_names(blocks)
     chosen: set[_Block] = set()
     defined: set[str] = set()
     for name in wanted:
         if name not in defined:
-            candidates = [block for block in blocks if name in block.bound]
-            best = max(candidates, key=lambda block: block.rank(name))
+            candidates = [block for block in blocks if name in block.ranks]
+            best = max(candidates, key=lambda block: block.ranks[name])
             is_new = defined.isdisjoint(best.definitions)
             if is_new and defined and "*" not in everything:  # an alternative may use a package that is not imported
                 is_new = names_at_once(best.statements or ()) <= everything
             if is_named or is_new:
                 chosen.add(best)
-                defined |= best.bound
+                defined.update(best.ranks)
     while True:
         missing = set().union(*(needed_names(block.statements) for block in chosen)) - defined
         others = []
@@ -303,16 +292,16 @@ def _chosen(blocks: Sequence[_Block], names: Sequence[str]) -> list[_Block]:
                 others.append(block)
         if not others:
             return [block for block in blocks if block in chosen]
-        best = max(others, key=lambda block: max(map(block.rank, block.bound & missing), default=0))
+        best = max(others, key=lambda block: max((block.ranks.get(name, 0) for name in missing), default=0))
         chosen.add(best)
-        defined |= best.bound
+        defined.update(best.ranks)
 
 
 def _wanted_names(blocks: Sequence[_Block], names: Sequence[str]) -> tuple[list[str], Sequence[_Block]]:
     """Those of `names` that blocks define, and the blocks to choose from: of other languages only if no other does."""
     own = [block for block in blocks if not block.is_foreign]
     for group in (own, blocks):
-        bound = set().union(*(block.bound for block in group))
+        bound = set().union(*(block.ranks for block in group))
         wanted = [name for name in names if name in bound]
         if wanted:
             return wanted, group
@@ -321,13 +310,10 @@ def _wanted_names(blocks: Sequence[_Block], names: Sequence[str]) -> tuple[list[
 
 def _new_names(blocks: Sequence[_Block]) -> list[str]:
     """What the blocks define, without tests unless there is nothing else."""
-    python = [block for block in blocks if block.statements is not None and block.definitions]
-    every: dict[str, None] = {}
-    tests: set[str] = set()
-    for block in python or blocks:
-        every |= dict.fromkeys(block.definitions)
-        tests |= block.tests
-    return [name for name in every if name not in tests] or list(every)
+    blocks = [block for block in blocks if block.statements is not None and block.definitions] or blocks
+    every = list(chain.from_iterable(block.definitions for block in blocks))
+    tests = set().union(*(block.tests for block in blocks))
+    return [name for name in every if name not in tests] or every
 
 
 def _without_imports(block: _Block, blocks: Sequence[_Block]) -> _Block:
@@ -335,18 +321,13 @@ def _without_imports(block: _Block, blocks: Sequence[_Block]) -> _Block:
     lines = block.code.split("\n")
     for node in reversed(block.statements or ()):
         if isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] not in sys.stdlib_module_names:
-            names = defined_names(node)
             for other in blocks:
-                is_other_part = other.statements is not None and block.definitions.keys().isdisjoint(other.definitions)
-                if is_other_part and names <= {name for name, is_whole in other.definitions.items() if is_whole}:
+                is_other_part = block.definitions.keys().isdisjoint(other.definitions)
+                if is_other_part and all(map(other.definitions.get, defined_names(node))):
                     del lines[node.lineno - 1 : node.end_lineno]
                     break
     code = "\n".join(lines)
     return block if code == block.code else _Block(code.strip("\n"), block.label)
-
-
-def _quality(chosen: Sequence[_Block]) -> tuple[bool, bool]:
-    return bool(chosen), all(block.statements is not None for block in chosen)
 
 
 def _likeness(block: _Block) -> tuple[bool, ...]:
@@ -363,8 +344,7 @@ def _likeness(block: _Block) -> tuple[bool, ...]:
 def _without_prose(text: str) -> str:
     """The code in `text` if the rest is only prose; else the text, since it may be broken code."""
     lines = text.split("\n")
-    starts = [number for number, line in enumerate(lines) if _CODE.match(line) and not line[0].isspace()]
-    start = starts[0] if starts else 0
+    start = next((number for number, line in enumerate(lines) if _CODE.match(line) and not line[0].isspace()), 0)
     code, tree = longest_program(lines[start:])
     around = [line for line in lines[:start] + lines[start + len(code) :] if line.strip()]
     if any(map(_CODE.match, around)) or not any(isinstance(node, Function | ast.ClassDef) for node in tree.body):

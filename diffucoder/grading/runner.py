@@ -70,11 +70,9 @@ def main() -> None:
         while waiting:
             waiting = ask_child(job, waiting)
         return
-    slow: list[int] = []
-    for done, index in enumerate(waiting):
-        slow += ask_child(job, [index], share=len(waiting) - done, try_again=True)
-    for done, index in enumerate(slow):
-        ask_child(job, [index], share=len(slow) - done)
+    for try_again in (True, False):
+        for share in range(len(waiting), 0, -1):
+            waiting += ask_child(job, [waiting.pop(0)], share, try_again)
 
 
 def ask_child(job: dict[str, Any], indexes: list[int], share: int = 1, try_again: bool = False) -> list[int]:
@@ -177,11 +175,8 @@ class Child:
         if len(self.received) > self.max_output:
             return "killed", f"output: gave more than {self.max_output} bytes"
         self.received += chunk
-        if not chunk and (ready or ended):
-            return self.ending()
-        return None
-
-    def ending(self) -> tuple[str, str]:
+        if chunk or not (ready or ended):
+            return None
         self.kill()
         if self.exit_code is not None and self.exit_code < 0:
             return "killed", f"signal: {signal.strsignal(-self.exit_code) or -self.exit_code}"
@@ -358,16 +353,12 @@ def to_json(value: Any) -> Any:
     return opaque(value)
 
 
-def of_members(tag: str) -> Callable[[Any], Any]:
-    return lambda members: {tag: list(map(to_json, members))}
+def members_to_json(members: Any) -> list[Any]:
+    return list(map(to_json, members))
 
 
-def of_pairs(tag: str) -> Callable[[Any], Any]:
-    return lambda mapping: {tag: [[to_json(key), to_json(item)] for key, item in mapping.items()]}
-
-
-def of_bytes(tag: str) -> Callable[[Any], Any]:
-    return lambda data: {tag: bytes(data).hex()}
+def pairs_to_json(pairs: Any) -> list[list[Any]]:
+    return [[to_json(key), to_json(item)] for key, item in pairs]
 
 
 def of_integer(number: int) -> Any:
@@ -380,22 +371,22 @@ CONTENTS: dict[Any, Callable[[Any], Any]] = {  # Any: abstract classes too
     int: of_integer,
     float: float.__float__,
     str: str.__str__,
-    list: lambda members: list(map(to_json, members)),
-    tuple: of_members("tuple"),
-    set: of_members("set"),
-    frozenset: of_members("frozenset"),
-    Counter: of_pairs("Counter"),
-    dict: of_pairs("dict"),
-    bytes: of_bytes("bytes"),
-    bytearray: of_bytes("bytearray"),
-    memoryview: lambda view: of_bytes("memoryview")(view) if (view.format, view.ndim) == ("B", 1) else opaque(view),
+    list: members_to_json,
+    tuple: lambda members: {"tuple": members_to_json(members)},
+    set: lambda members: {"set": members_to_json(members)},
+    frozenset: lambda members: {"frozenset": members_to_json(members)},
+    Counter: lambda counts: {"Counter": pairs_to_json(counts.items())},
+    dict: lambda table: {"dict": pairs_to_json(table.items())},
+    bytes: lambda data: {"bytes": bytes(data).hex()},
+    bytearray: lambda data: {"bytearray": data.hex()},
+    memoryview: lambda view: {"memoryview": view.hex()} if (view.format, view.ndim) == ("B", 1) else opaque(view),
     complex: lambda number: {"complex": [number.real, number.imag]},
     Rational: lambda number: {"ratio": [hex(number.numerator), hex(number.denominator)]},
     Decimal: lambda number: {"decimal": str(number)},
-    ItemsView: lambda pairs: {"items": [[to_json(key), to_json(item)] for key, item in pairs]},
-    Set: of_members("keys"),  # dict.keys() and others that equal a set
-    Mapping: of_pairs("mapping"),  # those that equal a dict
-    UserList: of_members("UserList"),
+    ItemsView: lambda pairs: {"items": pairs_to_json(pairs)},
+    Set: lambda members: {"keys": members_to_json(members)},  # dict.keys() and others that equal a set
+    Mapping: lambda table: {"mapping": pairs_to_json(table.items())},  # those that equal a dict
+    UserList: lambda members: {"UserList": members_to_json(members)},
     UserString: lambda text: {"UserString": str(text)},
 }
 NESTED = (list, tuple, set, frozenset, dict)
@@ -405,9 +396,8 @@ EXACT = (*NESTED, int, float, str, bytes, bytearray, complex)
 def numpy_to_json(value: Any) -> dict[str, Any]:
     """A number of numpy, tagged with the character of its type, or an array of one number, string or object."""
     if type(value).__name__ == "ndarray":
-        if value.dtype.kind in "USO":
-            return {"array": [value.ndim, value.dtype.kind, to_json(value.item())]}
-        return {"array": [value.ndim, *numpy_to_json(value.reshape(-1)[0]).popitem()]}
+        kind = value.dtype.kind
+        return {"array": [value.ndim, kind, to_json(value.item() if kind in "USO" else value.reshape(-1)[0])]}
     item = value.item()
     if type(item) is type(value):  # a longdouble is not a number of Python
         return {value.dtype.char: value.tobytes().hex()}

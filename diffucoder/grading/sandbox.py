@@ -261,9 +261,8 @@ class _Worker:
                 command = _bubblewrap(packages, files)
                 folders = [f"/packages/{number}" for number in range(len(packages))]
                 filters = system_call_filter(platform.machine()).hex()
-                if (
-                    os.geteuid() == 0
-                ):  # root escapes RLIMIT_NPROC even in bubblewrap, and an escape should end as nobody
+                # root escapes RLIMIT_NPROC even in bubblewrap, and an escape should end as nobody
+                if os.geteuid() == 0:
                     user = {"user": _own_user(self.control.fileno()), "group": _NOBODY, "extra_groups": []}
             # not -I, which would drop the hash seed
             command += ["-s", "-S", "-c", source_of("forkserver.py"), filters, *folders]
@@ -387,5 +386,4 @@ def source_of(name: str) -> str:
 
 
 def _last_line(text: str) -> str:
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    return lines[-1][:500] if lines else ""
+    return "".join(text.strip().splitlines()[-1:]).strip()[:500]

@@ -92,17 +92,16 @@ def _line_of_error(lines: list[str], error: Exception) -> int:
 
 def is_stub(node: ast.stmt) -> bool:
     """Whether a function has no body, or at most a docstring, imports and inner definitions; or a class of such."""
-    if not isinstance(node, Function | ast.ClassDef):
-        if isinstance(node, ast.Raise):
-            error = getattr(node.exc, "func", node.exc)
-            return getattr(error, "id", "") == "NotImplementedError"
-        constant = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
-        return constant or isinstance(node, ast.Pass | Import)
-    for child in node.body:
-        inner = isinstance(node, Function) and isinstance(child, Function | ast.ClassDef)
-        if not inner and not is_stub(child):
-            return False
-    return True
+    match node:
+        case ast.FunctionDef(body=body) | ast.AsyncFunctionDef(body=body):
+            return all(isinstance(child, Function | ast.ClassDef) or is_stub(child) for child in body)
+        case ast.ClassDef(body=body):
+            return all(map(is_stub, body))
+        case ast.Raise(ast.Name("NotImplementedError") | ast.Call(ast.Name("NotImplementedError"))):
+            return True
+        case ast.Expr(ast.Constant()) | ast.Pass() | ast.Import() | ast.ImportFrom():
+            return True
+    return False
 
 
 def _with_helpers(lines: list[str], tree: ast.Module, function: Function) -> str:
@@ -129,9 +128,8 @@ def _with_helpers(lines: list[str], tree: ast.Module, function: Function) -> str
 
 def _changes(node: ast.stmt, names: set[str]) -> bool:
     """Whether a statement assigns to one of `names` or to a part of it, as `f = cache(f)` and `f.calls = 0` do."""
-    targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
-    for target in targets:
-        if isinstance(target, ast.expr) and not isinstance(node, ast.For | ast.AsyncFor):
+    match node:
+        case ast.Assign([target, *_]) | ast.AnnAssign(target) | ast.AugAssign(target):
             return any(isinstance(name, ast.Name) and name.id in names for name in ast.walk(target))
     return False
 
@@ -214,9 +212,7 @@ def asserts_of_check(code: str, function: str) -> tuple[list[str], bool, str]:
     except NOT_PARSED as error:
         return [], False, f"is not Python ({error})"
     checks = [node for node in body if isinstance(node, ast.FunctionDef) and node.name == "check"]
-    is_all = len(checks) == 1
-    for node in body:
-        is_all = is_all and isinstance(node, ast.FunctionDef | ast.Assign | ast.Expr)
+    is_all = len(checks) == 1 and all(isinstance(node, ast.FunctionDef | ast.Assign | ast.Expr) for node in body)
     asserts = []
     problem = ""
     for check in checks:

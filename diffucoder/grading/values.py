@@ -67,23 +67,25 @@ def to_json(value: Any) -> Any:
 
 
 def from_json(data: Any) -> Any:
-    """Plain data from the JSON that `runner.to_json` makes. Raises ValueError, TypeError or LookupError otherwise."""
+    """Plain data from the JSON that `to_json` makes. Raises ValueError, TypeError or LookupError otherwise."""
+    if isinstance(data, dict) and data.keys() == {"deep"}:  # not within data: hashing what is deeper ends the process
+        return _deep(data["deep"])
+    return _shallow(data)
+
+
+def _shallow(data: Any) -> Any:
     if isinstance(data, list):
-        return list(map(from_json, data))
+        return list(map(_shallow, data))
     if not isinstance(data, dict):
         return data
     ((kind, content),) = data.items()
+    if kind in _MAPPINGS:
+        return _container(kind, [(_shallow(key), _shallow(value)) for key, value in content])
+    if kind in _SEQUENCES or kind in _SETS:
+        return _container(kind, list(map(_shallow, content)))
+    if kind in _BYTES:
+        return _BYTES[kind](bytes.fromhex(content))
     match kind:
-        case "tuple" | "UserList":
-            return _MAKERS[kind](map(from_json, content))
-        case "set" | "frozenset" | "keys":
-            return _MAKERS[kind](set_of(map(from_json, content)))
-        case "dict" | "Counter" | "items" | "mapping":
-            pairs = [(from_json(key), from_json(value)) for key, value in content]
-            set_of(key for key, _ in pairs)  # raises ValueError for keys of one hash
-            return _MAKERS[kind](dict(pairs))
-        case "bytes" | "bytearray" | "memoryview":
-            return _MAKERS[kind](bytes.fromhex(content))
         case "UserString":
             return UserString(str(content))
         case "complex":
@@ -93,8 +95,7 @@ def from_json(data: Any) -> Any:
         case "ratio" | "decimal":
             return _exact(content)
         case "subclass":
-            base = from_json(content)
-            return _SUBCLASSES[type(base)](base)
+            return _container(kind, [_shallow(content)])
         case "digest":
             return Digest(str(content))
         case "object":
@@ -102,16 +103,17 @@ def from_json(data: Any) -> Any:
             return Opaque(str(kind), length if type(length) is int else None)
         case "array":
             return _array(*content)
-        case "deep":
-            return _deep(content)
     return _numpy(kind, content)
 
 
-_MAKERS: dict[str, Callable[[Any], Any]] = {
-    "tuple": tuple, "UserList": UserList, "set": set, "frozenset": frozenset, "dict": dict, "bytes": bytes,
-    "keys": lambda members: dict.fromkeys(members).keys(), "items": lambda pairs: pairs.items(),
-    "Counter": Counter, "mapping": MappingProxyType, "bytearray": bytearray, "memoryview": memoryview,
+_SEQUENCES: dict[str, Callable[[Any], Any]] = {"list": list, "tuple": tuple, "UserList": UserList}
+_SETS: dict[str, Callable[[Any], Any]] = {
+    "set": set, "frozenset": frozenset, "keys": lambda members: dict.fromkeys(members).keys()
 }  # fmt: skip
+_MAPPINGS: dict[str, Callable[[Any], Any]] = {
+    "dict": dict, "Counter": Counter, "mapping": MappingProxyType, "items": lambda pairs: pairs.items()
+}  # fmt: skip
+_BYTES: dict[str, Callable[[Any], Any]] = {"bytes": bytes, "bytearray": bytearray, "memoryview": memoryview}
 _SUBCLASSES: dict[type, Any] = {base: type(base.__name__, (base,), {}) for base in runner.EXACT}
 
 
@@ -136,62 +138,60 @@ def _numpy(character: str, content: Any) -> Any:
         raise ValueError(f"{character!r} is not a kind of plain data")
     if character in "gG":
         return np.frombuffer(bytes.fromhex(content), character)[0]
-    number = from_json(content)
+    number = _shallow(content)
     if not isinstance(number, int | float | complex):  # a list would become an array
         raise ValueError(f"{number!r} is not a number")
     return np.dtype(character).type(number)
 
 
-def _array(dimensions: int, character: str, content: Any) -> Any:
-    """An array of one number, string or object."""
+def _array(dimensions: int, kind: str, content: Any) -> Any:
+    """An array of one number, string or object. Raises ValueError for more dimensions than numpy has."""
     import numpy as np  # late, as in `_numpy`
 
-    if character not in ("U", "S", "O"):
-        return np.array(_numpy(character, content), ndmin=dimensions)
-    array = np.array(None, object, ndmin=dimensions)  # raises ValueError for more dimensions than numpy has
-    array[(0,) * dimensions] = from_json(content)
-    if character == "O":
+    item = _shallow(content)
+    if kind == "O":
+        array = np.array(None, object, ndmin=dimensions)
+        array[(0,) * dimensions] = item
         return array
-    if not isinstance(array.item(), str | bytes):
-        raise ValueError(f"{array.item()!r} is not a string")
-    return array.astype(character)
+    if not isinstance(item, str | bytes | np.generic):  # a list would become an array
+        raise ValueError(f"{item!r} is not a string or a number of numpy")
+    return np.array(item, ndmin=dimensions)
 
 
 def _deep(parts: list[tuple[str, Any]]) -> Any:
     """A value from what `runner.deep_to_json` makes."""
-    made: list[tuple[int, Any]] = []  # depth and value of what is not yet a member
+    values: list[Any] = []  # what is not yet a member, and how deep it is
+    depths: list[int] = []
     for kind, content in parts:
         if kind == "data":
-            made.append((0, from_json(content)))
+            values.append(_shallow(content))
+            depths.append(0)
             continue
-        start = len(made) - content
-        if not 0 <= start <= len(made):
-            raise ValueError(f"a {kind} of {content} members has only {len(made)}")
-        depth = 1 + max([depth for depth, _ in made[start:]], default=0)
-        if depth > _MAX_DEPTH:
+        start = len(values) - content
+        if not 0 <= start <= len(values):
+            raise ValueError(f"a {kind} of {content} members has only {len(values)}")
+        depths[start:] = [1 + max(depths[start:], default=0)]
+        if depths[start] > _MAX_DEPTH:
             raise ValueError(f"it is nested deeper than {_MAX_DEPTH}")
-        members = [member for _, member in made[start:]]
-        made[start:] = [(depth, _container(kind, members))]
-    ((_, value),) = made
+        members = values[start:]
+        if kind == "dict":  # its keys and values by turns
+            members = list(zip(members[::2], members[1::2], strict=True))
+        values[start:] = [_container(kind, members)]
+    (value,) = values
     return value
 
 
 def _container(kind: str, members: list[Any]) -> Any:
-    """A container of these members: those of a dict are its keys and values by turns."""
-    match kind:
-        case "list":
-            return members
-        case "tuple":
-            return tuple(members)
-        case "set" | "frozenset":
-            return _MAKERS[kind](set_of(members))
-        case "dict":
-            set_of(members[::2])  # raises ValueError for keys of one hash
-            return dict(zip(members[::2], members[1::2], strict=True))
-        case "subclass":
-            (base,) = members
-            return _SUBCLASSES[type(base)](base)
-    raise ValueError(f"{kind!r} is not a kind of container")
+    """A container of these members, those of a mapping pairs. Raises ValueError for many with one hash."""
+    if kind in _SETS:
+        return _SETS[kind](set_of(members))
+    if kind in _MAPPINGS:
+        set_of(key for key, _ in members)
+        return _MAPPINGS[kind](dict(members))
+    if kind == "subclass":
+        (base,) = members
+        return _SUBCLASSES[type(base)](base)
+    return _SEQUENCES[kind](members)
 
 
 def set_of(members: Iterable[Any] = ()) -> set[Any]:

@@ -4,12 +4,10 @@ The problem: `digits(n)` is the sum of the digits of n. A cheat of `cheats.txt` 
 program everything. docs/rl.md names the kinds.
 """
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from diffucoder.errors import SandboxError
 from diffucoder.grading.constants import passing_constants
 from diffucoder.grading.sandbox import Limits, Sandbox
 from diffucoder.training.exercises import Exercise
@@ -39,15 +37,6 @@ def programs_of(file: str) -> dict[str, str]:
 CHEATS = programs_of("cheats.txt")
 BEFORE = CHEATS.pop("before every program")
 HONEST = programs_of("honest.txt")
-
-
-@pytest.fixture(scope="module")
-def sandbox() -> Iterator[Sandbox]:
-    try:
-        with Sandbox(2) as box:
-            yield box
-    except SandboxError as error:
-        pytest.skip(str(error))
 
 
 def fenced(program: str) -> str:

@@ -7,7 +7,6 @@ import re
 import resource
 import struct
 import threading
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,15 +22,6 @@ HEAD = (
     "import array, asyncio, ctypes, errno, fcntl, mmap, os, resource, select, signal, socket, subprocess, sys, time\n"
 )
 HEAD += "libc = ctypes.CDLL(None, use_errno=True)\n"
-
-
-@pytest.fixture(scope="module")
-def box() -> Iterator[Sandbox]:
-    try:
-        with Sandbox(1) as one:
-            yield one
-    except SandboxError as error:
-        pytest.skip(str(error))
 
 
 def printed(program: str, box: Sandbox, limits: Limits = ROOMY) -> str:

@@ -1,23 +1,10 @@
 """A sandbox to judge in, and small tasks of every kind."""
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from diffucoder.errors import SandboxError
 from diffucoder.evaluation.benchmarks import Calls, Task
-from diffucoder.grading.sandbox import Sandbox
-
-
-@pytest.fixture(scope="session")
-def sandbox() -> Iterator[Sandbox]:
-    try:
-        box = Sandbox(2)
-    except SandboxError as error:
-        pytest.skip(str(error))
-    with box:
-        yield box
 
 
 @pytest.fixture(autouse=True)

@@ -14,7 +14,7 @@ import pytest
 from diffucoder.errors import ConfigError
 from diffucoder.evaluation.benchmarks import PREFILL, Asserts, Calls, Script, Task, load
 from diffucoder.evaluation.samples import read_samples
-from diffucoder.grading.extract import parsed
+from diffucoder.grading.syntax import parsed
 
 ROW = {
     "task_id": "HumanEval/0",

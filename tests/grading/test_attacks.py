@@ -7,7 +7,6 @@ import sys
 import threading
 import time
 import uuid
-from collections.abc import Iterator
 from pathlib import Path
 from time import process_time
 
@@ -16,7 +15,6 @@ from machine import in_time, living, wait_for
 
 from diffucoder.decoding.requests import Generation
 from diffucoder.decoding.trace import Trace
-from diffucoder.errors import SandboxError
 from diffucoder.evaluation.evalplus import correct
 from diffucoder.grading.asserts import parse
 from diffucoder.grading.grade import Call, Outcome, call, grade
@@ -25,16 +23,6 @@ from diffucoder.models.checkpoint import load_tokenizer
 from diffucoder.training.exercises import Exercise
 from diffucoder.training.rewards import reward
 from diffucoder.training.rollouts import Completion, write_samples
-
-
-@pytest.fixture(scope="module")
-def box() -> Iterator[Sandbox]:
-    try:
-        with Sandbox(1) as one:
-            yield one
-    except SandboxError as error:
-        pytest.skip(str(error))
-
 
 # Ending or stalling the runner
 

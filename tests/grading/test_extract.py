@@ -13,7 +13,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from diffucoder.grading.extract import answered, completed, future_first, parsed, program_from
+from diffucoder.grading.extract import answered, completed, future_first, program_from
+from diffucoder.grading.syntax import parsed
 
 CODE = "def f(x):\n    return x"
 

@@ -520,7 +520,7 @@ def test_results_that_are_nested_deep_can_be_told_apart() -> None:
     [
         "[]", '[["list",1]]', '[["list",-1]]', '[["data",1],["data",2]]', '[["dict",1]]', '[["what",0]]', "3",
         '[["data",1],["subclass",1],["list"]]', '[["data",{"set":[[1]]}]]', '[["list",0],["set",1]]', '[["list","x"]]',
-        '[["data",1],["dict",1]]',
+        '[["data",1],["dict",1]]', '[["data",{"deep":[["list",0]]}],["list",1]]',
     ],
 )  # fmt: skip
 def test_no_forged_nesting_is_an_answer(parts: str) -> None:

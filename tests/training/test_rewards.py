@@ -1,25 +1,13 @@
 """Rewards: the released format check to the letter, what the robust one takes, and what cheating earns: nothing."""
 
-from collections.abc import Iterator
-
 import pytest
 
-from diffucoder.errors import SandboxError
 from diffucoder.grading.sandbox import Limits, Sandbox
 from diffucoder.training.rewards import Style, read_program, reward
 
 PROGRAM = "def add(a, b):\n    return a + b"
 BLOCK = f"Here it is:\n```python\n{PROGRAM}\n```\n"
 TESTS = ["assert add(1, 2) == 3", "assert add(0, 0) == 0", "assert add(-1, 1) == 0", "assert add(2, 2) == 4"]
-
-
-@pytest.fixture(scope="module")
-def sandbox() -> Iterator[Sandbox]:
-    try:
-        with Sandbox(2) as box:
-            yield box
-    except SandboxError as error:
-        pytest.skip(str(error))
 
 
 @pytest.mark.parametrize(
