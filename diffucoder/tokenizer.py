@@ -18,7 +18,7 @@ from typing import Any
 import tokenizers
 from tokenizers import AddedToken
 
-from diffucoder.chat_templates import render_chat
+from diffucoder.chat_templates import chatml, render_chat
 from diffucoder.errors import CheckpointError, PromptError
 from diffucoder.files import Json, write_json
 from diffucoder.model_files import one_line, shown
@@ -361,8 +361,7 @@ class Tokenizer:
         if self.chat_template is None:
             if turns[0]["role"] != "system":
                 turns = [{"role": "system", "content": DEFAULT_SYSTEM}, *turns]
-            text = "".join(f"<|im_start|>{turn['role']}\n{turn['content']}<|im_end|>\n" for turn in turns)
-            return text + "<|im_start|>assistant\n"
+            return chatml(turns)
         return render_chat(self.chat_template, turns, self._role_names())
 
     def _role_names(self) -> dict[str, str]:

@@ -1,13 +1,17 @@
 """The commands, and what holds for all of them: errors in one line, the user's defaults, `--version`.
 
-A command parses its options, calls one function of the package and prints. Heavy imports happen inside the commands, so
-that `--help` answers at once. Options are made from the fields of settings classes where there is one (`with_options`).
+A command parses its options, calls one function of the package and prints. Its module is imported when it is called,
+and heavy imports happen inside it, so that `--help` answers at once. Options are made from the fields of settings
+classes where there is one (`with_options`).
 """
 
 import io
 import os
 import sys
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
+from functools import cache
+from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -15,30 +19,75 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 from diffucoder import __version__
-from diffucoder.cli.chat import chat
-from diffucoder.cli.common import GroupedHelp
-from diffucoder.cli.evaluate import evaluate, order
-from diffucoder.cli.generate import edit, generate, infill
-from diffucoder.cli.models import bench, convert, models
-from diffucoder.cli.serve import serve
-from diffucoder.cli.train import stages
-from diffucoder.config import read_toml, suggestion
 from diffucoder.errors import ConfigError, DiffuCoderError, printable
 from diffucoder.files import disk_is_full
 
+_COMMANDS = {  # as --help lists them: the module, and the summary that the command's own help begins with
+    "generate": ("generate", "Answer a request with code."),
+    "infill": ("generate", "Fill every hole of a file, all of them jointly."),
+    "edit": ("generate", "Write some lines of a file again while the rest stays as it is."),
+    "chat": ("chat", "Talk to a model."),
+    "serve": ("serve", "Serve a model over HTTP."),
+    "models": ("models", "List the models that load by name."),
+    "convert": ("models", "Turn a causal model into a denoiser."),
+    "evaluate": ("evaluate", "Measure a model on a benchmark."),
+    "order": ("evaluate", "Analyse the order in which a model writes."),
+    "bench": ("models", "Measure the speed of a model on this machine."),
+    "train": ("train", "Train a model, stage by stage."),
+}
 _LONGEST_ERROR = 1000  # characters of a message
 _OUT_OF_MEMORY = ("can't allocate memory", "Cannot allocate memory", "out of memory")  # of torch and the system
 
+
+class Commands(Mapping[str, Any]):  # Any: typer exports no type of every command
+    """The commands by name, each imported when it is looked up."""
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(_COMMANDS)
+
+    def __len__(self) -> int:
+        return len(_COMMANDS)
+
+    def __getitem__(self, name: str) -> Any:
+        return _command(name, _COMMANDS[name][0])
+
+
+@cache
+def _command(name: str, module: str) -> Any:
+    from diffucoder.cli.common import GroupedHelp
+
+    function = getattr(import_module(f"diffucoder.cli.{module}"), name)
+    if isinstance(function, typer.Typer):  # a group of commands
+        command = typer.main.get_command(function)
+    else:
+        alone = typer.Typer(add_completion=False, rich_markup_mode=None, context_settings=_CONTEXT)
+        alone.command(name, cls=GroupedHelp)(function)
+        command = typer.main.get_command(alone)
+    command.name = name
+    return command
+
+
+class ListedCommands(TyperGroup):
+    """The group of all commands. Its help needs none of them."""
+
+    def __init__(self, **attributes: Any) -> None:  # Any: whatever typer gives
+        super().__init__(**attributes)
+        self.commands = Commands()  # type: ignore[assignment]  # nothing is added later
+
+    def format_commands(self, ctx: Any, formatter: Any) -> None:  # Any: typer does not export these types
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, summary) for name, (_, summary) in _COMMANDS.items()])
+
+
+_CONTEXT = {"help_option_names": ["-h", "--help"]}
 app = typer.Typer(
+    cls=ListedCommands,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
-    context_settings={"help_option_names": ["-h", "--help"]},
+    context_settings=_CONTEXT,
     help="Write code in any order with masked-diffusion language models.",
     epilog='Start here: diffucoder generate "Write a function that reverses the string." --watch',
 )
-for command in (generate, infill, edit, chat, serve, models, convert, evaluate, order, bench):  # as --help lists them
-    app.command(cls=GroupedHelp)(command)
-app.add_typer(stages, name="train")
 
 
 def _print_version(wanted: bool) -> None:
@@ -121,6 +170,8 @@ def _users_defaults(group: TyperGroup) -> dict[str, Any]:
     path = Path(os.environ.get("DIFFUCODER_CONFIG") or Path(home, "diffucoder", "config.toml"))
     if not path.exists():
         return {}
+    from diffucoder.config import read_toml, suggestion
+
     content = read_toml(path)
     names: dict[str, list[str]] = {}
     for name, command in group.commands.items():

@@ -2,7 +2,7 @@
 
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -11,6 +11,9 @@ from diffucoder.config import load_settings
 from diffucoder.decoding.params import DecodingParams
 from diffucoder.errors import ConfigError
 from diffucoder.serving.settings import EngineSettings, ScaleSettings
+
+if TYPE_CHECKING:
+    from diffucoder.decoding.coder import DiffuCoder
 
 
 @partial(
@@ -56,7 +59,13 @@ def serve(
     settings = ScaleSettings(**(dict(settings) | more))
     check_exposure(host, settings, no_key)
     if not ray:
-        coder = load_in_own_thread(lambda: load_model(settings.model, settings.dtype, settings.device))
+
+        def load() -> "DiffuCoder":
+            coder = load_model(settings.model, settings.dtype, settings.device)
+            coder.model.config  # noqa: B018  # imports transformers now, not in the first request that needs it
+            return coder
+
+        coder = load_in_own_thread(load)
         run(create_app(coder, settings), settings, host=host, port=port)
         return
     with naming_extra("scale", "replicas need"):

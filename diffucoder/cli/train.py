@@ -10,10 +10,14 @@ from diffucoder.cli.common import naming_extra
 from diffucoder.config import all_settings, load_settings
 from diffucoder.training.settings import STAGES, TrainSettings
 
-stages = typer.Typer(help="Train a model, stage by stage. The repository's recipes/ has settings to begin with.")
+train = typer.Typer(
+    add_completion=False,
+    rich_markup_mode=None,
+    help="Train a model, stage by stage. The repository's recipes/ has settings to begin with.",
+)
 
 
-def train(
+def run_stage(
     context: typer.Context,
     recipe: Annotated[Path | None, typer.Argument(help="TOML file of settings")] = None,
     *,
@@ -50,4 +54,4 @@ def _help(kind: type[TrainSettings]) -> str:
 
 
 for _stage, _kind in STAGES.items():
-    stages.command(_stage, help=_help(_kind))(train)
+    train.command(_stage, help=_help(_kind))(run_stage)

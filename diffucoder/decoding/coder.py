@@ -61,7 +61,7 @@ class DiffuCoder:
 
         `dtype` is that of the weights. `compiled` is for GPUs: the first pass of each shape takes half a minute.
         """
-        model, tokenizer = load_with_tokenizer(source, dtype=dtype, device=device)
+        model, tokenizer = load_with_tokenizer(source, dtype=dtype, device=device, plain=True)
         model.use_fast_layers(compiled=compiled)
         return cls(model, tokenizer, name="tiny" if source is None else str(source))
 

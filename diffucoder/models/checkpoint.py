@@ -14,11 +14,11 @@ import platform
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -28,8 +28,9 @@ from diffucoder.model_files import read_json, shown
 from diffucoder.models.denoiser import Denoiser
 from diffucoder.models.families import Family, family_of
 from diffucoder.models.hub import find
-from diffucoder.models.model_config import transformers_config, whole_number
-from diffucoder.models.weights import INDEX, expected_shapes, load_causal_lm
+from diffucoder.models.model_config import plain_config, transformers_config, whole_number
+from diffucoder.models.plain import PlainModel
+from diffucoder.models.weights import INDEX, causal_lm, expected_shapes, load_causal_lm
 from diffucoder.tokenizer import Tokenizer
 
 EXTRAS = "diffucoder.json"
@@ -47,7 +48,7 @@ class Checkpoint:
     source: str | Path | None
     revision: str | None
     folder: Path
-    config: Any  # a transformers config, which mypy does not follow
+    config: Any  # a transformers config, which mypy does not follow, or a PlainConfig
     mask_id: int | None  # None: an autoregressive model
     shifted: bool  # row i - 1 of the model scores token i
     family: Family
@@ -86,7 +87,18 @@ def load_denoiser(
     device, dtype = default_device_and_dtype(device, dtype)
     folder = find(checkpoint.source, revision=checkpoint.revision, weights=True)
     model = load_causal_lm(folder, checkpoint.config, checkpoint.family, dtype=dtype, device=device)
+    if isinstance(model, PlainModel):
+        model.whole = partial(_whole, model, checkpoint)
+        return Denoiser(model, mask_id=mask_id, shifted=checkpoint.shifted)
     return Denoiser.from_causal_lm(model, mask_id=mask_id, shifted=checkpoint.shifted)
+
+
+def _whole(model: PlainModel, checkpoint: Checkpoint) -> Any:  # Any: mypy does not follow transformers
+    """A transformers model around the weights of `model`."""
+    config = find_checkpoint(checkpoint.folder).config
+    whole = causal_lm(config, model.state_dict(), model.lm_head.weight.dtype).to(model.lm_head.weight.device)
+    whole.name_or_path = whole.config.name_or_path = str(checkpoint.folder)
+    return whole.train(model.training)
 
 
 def load_tokenizer(source: Source = None) -> Tokenizer:
@@ -109,9 +121,13 @@ def load_with_tokenizer(
     dtype: torch.dtype | None = None,
     device: str | torch.device | None = None,
     add_mask: bool = False,
+    plain: bool = False,
 ) -> tuple[Denoiser, Tokenizer]:
-    """As `load_denoiser`, with the tokenizer; `add_mask` makes a denoiser of a parent, with its tokenizer's mask."""
-    checkpoint = find_checkpoint(source)
+    """As `load_denoiser`, with the tokenizer; `add_mask` makes a denoiser of a parent, with its tokenizer's mask.
+
+    `plain` loads for decoding, if it can without importing transformers (`PlainModel`).
+    """
+    checkpoint = find_checkpoint(source, plain=plain)
     tokenizer = load_tokenizer(checkpoint)  # first: it is quick, and fails for most of the same reasons
     mask_id = tokenizer.mask_id if add_mask else None
     return load_denoiser(checkpoint, dtype=dtype, device=device, mask_id=mask_id), tokenizer
@@ -151,8 +167,11 @@ def _has_fast_bf16(device: torch.device) -> bool:
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
-def find_checkpoint(source: Source, *, revision: str | None = None) -> Checkpoint:
-    """Find and understand a model without fetching or reading its weights; errors as for `load_denoiser`."""
+def find_checkpoint(source: Source, *, revision: str | None = None, plain: bool = False) -> Checkpoint:
+    """Find and understand a model without fetching or reading its weights; errors as for `load_denoiser`.
+
+    With `plain` the config is a `PlainConfig` if it can be.
+    """
     if isinstance(source, Checkpoint):
         return source
     folder = find(source, revision=revision)
@@ -173,7 +192,8 @@ def find_checkpoint(source: Source, *, revision: str | None = None) -> Checkpoin
     if mask_id is None and family.diffusion:
         kind = family.model_type
         raise CheckpointError(f"{folder}/config.json: {kind} needs a mask_token_id; add it (DiffuCoder's is 151666)")
-    config = transformers_config(family, fields, folder)
+    config: Any = plain_config(fields, folder) if plain and not extras else None
+    config = config or transformers_config(family, fields, folder)
     if mask_id is not None and (type(mask_id) is not int or mask_id not in range(config.vocab_size)):
         raise CheckpointError(
             f"{folder}: mask_token_id={shown(mask_id)} is not an id below vocab_size={config.vocab_size}"
@@ -286,6 +306,8 @@ def _own_files(denoiser: Denoiser, dtype: torch.dtype) -> dict[str, Json]:
 
 def _write_weights(folder: Path, weights: dict[str, Tensor]) -> None:
     """Write `model.safetensors`, or shards and their index, in place of the files of an earlier save."""
+    from huggingface_hub import split_torch_state_dict_into_shards  # late: reading a folder does not need it
+
     partial = folder / "partial"  # never write into an old file: these tensors may be mapped from it
     shutil.rmtree(partial, ignore_errors=True)  # of a save that was cut short
     partial.mkdir()

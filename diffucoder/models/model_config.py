@@ -10,14 +10,13 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
-from transformers import CONFIG_MAPPING, PreTrainedConfig
 
 from diffucoder.errors import CheckpointError
 from diffucoder.files import Json
 from diffucoder.model_files import one_line, shown
 from diffucoder.models.families import Family
+from diffucoder.models.plain import PlainConfig
 from diffucoder.models.weights import transformers_silenced
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
@@ -81,6 +80,9 @@ class _Layers(BaseModel):
 
 def transformers_config(family: Family, fields: Json, folder: Path) -> Any:  # Any: mypy does not follow transformers
     """The config as transformers has it. CheckpointError if it does not describe a model that can be loaded."""
+    from huggingface_hub.errors import StrictDataclassError  # late: seconds, which decoding alone does not need
+    from transformers import CONFIG_MAPPING, PreTrainedConfig
+
     quantised = fields.get("quantization_config")
     if quantised:
         raise CheckpointError(
@@ -111,6 +113,16 @@ def transformers_config(family: Family, fields: Json, folder: Path) -> Any:  # A
             f"{folder}/config.json: partial_rotary_factor={shown(turned)} is not supported; it must be 1"
         )
     return config
+
+
+def plain_config(fields: Json, folder: Path) -> PlainConfig | None:
+    """The config without transformers; None if only `transformers_config` can read it, or say what is wrong."""
+    try:
+        check_layers(fields, str(folder))
+        _named_dtype(fields, folder)
+    except CheckpointError:
+        return None
+    return PlainConfig.of(fields)
 
 
 def check_layers(described: Json, place: str) -> None:

@@ -2,6 +2,7 @@
 
 For: looking at headers before anything is allocated. Not for: writing weights (`checkpoint`), GGUF (`gguf`).
 The files are found and read here, and transformers gets tensors: it would read other files of the folder too.
+transformers is imported late, since it takes seconds.
 """
 
 import os
@@ -15,12 +16,11 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM
-from transformers.utils import logging as transformers_logging
 
 from diffucoder.errors import CheckpointError
 from diffucoder.model_files import is_regular, one_line, read_json, shown
 from diffucoder.models.families import Family
+from diffucoder.models.plain import PlainConfig, PlainModel
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -44,25 +44,39 @@ def load_causal_lm(
 
     CheckpointError if the files do not hold exactly its weights, or it needs more memory than there is.
     """
-    with transformers_silenced():
-        stored = _check_weights(folder, config, family)
+    stored = _check_weights(folder, config, family)
     _check_memory(folder, stored, dtype, device)
     try:
-        with transformers_silenced():
-            model = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].from_pretrained(
-                None, config=config, state_dict=_read(stored), dtype=dtype, attn_implementation="sdpa"
-            )
-            model.to(device)
+        if isinstance(config, PlainConfig):
+            model: Any = PlainModel(config)
+            model.load_state_dict(_read(stored), assign=True)
+            return model.to(device, dtype).eval()
+        model = causal_lm(config, _read(stored), dtype).to(device)
     except (SafetensorError, OSError, RuntimeError, ValueError, TypeError, ArithmeticError, MemoryError) as error:
         raise CheckpointError(f"{folder} cannot be loaded ({one_line(error)})") from error
     model.name_or_path = model.config.name_or_path = str(folder)
     return model.eval()
 
 
+def causal_lm(config: Any, weights: dict[str, Tensor], dtype: torch.dtype) -> Any:  # Any: as above
+    """The transformers model of `config` with these weights."""
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    with transformers_silenced():
+        return MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].from_pretrained(
+            None, config=config, state_dict=weights, dtype=dtype, attn_implementation="sdpa"
+        )
+
+
 def expected_shapes(config: Any) -> dict[str, tuple[int, ...]]:
-    """The shapes of all weights of the model that a transformers config describes, by name."""
-    with torch.device("meta"):  # takes no memory
-        model = AutoModelForCausalLM.from_config(config)
+    """The shapes of all weights of the model that a config describes, by name."""
+    if isinstance(config, PlainConfig):
+        model: Any = PlainModel(config)
+    else:
+        from transformers import AutoModelForCausalLM
+
+        with torch.device("meta"), transformers_silenced():  # takes no memory
+            model = AutoModelForCausalLM.from_config(config)
     return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
 
 
@@ -185,6 +199,8 @@ def _read(stored: dict[str, Stored]) -> dict[str, Tensor]:
 @contextmanager
 def transformers_silenced() -> Iterator[None]:
     """Keep transformers' progress bar and reports out of our output: we check what they report."""
+    from transformers.utils import logging as transformers_logging
+
     shows_bar = transformers_logging.is_progress_bar_enabled()
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.disable_progress_bar()
