@@ -58,6 +58,8 @@ class Conversation:
     def answer(self, text: str) -> None:
         """Print the answer to a message. A conversation that is too long begins again with it. Raises PromptError."""
         self.messages.append({"role": "user", "content": text})
+        if len(self.messages) == 3 and self.coder.name == "tiny":
+            note("tiny was trained on single requests; /clear forgets the conversation before the next one")
         try:
             request = self.coder.request(self.messages, self.params)
         except PromptError:

@@ -5,7 +5,7 @@ import json
 import math
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
@@ -98,10 +98,8 @@ def infill(
     text = _read_text(path)
     coder = load_model(model, dtype, device)
     request = coder.fill_request(_as_models_know(text), params)
-    [results] = decode(coder, [request], watched=watch)
-    results = [replace(result, text=_filled(text, result.pieces)) for result in results]
-    _finish_file(path, results, coder, as_json=as_json, in_place=in_place, shown=watch)
-    _write_traces(trace, results)
+    results = _completed(coder, request, partial(_filled, text), watched=watch)
+    _finish_file(path, results, coder, as_json=as_json, in_place=in_place, shown=watch, trace=trace)
 
 
 @partial(with_options, without=("new_tokens",))
@@ -136,16 +134,19 @@ def edit(
         length = tokens or max(1, len(coder.tokenizer.encode(_as_models_know(text[start:end]))))
         spans.append(Span(len(_as_models_know(text[:start])), len(_as_models_know(text[:end])), length))
     request = coder.edit_request(_as_models_know(text), spans, params)
-    [results] = decode(coder, [request], watched=watch)
-    results = [replace(result, text=_replaced(text, places, result.pieces)) for result in results]
-    _finish_file(path, results, coder, as_json=as_json, in_place=in_place, shown=watch)
-    _write_traces(trace, results)
+    results = _completed(coder, request, partial(_replaced, text, places), watched=watch)
+    _finish_file(path, results, coder, as_json=as_json, in_place=in_place, shown=watch, trace=trace)
 
 
 def decode(
     coder: "DiffuCoder", requests: "Sequence[Request]", *, watched: bool = False
 ) -> "Iterator[list[Generation]]":
-    """Yield the answers to each request. Show the live view, or a progress bar on a terminal, on standard error."""
+    """Yield the answers to each request. Show the live view, or a progress bar on a terminal, on standard error.
+
+    Prints what a user should know about the requests.
+    """
+    for remark in sorted({request.remark for request in requests} - {""}):
+        note(remark)
     from rich.console import Console
 
     from diffucoder.watch import progress, watch
@@ -231,6 +232,14 @@ def _check_in_place(path: str, params: DecodingParams, in_place: bool) -> None:
         raise ConfigError(f"--in-place writes one text, and num_samples={params.num_samples}; leave one of them out")
 
 
+def _completed(
+    coder: "DiffuCoder", request: "Request", complete: Callable[[Sequence[str]], str], *, watched: bool
+) -> "list[Generation]":
+    """The answers to a request about a file, each with the text that `complete` makes of what fills the holes."""
+    [results] = decode(coder, [request], watched=watched)
+    return [replace(result, text=complete(result.pieces)) for result in results]
+
+
 def _finish_file(
     path: str,
     results: "Sequence[Generation]",
@@ -239,8 +248,9 @@ def _finish_file(
     as_json: bool,
     in_place: bool,
     shown: bool,
+    trace: Path | None,
 ) -> None:
-    """Print the texts or write the one back, and warn where the model was guessing."""
+    """Print the texts or write the one back, warn where the model was guessing, and write the traces."""
     if in_place:
         try:
             write_text(Path(path).resolve(), results[0].text)
@@ -251,6 +261,7 @@ def _finish_file(
     surest = max(math.exp(result.trace.mean_log_prob) for result in results)
     if surest < UNSURE:
         note(f"the model is unsure of this text (mean probability of a token {surest:.0%}); check it")
+    _write_traces(trace, results)
 
 
 def _write_traces(path: Path | None, results: "Sequence[Generation]") -> None:

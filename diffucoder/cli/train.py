@@ -8,6 +8,8 @@ import typer
 
 from diffucoder.cli.common import naming_extra
 from diffucoder.config import all_settings, load_settings
+from diffucoder.files import Json
+from diffucoder.model_files import read_json
 from diffucoder.training.settings import STAGES, TrainSettings
 
 train = typer.Typer(
@@ -31,7 +33,7 @@ def run_stage(
     overrides = list(changes or ())
     if resume:
         overrides.append("resume=true")
-    settings = load_settings(STAGES[stage], recipe, overrides)
+    settings = load_settings(STAGES[stage], recipe, overrides, _begun_with(overrides) if resume else None)
     with naming_extra("train", "training needs"):
         function = getattr(import_module(f"diffucoder.training.{stage}"), stage)
     folder = function(settings)
@@ -41,6 +43,15 @@ def run_stage(
         following = f"convert {folder} START" if stage == "pretrain" else f"generate --model {folder} ..."
         print(f"model in {folder}; try: diffucoder {following}")
     exit_worker()
+
+
+def _begun_with(overrides: list[str]) -> Json:
+    """The settings that the run in `run=...` began with; none if there is no such run."""
+    for override in overrides:
+        name, _, folder = override.partition("=")
+        if name.strip() == "run":
+            return read_json(Path(folder.strip(" \"'")) / "settings.json")
+    return {}
 
 
 def _help(kind: type[TrainSettings]) -> str:

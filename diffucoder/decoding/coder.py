@@ -8,17 +8,20 @@ average is kept. Several such holes in one text have the same length.
 """
 
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from diffucoder.decoding.canvas import Canvas
 from diffucoder.decoding.params import DecodingParams
-from diffucoder.decoding.requests import Generation, HoleRequest, Request
+from diffucoder.decoding.requests import Generation, HoleRequest, Request, WindowedRequest
 from diffucoder.decoding.sequence import Sequence as DecodingSequence
 from diffucoder.decoding.step import Step, decode, denoise
+from diffucoder.decoding.windows import Pieces, windows_of
 from diffucoder.errors import ConfigError, PromptError
 from diffucoder.models.checkpoint import load_with_tokenizer
 from diffucoder.models.denoiser import Denoiser
@@ -39,7 +42,10 @@ class Span:
 
 
 class DiffuCoder:
-    """A model with its tokenizer, ready to write."""
+    """A model with its tokenizer, ready to write.
+
+    Methods that answer take `DecodingParams`, settings by name as in `generate("...", steps=8)`, or both.
+    """
 
     def __init__(self, model: Denoiser, tokenizer: Tokenizer, *, name: str = "custom") -> None:
         """`name` is what results and traces call the model."""
@@ -47,6 +53,11 @@ class DiffuCoder:
         self.model = model
         self.tokenizer = tokenizer
         self.name = name
+
+    def __repr__(self) -> str:
+        size = sum(parameter.numel() for parameter in self.model.parameters()) / 1e6
+        kind = f"{str(self.model.dtype).removeprefix('torch.')} on {self.model.device}"
+        return f"<DiffuCoder {self.name}: {size:.1f}M parameters, {kind}, context {self.model.max_length}>"
 
     @classmethod
     def load(
@@ -65,44 +76,60 @@ class DiffuCoder:
         model.use_fast_layers(compiled=compiled)
         return cls(model, tokenizer, name="tiny" if source is None else str(source))
 
-    def generate(self, prompt: Prompt, params: DecodingParams | None = None, *, chat: bool = True) -> Generation:
+    def generate(
+        self, prompt: Prompt, params: DecodingParams | None = None, *, chat: bool = True, **settings: Any
+    ) -> Generation:
         """Answer one request; `chat=False` continues `prompt` as raw text, which is what base models are for."""
-        params = params or DecodingParams()
+        params = _params(params, settings)
         if params.num_samples != 1:
             raise ConfigError(f"num_samples={params.num_samples} gives several results; use generate_batch")
-        return self.generate_batch([prompt], params, chat=chat)[0]
+        [[result]] = self.run(self._warned_requests([prompt], params, chat))
+        return result
 
     def generate_batch(
-        self, prompts: Sequence[Prompt], params: DecodingParams | None = None, *, chat: bool = True
+        self, prompts: Sequence[Prompt], params: DecodingParams | None = None, *, chat: bool = True, **settings: Any
     ) -> list[Generation]:
         """Answer several requests in one batch, `num_samples` consecutive results for each."""
+        if isinstance(prompts, str):
+            raise PromptError("generate_batch takes a list of requests, and got one text; use generate")
         if not prompts:
             raise PromptError("no prompt is given; pass at least one")
-        requests = [self.request(prompt, params or DecodingParams(), chat=chat) for prompt in prompts]
+        requests = self._warned_requests(prompts, _params(params, settings), chat)
         return [result for results in self.run(requests) for result in results]
 
-    def stream(self, prompt: Prompt, params: DecodingParams | None = None, *, chat: bool = True) -> Iterator[Step]:
+    def stream(
+        self, prompt: Prompt, params: DecodingParams | None = None, *, chat: bool = True, **settings: Any
+    ) -> Iterator[Step]:
         """Answer one request, and yield every step as it happens; `show` turns a step into text."""
-        request = self.request(prompt, params or DecodingParams(), chat=chat)
+        [request] = self._warned_requests([prompt], _params(params, settings), chat)
         one_each = request.params.replace(num_samples=1)  # samples are rows already
         yield from denoise(self.model, request.canvas, one_each, until=request.until)
 
     def infill(
-        self, prefix: str, suffix: str, *, length: int | None = None, params: DecodingParams | None = None
+        self,
+        prefix: str,
+        suffix: str,
+        *,
+        length: int | None = None,
+        params: DecodingParams | None = None,
+        **settings: Any,
     ) -> Generation:
         """Write what belongs between `prefix` and `suffix`: `length` tokens, or as many as suit best.
 
-        Of several samples this and `fill` and `edit` return the likeliest.
+        Of several samples this and `fill` and `edit` return the likeliest. Of a text that is longer than the model's
+        context they read the lines around the holes.
         """
-        return self._likeliest(self.infill_request(prefix, suffix, params or DecodingParams(), length=length))
+        return self._likeliest(self.infill_request(prefix, suffix, _params(params, settings), length=length))
 
-    def fill(self, text: str, params: DecodingParams | None = None) -> Generation:
+    def fill(self, text: str, params: DecodingParams | None = None, **settings: Any) -> Generation:
         """Fill every `<|hole|>` or `<|hole:12|>` of `text` jointly; the result's `text` is the whole, filled."""
-        return self._likeliest(self.fill_request(text, params or DecodingParams()))
+        return self._likeliest(self.fill_request(text, _params(params, settings)))
 
-    def edit(self, text: str, spans: Sequence[Span], params: DecodingParams | None = None) -> Generation:
+    def edit(
+        self, text: str, spans: Sequence[Span], params: DecodingParams | None = None, **settings: Any
+    ) -> Generation:
         """Write the `spans` of a text again, everything else fixed; the result's `text` is the whole, edited."""
-        return self._likeliest(self.edit_request(text, spans, params or DecodingParams()))
+        return self._likeliest(self.edit_request(text, spans, _params(params, settings)))
 
     def run(
         self, requests: Sequence[Request], *, on_step: OnStep | None = None, entropies: int = 0
@@ -123,8 +150,12 @@ class DiffuCoder:
 
     def request(self, prompt: Prompt, params: DecodingParams, *, chat: bool = True, prefill: str = "") -> Request:
         """What answers one prompt, a row a sample; in a chat, the answer continues `prefill`. Raises PromptError."""
+        if not isinstance(prompt, Sequence):
+            raise PromptError(f"prompt {prompt!r} is not a text; give a text, or the messages of a conversation")
         if not prompt or (isinstance(prompt, str) and not prompt.strip()):
             raise PromptError("the prompt is empty; say what to write")
+        if not isinstance(prompt, str) and all(isinstance(message, str) for message in prompt):
+            raise PromptError(f"{len(prompt)} texts are given in place of one; use generate_batch for several requests")
         if chat:
             ids = self.tokenizer.encode_chat(prompt, prefill=prefill)
         elif isinstance(prompt, str):
@@ -143,16 +174,30 @@ class DiffuCoder:
         canvas = self._canvas([ids], params.new_tokens)
         canvas.sample[:] = sample
         return Request(
-            canvas=canvas.repeat(params.num_samples), params=params, tokenizer=self.tokenizer, model_name=self.name
+            canvas=canvas.repeat(params.num_samples),
+            params=params,
+            tokenizer=self.tokenizer,
+            model_name=self.name,
+            remark=self._remark(canvas),
         )
 
     def infill_request(
-        self, prefix: str, suffix: str, params: DecodingParams, *, length: int | None = None, most: int | None = None
+        self,
+        prefix: str,
+        suffix: str,
+        params: DecodingParams,
+        *,
+        length: int | None = None,
+        most: int | None = None,
+        windowed: bool = True,
     ) -> Request:
-        """What `infill` decodes; of the lengths tried none is over `most`. Raises PromptError."""
+        """What `infill` decodes; of the lengths tried none is over `most`. Raises PromptError.
+
+        Without `windowed`, a text that is longer than the context is an error.
+        """
         if not prefix and self.model.first_scorable:
             raise PromptError("prefix is empty, and the first token needs one to its left; start it with a newline")
-        return self._holes([prefix, Hole(length), suffix], params, whole=False, most=most)
+        return self._holes([prefix, Hole(length), suffix], params, whole=False, most=most, windowed=windowed)
 
     def fill_request(self, text: str, params: DecodingParams) -> Request:
         """What `fill` decodes. Raises PromptError."""
@@ -196,8 +241,16 @@ class DiffuCoder:
         canvas.check_scorable(self.model.first_scorable)
         return canvas
 
+    def _warned_requests(self, prompts: Sequence[Prompt], params: DecodingParams, chat: bool) -> list[Request]:
+        requests = []
+        for prompt in prompts:
+            requests.append(self.request(prompt, params, chat=chat))
+            _warn_of(requests[-1])
+        return requests
+
     def _likeliest(self, request: Request) -> Generation:
-        results = self.run([request])[0]
+        _warn_of(request)
+        [results] = self.run([request])
         return max(results, key=lambda result: result.trace.mean_log_prob)  # the first of equals
 
     def _whole(self, pieces: list[str | Hole], params: DecodingParams) -> Request:
@@ -210,22 +263,25 @@ class DiffuCoder:
         return self._holes(pieces, params, whole=True)
 
     def _holes(
-        self, pieces: list[str | Hole], params: DecodingParams, *, whole: bool, most: int | None = None
+        self, pieces: Pieces, params: DecodingParams, *, whole: bool, most: int | None = None, windowed: bool = True
     ) -> Request:
         lengths: tuple[int, ...] = (0,)
         if Hole() in pieces:
             lengths = tuple(length for length in HOLE_LENGTHS if most is None or length <= most) or (1,)
         needed = 0
-        for piece in pieces:  # before their texts are read, and lists of that length are made
+        for piece in pieces:
             if isinstance(piece, Hole):
                 if piece.length is not None and piece.length < 1:
                     raise PromptError(f"length={piece.length} is not a hole; give at least 1 token, or leave it out")
-                needed += piece.length or lengths[-1]
-        self._check_length(needed, "the holes")
+                masks = piece.length or lengths[-1]
+                self._check_length(masks, "the masks of a hole")  # before lists of that length are made
+                needed += masks
         encoded = [self.tokenizer.encode(piece) if isinstance(piece, str) else [] for piece in pieces]
         sizes = [len(ids) for ids in encoded]
         needed += sum(sizes)
-        self._check_length(needed, "text and holes")
+        if windowed and needed > self.model.max_length:
+            return self._windowed(pieces, params, whole=whole, longest=lengths[-1], most=most)
+        self._check_length(needed, f"text and holes of {needed} tokens")
         rows = []
         for length in lengths:
             row: list[int] = []
@@ -235,15 +291,52 @@ class DiffuCoder:
                     row += [self.model.mask_id] * (piece.length or length)
             rows.append(row)
         forbidden = tuple(sorted(self.tokenizer.special_ids - {self.model.mask_id}))
+        canvas = self._canvas(rows, 0, forbidden=forbidden)
         return HoleRequest(
-            canvas=self._canvas(rows, 0, forbidden=forbidden).repeat(params.num_samples),
+            canvas=canvas.repeat(params.num_samples),
             params=params,
             tokenizer=self.tokenizer,
             model_name=self.name,
+            remark=self._remark(canvas),
             pieces=pieces,
             sizes=sizes,
             lengths=lengths,
             whole=whole,
+        )
+
+    def _windowed(
+        self, pieces: Pieces, params: DecodingParams, *, whole: bool, longest: int, most: int | None
+    ) -> Request:
+        """What fills the holes of a long text, each from the lines around it."""
+        budget = self.model.max_length * 15 // 16  # lines in a row may have a few tokens more than each alone
+        budget = min(budget, self.model.trained_length or budget)
+
+        def count(piece: str | Hole) -> int:
+            return len(self.tokenizer.encode(piece)) if isinstance(piece, str) else piece.length or longest
+
+        windows = windows_of(pieces, budget, count)
+        parts = [self._holes(own, params, whole=whole, most=most, windowed=False) for _, own in windows]
+        lines = ", ".join(f"{lines.start + 1} to {lines.stop}" for lines, _ in windows)
+        return WindowedRequest(
+            canvas=Canvas.stacked([part.canvas for part in parts]),
+            params=params,
+            tokenizer=self.tokenizer,
+            model_name=self.name,
+            remark=f"the text is longer than the model's context; it reads lines {lines}",
+            parts=parts,
+            pieces=pieces,
+            whole=whole,
+        )
+
+    def _remark(self, canvas: Canvas) -> str:
+        """What a user should know about a canvas: that the model was not trained on any so long."""
+        length = canvas.tokens.shape[1]
+        trained = self.model.trained_length or length
+        if length <= trained:
+            return ""
+        return (
+            f"prompt and answer take {length} tokens, and {self.name} was trained on at most {trained}: the text may "
+            "fall apart; ask for fewer new tokens"
         )
 
     def _check_length(self, tokens: int, what: str) -> None:
@@ -252,3 +345,16 @@ class DiffuCoder:
                 f"{what} exceed the model's context of {self.model.max_length}; shorten the prompt or ask for fewer "
                 "new tokens"
             )
+
+
+def _params(params: DecodingParams | None, settings: Mapping[str, Any]) -> DecodingParams:
+    """Settings that were given as a whole, by name, or both. Raises ConfigError."""
+    if params is not None and not isinstance(params, DecodingParams):
+        raise ConfigError(f"params={params!r} is not DecodingParams; give settings by name, as in steps=8")
+    return (params or DecodingParams()).replace(**settings)
+
+
+def _warn_of(request: Request) -> None:
+    """Warn with the remark of a request, if it has one, at the line that calls a method of `DiffuCoder`."""
+    if request.remark:
+        warnings.warn(request.remark, stacklevel=4)

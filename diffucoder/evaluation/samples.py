@@ -109,7 +109,7 @@ class Generator:
             length = self.hole if isinstance(self.hole, int) else None  # None: the likeliest of several
             if self.hole == "oracle":
                 length = len(self.coder.tokenizer.encode(task.middle))
-            return self.coder.infill_request(task.prompt, task.suffix, self.params, length=length)
+            return self.coder.infill_request(task.prompt, task.suffix, self.params, length=length, windowed=False)
         if self.raw:
             return self.coder.request(task.prompt, self.params, chat=False)
         return self.coder.request(task.request, self.params, prefill=task.prefill)

@@ -34,6 +34,7 @@ from diffucoder.models.weights import INDEX, causal_lm, expected_shapes, load_ca
 from diffucoder.tokenizer import Tokenizer
 
 EXTRAS = "diffucoder.json"
+TRAINED_LENGTH = "trained_length"  # of config.json, where training has written it
 _DREAM_SIZES = (
     *("attention_dropout", "bos_token_id", "eos_token_id", "hidden_act", "hidden_size", "initializer_range"),
     *("intermediate_size", "max_position_embeddings", "num_attention_heads", "num_hidden_layers"),
@@ -52,6 +53,7 @@ class Checkpoint:
     mask_id: int | None  # None: an autoregressive model
     shifted: bool  # row i - 1 of the model scores token i
     family: Family
+    trained_length: int | None  # tokens of the longest rows it was trained on, where config.json has that
 
     @property
     def dtype(self) -> torch.dtype:
@@ -89,8 +91,11 @@ def load_denoiser(
     model = load_causal_lm(folder, checkpoint.config, checkpoint.family, dtype=dtype, device=device)
     if isinstance(model, PlainModel):
         model.whole = partial(_whole, model, checkpoint)
-        return Denoiser(model, mask_id=mask_id, shifted=checkpoint.shifted)
-    return Denoiser.from_causal_lm(model, mask_id=mask_id, shifted=checkpoint.shifted)
+        denoiser = Denoiser(model, mask_id=mask_id, shifted=checkpoint.shifted)
+    else:
+        denoiser = Denoiser.from_causal_lm(model, mask_id=mask_id, shifted=checkpoint.shifted)
+    denoiser.trained_length = checkpoint.trained_length
+    return denoiser
 
 
 def _whole(model: PlainModel, checkpoint: Checkpoint) -> Any:  # Any: mypy does not follow transformers
@@ -201,7 +206,10 @@ def find_checkpoint(source: Source, *, revision: str | None = None, plain: bool 
     shifted = extras.get("shifted", family.shifted)
     if not isinstance(shifted, bool):
         raise CheckpointError(f"{folder / EXTRAS}: shifted={shown(shifted)} is not true or false; fetch it again")
-    return Checkpoint(source, revision, folder, config, mask_id, shifted, family)
+    trained = fields.get(TRAINED_LENGTH)
+    if type(trained) is not int or trained < 1:
+        trained = None
+    return Checkpoint(source, revision, folder, config, mask_id, shifted, family, trained)
 
 
 def save_denoiser(
@@ -227,6 +235,8 @@ def save_denoiser(
         files = _dream_files(denoiser, weights["model.embed_tokens.weight"].dtype)
     if as_parent:
         del files[EXTRAS]
+    elif denoiser.trained_length is not None:
+        files["config.json"][TRAINED_LENGTH] = denoiser.trained_length
     for name, fields in files.items():
         write_json(folder / name, dict(sorted(fields.items())))
     for name in {"generation_config.json", EXTRAS} - files.keys():  # of an earlier save

@@ -47,6 +47,7 @@ class Denoiser(nn.Module):
         self.training = model.training  # a new module says True, whatever it wraps
         self.mask_id = mask_id
         self.shifted = shifted
+        self.trained_length: int | None = None  # tokens of the longest rows it was trained on; None: not known
         self._no_split_modules = model._no_split_modules  # what accelerate shards by: the layers
         self.chunk_elements = CHUNK_ELEMENTS
         self.fast: FastLayers | None = None  # what decoding runs by, if it supports the architecture
@@ -113,7 +114,7 @@ class Denoiser(nn.Module):
     @property
     def dtype(self) -> torch.dtype:
         """The dtype of the weights, and of the logits outside autocast."""
-        return self._inner.get_input_embeddings().weight.dtype  # type: ignore[no-any-return]  # model is Any
+        return self._inner.get_output_embeddings().weight.dtype  # type: ignore[no-any-return]  # model is Any
 
     @property
     def first_scorable(self) -> int:

@@ -5,7 +5,8 @@ arithmetic. `Denoiser.model` makes a transformers model around the same weights 
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -13,40 +14,30 @@ from torch import Tensor, nn
 
 from diffucoder.files import Json
 
-_FIXED = {"model_type": "Dream", "hidden_act": "silu", "rope_scaling": None, "tie_word_embeddings": False}
+_RELEASED = {
+    **{"model_type": "Dream", "hidden_act": "silu", "rope_scaling": None},
+    **{"tie_word_embeddings": False, "use_sliding_window": False},
+}
 _ABSENT = {"head_dim", "layer_types", "partial_rotary_factor", "quantization_config", "rope_parameters"}
+_SIZES = (
+    *("hidden_size", "intermediate_size", "max_position_embeddings", "num_attention_heads", "num_hidden_layers"),
+    *("num_key_value_heads", "rms_norm_eps", "rope_theta", "vocab_size"),
+)
 
 
-@dataclass(frozen=True)
-class PlainConfig:
-    """The sizes of a Dream model, by the names of its config.json."""
+class PlainConfig(SimpleNamespace):
+    """The fields of a Dream config.json."""
 
-    hidden_size: int
-    intermediate_size: int
-    max_position_embeddings: int
-    num_attention_heads: int
-    num_hidden_layers: int
-    num_key_value_heads: int
-    rms_norm_eps: float
-    rope_theta: float
-    vocab_size: int
-    hidden_act = "silu"
     is_causal = False
-    tie_word_embeddings = False
 
     @classmethod
     def of(cls, described: Json) -> "PlainConfig | None":
-        """The config that a config.json describes; None unless it is one like the released models'."""
-        fixed = all(name in described and described[name] == value for name, value in _FIXED.items())
-        if not fixed or _ABSENT & described.keys() or described.get("use_sliding_window"):
+        """The config that checked fields describe; None unless it is like the released models'."""
+        if {**described, **_RELEASED} != described or _ABSENT & described.keys():
             return None
-        sizes: Json = {}
-        for field in fields(cls):
-            value = described.get(field.name, 0)
-            if type(value) not in (int, field.type) or not 0 < value < 2**24:
-                return None
-            sizes[field.name] = value
-        config = cls(**sizes)
+        if not all(described.get(name) for name in _SIZES):
+            return None
+        config = cls(**described)
         heads = config.num_attention_heads
         if config.hidden_size % (2 * heads) or heads % config.num_key_value_heads:
             return None
@@ -79,10 +70,6 @@ class PlainModel(nn.Module):
         """The layers and the last norm, without the head."""
         return self.model
 
-    def get_input_embeddings(self) -> Any:
-        """The embeddings of the tokens."""
-        return self.model.get_submodule("embed_tokens")
-
     def get_output_embeddings(self) -> nn.Module:
         """The head."""
         return self.lm_head
@@ -90,21 +77,17 @@ class PlainModel(nn.Module):
 
 def _layer(config: PlainConfig) -> nn.Module:
     size = config.hidden_size
-    head_dim = size // config.num_attention_heads
-    keys = head_dim * config.num_key_value_heads
-    attention: Any = nn.Module()
-    attention.head_dim = head_dim
-    attention.q_proj = nn.Linear(size, size)
-    attention.k_proj = nn.Linear(size, keys)
-    attention.v_proj = nn.Linear(size, keys)
-    attention.o_proj = nn.Linear(size, size, bias=False)
-    feed_forward = nn.Module()
-    feed_forward.gate_proj = nn.Linear(size, config.intermediate_size, bias=False)
-    feed_forward.up_proj = nn.Linear(size, config.intermediate_size, bias=False)
-    feed_forward.down_proj = nn.Linear(config.intermediate_size, size, bias=False)
-    layer = nn.Module()
-    layer.self_attn = attention
-    layer.mlp = feed_forward
+    layer: Any = nn.Module()
+    layer.self_attn = nn.Module()
+    layer.self_attn.head_dim = size // config.num_attention_heads
+    keys = layer.self_attn.head_dim * config.num_key_value_heads
+    for name, out in (("q_proj", size), ("k_proj", keys), ("v_proj", keys)):
+        layer.self_attn.add_module(name, nn.Linear(size, out))
+    layer.self_attn.o_proj = nn.Linear(size, size, bias=False)
+    layer.mlp = nn.Module()
+    for name in ("gate_proj", "up_proj"):
+        layer.mlp.add_module(name, nn.Linear(size, config.intermediate_size, bias=False))
+    layer.mlp.down_proj = nn.Linear(config.intermediate_size, size, bias=False)
     layer.input_layernorm = nn.RMSNorm(size)
     layer.post_attention_layernorm = nn.RMSNorm(size)
     return layer
@@ -122,6 +105,5 @@ class _Rotation:
         """(..., D) each for `positions` (...), in the dtype of `like`."""
         exponents = torch.arange(0, self.head_dim, 2, dtype=torch.float) / self.head_dim
         frequencies = 1.0 / self.theta**exponents  # on the CPU, as transformers has them
-        angles = positions[..., None].float() * frequencies.to(positions.device)
-        angles = torch.cat((angles, angles), -1)
+        angles = (positions[..., None].float() * frequencies.to(positions.device)).repeat(1, 1, 2)
         return angles.cos().to(like.dtype), angles.sin().to(like.dtype)
