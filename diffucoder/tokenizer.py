@@ -334,8 +334,10 @@ class Tokenizer:
 
         The same for a beginning at the end of the text, which the template may complete.
         """
-        if text.translate(self._stood_in) != text:
-            raise PromptError(f"text {text[:40]!r} is not Unicode; give it as UTF-8")
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise PromptError(f"text {text[:40]!r} is not Unicode; give it as UTF-8") from None
         characters = list(text)
         starts = {match.start() for match in self._control_start.finditer(text)}
         for ending in (text, text.rstrip()):  # templates strip

@@ -8,7 +8,6 @@ classes where there is one (`with_options`).
 import io
 import os
 import sys
-from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from functools import cache
 from importlib import import_module
@@ -39,49 +38,34 @@ _LONGEST_ERROR = 1000  # characters of a message
 _OUT_OF_MEMORY = ("can't allocate memory", "Cannot allocate memory", "out of memory")  # of torch and the system
 
 
-class Commands(Mapping[str, Any]):  # Any: typer exports no type of every command
-    """The commands by name, each imported when it is looked up."""
+class Commands(TyperGroup):
+    """The group of all commands. Each is imported when it is called: the group's own help needs none of them."""
 
-    def __iter__(self) -> Iterator[str]:
-        return iter(_COMMANDS)
+    def get_command(self, ctx: Any, name: str) -> Any:  # Any: typer does not export these types
+        return _command(name) if name in _COMMANDS else None
 
-    def __len__(self) -> int:
-        return len(_COMMANDS)
-
-    def __getitem__(self, name: str) -> Any:
-        return _command(name, _COMMANDS[name][0])
-
-
-@cache
-def _command(name: str, module: str) -> Any:
-    from diffucoder.cli.common import GroupedHelp
-
-    function = getattr(import_module(f"diffucoder.cli.{module}"), name)
-    if isinstance(function, typer.Typer):  # a group of commands
-        command = typer.main.get_command(function)
-    else:
-        alone = typer.Typer(add_completion=False, rich_markup_mode=None, context_settings=_CONTEXT)
-        alone.command(name, cls=GroupedHelp)(function)
-        command = typer.main.get_command(alone)
-    command.name = name
-    return command
-
-
-class ListedCommands(TyperGroup):
-    """The group of all commands. Its help needs none of them."""
-
-    def __init__(self, **attributes: Any) -> None:  # Any: whatever typer gives
-        super().__init__(**attributes)
-        self.commands = Commands()  # type: ignore[assignment]  # nothing is added later
-
-    def format_commands(self, ctx: Any, formatter: Any) -> None:  # Any: typer does not export these types
+    def format_commands(self, ctx: Any, formatter: Any) -> None:
         with formatter.section("Commands"):
             formatter.write_dl([(name, summary) for name, (_, summary) in _COMMANDS.items()])
 
 
+@cache
+def _command(name: str) -> Any:  # Any: as above
+    from diffucoder.cli.common import GroupedHelp
+
+    command = getattr(import_module(f"diffucoder.cli.{_COMMANDS[name][0]}"), name)
+    if not isinstance(command, typer.Typer):  # train is one, with a command for each stage
+        alone = typer.Typer(add_completion=False, rich_markup_mode=None, context_settings=_CONTEXT)
+        alone.command(name, cls=GroupedHelp)(command)
+        command = alone
+    made = typer.main.get_command(command)
+    made.name = name
+    return made
+
+
 _CONTEXT = {"help_option_names": ["-h", "--help"]}
 app = typer.Typer(
-    cls=ListedCommands,
+    cls=Commands,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
     context_settings=_CONTEXT,
@@ -113,8 +97,9 @@ def run() -> None:
     try:
         group = typer.main.get_command(app)
         assert isinstance(group, TyperGroup)
+        group.commands = dict.fromkeys(_COMMANDS)  # type: ignore[arg-type]  # their names alone
         arguments = sys.argv[1:] or ["--help"]
-        defaults = _users_defaults(group)
+        defaults = _users_defaults()
         code = group(arguments, prog_name="diffucoder", standalone_mode=False, default_map=defaults) or 0
         sys.stdout.flush()  # here, where a full disk is an error of ours
         sys.exit(code)
@@ -160,7 +145,7 @@ def _drop_output() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def _users_defaults(group: TyperGroup) -> dict[str, Any]:
+def _users_defaults() -> dict[str, Any]:
     """The defaults of each command's options, from the user's file of settings. Raises ConfigError.
 
     The file is $DIFFUCODER_CONFIG, else diffucoder/config.toml in the user's folder of settings. A setting at the top
@@ -174,7 +159,8 @@ def _users_defaults(group: TyperGroup) -> dict[str, Any]:
 
     content = read_toml(path)
     names: dict[str, list[str]] = {}
-    for name, command in group.commands.items():
+    for name in _COMMANDS:
+        command = _command(name)
         if isinstance(command, TyperCommand):  # not train, which has recipes
             names[name] = [str(parameter.name) for parameter in command.params]
     shared = {name: value for name, value in content.items() if not isinstance(value, dict)}

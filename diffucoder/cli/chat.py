@@ -30,6 +30,8 @@ def chat(
         import readline  # noqa: F401  # gives input() line editing and history
 
         print(f"{coder.name}: write a request, /help for commands, Ctrl-D to leave", file=sys.stderr)
+        if coder.name == "tiny":
+            note("tiny was trained on single requests; type /clear before each next one")
     conversation = Conversation(coder, params, watched=watch)
     while True:
         try:
@@ -58,8 +60,6 @@ class Conversation:
     def answer(self, text: str) -> None:
         """Print the answer to a message. A conversation that is too long begins again with it. Raises PromptError."""
         self.messages.append({"role": "user", "content": text})
-        if len(self.messages) == 3 and self.coder.name == "tiny":
-            note("tiny was trained on single requests; /clear forgets the conversation before the next one")
         try:
             request = self.coder.request(self.messages, self.params)
         except PromptError:

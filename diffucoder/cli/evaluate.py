@@ -59,7 +59,13 @@ def order(
 
 def _print_report(report: dict[str, Any], folder: Path | None) -> None:
     """Print the figures of a report as a table."""
-    counts = [f"{report['tasks']} tasks", f"{report['samples']} samples"]
+    counts = []
+    for what in ("task", "sample"):
+        number = report[f"{what}s"]
+        counts.append(f"{number} {what}{'s' * (number != 1)}")
+    steps = report["settings"].get("params", {}).get("steps")
+    if steps is not None:
+        counts.append(f"steps: {steps}")
     for what in ("missing", "skipped"):
         if report[what]:
             counts.append(f"{len(report[what])} {what}")

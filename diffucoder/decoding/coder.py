@@ -23,7 +23,7 @@ from diffucoder.decoding.sequence import Sequence as DecodingSequence
 from diffucoder.decoding.step import Step, decode, denoise
 from diffucoder.decoding.windows import Pieces, windows_of
 from diffucoder.errors import ConfigError, PromptError
-from diffucoder.models.checkpoint import load_with_tokenizer
+from diffucoder.models.checkpoint import load_shipped, load_with_tokenizer
 from diffucoder.models.denoiser import Denoiser
 from diffucoder.tokenizer import Hole, Tokenizer, split_holes
 
@@ -72,7 +72,10 @@ class DiffuCoder:
 
         `dtype` is that of the weights. `compiled` is for GPUs: the first pass of each shape takes half a minute.
         """
-        model, tokenizer = load_with_tokenizer(source, dtype=dtype, device=device, plain=True)
+        if source is None or (source == "tiny" and not Path("tiny").exists()):
+            model, tokenizer = load_shipped(dtype=dtype, device=device)
+        else:
+            model, tokenizer = load_with_tokenizer(source, dtype=dtype, device=device)
         model.use_fast_layers(compiled=compiled)
         return cls(model, tokenizer, name="tiny" if source is None else str(source))
 
@@ -325,6 +328,8 @@ class DiffuCoder:
             remark=f"the text is longer than the model's context; it reads lines {lines}",
             parts=parts,
             pieces=pieces,
+            sizes=[],
+            lengths=(),
             whole=whole,
         )
 

@@ -272,22 +272,10 @@ class HoleRequest(Request):
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class WindowedRequest(Request):
-    """Text with holes that is longer than the model's context: the rows are those of `parts`, one for each window."""
+class WindowedRequest(HoleRequest):
+    """A text that is longer than the model's context: the rows are those of `parts`, each a window of its lines."""
 
     parts: list[Request]
-    pieces: list[str | Hole]  # of the whole text
-    whole: bool  # as in HoleRequest
-
-    @property
-    def result_count(self) -> int:
-        """The number of results: each has all windows."""
-        return self.params.num_samples
-
-    @property
-    def until(self) -> Until | None:
-        """None, as for each part."""
-        return None
 
     def prompt_tokens(self, index: int) -> int:
         """The known tokens of all windows."""

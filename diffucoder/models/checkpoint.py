@@ -14,12 +14,12 @@ import platform
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from diffucoder.errors import CheckpointError, ConfigError
@@ -28,9 +28,9 @@ from diffucoder.model_files import read_json, shown
 from diffucoder.models.denoiser import Denoiser
 from diffucoder.models.families import Family, family_of
 from diffucoder.models.hub import find
-from diffucoder.models.model_config import plain_config, transformers_config, whole_number
+from diffucoder.models.model_config import transformers_config, whole_number
 from diffucoder.models.plain import PlainModel
-from diffucoder.models.weights import INDEX, causal_lm, expected_shapes, load_causal_lm
+from diffucoder.models.weights import INDEX, WEIGHTS, expected_shapes, load_causal_lm
 from diffucoder.tokenizer import Tokenizer
 
 EXTRAS = "diffucoder.json"
@@ -49,7 +49,7 @@ class Checkpoint:
     source: str | Path | None
     revision: str | None
     folder: Path
-    config: Any  # a transformers config, which mypy does not follow, or a PlainConfig
+    config: Any  # a transformers config, which mypy does not follow
     mask_id: int | None  # None: an autoregressive model
     shifted: bool  # row i - 1 of the model scores token i
     family: Family
@@ -89,21 +89,9 @@ def load_denoiser(
     device, dtype = default_device_and_dtype(device, dtype)
     folder = find(checkpoint.source, revision=checkpoint.revision, weights=True)
     model = load_causal_lm(folder, checkpoint.config, checkpoint.family, dtype=dtype, device=device)
-    if isinstance(model, PlainModel):
-        model.whole = partial(_whole, model, checkpoint)
-        denoiser = Denoiser(model, mask_id=mask_id, shifted=checkpoint.shifted)
-    else:
-        denoiser = Denoiser.from_causal_lm(model, mask_id=mask_id, shifted=checkpoint.shifted)
+    denoiser = Denoiser.from_causal_lm(model, mask_id=mask_id, shifted=checkpoint.shifted)
     denoiser.trained_length = checkpoint.trained_length
     return denoiser
-
-
-def _whole(model: PlainModel, checkpoint: Checkpoint) -> Any:  # Any: mypy does not follow transformers
-    """A transformers model around the weights of `model`."""
-    config = find_checkpoint(checkpoint.folder).config
-    whole = causal_lm(config, model.state_dict(), model.lm_head.weight.dtype).to(model.lm_head.weight.device)
-    whole.name_or_path = whole.config.name_or_path = str(checkpoint.folder)
-    return whole.train(model.training)
 
 
 def load_tokenizer(source: Source = None) -> Tokenizer:
@@ -126,16 +114,26 @@ def load_with_tokenizer(
     dtype: torch.dtype | None = None,
     device: str | torch.device | None = None,
     add_mask: bool = False,
-    plain: bool = False,
 ) -> tuple[Denoiser, Tokenizer]:
-    """As `load_denoiser`, with the tokenizer; `add_mask` makes a denoiser of a parent, with its tokenizer's mask.
-
-    `plain` loads for decoding, if it can without importing transformers (`PlainModel`).
-    """
-    checkpoint = find_checkpoint(source, plain=plain)
+    """As `load_denoiser`, with the tokenizer; `add_mask` makes a denoiser of a parent, with its tokenizer's mask."""
+    checkpoint = find_checkpoint(source)
     tokenizer = load_tokenizer(checkpoint)  # first: it is quick, and fails for most of the same reasons
     mask_id = tokenizer.mask_id if add_mask else None
     return load_denoiser(checkpoint, dtype=dtype, device=device, mask_id=mask_id), tokenizer
+
+
+def load_shipped(
+    *, dtype: torch.dtype | None = None, device: str | torch.device | None = None
+) -> tuple[Denoiser, Tokenizer]:
+    """As `load_with_tokenizer`, the shipped model for decoding, without importing transformers."""
+    folder = find(None)
+    config = SimpleNamespace(**read_json(folder / "config.json"), is_causal=False)
+    device, dtype = default_device_and_dtype(device, dtype)
+    model = PlainModel(config, lambda: load_denoiser(None, dtype=dtype, device=device).model)
+    model.load_state_dict(load_file(folder / WEIGHTS), assign=True)
+    denoiser = Denoiser(model.to(device, dtype).eval(), mask_id=config.mask_token_id)
+    denoiser.trained_length = config.trained_length
+    return denoiser, Tokenizer.load(folder)
 
 
 def default_device_and_dtype(
@@ -172,11 +170,8 @@ def _has_fast_bf16(device: torch.device) -> bool:
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
-def find_checkpoint(source: Source, *, revision: str | None = None, plain: bool = False) -> Checkpoint:
-    """Find and understand a model without fetching or reading its weights; errors as for `load_denoiser`.
-
-    With `plain` the config is a `PlainConfig` if it can be.
-    """
+def find_checkpoint(source: Source, *, revision: str | None = None) -> Checkpoint:
+    """Find and understand a model without fetching or reading its weights; errors as for `load_denoiser`."""
     if isinstance(source, Checkpoint):
         return source
     folder = find(source, revision=revision)
@@ -197,8 +192,7 @@ def find_checkpoint(source: Source, *, revision: str | None = None, plain: bool 
     if mask_id is None and family.diffusion:
         kind = family.model_type
         raise CheckpointError(f"{folder}/config.json: {kind} needs a mask_token_id; add it (DiffuCoder's is 151666)")
-    config: Any = plain_config(fields, folder) if plain and not extras else None
-    config = config or transformers_config(family, fields, folder)
+    config = transformers_config(family, fields, folder)
     if mask_id is not None and (type(mask_id) is not int or mask_id not in range(config.vocab_size)):
         raise CheckpointError(
             f"{folder}: mask_token_id={shown(mask_id)} is not an id below vocab_size={config.vocab_size}"

@@ -81,9 +81,11 @@ class Denoiser(nn.Module):
     @property
     def model(self) -> Any:
         """The transformers model."""
-        if isinstance(self._inner, PlainModel):
-            whole = type(self).from_causal_lm(self._inner.whole(), mask_id=self.mask_id)
-            self._modules["model"] = whole.model
+        inner = self._inner
+        if isinstance(inner, PlainModel):
+            whole = inner.whole()
+            whole.load_state_dict(inner.state_dict(), assign=True)  # no second copy of the weights
+            self._modules["model"] = whole.train(self.training)
         return self._inner
 
     @property

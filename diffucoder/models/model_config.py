@@ -16,7 +16,6 @@ from diffucoder.errors import CheckpointError
 from diffucoder.files import Json
 from diffucoder.model_files import one_line, shown
 from diffucoder.models.families import Family
-from diffucoder.models.plain import PlainConfig
 from diffucoder.models.weights import transformers_silenced
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
@@ -113,16 +112,6 @@ def transformers_config(family: Family, fields: Json, folder: Path) -> Any:  # A
             f"{folder}/config.json: partial_rotary_factor={shown(turned)} is not supported; it must be 1"
         )
     return config
-
-
-def plain_config(fields: Json, folder: Path) -> PlainConfig | None:
-    """The config without transformers; None if only `transformers_config` can read it, or say what is wrong."""
-    try:
-        check_layers(fields, str(folder))
-        _named_dtype(fields, folder)
-    except CheckpointError:
-        return None
-    return PlainConfig.of(fields)
 
 
 def check_layers(described: Json, place: str) -> None:

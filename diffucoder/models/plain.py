@@ -1,4 +1,4 @@
-"""A Dream model for decoding alone, without transformers: importing that takes longer than loading a small model.
+"""A Dream model for decoding alone, without transformers: importing that takes longer than loading the shipped model.
 
 For: weights under transformers' names, from which `FastLayers` reads what it needs. Not for: training and the released
 arithmetic. `Denoiser.model` makes a transformers model around the same weights when it is first asked for.
@@ -12,47 +12,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from diffucoder.files import Json
-
-_RELEASED = {
-    **{"model_type": "Dream", "hidden_act": "silu", "rope_scaling": None},
-    **{"tie_word_embeddings": False, "use_sliding_window": False},
-}
-_ABSENT = {"head_dim", "layer_types", "partial_rotary_factor", "quantization_config", "rope_parameters"}
-_SIZES = (
-    *("hidden_size", "intermediate_size", "max_position_embeddings", "num_attention_heads", "num_hidden_layers"),
-    *("num_key_value_heads", "rms_norm_eps", "rope_theta", "vocab_size"),
-)
-
-
-class PlainConfig(SimpleNamespace):
-    """The fields of a Dream config.json."""
-
-    is_causal = False
-
-    @classmethod
-    def of(cls, described: Json) -> "PlainConfig | None":
-        """The config that checked fields describe; None unless it is like the released models'."""
-        if {**described, **_RELEASED} != described or _ABSENT & described.keys():
-            return None
-        if not all(described.get(name) for name in _SIZES):
-            return None
-        config = cls(**described)
-        heads = config.num_attention_heads
-        if config.hidden_size % (2 * heads) or heads % config.num_key_value_heads:
-            return None
-        return config
-
 
 class PlainModel(nn.Module):
     """The weights of a Dream model, not computed with here. They are on the device "meta" until they are loaded."""
 
-    whole: Callable[[], Any]  # returns a transformers model of the same weights; set by what loads them
     _no_split_modules = ()
 
-    def __init__(self, config: PlainConfig) -> None:
-        """Make the modules that `config` describes."""
+    def __init__(self, config: SimpleNamespace, whole: Callable[[], Any]) -> None:
+        """`config` has the fields of a config.json. `whole` loads the same model with transformers."""
         super().__init__()
+        self.whole = whole
         self.config = config
         size = config.hidden_size
         body: Any = nn.Module()
@@ -75,7 +44,7 @@ class PlainModel(nn.Module):
         return self.lm_head
 
 
-def _layer(config: PlainConfig) -> nn.Module:
+def _layer(config: SimpleNamespace) -> nn.Module:
     size = config.hidden_size
     layer: Any = nn.Module()
     layer.self_attn = nn.Module()

@@ -20,7 +20,6 @@ from torch import Tensor
 from diffucoder.errors import CheckpointError
 from diffucoder.model_files import is_regular, one_line, read_json, shown
 from diffucoder.models.families import Family
-from diffucoder.models.plain import PlainConfig, PlainModel
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -47,36 +46,25 @@ def load_causal_lm(
     stored = _check_weights(folder, config, family)
     _check_memory(folder, stored, dtype, device)
     try:
-        if isinstance(config, PlainConfig):
-            model: Any = PlainModel(config)
-            model.load_state_dict(_read(stored), assign=True)
-            return model.to(device, dtype).eval()
-        model = causal_lm(config, _read(stored), dtype).to(device)
+        from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+
+        with transformers_silenced():
+            model = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].from_pretrained(
+                None, config=config, state_dict=_read(stored), dtype=dtype, attn_implementation="sdpa"
+            )
+            model.to(device)
     except (SafetensorError, OSError, RuntimeError, ValueError, TypeError, ArithmeticError, MemoryError) as error:
         raise CheckpointError(f"{folder} cannot be loaded ({one_line(error)})") from error
     model.name_or_path = model.config.name_or_path = str(folder)
     return model.eval()
 
 
-def causal_lm(config: Any, weights: dict[str, Tensor], dtype: torch.dtype) -> Any:  # Any: as above
-    """The transformers model of `config` with these weights."""
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
-
-    with transformers_silenced():
-        return MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].from_pretrained(
-            None, config=config, state_dict=weights, dtype=dtype, attn_implementation="sdpa"
-        )
-
-
 def expected_shapes(config: Any) -> dict[str, tuple[int, ...]]:
-    """The shapes of all weights of the model that a config describes, by name."""
-    if isinstance(config, PlainConfig):
-        model: Any = PlainModel(config)
-    else:
-        from transformers import AutoModelForCausalLM
+    """The shapes of all weights of the model that a transformers config describes, by name."""
+    from transformers import AutoModelForCausalLM
 
-        with torch.device("meta"), transformers_silenced():  # takes no memory
-            model = AutoModelForCausalLM.from_config(config)
+    with torch.device("meta"), transformers_silenced():  # takes no memory
+        model = AutoModelForCausalLM.from_config(config)
     return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
 
 

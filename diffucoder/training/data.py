@@ -32,6 +32,7 @@ from diffucoder.training.sources import (
     Skipped,
     Sources,
     find_files,
+    other_files,
     source_names,
     usable,
 )
@@ -131,6 +132,11 @@ def prepare(sources: Sources, tokenizer: Tokenizer, cache: str | Path, *, kind: 
             raise ConfigError("sources changed while they were read; run again when nothing writes to them")
         listing = {"count": len(skipped), "first": list(map(vars, skipped[:_LISTED]))}
         write_json(folder / MANIFEST, {"fingerprint": fingerprint, "sources": sources, "skipped": listing})
+        for source in sources:
+            others = other_files(source, SUFFIXES[kind])
+            if others:
+                read = " ".join(SUFFIXES[kind])
+                print(f"{source}: only {read} are read; left out {len(others)}, as {others[0]}", file=sys.stderr)
         size = f"{count:,} records, {tokens / 1e6:,.1f} M tokens"
         print(f"tokenised {size} in {time.perf_counter() - began:.1f} s -> {folder}", file=sys.stderr)
         if skipped:

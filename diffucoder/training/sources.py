@@ -113,11 +113,7 @@ def find_files(source: str, suffixes: Sequence[str]) -> list[Path]:
         return []
     path = Path(source)
     if path.is_dir():
-        files = []
-        for folder, inner, names in os.walk(path):
-            inner[:] = [name for name in inner if not _is_foreign(Path(folder, name))]
-            files += [Path(folder, name) for name in names if name.endswith(tuple(suffixes)) and name[0] != "."]
-        files = sorted(file for file in files if file.is_file())
+        files = [file for file in _visible_files(path) if file.name.endswith(tuple(suffixes))]
         if not files:
             raise ConfigError(f"source {source!r} holds no file with suffix {' '.join(suffixes)}; name another folder")
         return files
@@ -127,6 +123,21 @@ def find_files(source: str, suffixes: Sequence[str]) -> list[Path]:
         allowed = " ".join(sorted({*JSONL, *suffixes}))
         raise ConfigError(f"source {source!r} has none of the suffixes {allowed}; convert it, or name its folder")
     return [path]
+
+
+def other_files(source: str, suffixes: Sequence[str]) -> list[Path]:
+    """The files of a folder that `find_files` leaves out for their suffix."""
+    if not Path(source).is_dir():
+        return []
+    return [file for file in _visible_files(Path(source)) if not file.name.endswith(tuple(suffixes))]
+
+
+def _visible_files(path: Path) -> list[Path]:
+    files = []
+    for folder, inner, names in os.walk(path):
+        inner[:] = [name for name in inner if not _is_foreign(Path(folder, name))]
+        files += [Path(folder, name) for name in names if name[0] != "."]
+    return sorted(file for file in files if file.is_file())
 
 
 def _is_foreign(folder: Path) -> bool:

@@ -1,20 +1,14 @@
-"""Models that are loaded without transformers: the same numbers and errors, and a transformers model on request."""
+"""The shipped model is loaded without transformers: the same numbers, and a transformers model on request."""
 
-import json
-import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 
 from diffucoder.decoding.coder import DiffuCoder
 from diffucoder.decoding.params import DecodingParams
-from diffucoder.errors import CheckpointError
-from diffucoder.models.checkpoint import find_checkpoint, load_with_tokenizer
-from diffucoder.models.hub import SHIPPED
-from diffucoder.models.plain import PlainConfig
+from diffucoder.models.checkpoint import load_with_tokenizer
 
 REQUEST = "Given a number, double the number."
 
@@ -33,7 +27,6 @@ def test_numbers_are_those_of_the_transformers_model(dtype: torch.dtype) -> None
     plain = DiffuCoder.load(dtype=dtype)
     whole = DiffuCoder(*load_with_tokenizer(None, dtype=dtype), name="tiny")
     whole.model.use_fast_layers()
-    assert isinstance(find_checkpoint(None, plain=True).config, PlainConfig)
     params = DecodingParams(temperature=0.8, seed=3)
     first = plain.generate(REQUEST, params)
     second = whole.generate(REQUEST, params)
@@ -55,37 +48,3 @@ def test_the_reference_preset_computes_by_transformers() -> None:
     plain = DiffuCoder.load(dtype=torch.float32)
     whole = DiffuCoder(*load_with_tokenizer(None, dtype=torch.float32), name="tiny")
     assert plain.generate(REQUEST, params).trace == whole.generate(REQUEST, params).trace
-
-
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"hidden_act": "gelu"},
-        {"rope_scaling": {"type": "yarn", "factor": 2.0}},
-        {"rope_theta": float("nan")},
-        {"num_attention_heads": 0},
-        {"num_key_value_heads": 3},
-        {"hidden_size": "256"},
-        {"vocab_size": True},
-        {"tie_word_embeddings": True},
-        {"use_sliding_window": True},
-        {"attention_dropout": "none"},
-        {"torch_dtype": "int3"},
-        {"head_dim": 64},
-        {"partial_rotary_factor": 0.5},
-        {"quantization_config": {"bits": 4}},
-    ],
-)
-def test_other_configs_are_left_to_transformers(tmp_path: Path, changes: dict[str, object]) -> None:
-    folder = Path(shutil.copytree(SHIPPED, tmp_path / "model"))
-    fields = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(fields | changes))
-    outcomes = []
-    for plain in (False, True):
-        try:
-            config = find_checkpoint(folder, plain=plain).config
-        except CheckpointError as error:
-            outcomes.append(str(error))
-        else:
-            outcomes.append(type(config).__name__)
-    assert outcomes[0] == outcomes[1]
