@@ -1,9 +1,8 @@
 """How far a piece of work is, on standard error: a bar on a terminal, elsewhere a line every few seconds."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Protocol
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
@@ -11,17 +10,11 @@ from rich.progress import BarColumn, Progress, TextColumn
 SECONDS_BETWEEN_LINES = 5.0
 
 
-class Update(Protocol):
-    """Report that `done` steps are done, with `figures` to show beside them."""
-
-    def __call__(self, done: int, figures: str = "") -> None: ...
-
-
 @contextmanager
 def progress(
     heading: str, total: int, *, done: int = 0, unit: str = "", transient: bool = False, console: Console | None = None
-) -> Iterator[Update]:
-    """Show `total` steps, of which `done` were done earlier, while the yielded function is called.
+) -> Iterator[Callable[..., None]]:
+    """Show `total` steps, of which `done` were done earlier: call what is yielded with `done`, and figures to show.
 
     A bar that is `transient` goes away at the end.
     """

@@ -97,7 +97,7 @@ def run() -> None:
     try:
         group = typer.main.get_command(app)
         assert isinstance(group, TyperGroup)
-        group.commands = dict.fromkeys(_COMMANDS)  # type: ignore[arg-type]  # their names alone
+        group.commands = dict.fromkeys(_COMMANDS)  # type: ignore[assignment]  # their names alone
         arguments = sys.argv[1:] or ["--help"]
         defaults = _users_defaults()
         code = group(arguments, prog_name="diffucoder", standalone_mode=False, default_map=defaults) or 0

@@ -59,10 +59,9 @@ def order(
 
 def _print_report(report: dict[str, Any], folder: Path | None) -> None:
     """Print the figures of a report as a table."""
-    counts = []
-    for what in ("task", "sample"):
-        number = report[f"{what}s"]
-        counts.append(f"{number} {what}{'s' * (number != 1)}")
+    tasks = report["tasks"]
+    samples = report["samples"]
+    counts = [f"{tasks} task{'s' * (tasks != 1)}", f"{samples} sample{'s' * (samples != 1)}"]
     steps = report["settings"].get("params", {}).get("steps")
     if steps is not None:
         counts.append(f"steps: {steps}")

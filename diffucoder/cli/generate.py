@@ -98,8 +98,8 @@ def infill(
     text = _read_text(path)
     coder = load_model(model, dtype, device)
     request = coder.fill_request(_as_models_know(text), params)
-    results = _completed(coder, request, partial(_filled, text), watched=watch)
-    _finish_file(path, results, coder, as_json=as_json, in_place=in_place, shown=watch, trace=trace)
+    complete = partial(_filled, text)
+    _write_file(path, request, coder, complete, as_json=as_json, in_place=in_place, watched=watch, trace=trace)
 
 
 @partial(with_options, without=("new_tokens",))
@@ -134,8 +134,16 @@ def edit(
         length = tokens or max(1, len(coder.tokenizer.encode(_as_models_know(text[start:end]))))
         spans.append(Span(len(_as_models_know(text[:start])), len(_as_models_know(text[:end])), length))
     request = coder.edit_request(_as_models_know(text), spans, params)
-    results = _completed(coder, request, partial(_replaced, text, places), watched=watch)
-    _finish_file(path, results, coder, as_json=as_json, in_place=in_place, shown=watch, trace=trace)
+    _write_file(
+        path,
+        request,
+        coder,
+        partial(_replaced, text, places),
+        as_json=as_json,
+        in_place=in_place,
+        watched=watch,
+        trace=trace,
+    )
 
 
 def decode(
@@ -232,32 +240,30 @@ def _check_in_place(path: str, params: DecodingParams, in_place: bool) -> None:
         raise ConfigError(f"--in-place writes one text, and num_samples={params.num_samples}; leave one of them out")
 
 
-def _completed(
-    coder: "DiffuCoder", request: "Request", complete: Callable[[Sequence[str]], str], *, watched: bool
-) -> "list[Generation]":
-    """The answers to a request about a file, each with the text that `complete` makes of what fills the holes."""
-    [results] = decode(coder, [request], watched=watched)
-    return [replace(result, text=complete(result.pieces)) for result in results]
-
-
-def _finish_file(
+def _write_file(
     path: str,
-    results: "Sequence[Generation]",
+    request: "Request",
     coder: "DiffuCoder",
+    complete: Callable[[Sequence[str]], str],
     *,
     as_json: bool,
     in_place: bool,
-    shown: bool,
+    watched: bool,
     trace: Path | None,
 ) -> None:
-    """Print the texts or write the one back, warn where the model was guessing, and write the traces."""
+    """Answer a request about a file: print the texts that `complete` makes of what fills the holes, or write one back.
+
+    Warns where the model was guessing, and writes the traces.
+    """
+    [results] = decode(coder, [request], watched=watched)
+    results = [replace(result, text=complete(result.pieces)) for result in results]
     if in_place:
         try:
             write_text(Path(path).resolve(), results[0].text)
         except OSError as error:
             raise ConfigError(f"file {path!r} cannot be written ({error.strerror}); leave out --in-place") from None
     if as_json or not in_place:
-        print_answers(results, coder, as_json=as_json, shown=shown)
+        print_answers(results, coder, as_json=as_json, shown=watched)
     surest = max(math.exp(result.trace.mean_log_prob) for result in results)
     if surest < UNSURE:
         note(f"the model is unsure of this text (mean probability of a token {surest:.0%}); check it")

@@ -2,7 +2,7 @@
 
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated, Literal
 
 import typer
 
@@ -11,9 +11,6 @@ from diffucoder.config import load_settings
 from diffucoder.decoding.params import DecodingParams
 from diffucoder.errors import ConfigError
 from diffucoder.serving.settings import EngineSettings, ScaleSettings
-
-if TYPE_CHECKING:
-    from diffucoder.decoding.coder import DiffuCoder
 
 
 @partial(
@@ -65,12 +62,8 @@ def serve(
         from diffucoder.serving.app import create_app  # after the checks: torch takes seconds
         from diffucoder.serving.engine import load_in_own_thread
 
-        def load() -> "DiffuCoder":
-            coder = load_model(settings.model, settings.dtype, settings.device)
-            coder.model.config  # noqa: B018  # imports transformers now, not in the first request that needs it
-            return coder
-
-        coder = load_in_own_thread(load)
+        coder = load_in_own_thread(lambda: load_model(settings.model, settings.dtype, settings.device))
+        coder.model.config  # noqa: B018  # imports transformers now, not in the first request that needs it
         run(create_app(coder, settings), settings, host=host, port=port, log_level=log_level)
         return
     with naming_extra("scale", "replicas need"):

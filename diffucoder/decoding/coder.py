@@ -185,22 +185,12 @@ class DiffuCoder:
         )
 
     def infill_request(
-        self,
-        prefix: str,
-        suffix: str,
-        params: DecodingParams,
-        *,
-        length: int | None = None,
-        most: int | None = None,
-        windowed: bool = True,
+        self, prefix: str, suffix: str, params: DecodingParams, *, length: int | None = None, most: int | None = None
     ) -> Request:
-        """What `infill` decodes; of the lengths tried none is over `most`. Raises PromptError.
-
-        Without `windowed`, a text that is longer than the context is an error.
-        """
+        """What `infill` decodes; of the lengths tried none is over `most`. Raises PromptError."""
         if not prefix and self.model.first_scorable:
             raise PromptError("prefix is empty, and the first token needs one to its left; start it with a newline")
-        return self._holes([prefix, Hole(length), suffix], params, whole=False, most=most, windowed=windowed)
+        return self._holes([prefix, Hole(length), suffix], params, whole=False, most=most)
 
     def fill_request(self, text: str, params: DecodingParams) -> Request:
         """What `fill` decodes. Raises PromptError."""

@@ -4,7 +4,9 @@
 """
 
 import html
-from collections.abc import Iterable
+
+from diffucoder.decoding.trace import Trace
+from diffucoder.tokenizer import Tokenizer
 
 _BLUE = (86, 156, 255)
 _ORANGE = (255, 166, 77)
@@ -17,13 +19,15 @@ def colour_of(step: int, steps: int) -> tuple[int, int, int]:
     return red, green, blue
 
 
-def as_html(pieces: Iterable[str], steps: Iterable[int], count: int) -> str:
-    """The text of some tokens, each on the colour of its step out of `count`; a step of -1 has none."""
+def as_html(trace: Trace, tokenizer: Tokenizer) -> str:
+    """The text from the first hole on, each token on the colour of the step that committed it."""
     spans = []
-    for piece, step in zip(pieces, steps, strict=True):
+    tokens = trace.tokens[trace.prompt_length :]
+    for token, piece, step in zip(tokens, tokenizer.pieces(tokens), trace.steps, strict=True):
         text = html.escape(piece)
         if step >= 0:
-            red, green, blue = colour_of(step, count)
+            red, green, blue = colour_of(step, trace.forward_passes)
             text = f'<span title="step {step + 1}" style="background: rgb({red} {green} {blue} / 45%)">{text}</span>'
-        spans.append(text)
+        if token not in tokenizer.special_ids:
+            spans.append(text)
     return f"<pre>{''.join(spans)}</pre>"

@@ -109,17 +109,7 @@ class Generation:
         return f"<Generation {text}: {len(self.tokens)} tokens in {self.forward_passes} passes, {self.finish_reason}>"
 
     def _repr_html_(self) -> str | None:
-        if self.tokenizer is None:
-            return None
-        trace = self.trace
-        pieces = []
-        steps = []
-        written = trace.tokens[trace.prompt_length :]
-        for token, piece, step in zip(written, self.tokenizer.pieces(written), trace.steps, strict=True):
-            if token not in self.tokenizer.special_ids:
-                pieces.append(piece)
-                steps.append(step)
-        return as_html(pieces, steps, trace.forward_passes)
+        return None if self.tokenizer is None else as_html(self.trace, self.tokenizer)
 
     @property
     def order(self) -> list[int]:

@@ -44,7 +44,7 @@ class PlainModel(nn.Module):
         return self.lm_head
 
 
-def _layer(config: SimpleNamespace) -> nn.Module:
+def _layer(config: SimpleNamespace) -> Any:
     size = config.hidden_size
     layer: Any = nn.Module()
     layer.self_attn = nn.Module()

@@ -152,7 +152,7 @@ def run(app: ASGIApp, settings: ServerSettings, *, host: str, port: int, log_lev
     )
     logging.basicConfig(format="%(asctime)s %(message)s", stream=sys.stderr)
     _ACCESS.setLevel(level)
-    server = _Server(config, level)
+    server = _Server(config)
     try:
         server.run()
     except SystemExit:
@@ -177,16 +177,12 @@ def restore_signals() -> None:
 class _Server(uvicorn.Server):
     """Prints where it listens and that it is stopping, and closes connections of clients that are too slow."""
 
-    def __init__(self, config: uvicorn.Config, level: int) -> None:
-        super().__init__(config)
-        self.level = level  # of the log, once it listens
-
     async def startup(self, sockets: list[object] | None = None) -> None:  # type: ignore[override]  # sockets: unused
         """Begin to listen."""
         await super().startup(sockets)  # type: ignore[arg-type]
         if not self.started:
             return
-        _LOG.setLevel(self.level)
+        _LOG.setLevel(_ACCESS.level)
         asyncio.get_running_loop().set_exception_handler(_Complaints().report)
         gc.freeze()  # else each body of many small values makes the collector look at all of torch's objects
         self._watcher = asyncio.create_task(self._watch())

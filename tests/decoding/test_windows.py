@@ -82,8 +82,6 @@ def test_edits_and_infills_of_long_texts_have_windows_too(tiny: DiffuCoder) -> N
     with pytest.warns(UserWarning, match="it reads lines"):
         infilled = tiny.infill(text, text, length=4, params=QUICK)
     assert infilled.text == infilled.pieces[0]
-    with pytest.raises(PromptError, match="exceed the model's context"):
-        tiny.infill_request(text, text, QUICK, length=4, windowed=False)
 
 
 def test_a_text_that_fits_is_read_whole(tiny: DiffuCoder) -> None:
