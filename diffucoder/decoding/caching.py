@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from diffucoder.decoding.params import DecodingParams
+from diffucoder.models.attention import Attention
 from diffucoder.models.denoiser import Denoiser
 
 if TYPE_CHECKING:
@@ -39,18 +40,18 @@ class BlockCache(NoCache):
 
     def __init__(self, *, prefix_only: bool) -> None:
         self.prefix_only = prefix_only
-        self._block: int | None = None  # the block that was current when everything was computed
+        self._block: tuple[int, int] | None = None  # the block that was current when everything was computed
 
     def feed(self, sequence: "Sequence", model: Denoiser) -> Tensor:
-        if self._block != sequence.block:
-            return torch.ones_like(sequence.holes)
         start, end = sequence.block_bounds()
+        if self._block != (start, end):
+            return torch.ones_like(sequence.holes)
         fed = torch.zeros_like(sequence.holes)
         fed[start : None if self.prefix_only else end] = True
         return fed | model.needed_for(fed)
 
     def passed(self, sequence: "Sequence") -> None:
-        self._block = sequence.block
+        self._block = sequence.block_bounds()
 
 
 class DelayedCache(NoCache):
@@ -74,8 +75,31 @@ class DelayedCache(NoCache):
         self._tokens = sequence.tokens
 
 
-def cache_plan_of(params: DecodingParams) -> NoCache:
-    """The plan that `params` ask for."""
+class BlockCausal(NoCache):
+    """The plan for block-causal models: nothing after the block at work.
+
+    With a cache, earlier blocks are computed once more after they were finished. No later token changes their keys and
+    values, so this cache is exact.
+    """
+
+    def __init__(self, *, uses_cache: bool) -> None:
+        self.uses_cache = uses_cache
+        self._final = 0  # the keys and values before this position are those of the finished text
+
+    def feed(self, sequence: "Sequence", model: Denoiser) -> Tensor:
+        fed = torch.zeros_like(sequence.holes)
+        fed[self._final : sequence.attention_block()[1]] = True
+        return fed | model.needed_for(fed)
+
+    def passed(self, sequence: "Sequence") -> None:
+        if self.uses_cache:
+            self._final = sequence.attention_block()[0]
+
+
+def cache_plan_of(params: DecodingParams, attention: Attention) -> NoCache:
+    """The plan that `params` ask for, with a model of this attention. For block-causal ones there is one cache."""
+    if attention.block is not None:
+        return BlockCausal(uses_cache=params.cache != "none")
     if params.cache == "delayed":
         return DelayedCache()
     if params.cache in ("prefix", "dual"):

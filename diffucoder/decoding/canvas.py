@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from diffucoder.errors import PromptError
+from diffucoder.models.attention import FULL, Attention
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -25,6 +26,7 @@ class Canvas:
     terminators: tuple[int, ...] = ()  # ids that end a row once nothing before them is masked (not `reference`)
     forbidden: tuple[int, ...] = ()  # ids never proposed, besides the mask (not `reference`)
     proposable: int | None = None  # ids from this one on are never proposed (not `reference`); None = all may be
+    attention: Attention = FULL  # of the model
 
     def __post_init__(self) -> None:
         shape = tuple(self.tokens.shape)
@@ -50,6 +52,7 @@ class Canvas:
         terminators: tuple[int, ...] = (),
         forbidden: tuple[int, ...] = (),
         proposable: int | None = None,
+        attention: Attention = FULL,
     ) -> "Canvas":
         """Left-padded prompts (B, P), `valid` False on padding, with `new_tokens` masks after each; 0 = holes only."""
         shape = tuple(input_ids.shape)
@@ -69,6 +72,7 @@ class Canvas:
             terminators=terminators,
             forbidden=forbidden,
             proposable=proposable,
+            attention=attention,
         )
 
     @classmethod

@@ -230,6 +230,7 @@ class DiffuCoder:
             terminators=tuple(sorted(self.tokenizer.terminator_ids - set(forbidden))),
             forbidden=forbidden,
             proposable=min(self.model.vocab_size, self.tokenizer.vocab_size),
+            attention=self.model.attention,
         )
         canvas.check_scorable(self.model.first_scorable)
         return canvas
@@ -258,6 +259,13 @@ class DiffuCoder:
     def _holes(
         self, pieces: Pieces, params: DecodingParams, *, whole: bool, most: int | None = None, windowed: bool = True
     ) -> Request:
+        block = self.model.attention.block
+        first_hole = next(n for n, piece in enumerate(pieces) if isinstance(piece, Hole))
+        if block is not None and any(piece and isinstance(piece, str) for piece in pieces[first_hole:]):
+            raise PromptError(
+                f"there is text after a hole, which this model cannot see while it fills it: it writes in blocks of "
+                f"{block} tokens from left to right; let it continue the text before the hole, or use another model"
+            )
         lengths: tuple[int, ...] = (0,)
         if Hole() in pieces:
             lengths = tuple(length for length in HOLE_LENGTHS if most is None or length <= most) or (1,)

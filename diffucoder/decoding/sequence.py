@@ -19,6 +19,7 @@ from diffucoder.decoding.params import DecodingParams
 from diffucoder.decoding.policies import rule_of, schedule_of
 from diffucoder.decoding.sampling import Sampler
 from diffucoder.decoding.trace import Trace, pack_entropies
+from diffucoder.errors import ConfigError
 from diffucoder.models.cache import KVCache
 from diffucoder.models.denoiser import Denoiser
 
@@ -76,7 +77,15 @@ class Sequence:
         entropies: int = 0,
         constraint: Constraint | None = None,
     ) -> None:
-        """One `row` of a canvas, which `until` may end early. Its first `entropies` steps record entropies."""
+        """One `row` of a canvas, which `until` may end early. Its first `entropies` steps record entropies.
+
+        ConfigError for settings that the model's attention does not allow.
+        """
+        if params.preset == "reference" and canvas.attention.block is not None:
+            raise ConfigError(
+                "preset='reference' is Dream's sampler, and this model writes in blocks, which it does not know; "
+                "use preset='exact'"
+            )
         self.canvas = canvas
         self.params = params
         self.row = row
@@ -91,7 +100,7 @@ class Sequence:
         self.sampler = Sampler.of(
             params, mask_id=canvas.mask_id, forbidden=canvas.forbidden, proposable=canvas.proposable
         )
-        self.cache_plan = cache_plan_of(params)
+        self.cache_plan = cache_plan_of(params, canvas.attention)
         self.constraint = constraint
         self.verifier = verifier_of(params)
         self.finish_reason: Literal["stop", "length"] | None = None if masked else "length"
@@ -134,18 +143,26 @@ class Sequence:
         """Where the beginning of the answer ends that is written without a gap; a stop string may leave gaps."""
         return min(leftmost(self.holes & (self._committed_by < 0)), self.answer_end)
 
-    @property
-    def block(self) -> int:
-        """The number of the block at work: the first one with a mask."""
-        if self.params.block is None:
-            return 0
-        return (self.first_masked - self.first_hole) // self.params.block
+    def attention_block(self) -> tuple[int, int]:
+        """Where the model's block at work begins and ends: a pass shows nothing after it. The first one with a mask.
+
+        With full attention there is one block, from the first hole to the end.
+        """
+        size = self.canvas.attention.block
+        if size is None:
+            return self.first_hole, len(self.tokens)
+        origin = 0 if self.canvas.attention.origin == "start" else self.first_hole
+        return self._first_masked_part(origin, len(self.tokens), size)
 
     def block_bounds(self) -> tuple[int, int]:
-        """The positions of the block at work: from, to."""
-        size = self.params.block or len(self.tokens)
-        start = self.first_hole + self.block * size
-        return start, min(start + size, len(self.tokens))
+        """Where the block at work begins and ends: the part of the model's block that may be filled now."""
+        start, end = self.attention_block()
+        return self._first_masked_part(start, end, self.params.block or len(self.tokens))
+
+    def _first_masked_part(self, start: int, end: int, size: int) -> tuple[int, int]:
+        """Of the parts of `size` positions that `start` to `end` is cut into, the one with the first mask."""
+        start += (self.first_masked - start) // size * size
+        return start, min(start + size, end)
 
     @property
     def wants_entropy(self) -> bool:
@@ -178,7 +195,7 @@ class Sequence:
             cache, row = self._cache
             cache.release(row)
             self._cache = None
-            self.cache_plan = cache_plan_of(self.params)
+            self.cache_plan = cache_plan_of(self.params, self.canvas.attention)
 
     def apply(self, proposals: Proposals, chosen: Tensor) -> Step:
         """Commit the `chosen` (T,) of the `proposals` ((T,) each), as constraint and verifier allow."""

@@ -10,6 +10,7 @@ rows of T positions, is on the host.
 """
 
 from collections.abc import Hashable, Iterable, Iterator
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -66,7 +67,7 @@ def denoise(
             f"the canvas marks holes with {canvas.mask_id}, the model with {model.mask_id}; use the model's"
         )
     canvas.check_scorable(model.first_scorable)
-    canvas = canvas.repeat(params.num_samples)
+    canvas = replace(canvas, attention=model.attention).repeat(params.num_samples)
     rows = range(len(canvas.tokens))
     sequences = [Sequence(canvas, params, row=row, until=until, entropies=entropies) for row in rows]
     tokens = canvas.tokens
@@ -110,6 +111,7 @@ def plan(model: Denoiser, sequence: Sequence) -> Plan:
     verified = torch.zeros_like(scorable)
     if sequence.verifier is not None:
         verified = sequence.verifier.verify(sequence) & ~sequence.masked & scorable
+        verified[: sequence.attention_block()[0]] = False  # of a finished block nothing is taken back
     return Plan(sequence.tokens, torch.ones_like(feed), feed, open_, verified, sequence.uniform.T)
 
 
@@ -181,9 +183,12 @@ def _score(model: Denoiser, sequences: list[Sequence], batch: Plan, candidates: 
     cache_rows = None
     if sequences[0].cache_plan.uses_cache:
         cache_rows = [sequence.acquire(model) for sequence in sequences]
+    length = batch.tokens.shape[1]
+    prompt_ends = [length - len(sequence.tokens) + sequence.first_hole for sequence in sequences]
     results = model.score(
         batch.tokens,
         valid=batch.valid,
+        prompt_ends=torch.tensor(prompt_ends),
         feed=batch.feed,
         wanted=wanted,
         reduce=sample,

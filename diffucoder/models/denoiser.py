@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from diffucoder.errors import CheckpointError
+from diffucoder.models.attention import FULL, Attention, block_causal_mask
 from diffucoder.models.cache import KVCache
 from diffucoder.models.layers import FastLayers, Project, plan_layout
 from diffucoder.models.plain import PlainModel
@@ -40,13 +41,14 @@ class Denoiser(nn.Module):
     """A bidirectional language model that scores every position of a canvas from all the others."""
 
     # Any: transformers is not followed by mypy; `model` is a `PreTrainedModel`, `config` its `PreTrainedConfig`
-    def __init__(self, model: Any, *, mask_id: int, shifted: bool = True) -> None:
+    def __init__(self, model: Any, *, mask_id: int, shifted: bool = True, attention: Attention = FULL) -> None:
         """Wrap `model` as it is; `from_causal_lm` prepares one first. `shifted=False` is LLaDA's convention."""
         super().__init__()
         self._modules["model"] = model
         self.training = model.training  # a new module says True, whatever it wraps
         self.mask_id = mask_id
         self.shifted = shifted
+        self.attention = attention
         self.trained_length: int | None = None  # tokens of the longest rows it was trained on; None: not known
         self._no_split_modules = model._no_split_modules  # what accelerate shards by: the layers
         self.chunk_elements = CHUNK_ELEMENTS
@@ -54,7 +56,9 @@ class Denoiser(nn.Module):
         self.compiled = False  # the fast layers are compiled, and fed few shapes
 
     @classmethod
-    def from_causal_lm(cls, model: Any, *, mask_id: int, shifted: bool = True) -> "Denoiser":
+    def from_causal_lm(
+        cls, model: Any, *, mask_id: int, shifted: bool = True, attention: Attention = FULL
+    ) -> "Denoiser":
         """Make `model`, a transformers causal LM, bidirectional in place and wrap it.
 
         If the model has no row for `mask_id`, its embeddings grow to hold it. CheckpointError if the architecture is
@@ -76,7 +80,7 @@ class Denoiser(nn.Module):
         model.set_attn_implementation("sdpa")
         # transformers keeps the gradient of a pad's embedding at zero; here pads are tokens that are learnt
         model.get_input_embeddings().padding_idx = None
-        return cls(model, mask_id=mask_id, shifted=shifted)
+        return cls(model, mask_id=mask_id, shifted=shifted, attention=attention)
 
     @property
     def model(self) -> Any:
@@ -188,6 +192,7 @@ class Denoiser(nn.Module):
         feed: Tensor,
         wanted: Tensor,
         reduce: Reduce,
+        prompt_ends: Tensor | None = None,
         cache_rows: Sequence[int] | None = None,
         reference: bool = False,
     ) -> tuple[Tensor, ...]:
@@ -196,18 +201,21 @@ class Denoiser(nn.Module):
         tokens (R, T) int64, `valid` (R, T) bool False on left padding, and `feed` (R, T) bool are on the host. `wanted`
         (M, 2) int64 are (row, position) pairs, each `scorable` from what is fed. With `cache_rows` (one for each
         canvas, acquired from `cache`) positions that are not fed are seen as they were when they were fed last;
-        without, everything valid must be fed. `reference` computes by transformers' layers, as the released code does.
+        without, everything valid must be fed, by block-causal models up to the end of a block. `prompt_ends` is that of
+        `forward`. `reference` computes by transformers' layers, as the released code does.
         Returns what `reduce` gives, (M, ...) each.
         """
         fast = self.fast
         if fast is None or reference or self._inner.config.is_causal:
             assert cache_rows is None, "a cache belongs to fast layers"
-            return _as_tuple(self(tokens, valid=valid, rows=wanted, reduce=reduce))
+            return _as_tuple(self(tokens, valid=valid, prompt_ends=prompt_ends, rows=wanted, reduce=reduce))
         device = self.device
         positions = (valid.long().cumsum(-1) - 1).clamp(min=0)  # (R, T)
         fed, layout = plan_layout(
             feed,
             positions,
+            sees=self._sees(positions, valid, prompt_ends),
+            queries=fast.heads // fast.key_heads,
             step=self._feed_step(int(feed.sum())),
             static=self.compiled,
             device=device,
@@ -227,6 +235,16 @@ class Denoiser(nn.Module):
             source = index_of[row * tokens.shape[1] + position]  # (M,)
             return self._reduced(hidden[source.to(device)], fast.head, reduce)
 
+    def _sees(self, positions: Tensor, valid: Tensor, prompt_ends: Tensor | None) -> Tensor | None:
+        """(R, T) int64: how many positions of its canvas each one sees, from the first; None: all of them."""
+        if self.attention.block is None:
+            return None
+        lengths = valid.sum(-1, keepdim=True)  # (R, 1)
+        padding = valid.shape[1] - lengths
+        origins = self.attention.origins(valid, prompt_ends)[:, None] - padding
+        blocks = (positions - origins).div(self.attention.block, rounding_mode="floor")
+        return (origins + (blocks + 1) * self.attention.block).clamp(min=origins, max=lengths)
+
     def _feed_step(self, count: int) -> int:
         """A pass of `count` tokens is fed a multiple of so many.
 
@@ -244,6 +262,7 @@ class Denoiser(nn.Module):
         *,
         valid: Tensor | None = None,
         attention: Tensor | None = None,
+        prompt_ends: Tensor | None = None,
         rows: Tensor | None = None,
         reduce: Reduce | None = None,
     ) -> Reduced:
@@ -251,8 +270,9 @@ class Denoiser(nn.Module):
 
         `valid` (B, T) bool is False on left padding; without it, a device synchronisation is saved. What padded
         positions score means nothing, but is finite. `attention` bool, (T, T) or (B, T, T), True where query (row) may
-        see key (column), narrows full attention; a lower triangle is the autoregressive model. The first real position
-        of a shifted model is scored from itself: put a real token there.
+        see key (column), narrows the model's own attention; a lower triangle is the autoregressive model. `prompt_ends`
+        (B,) int64, the columns after the prompts, matter only to models whose blocks begin there. The first real
+        position of a shifted model is scored from itself: put a real token there.
 
         Returns (B, T, V) logits in the model's dtype; with `rows` (M, 2) int64 of (row, position) pairs only those,
         (M, V). With `reduce`, its results instead, one row for each logit row: it is called on chunks of at most
@@ -264,6 +284,11 @@ class Denoiser(nn.Module):
         valid = _moved(valid, device)
         attention = _moved(attention, device)
         rows = _moved(rows, device)
+        if self.attention.block is not None and not self.config.is_causal:
+            real = torch.ones(tokens.shape, dtype=torch.bool, device=device) if valid is None else valid
+            origins = self.attention.origins(real, _moved(prompt_ends, device))
+            blocks = block_causal_mask(tokens.shape[1], self.attention.block, origins)
+            attention = blocks if attention is None else blocks & attention
         mask, positions = _mask_and_positions(valid, attention)
         body = self.model.base_model  # the layers and final norm, without the head
         hidden = body(

@@ -34,7 +34,7 @@ class Rectangle:
     rows: int  # A
     width: int  # W
     cells: Tensor | None  # (n,) the query of each token, counted through the rows; None when it is all of them in order
-    mask: Tensor | None  # (A, 1, 1, K) bool, True = visible, over the K keys; None when all are
+    mask: Tensor | None  # (A, 1, 1 or W * queries of a key, K) bool, True = visible; None when all keys are
     cache_rows: Tensor | None  # (A,) rows of the cache that are copied to be read; None: the first A are read in place
     seen: int  # K: slots of each cache row that are read
 
@@ -85,6 +85,8 @@ def plan_layout(
     feed: Tensor,
     positions: Tensor,
     *,
+    sees: Tensor | None = None,
+    queries: int = 1,
     step: int,
     static: bool,
     device: torch.device,
@@ -95,7 +97,8 @@ def plan_layout(
 
     They are those of `feed` (R, T) bool, rectangle by rectangle, the last one repeated up to a multiple of `step`: it
     computes the same again and is written to the same place. `positions` (R, T) int64 are the places of the tokens in
-    their canvases, which have `cache_rows` in the `cache`; without, nothing is cached. `static` rounds sizes up, so
+    their canvases, which have `cache_rows` in the `cache`; without, nothing is cached. Each position sees the first
+    `sees` (R, T) int64 of its canvas, by default all; that many `queries` share a key. `static` rounds sizes up, so
     that compiled layers meet few of them. All of it is computed on the host: nothing waits for the device.
     """
     length = feed.shape[1]
@@ -118,7 +121,8 @@ def plan_layout(
         start = tokens.stop
         cells = (row, column[rows][tuple(own.T)])
         own_cache = None if cache_rows is None else [cache_rows[row] for row in rows]
-        rectangles.append(_rectangle(tokens, cells, lengths[rows], static, device, cache, own_cache))
+        own_sees = None if sees is None else sees[rows][tuple(own.T)]
+        rectangles.append(_rectangle(tokens, cells, lengths[rows], own_sees, queries, static, device, cache, own_cache))
     fed = torch.cat(parts)  # (N,)
     write = None
     if cache_rows is not None:
@@ -139,12 +143,17 @@ def _rectangle(
     tokens: slice,
     cells: tuple[Tensor, Tensor],
     lengths: Tensor,
+    sees: Tensor | None,
+    queries: int,
     static: bool,
     device: torch.device,
     cache: KVCache,
     cache_rows: Sequence[int] | None,
 ) -> Rectangle:
-    """The rectangle that has `tokens` in its `cells`, rows (n,) and columns (n,), for rows of `lengths` (A,)."""
+    """The rectangle that has `tokens` in its `cells`, rows (n,) and columns (n,), for rows of `lengths` (A,).
+
+    Each token sees the first `sees` (n,) keys of its row, by default all; that many `queries` share a key.
+    """
     row, column = cells
     width = int(lengths.max())
     if static:
@@ -165,13 +174,17 @@ def _rectangle(
         lengths = F.pad(lengths, (0, rows - len(lengths)), value=1)
     rows = len(lengths)
     cell = row * width + column  # (n,)
-    visible = torch.arange(seen) < lengths[:, None]  # (A, K)
+    limits = lengths[:, None]  # (A, 1) how many keys are seen, by all queries of a row or by each of them
+    if sees is not None:
+        limits = torch.ones(rows * width, dtype=torch.long).index_copy_(0, cell, sees).view(rows, width)
+        limits = limits.repeat_interleave(queries, 1)  # (A, W * queries)
+    visible = torch.arange(seen) < limits[..., None]  # (A, 1 or W * queries, K)
     return Rectangle(
         tokens=tokens,
         rows=rows,
         width=width,
         cells=None if not static and cell.equal(torch.arange(rows * width)) else cell.to(device),
-        mask=None if not static and visible.all() else visible[:, None, None].to(device),
+        mask=None if not static and visible.all() else visible[:, None].to(device),
         cache_rows=copied,
         seen=seen,
     )

@@ -35,6 +35,7 @@ from diffucoder.serving.jobs import (
     Job,
     LateError,
     Row,
+    ShortLane,
     least_computed,
     rows_of_next_pass,
 )
@@ -116,6 +117,7 @@ class Engine:
         self._running: list[Row] = []  # those of the pass
         self._ended: list[Job] = []  # their cache rows are still to be released
         self._tickets = count()
+        self._short_lane = ShortLane()
         self._clock = 0.0  # positions that a job has had that has had an equal share of all passes
         self._quiet_passes = 0  # since memory ran out
         self._pass_began: float | None = None  # the pass that runs now
@@ -146,6 +148,7 @@ class Engine:
                 raise BusyError(waiting, max(1.0, self._mean_seconds * (waiting + 1) / self.batch_limit))
             job = Job(self, request, watched, next(self._tickets))
             job.kept = cost.kept
+            job.short = self._short_lane.admit(cost.computed)
             # not the least alone, or newcomers that need one pass each would always go first
             job.computed = max(least_computed(self._jobs), int(self._clock))
             self._jobs.append(job)
@@ -226,7 +229,9 @@ class Engine:
     def _fill_slots(self) -> None:
         """Choose the rows of the next pass."""
         self._running = rows_of_next_pass(self._jobs, most_rows=self.batch_limit, most_positions=self.budget.positions)
-        self._clock += sum(row.cost for row in self._running) / max(1, sum(job.is_read for job in self._jobs))
+        self._short_lane.passed(self._running)
+        others = [job for job in self._jobs if job.is_read and not job.short]
+        self._clock += sum(row.cost for row in self._running if not row.job.short) / max(1, len(others))
 
     # --- the thread ---
 

@@ -4,7 +4,10 @@ For: what the client of a request reads, and fair turns. Not for: running passes
 
 Requests share the engine by what they cost: positions that passes computed for them. A pass takes rows of the request
 that has had least, then of the next one. While others are there, no request is computed more than `LEAD` positions (and
-a row) further than the one that has had least. So a short request is done after a few passes, whatever is beside it.
+a row) further than the one that has had least.
+
+Short requests go before all others, in small passes: their passes are hardly slower than alone. `ShortLane` admits
+only so many that the others get at least half of the positions computed.
 """
 
 import asyncio
@@ -23,7 +26,9 @@ from diffucoder.models.denoiser import Denoiser
 if TYPE_CHECKING:
     from diffucoder.serving.engine import Engine
 
-LEAD = 256  # positions; about what a processor computes in the time that a pass takes whatever its size
+LEAD = 256  # positions that a request may be computed further than the one that has had least
+SHORT = 2048  # positions that all passes of a short request compute at most
+FILL = 16  # a pass for short requests is filled up with rows of others to this part of its positions
 LONG = 2**13  # positions, whose answers take some milliseconds to make
 UNCLAIMED = 30.0  # seconds until a job ends whose client has not begun to wait for it: it left before
 UNREAD = 2**17  # positions in the steps that a client has not read yet, after which its request pauses
@@ -100,6 +105,7 @@ class Job:
         self.rows = [Row(self, number, sequence) for number, sequence in enumerate(self.sequences)]  # to be finished
         self.kept = 0  # bytes that it may keep until its end
         self.computed = 0  # positions that passes computed for it; a newcomer begins with what the others have had
+        self.short = False  # whether it goes before the others
         self.started: float | None = None  # when its first forward pass began
 
     @property
@@ -175,36 +181,61 @@ class Job:
         return True
 
 
+class ShortLane:
+    """Admits short requests, as long as the others get at least half of the positions computed."""
+
+    def __init__(self) -> None:
+        self.credit = 8 * SHORT  # positions that short requests may still take
+
+    def admit(self, positions: int) -> bool:
+        """Whether a request goes before the others, of which all passes compute at most so many positions."""
+        if positions > min(SHORT, self.credit):
+            return False
+        self.credit -= positions
+        return True
+
+    def passed(self, rows: Sequence[Row]) -> None:
+        """Note the rows of a pass: what it computes for the others may be given to short requests."""
+        others = sum(row.cost for row in rows if not row.job.short)
+        self.credit = min(self.credit + others, 8 * SHORT)
+
+
 def least_computed(jobs: Sequence[Job]) -> int:
-    """What the job has had that has had least, of those that do not pause."""
+    """What the job has had that has had least, of those that do not pause and are not short."""
     most = max((job.computed for job in jobs), default=0)
-    return min((job.computed for job in jobs if job.is_read), default=most)
+    return min((job.computed for job in jobs if job.is_read and not job.short), default=most)
 
 
 def rows_of_next_pass(jobs: Sequence[Job], *, most_rows: int, most_positions: int) -> list[Row]:
     """The rows that the next pass computes, charged to their jobs.
 
-    The rows, all as long as the longest, have `most_positions`; a longer row goes alone.
+    The rows, all as long as the longest, have `most_positions`; a longer row goes alone. If there are short jobs, rows
+    of others are added to theirs up to a part of that.
     """
     least = least_computed(jobs)
-    queue: list[tuple[int, int, int, Job]] = []
+    queue: list[tuple[bool, int, int, int, Job]] = []
     for job in jobs:
         if job.is_read:
-            queue.append((job.computed, job.ticket, 0, job))
+            queue.append((not job.short, job.computed, job.ticket, 0, job))
         job.computed = max(job.computed, least)  # whoever pauses saves nothing up
     ahead = least + LEAD if len(queue) > 1 else float("inf")
+    most_beside = most_positions
+    if any(job.short for *_, job in queue):
+        most_beside = most_positions // FILL
     heapq.heapify(queue)
     chosen: list[Row] = []
     longest = 0
-    while queue and len(chosen) < most_rows and queue[0][0] <= ahead:
-        computed, ticket, number, job = heapq.heappop(queue)
+    while queue and len(chosen) < most_rows:
+        beside, computed, ticket, number, job = heapq.heappop(queue)
+        if beside and computed > ahead:
+            break
         row = job.rows[number]
         length = max(longest, len(row.sequence.tokens))
-        if chosen and length * (len(chosen) + 1) > most_positions:
+        if chosen and length * (len(chosen) + 1) > (most_beside if beside else most_positions):
             continue  # it has had least, so it is in time
         chosen.append(row)
         longest = length
         job.computed = computed + row.cost
         if number + 1 < len(job.rows):
-            heapq.heappush(queue, (job.computed, ticket, number + 1, job))
+            heapq.heappush(queue, (beside, job.computed, ticket, number + 1, job))
     return chosen

@@ -225,7 +225,7 @@ def lay_out(folder: Path, target: str, files: dict[str, list[list[Any]]]) -> Non
 def _make_whole(folder: Path) -> None:
     """Let the sizes and checksums of a checkpoint fit its files, as an attacker would."""
     for checkpoint in (folder / "checkpoints").glob("step-*"):
-        with suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
+        with suppress(OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
             whole = json.loads((checkpoint / "whole.json").read_text())
             for path in checkpoint.iterdir():
                 if path.name != "whole.json" and path.is_file() and not path.is_symlink():

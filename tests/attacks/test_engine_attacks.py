@@ -6,6 +6,7 @@ import subprocess
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,7 +22,7 @@ from diffucoder.serving import protocol
 from diffucoder.serving.app import create_app
 from diffucoder.serving.cost import Budget, free_memory
 from diffucoder.serving.engine import BusyError, Engine, Job
-from diffucoder.serving.jobs import LEAD
+from diffucoder.serving.jobs import FILL, LEAD, SHORT, ShortLane
 from diffucoder.serving.responses import CompletionAnswer, unified_diff
 from diffucoder.serving.settings import EngineSettings, ServerSettings
 
@@ -214,6 +215,83 @@ def test_a_short_request_is_done_after_few_positions_whatever_is_beside_it(
 
     asyncio.run(asyncio.wait_for(work(), PATIENCE))
     engine.close()
+
+
+@pytest.mark.parametrize("beside", BESIDE)
+def test_the_passes_of_a_short_request_are_small(
+    coder: DiffuCoder, monkeypatch: pytest.MonkeyPatch, beside: str
+) -> None:
+    computed: list[int] = []
+    score = coder.model.score
+
+    def watched(tokens: torch.Tensor, *, feed: torch.Tensor, **more: Any) -> Any:
+        computed.append(int(feed.sum()))
+        return score(tokens, feed=feed, **more)
+
+    monkeypatch.setattr(coder.model, "score", watched)
+    engine = Engine(coder, EngineSettings())
+
+    async def work() -> None:
+        others: list[Job] = []
+        for count, rows, tokens in BESIDE[beside]:
+            params = DecodingParams(new_tokens=tokens, num_samples=rows, temperature=1.5)
+            prompt = "x = 1\n" * 90 if beside == "long-prompt" else PROMPT
+            others += [engine.submit(coder.request(prompt, params, chat=False), watched=False) for _ in range(count)]
+        while not computed:
+            await asyncio.sleep(0.01)
+        passes = len(computed)
+        short = coder.request(PROMPT, DecodingParams(new_tokens=8), chat=False)
+        [answer] = await engine.submit(short, watched=False).results()
+        # of the others, one may have been running when it was accepted, and one may have begun after its answer
+        own = sorted(computed[passes:])[: answer.forward_passes]
+        assert max(own) <= engine.budget.positions // FILL
+        for job in others:
+            engine.end(job)
+
+    asyncio.run(asyncio.wait_for(work(), PATIENCE))
+    engine.close()
+
+
+def test_a_flood_of_short_requests_leaves_others_half_of_an_equal_share(coder: DiffuCoder) -> None:
+    engine = Engine(coder, EngineSettings())
+
+    async def work() -> None:
+        short = coder.request("Write a function that sorts the numbers.", DecodingParams(new_tokens=16))
+        done = 0
+
+        async def again_and_again() -> None:
+            nonlocal done
+            while True:
+                [answer] = await engine.submit(short, watched=False).results()
+                done += answer.forward_passes * short.canvas.tokens.shape[1]
+
+        params = DecodingParams(new_tokens=400, num_samples=8, temperature=1.5)
+        long = engine.submit(coder.request(PROMPT, params, chat=False), watched=False)
+        flood = [asyncio.create_task(again_and_again()) for _ in range(8)]
+        while done < 20 * SHORT:
+            await asyncio.sleep(0.01)
+        assert long.computed >= (done - 8 * SHORT) / 18  # half of a ninth, which would be an equal share
+        for task in flood:
+            task.cancel()
+        engine.end(long)
+
+    asyncio.run(asyncio.wait_for(work(), PATIENCE))
+    engine.close()
+
+
+def test_short_requests_take_what_the_others_leave() -> None:
+    lane = ShortLane()
+    assert not lane.admit(SHORT + 1)
+    for _ in range(8):
+        assert lane.admit(SHORT)
+    assert not lane.admit(1)
+    row: Any = SimpleNamespace(cost=100, job=SimpleNamespace(short=False))
+    short: Any = SimpleNamespace(cost=100, job=SimpleNamespace(short=True))
+    lane.passed([row, short])
+    assert lane.admit(100)
+    assert not lane.admit(1)
+    lane.passed([row] * 10**4)
+    assert lane.credit == 8 * SHORT
 
 
 def test_requests_of_equal_size_get_equal_shares(coder: DiffuCoder) -> None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from diffucoder.decoding.canvas import Canvas
+from diffucoder.models.attention import FULL
 
 MASK, PAD, VOCABULARY = 9, 8, 12
 Score = Callable[[Tensor, Tensor], Tensor]  # (tokens (B, T), place in the row (B, T)) -> logits (B, T, V)
@@ -21,6 +22,7 @@ class Scripted:
     """
 
     first_scorable = 1
+    attention = FULL
 
     def __init__(self, logits_of: Score, *, dtype: torch.dtype = torch.float32, chunk: int = 5) -> None:
         """`chunk` rows of logits at once: few, so that chunks matter."""
@@ -43,6 +45,7 @@ class Scripted:
         feed: Tensor,
         wanted: Tensor,
         reduce: Callable[[Tensor, slice], tuple[Tensor, ...]],
+        prompt_ends: Tensor | None = None,
         cache_rows: None = None,
         reference: bool = False,
     ) -> tuple[Tensor, ...]:

@@ -405,7 +405,7 @@ def test_a_cache_computed_again_at_every_step_is_no_cache(
     start = canvas(*prompts, new_tokens=11, mask_id=tiny.mask_id, pad_id=1)
     params = DecodingParams(block=4, policy="max_prob", **more)
     plain = list(denoise(tiny, start, params))
-    monkeypatch.setattr("diffucoder.decoding.sequence.cache_plan_of", lambda params: Everything())
+    monkeypatch.setattr("diffucoder.decoding.sequence.cache_plan_of", lambda params, _: Everything())
     fresh = list(denoise(tiny, start, params))
     assert tiny.cache.in_use == 0
     assert len(plain) == len(fresh)

@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from diffucoder.errors import CheckpointError
+from diffucoder.models.attention import Attention, block_causal_mask
 from diffucoder.models.checkpoint import load_denoiser
 from diffucoder.models.denoiser import Denoiser, set_causal
 
@@ -136,6 +137,70 @@ def test_gradients_through_padding_are_finite(tiny: Denoiser) -> None:
     with torch.enable_grad():
         tiny(random_tokens(3, 6), valid=left_padded(6, 0, 2)).sum().backward()
     assert all(parameter.grad.isfinite().all() for parameter in tiny.parameters())
+
+
+# ---- block-causal attention ----
+
+
+@pytest.mark.parametrize("block", [1, 3, 4, 99])
+def test_a_block_causal_mask_allows_what_its_definition_says(block: int) -> None:
+    origins = torch.tensor([0, 2, 9, 12])
+    mask = block_causal_mask(12, block, origins)
+    for row, origin in enumerate(origins.tolist()):
+        for query in range(12):
+            end = origin + ((query - origin) // block + 1) * block if query >= origin else origin  # of its block
+            assert mask[row, query].tolist() == [key < end for key in range(12)]
+
+
+@pytest.mark.parametrize("kind", ["qwen2", "qwen3", "llama"])
+@pytest.mark.parametrize("shifted", [True, False])
+def test_a_later_block_changes_no_logit_of_an_earlier_one(causal_lm: MakeLM, kind: str, shifted: bool) -> None:
+    denoiser = Denoiser.from_causal_lm(causal_lm(kind), mask_id=66, shifted=shifted, attention=Attention(4))
+    tokens = random_tokens(2, 14)
+    other = torch.cat([tokens[:, :8], random_tokens(2, 6, seed=1)], 1)
+    before, after = denoiser(tokens), denoiser(other)
+    unchanged = 9 if shifted else 8  # the state of the last position of a block scores the next block's first token
+    assert torch.equal(before[:, :unchanged], after[:, :unchanged])
+    within = torch.cat([tokens[:, :7], other[:, -1:], tokens[:, 8:]], 1)
+    assert not torch.equal(denoiser(within)[:, 4:7], before[:, 4:7])
+
+
+@pytest.mark.parametrize("origin", ["start", "prompt"])
+def test_blocks_of_a_padded_batch_are_those_of_its_rows_alone(causal_lm: MakeLM, origin: Any) -> None:
+    attention = Attention(4, origin)
+    denoiser = Denoiser.from_causal_lm(causal_lm(), mask_id=66, attention=attention)
+    lengths = (6, 13, 11)
+    prompts = torch.tensor([3, 6, 0])
+    tokens, valid = random_tokens(3, 13), left_padded(*lengths)
+    padding = 13 - torch.tensor(lengths)
+    batch = denoiser(tokens, valid=valid, prompt_ends=padding + prompts)
+    for row, length in enumerate(lengths):
+        alone = denoiser(tokens[row : row + 1, -length:], prompt_ends=prompts[row : row + 1])
+        torch.testing.assert_close(batch[row, -length:], alone[0], rtol=0, atol=1e-5)
+    full = Denoiser.from_causal_lm(causal_lm(), mask_id=66)
+    own = full(tokens, valid=valid, attention=block_causal_mask(13, 4, attention.origins(valid, padding + prompts)))
+    assert torch.equal(batch, own)
+
+
+def test_a_prompt_before_the_blocks_sees_all_of_itself_and_no_answer(causal_lm: MakeLM) -> None:
+    denoiser = Denoiser.from_causal_lm(causal_lm(), mask_id=66, attention=Attention(4, "prompt"))
+    full = Denoiser.from_causal_lm(causal_lm(), mask_id=66)
+    tokens = random_tokens(1, 17)
+    ends = torch.tensor([9])
+    torch.testing.assert_close(denoiser(tokens, prompt_ends=ends)[:, :9], full(tokens[:, :9]), rtol=0, atol=1e-5)
+    torch.testing.assert_close(
+        denoiser(tokens[:, :13], prompt_ends=ends)[:, 9:],
+        denoiser(tokens, prompt_ends=ends)[:, 9:13],
+        rtol=0,
+        atol=1e-5,
+    )
+
+
+def test_a_causal_model_has_no_blocks(causal_lm: MakeLM) -> None:
+    tokens = random_tokens(2, 9)
+    denoiser = Denoiser.from_causal_lm(causal_lm(), mask_id=66, attention=Attention(4))
+    set_causal(denoiser.model, True)
+    assert torch.equal(denoiser(tokens)[:, 1:], causal_lm()(input_ids=tokens).logits[:, :-1])
 
 
 # ---- rows and reduce ----
