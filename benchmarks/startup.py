@@ -5,21 +5,21 @@ python benchmarks/startup.py [FOLDER ...]      checkouts to compare, such as wor
 
 import os
 import pty
+import re
 import statistics
 import subprocess
 import sys
 import time
 from pathlib import Path
 
-from common import machine
-
+CLI = ("-c", "from diffucoder.cli import main; main()")
 REQUEST = "Write a function that reverses the string."
 PROGRAMS = {
-    "diffucoder --help": ("-m", "diffucoder", "--help"),
+    "diffucoder --help": (*CLI, "--help"),
     "from diffucoder import DiffuCoder": ("-c", "from diffucoder import DiffuCoder"),
     "import torch, for comparison": ("-c", "import torch"),
-    "generate: first output on a terminal": ("-m", "diffucoder", "generate", REQUEST),
-    "generate: in total": ("-m", "diffucoder", "generate", REQUEST),
+    "generate: first output on a terminal": (*CLI, "generate", REQUEST),
+    "generate: in total": (*CLI, "generate", REQUEST),
 }
 
 
@@ -42,7 +42,8 @@ def seconds(folder: Path, program: tuple[str, ...], *, first: bool) -> float:
 
 def main() -> None:
     folders = [Path(name).resolve() for name in sys.argv[1:]] or [Path(__file__).resolve().parents[1]]
-    print(f"{machine()}; load {os.getloadavg()[0]:.1f}\n")
+    processor = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text(encoding="utf-8"))
+    print(f"{processor and processor[1]}, {os.cpu_count()} cores; load {os.getloadavg()[0]:.1f}\n")
     print("| seconds |", *(f"{folder.name} |" for folder in folders))
     print("| --- |", *("--: |" for _ in folders))
     for name, program in PROGRAMS.items():
