@@ -14,10 +14,7 @@ SECONDS_BETWEEN_LINES = 5.0
 def progress(
     heading: str, total: int, *, done: int = 0, unit: str = "", transient: bool = False, console: Console | None = None
 ) -> Iterator[Callable[..., None]]:
-    """Show `total` steps, of which `done` were done earlier: call what is yielded with `done`, and figures to show.
-
-    A bar that is `transient` goes away at the end.
-    """
+    """Show `total` steps, of which `done` were done earlier: call what is yielded with `done`, and figures to show."""
     console = console or Console(stderr=True)
     first = done
     start = printed = time.monotonic()

@@ -57,10 +57,8 @@ def _command(name: str) -> Any:  # Any: as above
     if not isinstance(command, typer.Typer):  # train is one, with a command for each stage
         alone = typer.Typer(add_completion=False, rich_markup_mode=None, context_settings=_CONTEXT)
         alone.command(name, cls=GroupedHelp)(command)
-        command = alone
-    made = typer.main.get_command(command)
-    made.name = name
-    return made
+        return typer.main.get_command(alone)
+    return typer.main.get_command(command)
 
 
 _CONTEXT = {"help_option_names": ["-h", "--help"]}

@@ -5,6 +5,7 @@ Holes that are near each other share a window. Each hole is in one window; other
 
 from collections.abc import Callable
 from functools import cache
+from itertools import chain, groupby
 
 from diffucoder.errors import PromptError
 from diffucoder.tokenizer import Hole
@@ -81,11 +82,8 @@ def _lines(pieces: Pieces) -> list[Pieces]:
 
 def _joined(lines: list[Pieces]) -> Pieces:
     """The pieces of some lines, texts that follow each other as one."""
-    joined: Pieces = [""]
-    for line in lines:
-        for piece in line:
-            if isinstance(piece, str) and isinstance(joined[-1], str):
-                joined[-1] += piece
-            else:
-                joined.append(piece)
-    return [piece for piece in joined if piece != ""]
+    joined: Pieces = []
+    for _, pieces in groupby(chain.from_iterable(lines), key=type):
+        run = list(pieces)
+        joined += run if isinstance(run[0], Hole) else ["".join(map(str, run))]
+    return joined

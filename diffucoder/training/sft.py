@@ -58,14 +58,6 @@ class ChatRows:
             width += int(spare * (settings.spare + 1))
         return min(width, settings.length)
 
-    @property
-    def longest(self) -> int:
-        """The most that `width` may be."""
-        settings = self.settings
-        if settings.padding == "fixed":
-            return settings.length
-        return min(int(self.store.lengths[self.fitting].max()) + settings.spare, settings.length)
-
     def row(self, step: int, index: int) -> Row:
         """The padded example. What may be hidden is the answer, or everything, or spans of the answer."""
         settings = self.settings
@@ -126,7 +118,10 @@ def sft(settings: SftSettings) -> Path:
         return rows
 
     rows = rows_of("data", settings.data)
-    denoiser.trained_length = rows.longest
+    denoiser.trained_length = settings.length
+    if settings.padding == "flexible":
+        longest = int(rows.store.lengths[rows.fitting].max())
+        denoiser.trained_length = min(longest + settings.spare, settings.length)
     settings = settings.model_copy(update={"steps": rows.steps})
     held_out = rows_of("held_out", settings.held_out) if settings.held_out else None
     objective = objective_of(settings, denoiser, tokenizer)
