@@ -28,7 +28,7 @@ STAGES = ("pretrain", "adapt", "sft", "grpo")
 WRONG_VALUES = {"<int>": ("many", "1.5", "-7"), "<float>": ("much", "nan", "-1")}
 BAD_FILES = ("missing", "folder", "binary", "latin", "json", "toml")
 FILE_OPTIONS = (
-    ("generate", "--prompts", "{bad}"),
+    ("generate", "--prompts", "{bad}.jsonl"),
     ("generate", REQUEST, "--model", "{bad}"),
     ("infill", "{bad}"),
     ("edit", "{bad}", "--lines", "1"),
