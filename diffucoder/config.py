@@ -6,7 +6,7 @@ TOML, and its settings have full names such as `decoding.steps`.
 """
 
 import tomllib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -39,11 +39,13 @@ class Settings(BaseModel):
 S = TypeVar("S", bound=Settings)
 
 
-def load_settings(kind: type[S], path: Path | None = None, overrides: Iterable[str] = ()) -> S:
-    """Build `kind` from a TOML file and then `key=value` overrides. Raises ConfigError naming value, rule, way out."""
-    values: dict[str, Any] = {}
+def load_settings(
+    kind: type[S], path: Path | None = None, overrides: Iterable[str] = (), start: Mapping[str, Any] | None = None
+) -> S:
+    """Build `kind` from `start`, a TOML file and then `key=value` overrides. Raises ConfigError."""
+    values = dict(start or {})
     if path is not None:
-        values = read_toml(path)
+        values |= read_toml(path)
     for override in overrides:
         key, separator, text = override.partition("=")
         if not separator:

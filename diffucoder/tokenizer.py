@@ -18,7 +18,7 @@ from typing import Any
 import tokenizers
 from tokenizers import AddedToken
 
-from diffucoder.chat_templates import render_chat
+from diffucoder.chat_templates import chatml, render_chat
 from diffucoder.errors import CheckpointError, PromptError
 from diffucoder.files import Json, write_json
 from diffucoder.model_files import one_line, shown
@@ -332,8 +332,10 @@ class Tokenizer:
 
     def _with_stand_ins(self, text: str) -> str:
         """`text` with a stand-in at the start of each control token that it spells, or that a template may complete."""
-        if text.translate(self._stood_in) != text:
-            raise PromptError(f"text {text[:40]!r} is not Unicode; give it as UTF-8")
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise PromptError(f"text {text[:40]!r} is not Unicode; give it as UTF-8") from None
         characters = list(text)
         starts = {match.start() for match in self._control_start.finditer(text)}
         for ending in (text, text.rstrip()):  # templates strip
@@ -358,8 +360,7 @@ class Tokenizer:
         if self.chat_template is None:
             if turns[0]["role"] != "system":
                 turns = [{"role": "system", "content": DEFAULT_SYSTEM}, *turns]
-            text = "".join(f"<|im_start|>{turn['role']}\n{turn['content']}<|im_end|>\n" for turn in turns)
-            return text + "<|im_start|>assistant\n"
+            return chatml(turns)
         return render_chat(self.chat_template, turns, self._role_names())
 
     def _role_names(self) -> dict[str, str]:

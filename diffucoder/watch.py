@@ -4,12 +4,10 @@ import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
-from rich.color import Color, blend_rgb
-from rich.color_triplet import ColorTriplet
+from rich.color import Color
 from rich.console import Console, Group
 from rich.live import Live
 from rich.panel import Panel
-from rich.progress import Progress
 from rich.progress_bar import ProgressBar
 from rich.style import Style
 from rich.table import Table
@@ -17,13 +15,12 @@ from rich.text import Text
 from torch import Tensor
 
 from diffucoder.decoding.coder import OnStep
+from diffucoder.decoding.colours import colour_of
 from diffucoder.decoding.requests import Request
 from diffucoder.decoding.step import Sequence, Step
 from diffucoder.errors import printable
+from diffucoder.progress import progress as show_progress
 from diffucoder.tokenizer import PLACEHOLDER, Tokenizer
-
-_BLUE = ColorTriplet(86, 156, 255)  # for the first step
-_ORANGE = ColorTriplet(255, 166, 77)  # for the last
 
 
 class CanvasView:
@@ -65,7 +62,7 @@ class CanvasView:
             elif token in self.tokenizer.special_ids:
                 continue
             elif position in self.step_of:
-                style = _style(self.step_of[position] / max(self.passes - 1, 1))
+                style = _style(self.step_of[position], self.passes)
                 text.append(printable(piece), style=style)
             else:
                 text.append(printable(piece))
@@ -94,7 +91,7 @@ class CanvasView:
         grid.add_column()
         done = self.wanted if finished else len(self.step_of)
         grid.add_row(ProgressBar(total=max(1, self.wanted), completed=done, width=24), figures)
-        legend = Text.assemble(("█ first", _style(0)), "  →  ", ("█ last", _style(1)))
+        legend = Text.assemble(("█ first", _style(0, 2)), "  →  ", ("█ last", _style(1, 2)))
         return Group(Panel(self.text(), title="canvas", subtitle=legend, border_style="dim"), grid)
 
 
@@ -115,17 +112,21 @@ def watch(request: Request, tokenizer: Tokenizer, console: Console) -> Iterator[
 
 @contextmanager
 def progress(requests: Iterable[Request], console: Console) -> Iterator[OnStep]:
-    """Show a progress bar over the tokens of all rows of `requests`, and remove it at the end."""
-    with Progress(console=console, transient=True) as bar:
-        task = bar.add_task("decoding", total=sum(int(request.canvas.masked.sum()) for request in requests))
+    """Show a progress bar over the tokens of all rows of `requests`, which goes away at the end."""
+    total = sum(int(request.canvas.masked.sum()) for request in requests)
+    done = 0
+    with show_progress("decoding", total, unit="token", transient=True, console=console) as update:
 
         def show(_: Sequence, step: Step) -> None:
-            taken_back = 0 if step.revoked is None else int(step.revoked.sum())
-            bar.advance(task, int(step.committed.sum()) - taken_back)
+            nonlocal done
+            done += int(step.committed.sum())
+            if step.revoked is not None:
+                done -= int(step.revoked.sum())
+            update(done)
 
         yield show
 
 
-def _style(share: float) -> Style:
-    """Return the colour of a step at this share of all steps."""
-    return Style(color=Color.from_triplet(blend_rgb(_BLUE, _ORANGE, min(1.0, share))))
+def _style(step: int, steps: int) -> Style:
+    """The colour of a step, which is one of `steps`."""
+    return Style(color=Color.from_rgb(*colour_of(step, steps)))

@@ -174,12 +174,20 @@ def test_a_progress_bar_counts_every_token_and_leaves_no_trace(
 ) -> None:
     request = coder.request("def f(x):", DecodingParams(new_tokens=8, num_samples=2, **more), chat=False)
     counted: list[float] = []
-    monkeypatch.setattr("rich.progress.Progress.advance", lambda self, task, advance: counted.append(advance))
-    pipe = io.StringIO()
-    with progress([request], Console(file=pipe, width=80)) as on_step:
+    monkeypatch.setattr(
+        "rich.progress.Progress.update", lambda self, task, *, completed, state: counted.append(completed)
+    )
+    terminal = io.StringIO()
+    with progress([request], Console(file=terminal, width=80, force_terminal=True)) as on_step:
         [results] = coder.run([request], on_step=on_step)
     assert any(result.trace.revoked for result in results) == ("revoke" in more)
-    assert sum(counted) == 2 * 8
+    assert counted[-1] == 2 * 8
+    screen = terminal.getvalue()
+    assert "decoding" in screen
+    assert screen.endswith("\x1b[1A\x1b[2K")  # the line of the bar is erased
+    pipe = io.StringIO()
+    with progress([request], Console(file=pipe, width=80)) as on_step:
+        coder.run([request], on_step=on_step)
     assert pipe.getvalue().strip() == ""
 
 

@@ -1,13 +1,16 @@
 """The commands, and what holds for all of them: errors in one line, the user's defaults, `--version`.
 
-A command parses its options, calls one function of the package and prints. Heavy imports happen inside the commands, so
-that `--help` answers at once. Options are made from the fields of settings classes where there is one (`with_options`).
+A command parses its options, calls one function of the package and prints. Its module is imported when it is called,
+and heavy imports happen inside it, so that `--help` answers at once. Options are made from the fields of settings
+classes where there is one (`with_options`).
 """
 
 import io
 import os
 import sys
 from contextlib import suppress
+from functools import cache
+from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -15,30 +18,58 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 from diffucoder import __version__
-from diffucoder.cli.chat import chat
-from diffucoder.cli.common import GroupedHelp
-from diffucoder.cli.evaluate import evaluate, order
-from diffucoder.cli.generate import edit, generate, infill
-from diffucoder.cli.models import bench, convert, models
-from diffucoder.cli.serve import serve
-from diffucoder.cli.train import stages
-from diffucoder.config import read_toml, suggestion
 from diffucoder.errors import ConfigError, DiffuCoderError, printable
 from diffucoder.files import disk_is_full
 
+_COMMANDS = {  # as --help lists them: the module, and the summary that the command's own help begins with
+    "generate": ("generate", "Answer a request with code."),
+    "infill": ("generate", "Fill every hole of a file, all of them jointly."),
+    "edit": ("generate", "Write some lines of a file again while the rest stays as it is."),
+    "chat": ("chat", "Talk to a model."),
+    "serve": ("serve", "Serve a model over HTTP."),
+    "models": ("models", "List the models that load by name."),
+    "convert": ("models", "Turn a causal model into a denoiser."),
+    "evaluate": ("evaluate", "Measure a model on a benchmark."),
+    "order": ("evaluate", "Analyse the order in which a model writes."),
+    "bench": ("models", "Measure the speed of a model on this machine."),
+    "train": ("train", "Train a model, stage by stage."),
+}
 _LONGEST_ERROR = 1000  # characters of a message
 _OUT_OF_MEMORY = ("can't allocate memory", "Cannot allocate memory", "out of memory")  # of torch and the system
 
+
+class Commands(TyperGroup):
+    """The group of all commands. Each is imported when it is called: the group's own help needs none of them."""
+
+    def get_command(self, ctx: Any, name: str) -> Any:  # Any: typer does not export these types
+        return _command(name) if name in _COMMANDS else None
+
+    def format_commands(self, ctx: Any, formatter: Any) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, summary) for name, (_, summary) in _COMMANDS.items()])
+
+
+@cache
+def _command(name: str) -> Any:  # Any: as above
+    from diffucoder.cli.common import GroupedHelp
+
+    command = getattr(import_module(f"diffucoder.cli.{_COMMANDS[name][0]}"), name)
+    if not isinstance(command, typer.Typer):  # train is one, with a command for each stage
+        alone = typer.Typer(add_completion=False, rich_markup_mode=None, context_settings=_CONTEXT)
+        alone.command(name, cls=GroupedHelp)(command)
+        return typer.main.get_command(alone)
+    return typer.main.get_command(command)
+
+
+_CONTEXT = {"help_option_names": ["-h", "--help"]}
 app = typer.Typer(
+    cls=Commands,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
-    context_settings={"help_option_names": ["-h", "--help"]},
+    context_settings=_CONTEXT,
     help="Write code in any order with masked-diffusion language models.",
     epilog='Start here: diffucoder generate "Write a function that reverses the string." --watch',
 )
-for command in (generate, infill, edit, chat, serve, models, convert, evaluate, order, bench):  # as --help lists them
-    app.command(cls=GroupedHelp)(command)
-app.add_typer(stages, name="train")
 
 
 def _print_version(wanted: bool) -> None:
@@ -64,8 +95,9 @@ def run() -> None:
     try:
         group = typer.main.get_command(app)
         assert isinstance(group, TyperGroup)
+        group.commands = dict.fromkeys(_COMMANDS)  # type: ignore[assignment]  # their names alone
         arguments = sys.argv[1:] or ["--help"]
-        defaults = _users_defaults(group)
+        defaults = _users_defaults()
         code = group(arguments, prog_name="diffucoder", standalone_mode=False, default_map=defaults) or 0
         sys.stdout.flush()  # here, where a full disk is an error of ours
         sys.exit(code)
@@ -111,7 +143,7 @@ def _drop_output() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def _users_defaults(group: TyperGroup) -> dict[str, Any]:
+def _users_defaults() -> dict[str, Any]:
     """The defaults of each command's options, from the user's file of settings. Raises ConfigError.
 
     The file is $DIFFUCODER_CONFIG, else diffucoder/config.toml in the user's folder of settings. A setting at the top
@@ -121,9 +153,12 @@ def _users_defaults(group: TyperGroup) -> dict[str, Any]:
     path = Path(os.environ.get("DIFFUCODER_CONFIG") or Path(home, "diffucoder", "config.toml"))
     if not path.exists():
         return {}
+    from diffucoder.config import read_toml, suggestion
+
     content = read_toml(path)
     names: dict[str, list[str]] = {}
-    for name, command in group.commands.items():
+    for name in _COMMANDS:
+        command = _command(name)
         if isinstance(command, TyperCommand):  # not train, which has recipes
             names[name] = [str(parameter.name) for parameter in command.params]
     shared = {name: value for name, value in content.items() if not isinstance(value, dict)}

@@ -30,6 +30,8 @@ def chat(
         import readline  # noqa: F401  # gives input() line editing and history
 
         print(f"{coder.name}: write a request, /help for commands, Ctrl-D to leave", file=sys.stderr)
+        if coder.name == "tiny":
+            note("tiny was trained on single requests; type /clear before each next one")
     conversation = Conversation(coder, params, watched=watch)
     while True:
         try:

@@ -159,7 +159,11 @@ def _choices(kind: Any) -> list[str]:  # Any: as above
 
 def load_model(model: str | None, dtype: str | None, device: str | None) -> "DiffuCoder":
     """Load a model; None is the shipped one. A terminal shows that it is being loaded."""
-    note = f"loading {model or 'tiny'} ..."
+    from diffucoder.models.hub import SHIPPED
+
+    folder = SHIPPED if model in (None, "tiny") else Path(str(model))
+    size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    note = f"Loading {model or 'tiny'}{f' ({size / 1e6:,.0f} MB)' * bool(size)}..."
     if sys.stderr.isatty():
         print(note, end="\r", file=sys.stderr, flush=True)
     from diffucoder.decoding.coder import DiffuCoder

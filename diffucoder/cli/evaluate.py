@@ -1,7 +1,7 @@
 """The commands that measure models: `diffucoder evaluate` and `diffucoder order`."""
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -11,6 +11,7 @@ import typer
 from diffucoder.analysis.settings import Conventions
 from diffucoder.cli.common import AsJson, naming_extra, with_options
 from diffucoder.evaluation.settings import EvaluateSettings, OrderSettings
+from diffucoder.progress import progress
 
 
 @partial(with_options, of=EvaluateSettings, into="settings", argument="benchmark")
@@ -58,7 +59,12 @@ def order(
 
 def _print_report(report: dict[str, Any], folder: Path | None) -> None:
     """Print the figures of a report as a table."""
-    counts = [f"{report['tasks']} tasks", f"{report['samples']} samples"]
+    tasks = report["tasks"]
+    samples = report["samples"]
+    counts = [f"{tasks} task{'s' * (tasks != 1)}", f"{samples} sample{'s' * (samples != 1)}"]
+    steps = report["settings"].get("params", {}).get("steps")
+    if steps is not None:
+        counts.append(f"steps: {steps}")
     for what in ("missing", "skipped"):
         if report[what]:
             counts.append(f"{len(report[what])} {what}")
@@ -81,12 +87,9 @@ def _print_report(report: dict[str, Any], folder: Path | None) -> None:
         print(f"  samples, verdicts and report are in {folder}")
 
 
-def _show_progress(items: Iterable[Any], count: int, what: str) -> Iterable[Any]:
-    """Show a bar on standard error for one stage of an evaluation, if that is a terminal."""
-    from rich.console import Console
-    from rich.progress import track
-
-    console = Console(stderr=True)
-    if not console.is_terminal or not count:
-        return items
-    return track(items, what, count, console=console)
+def _show_progress(items: Iterable[Any], count: int, what: str) -> Iterator[Any]:
+    """Show how far one stage of an evaluation is."""
+    with progress(what, count) as update:
+        for done, item in enumerate(items, 1):
+            yield item
+            update(done)

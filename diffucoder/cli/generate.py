@@ -5,7 +5,7 @@ import json
 import math
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
@@ -98,10 +98,8 @@ def infill(
     text = _read_text(path)
     coder = load_model(model, dtype, device)
     request = coder.fill_request(_as_models_know(text), params)
-    [results] = decode(coder, [request], watched=watch)
-    results = [replace(result, text=_filled(text, result.pieces)) for result in results]
-    _finish_file(path, results, coder, as_json=as_json, in_place=in_place, shown=watch)
-    _write_traces(trace, results)
+    complete = partial(_filled, text)
+    _write_file(path, request, coder, complete, as_json=as_json, in_place=in_place, watched=watch, trace=trace)
 
 
 @partial(with_options, without=("new_tokens",))
@@ -136,16 +134,27 @@ def edit(
         length = tokens or max(1, len(coder.tokenizer.encode(_as_models_know(text[start:end]))))
         spans.append(Span(len(_as_models_know(text[:start])), len(_as_models_know(text[:end])), length))
     request = coder.edit_request(_as_models_know(text), spans, params)
-    [results] = decode(coder, [request], watched=watch)
-    results = [replace(result, text=_replaced(text, places, result.pieces)) for result in results]
-    _finish_file(path, results, coder, as_json=as_json, in_place=in_place, shown=watch)
-    _write_traces(trace, results)
+    _write_file(
+        path,
+        request,
+        coder,
+        partial(_replaced, text, places),
+        as_json=as_json,
+        in_place=in_place,
+        watched=watch,
+        trace=trace,
+    )
 
 
 def decode(
     coder: "DiffuCoder", requests: "Sequence[Request]", *, watched: bool = False
 ) -> "Iterator[list[Generation]]":
-    """Yield the answers to each request. Show the live view, or a progress bar on a terminal, on standard error."""
+    """Yield the answers to each request. Show the live view, or a progress bar on a terminal, on standard error.
+
+    Prints what a user should know about the requests.
+    """
+    for remark in sorted({request.remark for request in requests} - {""}):
+        note(remark)
     from rich.console import Console
 
     from diffucoder.watch import progress, watch
@@ -231,26 +240,34 @@ def _check_in_place(path: str, params: DecodingParams, in_place: bool) -> None:
         raise ConfigError(f"--in-place writes one text, and num_samples={params.num_samples}; leave one of them out")
 
 
-def _finish_file(
+def _write_file(
     path: str,
-    results: "Sequence[Generation]",
+    request: "Request",
     coder: "DiffuCoder",
+    complete: Callable[[Sequence[str]], str],
     *,
     as_json: bool,
     in_place: bool,
-    shown: bool,
+    watched: bool,
+    trace: Path | None,
 ) -> None:
-    """Print the texts or write the one back, and warn where the model was guessing."""
+    """Answer a request about a file: print the texts that `complete` makes of what fills the holes, or write one back.
+
+    Warns where the model was guessing, and writes the traces.
+    """
+    [results] = decode(coder, [request], watched=watched)
+    results = [replace(result, text=complete(result.pieces)) for result in results]
     if in_place:
         try:
             write_text(Path(path).resolve(), results[0].text)
         except OSError as error:
             raise ConfigError(f"file {path!r} cannot be written ({error.strerror}); leave out --in-place") from None
     if as_json or not in_place:
-        print_answers(results, coder, as_json=as_json, shown=shown)
+        print_answers(results, coder, as_json=as_json, shown=watched)
     surest = max(math.exp(result.trace.mean_log_prob) for result in results)
     if surest < UNSURE:
         note(f"the model is unsure of this text (mean probability of a token {surest:.0%}); check it")
+    _write_traces(trace, results)
 
 
 def _write_traces(path: Path | None, results: "Sequence[Generation]") -> None:

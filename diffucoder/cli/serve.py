@@ -2,7 +2,7 @@
 
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -35,6 +35,9 @@ def serve(
         list[str] | None,
         typer.Option("--allowed-host", help="name by which clients reach a server without a key; repeatable"),
     ] = None,
+    log_level: Annotated[
+        Literal["error", "warning", "info", "debug"], typer.Option(help="info adds a line for each request")
+    ] = "error",
     ray: Annotated[bool, typer.Option("--ray", help="serve by replicas of Ray, here or at $RAY_ADDRESS")] = False,
 ) -> None:
     """Serve a model over HTTP.
@@ -42,9 +45,7 @@ def serve(
     The protocols are OpenAI's completions and chat, llama.cpp's infilling, and our own for holes and edits.
     """
     with naming_extra("serve", "serving needs"):
-        from diffucoder.serving.app import create_app
-        from diffucoder.serving.engine import load_in_own_thread
-        from diffucoder.serving.run import check_exposure, read_api_key, run
+        from diffucoder.serving.run import check_address, check_exposure, check_origins, read_api_key, run
     if not ray and settings.model_fields_set & {"replicas", "cpus", "gpus"}:
         raise ConfigError("--replicas, --cpus and --gpus are for Ray's replicas; add --ray")
     more = {
@@ -55,9 +56,15 @@ def serve(
     }
     settings = ScaleSettings(**(dict(settings) | more))
     check_exposure(host, settings, no_key)
+    check_origins(settings.cors)
+    check_address(host, port)
     if not ray:
+        from diffucoder.serving.app import create_app  # after the checks: torch takes seconds
+        from diffucoder.serving.engine import load_in_own_thread
+
         coder = load_in_own_thread(lambda: load_model(settings.model, settings.dtype, settings.device))
-        run(create_app(coder, settings), settings, host=host, port=port)
+        coder.model.config  # noqa: B018  # imports transformers now, not in the first request that needs it
+        run(create_app(coder, settings), settings, host=host, port=port, log_level=log_level)
         return
     with naming_extra("scale", "replicas need"):
         from diffucoder.serving.scale import run_replicas

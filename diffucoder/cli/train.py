@@ -8,12 +8,18 @@ import typer
 
 from diffucoder.cli.common import naming_extra
 from diffucoder.config import all_settings, load_settings
+from diffucoder.files import Json
+from diffucoder.model_files import read_json
 from diffucoder.training.settings import STAGES, TrainSettings
 
-stages = typer.Typer(help="Train a model, stage by stage. The repository's recipes/ has settings to begin with.")
+train = typer.Typer(
+    add_completion=False,
+    rich_markup_mode=None,
+    help="Train a model, stage by stage. The repository's recipes/ has settings to begin with.",
+)
 
 
-def train(
+def run_stage(
     context: typer.Context,
     recipe: Annotated[Path | None, typer.Argument(help="TOML file of settings")] = None,
     *,
@@ -27,7 +33,7 @@ def train(
     overrides = list(changes or ())
     if resume:
         overrides.append("resume=true")
-    settings = load_settings(STAGES[stage], recipe, overrides)
+    settings = load_settings(STAGES[stage], recipe, overrides, _begun_with(overrides) if resume else None)
     with naming_extra("train", "training needs"):
         function = getattr(import_module(f"diffucoder.training.{stage}"), stage)
     folder = function(settings)
@@ -37,6 +43,15 @@ def train(
         following = f"convert {folder} START" if stage == "pretrain" else f"generate --model {folder} ..."
         print(f"model in {folder}; try: diffucoder {following}")
     exit_worker()
+
+
+def _begun_with(overrides: list[str]) -> Json:
+    """The settings that the run in `run=...` began with; none if there is no such run."""
+    for override in overrides:
+        name, _, folder = override.partition("=")
+        if name.strip() == "run":
+            return read_json(Path(folder.strip(" \"'")) / "settings.json")
+    return {}
 
 
 def _help(kind: type[TrainSettings]) -> str:
@@ -50,4 +65,4 @@ def _help(kind: type[TrainSettings]) -> str:
 
 
 for _stage, _kind in STAGES.items():
-    stages.command(_stage, help=_help(_kind))(train)
+    train.command(_stage, help=_help(_kind))(run_stage)

@@ -10,20 +10,23 @@ A model that was trained to decide the length
 """
 
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from diffucoder.decoding.canvas import Canvas
 from diffucoder.decoding.params import DecodingParams
-from diffucoder.decoding.requests import Generation, HoleRequest, Request
+from diffucoder.decoding.requests import Generation, HoleRequest, Request, WindowedRequest
 from diffucoder.decoding.resize import Resize
 from diffucoder.decoding.sequence import Sequence as DecodingSequence
 from diffucoder.decoding.step import Step, decode, denoise
+from diffucoder.decoding.windows import Pieces, windows_of
 from diffucoder.errors import ConfigError, PromptError
-from diffucoder.models.checkpoint import load_with_tokenizer
+from diffucoder.models.checkpoint import load_shipped, load_with_tokenizer
 from diffucoder.models.denoiser import Denoiser
 from diffucoder.tokenizer import Hole, Tokenizer, split_holes
 
@@ -43,7 +46,10 @@ class Span:
 
 
 class DiffuCoder:
-    """A model with its tokenizer, ready to write."""
+    """A model with its tokenizer, ready to write.
+
+    Methods that answer take `DecodingParams`, settings by name as in `generate("...", steps=8)`, or both.
+    """
 
     def __init__(self, model: Denoiser, tokenizer: Tokenizer, *, name: str = "custom") -> None:
         """`name` is the name of the model in results and traces."""
@@ -51,6 +57,11 @@ class DiffuCoder:
         self.model = model
         self.tokenizer = tokenizer
         self.name = name
+
+    def __repr__(self) -> str:
+        size = sum(parameter.numel() for parameter in self.model.parameters()) / 1e6
+        kind = f"{str(self.model.dtype).removeprefix('torch.')} on {self.model.device}"
+        return f"<DiffuCoder {self.name}: {size:.1f}M parameters, {kind}, context {self.model.max_length}>"
 
     @classmethod
     def load(
@@ -65,48 +76,67 @@ class DiffuCoder:
 
         `dtype` is the dtype of the weights. `compiled` is for GPUs: the first pass of each shape takes half a minute.
         """
-        model, tokenizer = load_with_tokenizer(source, dtype=dtype, device=device)
+        if source is None or (source == "tiny" and not Path("tiny").exists()):
+            model, tokenizer = load_shipped(dtype=dtype, device=device)
+        else:
+            model, tokenizer = load_with_tokenizer(source, dtype=dtype, device=device)
         model.use_fast_layers(compiled=compiled)
         return cls(model, tokenizer, name="tiny" if source is None else str(source))
 
-    def generate(self, prompt: Prompt, params: DecodingParams | None = None, *, chat: bool = True) -> Generation:
+    def generate(
+        self, prompt: Prompt, params: DecodingParams | None = None, *, chat: bool = True, **settings: Any
+    ) -> Generation:
         """Answer one request. `chat=False` continues `prompt` as raw text, for base models."""
-        params = params or DecodingParams()
+        params = _params(params, settings)
         if params.num_samples != 1:
             raise ConfigError(f"num_samples={params.num_samples} gives several results; use generate_batch")
-        return self.generate_batch([prompt], params, chat=chat)[0]
+        [[result]] = self.run(self._warned_requests([prompt], params, chat))
+        return result
 
     def generate_batch(
-        self, prompts: Sequence[Prompt], params: DecodingParams | None = None, *, chat: bool = True
+        self, prompts: Sequence[Prompt], params: DecodingParams | None = None, *, chat: bool = True, **settings: Any
     ) -> list[Generation]:
         """Answer several requests in one batch, `num_samples` consecutive results for each."""
+        if isinstance(prompts, str):
+            raise PromptError("generate_batch takes a list of requests, and got one text; use generate")
         if not prompts:
             raise PromptError("no prompt is given; pass at least one")
-        requests = [self.request(prompt, params or DecodingParams(), chat=chat) for prompt in prompts]
+        requests = self._warned_requests(prompts, _params(params, settings), chat)
         return [result for results in self.run(requests) for result in results]
 
-    def stream(self, prompt: Prompt, params: DecodingParams | None = None, *, chat: bool = True) -> Iterator[Step]:
+    def stream(
+        self, prompt: Prompt, params: DecodingParams | None = None, *, chat: bool = True, **settings: Any
+    ) -> Iterator[Step]:
         """Answer one request, and yield each step when it is done. `show` turns a step into text."""
-        request = self.request(prompt, params or DecodingParams(), chat=chat)
+        [request] = self._warned_requests([prompt], _params(params, settings), chat)
         one_each = request.params.replace(num_samples=1)  # samples are rows already
         yield from denoise(self.model, request.canvas, one_each, until=request.until)
 
     def infill(
-        self, prefix: str, suffix: str, *, length: int | None = None, params: DecodingParams | None = None
+        self,
+        prefix: str,
+        suffix: str,
+        *,
+        length: int | None = None,
+        params: DecodingParams | None = None,
+        **settings: Any,
     ) -> Generation:
         """Write the text between `prefix` and `suffix`: `length` tokens, or the best of several lengths.
 
-        Of several samples, `infill`, `fill` and `edit` return the most likely one.
+        Of several samples, `infill`, `fill` and `edit` return the most likely one. Of a text that is longer than the
+        model's context they read the lines around the holes.
         """
-        return self._likeliest(self.infill_request(prefix, suffix, params or DecodingParams(), length=length))
+        return self._likeliest(self.infill_request(prefix, suffix, _params(params, settings), length=length))
 
-    def fill(self, text: str, params: DecodingParams | None = None) -> Generation:
+    def fill(self, text: str, params: DecodingParams | None = None, **settings: Any) -> Generation:
         """Fill every `<|hole|>` or `<|hole:12|>` of `text` jointly. The result's `text` is the whole text."""
-        return self._likeliest(self.fill_request(text, params or DecodingParams()))
+        return self._likeliest(self.fill_request(text, _params(params, settings)))
 
-    def edit(self, text: str, spans: Sequence[Span], params: DecodingParams | None = None) -> Generation:
+    def edit(
+        self, text: str, spans: Sequence[Span], params: DecodingParams | None = None, **settings: Any
+    ) -> Generation:
         """Write the `spans` of a text again and keep the rest. The result's `text` is the whole text."""
-        return self._likeliest(self.edit_request(text, spans, params or DecodingParams()))
+        return self._likeliest(self.edit_request(text, spans, _params(params, settings)))
 
     def run(
         self, requests: Sequence[Request], *, on_step: OnStep | None = None, entropies: int = 0
@@ -127,8 +157,12 @@ class DiffuCoder:
 
     def request(self, prompt: Prompt, params: DecodingParams, *, chat: bool = True, prefill: str = "") -> Request:
         """Make the request for one prompt, with a row for each sample. In a chat, the answer continues `prefill`."""
+        if not isinstance(prompt, Sequence):
+            raise PromptError(f"prompt {prompt!r} is not a text; give a text, or the messages of a conversation")
         if not prompt or (isinstance(prompt, str) and not prompt.strip()):
             raise PromptError("the prompt is empty; write a request")
+        if not isinstance(prompt, str) and all(isinstance(message, str) for message in prompt):
+            raise PromptError(f"{len(prompt)} texts are given in place of one; use generate_batch for several requests")
         if chat:
             ids = self.tokenizer.encode_chat(prompt, prefill=prefill)
         elif isinstance(prompt, str):
@@ -147,7 +181,11 @@ class DiffuCoder:
         canvas = self._canvas([ids], params.new_tokens)
         canvas.sample[:] = sample
         return Request(
-            canvas=canvas.repeat(params.num_samples), params=params, tokenizer=self.tokenizer, model_name=self.name
+            canvas=canvas.repeat(params.num_samples),
+            params=params,
+            tokenizer=self.tokenizer,
+            model_name=self.name,
+            remark=self._remark(canvas),
         )
 
     def infill_request(
@@ -201,8 +239,16 @@ class DiffuCoder:
         canvas.check_scorable(self.model.first_scorable)
         return canvas
 
+    def _warned_requests(self, prompts: Sequence[Prompt], params: DecodingParams, chat: bool) -> list[Request]:
+        requests = []
+        for prompt in prompts:
+            requests.append(self.request(prompt, params, chat=chat))
+            _warn_of(requests[-1])
+        return requests
+
     def _likeliest(self, request: Request) -> Generation:
-        results = self.run([request])[0]
+        _warn_of(request)
+        [results] = self.run([request])
         return max(results, key=lambda result: result.trace.mean_log_prob)  # the first of equals
 
     def _whole(self, pieces: list[str | Hole], params: DecodingParams) -> Request:
@@ -215,7 +261,7 @@ class DiffuCoder:
         return self._holes(pieces, params, whole=True)
 
     def _holes(
-        self, pieces: list[str | Hole], params: DecodingParams, *, whole: bool, most: int | None = None
+        self, pieces: Pieces, params: DecodingParams, *, whole: bool, most: int | None = None, windowed: bool = True
     ) -> Request:
         block = self.model.attention.block
         first_hole = next(n for n, piece in enumerate(pieces) if isinstance(piece, Hole))
@@ -231,16 +277,19 @@ class DiffuCoder:
         elif Hole() in pieces:
             lengths = tuple(length for length in HOLE_LENGTHS if most is None or length <= most) or (1,)
         needed = 0
-        for piece in pieces:  # before their texts are read, and lists of that length are made
+        for piece in pieces:
             if isinstance(piece, Hole):
                 if piece.length is not None and piece.length < 1:
                     raise PromptError(f"length={piece.length} is not a hole; give at least 1 token, or leave it out")
-                needed += piece.length or lengths[-1]
-        self._check_length(needed, "the holes")
+                masks = piece.length or lengths[-1]
+                self._check_length(masks, "the masks of a hole")  # before lists of that length are made
+                needed += masks
         encoded = [self.tokenizer.encode(piece) if isinstance(piece, str) else [] for piece in pieces]
         sizes = [len(ids) for ids in encoded]
         needed += sum(sizes)
-        self._check_length(needed, "text and holes")
+        if windowed and needed > self.model.max_length:
+            return self._windowed(pieces, params, whole=whole, longest=lengths[-1], most=most)
+        self._check_length(needed, f"text and holes of {needed} tokens")
         rows = []
         for length in lengths:
             row: list[int] = []
@@ -260,6 +309,7 @@ class DiffuCoder:
             params=params,
             tokenizer=self.tokenizer,
             model_name=self.name,
+            remark=self._remark(canvas),
             pieces=pieces,
             sizes=sizes,
             lengths=lengths,
@@ -274,9 +324,59 @@ class DiffuCoder:
             return None
         return Resize(expand_id, delete_id, most=min(params.new_tokens, most or params.new_tokens))
 
+    def _windowed(
+        self, pieces: Pieces, params: DecodingParams, *, whole: bool, longest: int, most: int | None
+    ) -> Request:
+        """What fills the holes of a long text, each from the lines around it."""
+        budget = self.model.max_length * 15 // 16  # lines in a row may have a few tokens more than each alone
+        budget = min(budget, self.model.trained_length or budget)
+
+        def count(piece: str | Hole) -> int:
+            return len(self.tokenizer.encode(piece)) if isinstance(piece, str) else piece.length or longest
+
+        windows = windows_of(pieces, budget, count)
+        parts = [self._holes(own, params, whole=whole, most=most, windowed=False) for _, own in windows]
+        lines = ", ".join(f"{lines.start + 1} to {lines.stop}" for lines, _ in windows)
+        return WindowedRequest(
+            canvas=Canvas.stacked([part.canvas for part in parts]),
+            params=params,
+            tokenizer=self.tokenizer,
+            model_name=self.name,
+            remark=f"the text is longer than the model's context; it reads lines {lines}",
+            parts=parts,
+            pieces=pieces,
+            sizes=[],
+            lengths=(),
+            whole=whole,
+        )
+
+    def _remark(self, canvas: Canvas) -> str:
+        """What a user should know about a canvas: that the model was not trained on any so long."""
+        length = canvas.tokens.shape[1]
+        trained = self.model.trained_length or length
+        if length <= trained:
+            return ""
+        return (
+            f"prompt and answer take {length} tokens, and {self.name} was trained on at most {trained}: the text may "
+            "fall apart; ask for fewer new tokens"
+        )
+
     def _check_length(self, tokens: int, what: str) -> None:
         if tokens > self.model.max_length:
             raise PromptError(
                 f"{what} exceed the model's context of {self.model.max_length}; shorten the prompt or ask for fewer "
                 "new tokens"
             )
+
+
+def _params(params: DecodingParams | None, settings: Mapping[str, Any]) -> DecodingParams:
+    """Settings that were given as a whole, by name, or both. Raises ConfigError."""
+    if params is not None and not isinstance(params, DecodingParams):
+        raise ConfigError(f"params={params!r} is not DecodingParams; give settings by name, as in steps=8")
+    return (params or DecodingParams()).replace(**settings)
+
+
+def _warn_of(request: Request) -> None:
+    """Warn with the remark of a request, if it has one, at the line that calls a method of `DiffuCoder`."""
+    if request.remark:
+        warnings.warn(request.remark, stacklevel=4)

@@ -2,12 +2,14 @@
 
 from bisect import bisect_left
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from itertools import islice
 
 import torch
 from torch import Tensor
 
 from diffucoder.decoding.canvas import Canvas
+from diffucoder.decoding.colours import as_html
 from diffucoder.decoding.params import DecodingParams
 from diffucoder.decoding.sequence import Sequence, Until
 from diffucoder.decoding.trace import Trace, commit_order
@@ -88,9 +90,9 @@ def _stop_begun(text: str, stops: Iterable[str]) -> int:
     return most
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Generation:
-    """One finished sample."""
+    """One finished sample. A notebook shows its text, coloured by the step that committed each token."""
 
     index: int  # number of the result in its request, from 0
     text: str  # the answer, the middle of an infill, or the whole text of a fill
@@ -100,6 +102,14 @@ class Generation:
     seconds: float  # that the whole batch of the sample took
     finish_reason: str  # "stop": a terminator or stop string; "length": the canvas is full
     trace: Trace  # the whole row, with the step that committed each token
+    tokenizer: Tokenizer | None = field(default=None, compare=False)
+
+    def __repr__(self) -> str:
+        text = repr(self.text if len(self.text) <= 60 else f"{self.text[:57]}...")
+        return f"<Generation {text}: {len(self.tokens)} tokens in {self.forward_passes} passes, {self.finish_reason}>"
+
+    def _repr_html_(self) -> str | None:
+        return None if self.tokenizer is None else as_html(self.trace, self.tokenizer)
 
     @property
     def order(self) -> list[int]:
@@ -130,6 +140,7 @@ class Request:
     params: DecodingParams
     tokenizer: Tokenizer
     model_name: str
+    remark: str = ""  # what a user should know about it
 
     @property
     def result_count(self) -> int:
@@ -176,6 +187,7 @@ class Request:
             seconds=seconds,
             finish_reason="stop" if stopped or sequence.finish_reason == "stop" else "length",
             trace=trace,
+            tokenizer=self.tokenizer,
         )
 
     def _before_stops(self, ids: list[int]) -> tuple[str, list[int], bool]:
@@ -247,6 +259,41 @@ class HoleRequest(Request):
             seconds=seconds,
             finish_reason="stop" if stopped else "length",
             trace=trace,
+            tokenizer=self.tokenizer,
+        )
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class WindowedRequest(HoleRequest):
+    """A text that is longer than the model's context: the rows are those of `parts`, each a window of its lines."""
+
+    parts: list[Request]
+
+    def prompt_tokens(self, index: int) -> int:
+        """The known tokens of all windows."""
+        return sum(part.prompt_tokens(index) for part in self.parts)
+
+    def results(self, sequences: list[Sequence], seconds: float) -> list[Generation]:
+        """The whole text for each sample, in order. The trace is that of the window that is least sure."""
+        remaining = iter(sequences)
+        columns = []
+        for part in self.parts:
+            own = list(islice(remaining, len(part.canvas.tokens)))
+            columns.append(part.results(own, seconds))
+        return [self._merged(list(windows)) for windows in zip(*columns, strict=True)]
+
+    def _merged(self, windows: list[Generation]) -> Generation:
+        holes = [hole for window in windows for hole in window.pieces]
+        remaining = iter(holes)
+        text = "".join(piece if isinstance(piece, str) else next(remaining) for piece in self.pieces)
+        stopped = any(window.finish_reason == "stop" for window in windows)
+        return replace(
+            min(windows, key=lambda window: window.trace.mean_log_prob),
+            text=text if self.whole else holes[0],
+            pieces=tuple(holes),
+            tokens=tuple(token for window in windows for token in window.tokens),
+            forward_passes=max(window.forward_passes for window in windows),
+            finish_reason="stop" if stopped else "length",
         )
 
 

@@ -107,6 +107,8 @@ def load(name: str, data: Path | None = None) -> list[Task]:
     if name.endswith(".jsonl"):
         benchmark = _Benchmark((Path(name).name,), _own_task)
         data = Path(name).parent
+        if not (Path(name).exists() or Path(f"{name}.gz").exists()):
+            raise ConfigError(f"file {name!r} is not there; check the path")
     elif name in _BENCHMARKS:
         benchmark = _BENCHMARKS[name]
     else:

@@ -111,7 +111,12 @@ class Generator:
             length = self.hole if isinstance(self.hole, int) else None  # None: the likeliest of several
             if self.hole == "oracle":
                 length = len(self.coder.tokenizer.encode(task.middle))
-            return self.coder.infill_request(task.prompt, task.suffix, self.params, length=length)
+            from diffucoder.decoding.requests import WindowedRequest  # here: it imports torch
+
+            request = self.coder.infill_request(task.prompt, task.suffix, self.params, length=length)
+            if isinstance(request, WindowedRequest):  # the published scores are of models that read it all
+                raise PromptError(f"task {task.task_id} exceeds the model's context")
+            return request
         if self.raw:
             return self.coder.request(task.prompt, self.params, chat=False)
         return self.coder.request(task.request, self.params, prefill=task.prefill)

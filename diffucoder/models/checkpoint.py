@@ -15,11 +15,11 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
-from huggingface_hub import split_torch_state_dict_into_shards
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from diffucoder.errors import CheckpointError, ConfigError
@@ -31,11 +31,13 @@ from diffucoder.models.denoiser import Denoiser
 from diffucoder.models.families import Published, Signs, attention_of, family_of
 from diffucoder.models.hub import find
 from diffucoder.models.model_config import transformers_config, whole_number
-from diffucoder.models.weights import INDEX, expected_shapes, load_causal_lm, weight_names
+from diffucoder.models.plain import PlainModel
+from diffucoder.models.weights import INDEX, WEIGHTS, expected_shapes, load_causal_lm, weight_names
 from diffucoder.tokenizer import Tokenizer
 from diffucoder.tokenizer_files import read_config
 
 EXTRAS = "diffucoder.json"
+TRAINED_LENGTH = "trained_length"  # of config.json, where training has written it
 _DREAM_SIZES = (
     *("attention_dropout", "bos_token_id", "eos_token_id", "hidden_act", "hidden_size", "initializer_range"),
     *("intermediate_size", "max_position_embeddings", "num_attention_heads", "num_hidden_layers"),
@@ -55,6 +57,7 @@ class Checkpoint:
     shifted: bool  # row i - 1 of the model scores token i
     attention: Attention
     published: Published
+    trained_length: int | None = None  # tokens of the longest rows it was trained on, where config.json has that
     adapter: tuple[Adapter, str | Path | None, str | None] | None = None  # to be merged, with its source and revision
 
     @property
@@ -98,6 +101,7 @@ def load_denoiser(
         model, mask_id=mask_id, shifted=checkpoint.shifted, attention=checkpoint.attention
     )
     denoiser.published = checkpoint.published
+    denoiser.trained_length = checkpoint.trained_length
     return denoiser
 
 
@@ -131,6 +135,20 @@ def load_with_tokenizer(
     tokenizer = load_tokenizer(checkpoint)  # first: it is quick, and fails for most of the same reasons
     mask_id = tokenizer.mask_id if add_mask else None
     return load_denoiser(checkpoint, dtype=dtype, device=device, mask_id=mask_id), tokenizer
+
+
+def load_shipped(
+    *, dtype: torch.dtype | None = None, device: str | torch.device | None = None
+) -> tuple[Denoiser, Tokenizer]:
+    """As `load_with_tokenizer`, the shipped model for decoding, without importing transformers."""
+    folder = find(None)
+    config = SimpleNamespace(**read_json(folder / "config.json"), is_causal=False)
+    device, dtype = default_device_and_dtype(device, dtype)
+    model = PlainModel(config, lambda: load_denoiser(None, dtype=dtype, device=device).model)
+    model.load_state_dict(load_file(folder / WEIGHTS), assign=True)
+    denoiser = Denoiser(model.to(device, dtype).eval(), mask_id=config.mask_token_id)
+    denoiser.trained_length = config.trained_length
+    return denoiser, Tokenizer.load(folder)
 
 
 def default_device_and_dtype(
@@ -200,7 +218,10 @@ def find_checkpoint(source: Source, *, revision: str | None = None) -> Checkpoin
     if not isinstance(shifted, bool):
         raise CheckpointError(f"{folder / EXTRAS}: shifted={shown(shifted)} is not true or false; fetch it again")
     attention = attention_of(signs, extras, family.attention)
-    return Checkpoint(source, revision, folder, config, mask_id, shifted, attention, Published(family, fields))
+    trained = fields.get(TRAINED_LENGTH)
+    if type(trained) is not int or trained < 1:
+        trained = None
+    return Checkpoint(source, revision, folder, config, mask_id, shifted, attention, Published(family, fields), trained)
 
 
 def _find_base(source: str | Path | None, folder: Path, revision: str | None) -> Checkpoint:
@@ -246,6 +267,8 @@ def save_denoiser(
     else:
         weights = dream_weights(denoiser, state)
         files = _dream_files(denoiser, dtype)
+    if not as_parent and denoiser.trained_length is not None:
+        files["config.json"][TRAINED_LENGTH] = denoiser.trained_length
     for name, fields in files.items():
         write_json(folder / name, dict(sorted(fields.items())))
     for name in {"generation_config.json", EXTRAS} - files.keys():  # of an earlier save
@@ -353,6 +376,8 @@ def _extras(denoiser: Denoiser) -> Json:
 
 def _write_weights(folder: Path, weights: dict[str, Tensor]) -> None:
     """Write `model.safetensors`, or shards and their index, in place of the files of an earlier save."""
+    from huggingface_hub import split_torch_state_dict_into_shards  # late: reading a folder does not need it
+
     partial = folder / "partial"  # never write into an old file: these tensors may be mapped from it
     shutil.rmtree(partial, ignore_errors=True)  # of a save that was cut short
     partial.mkdir()

@@ -11,7 +11,7 @@ Two ideas a newcomer needs:
   rows so that row i scores token i. Code that feeds parts of a canvas asks `needed_for` and `scorable`.
 
 `forward` runs transformers' layers: for training, and for the released arithmetic. `score` runs `FastLayers`, with or
-without a cache: for decoding.
+without a cache: for decoding, which needs no transformers (`plain`).
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -27,6 +27,7 @@ from diffucoder.models.attention import FULL, Attention, block_causal_mask, bloc
 from diffucoder.models.cache import KVCache
 from diffucoder.models.families import Published
 from diffucoder.models.layers import FastLayers, Project, plan_layout
+from diffucoder.models.plain import PlainModel
 
 SUPPORTED_TYPES = ("qwen2", "qwen3", "llama")  # plain softmax attention, logits = lm_head(hidden), nothing in between
 CHUNK_ELEMENTS = 3 * 2**23  # logits alive at once under `reduce`: 48 MiB in bf16, 165 rows of Qwen's vocabulary
@@ -44,12 +45,13 @@ class Denoiser(nn.Module):
     def __init__(self, model: Any, *, mask_id: int, shifted: bool = True, attention: Attention = FULL) -> None:
         """Wrap `model` as it is; `from_causal_lm` prepares one first. `shifted=False` is LLaDA's convention."""
         super().__init__()
-        self.model: Any = model
+        self._modules["model"] = model
         self.training = model.training  # a new module says True, whatever it wraps
         self.mask_id = mask_id
         self.shifted = shifted
         self.attention = attention
         self.published: Published | None = None  # how the checkpoint that it was loaded from is written
+        self.trained_length: int | None = None  # tokens of the longest rows it was trained on; None: not known
         self._no_split_modules = model._no_split_modules  # what accelerate shards by: the layers
         self.chunk_elements = CHUNK_ELEMENTS
         self.fast: FastLayers | None = None  # what decoding runs by, if it supports the architecture
@@ -83,6 +85,21 @@ class Denoiser(nn.Module):
         return cls(model, mask_id=mask_id, shifted=shifted, attention=attention)
 
     @property
+    def model(self) -> Any:
+        """The transformers model."""
+        inner = self._inner
+        if isinstance(inner, PlainModel):
+            whole = inner.whole()
+            whole.load_state_dict(inner.state_dict(), assign=True)  # no second copy of the weights
+            self._modules["model"] = whole.train(self.training)
+        return self._inner
+
+    @property
+    def _inner(self) -> Any:
+        """What holds the weights: the transformers model, or until that is needed a `PlainModel`."""
+        return self._modules["model"]
+
+    @property
     def config(self) -> Any:
         """The transformers config of the wrapped model."""
         return self.model.config
@@ -90,12 +107,12 @@ class Denoiser(nn.Module):
     @property
     def vocab_size(self) -> int:
         """V: the columns of the logits, used or spare."""
-        return int(self.model.get_output_embeddings().weight.shape[0])
+        return int(self._inner.get_output_embeddings().weight.shape[0])
 
     @property
     def max_length(self) -> int:
         """The longest canvas the model was made for."""
-        return int(self.config.max_position_embeddings)
+        return int(self._inner.config.max_position_embeddings)
 
     @property
     def device(self) -> torch.device:
@@ -105,7 +122,7 @@ class Denoiser(nn.Module):
     @property
     def dtype(self) -> torch.dtype:
         """The dtype of the weights, and of the logits outside autocast."""
-        return self.model.get_input_embeddings().weight.dtype  # type: ignore[no-any-return]  # model is Any
+        return self._inner.get_output_embeddings().weight.dtype  # type: ignore[no-any-return]  # model is Any
 
     @property
     def first_scorable(self) -> int:
@@ -141,7 +158,7 @@ class Denoiser(nn.Module):
 
         `compiled` has torch compile them, for which passes are padded to a few shapes; CheckpointError without support.
         """
-        self.fast = FastLayers.of(self.model)
+        self.fast = FastLayers.of(self._inner)
         self.compiled = compiled
         if compiled:
             if self.fast is None:
@@ -153,7 +170,7 @@ class Denoiser(nn.Module):
     def fast_snapshot(self, dtype: torch.dtype) -> Iterator[None]:
         """Decode by a copy of the weights as they are now, in `dtype`: for a model that is being trained."""
         before = self.fast
-        self.fast = FastLayers.of(self.model, dtype)
+        self.fast = FastLayers.of(self._inner, dtype)
         try:
             yield
         finally:
@@ -191,7 +208,7 @@ class Denoiser(nn.Module):
         Returns what `reduce` gives, (M, ...) each.
         """
         fast = self.fast
-        if fast is None or reference or self.config.is_causal:
+        if fast is None or reference or self._inner.config.is_causal:
             assert cache_rows is None, "a cache belongs to fast layers"
             return _as_tuple(self(tokens, valid=valid, prompt_ends=prompt_ends, rows=wanted, reduce=reduce))
         device = self.device

@@ -1,12 +1,13 @@
-"""Where models are: the shipped one, folders, and the Hub, by id or by short name. Needs no torch."""
+"""Where models are: the shipped one, folders, and the Hub, by id or by short name. Needs no torch.
+
+huggingface_hub is imported where it is called: a model in a folder does not need it.
+"""
 
 import csv
 import os
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-
-from huggingface_hub import errors, snapshot_download, try_to_load_from_cache
 
 from diffucoder.errors import CheckpointError
 
@@ -29,6 +30,8 @@ class KnownModel:
     @property
     def cached(self) -> bool:
         """Whether the Hub's cache on this machine holds it."""
+        from huggingface_hub import try_to_load_from_cache
+
         paths = [try_to_load_from_cache(self.hub_id, name) for name in ("config.json", "adapter_config.json")]
         return any(isinstance(path, str) for path in paths)
 
@@ -81,6 +84,8 @@ def find(source: str | Path | None, *, revision: str | None = None, weights: boo
 
 def _download(hub_id: str, revision: str | None, patterns: list[str], *, fetch: bool) -> Path:
     """Bring the files of a Hub repository that match `patterns` into the Hub's cache, if they are not there."""
+    from huggingface_hub import errors, snapshot_download
+
     try:
         folder = snapshot_download(
             hub_id, revision=revision, allow_patterns=patterns, etag_timeout=5, local_files_only=not fetch
@@ -92,6 +97,8 @@ def _download(hub_id: str, revision: str | None, patterns: list[str], *, fetch: 
 
 def _reason(error: Exception, hub_id: str, revision: str | None) -> str:
     """What a download that failed says about the model, and the way out."""
+    from huggingface_hub import errors
+
     if isinstance(error, errors.GatedRepoError):
         return f"is gated; accept its terms at https://huggingface.co/{hub_id} and run 'hf auth login'"
     if isinstance(error, errors.RepositoryNotFoundError):

@@ -10,9 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
-from transformers import CONFIG_MAPPING, PreTrainedConfig
 
 from diffucoder.errors import CheckpointError
 from diffucoder.files import Json
@@ -82,6 +80,9 @@ class Layers(BaseModel):
 
 def transformers_config(family: Family, fields: Json, folder: Path) -> Any:  # Any: mypy does not follow transformers
     """The config as transformers has it. CheckpointError if it does not describe a model that can be loaded."""
+    from huggingface_hub.errors import StrictDataclassError  # late: seconds, which decoding alone does not need
+    from transformers import CONFIG_MAPPING, PreTrainedConfig
+
     quantised = fields.get("quantization_config")
     if quantised:
         raise CheckpointError(

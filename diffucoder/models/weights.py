@@ -2,6 +2,7 @@
 
 For: looking at headers before anything is allocated. Not for: writing weights (`checkpoint`), GGUF (`gguf`).
 The files are found and read here, and transformers gets tensors: it would read other files of the folder too.
+transformers is imported late, since it takes seconds.
 """
 
 import os
@@ -15,8 +16,6 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM
-from transformers.utils import logging as transformers_logging
 
 from diffucoder.errors import CheckpointError
 from diffucoder.model_files import is_regular, one_line, read_json, shown
@@ -50,6 +49,8 @@ def load_causal_lm(
     numbers = sum(torch.Size(tensor.shape).numel() for tensor in stored.values())
     check_memory(numbers * dtype.itemsize, device, f"{folder} as {str(dtype).removeprefix('torch.')}")
     try:
+        from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+
         with transformers_silenced():
             model = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].from_pretrained(
                 None, config=config, state_dict=read_tensors(stored), dtype=dtype, attn_implementation="sdpa"
@@ -71,7 +72,9 @@ def weight_names(folder: Path) -> frozenset[str]:
 
 def expected_shapes(config: Any) -> dict[str, tuple[int, ...]]:
     """The shapes of all weights of the model that a transformers config describes, by name."""
-    with torch.device("meta"):  # takes no memory
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"), transformers_silenced():  # takes no memory
         model = AutoModelForCausalLM.from_config(config)
     return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
 
@@ -194,6 +197,8 @@ def read_tensors(stored: dict[str, Stored]) -> dict[str, Tensor]:
 @contextmanager
 def transformers_silenced() -> Iterator[None]:
     """Keep transformers' progress bar and reports out of our output: we check what they report."""
+    from transformers.utils import logging as transformers_logging
+
     shows_bar = transformers_logging.is_progress_bar_enabled()
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.disable_progress_bar()

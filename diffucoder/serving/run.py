@@ -1,15 +1,19 @@
-"""A server process: the application under uvicorn.
+"""A server process: the application under uvicorn, and what is checked before a model is loaded for it.
 
 On SIGTERM or Ctrl-C it accepts nothing new, answers what it has accepted, and ends with status 0. A second signal ends
 it at once.
 """
 
 import asyncio
+import errno
 import gc
 import logging
 import os
+import re
 import resource
+import secrets
 import signal
+import socket
 import sys
 import time
 from functools import partial
@@ -18,7 +22,9 @@ from types import FrameType
 from typing import Any
 
 import uvicorn
-from starlette.types import ASGIApp
+from starlette.datastructures import MutableHeaders
+from starlette.routing import Match
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from diffucoder.errors import ConfigError
 from diffucoder.serving.connections import Connection
@@ -26,6 +32,8 @@ from diffucoder.serving.guard import is_loopback
 from diffucoder.serving.settings import ServerSettings
 
 _LOG = logging.getLogger("uvicorn.error")
+_ACCESS = logging.getLogger("diffucoder.access")
+_ORIGIN = re.compile(r"\*|[a-z][a-z0-9+.-]*://[^\s/?#]+", re.IGNORECASE)
 _NO_DESCRIPTOR = "socket.accept() out of system resource"  # asyncio's own words
 _MOST_UNREAD = 2**28  # bytes of answers that clients have not read yet
 _KEY_BYTES = 4096  # a larger file is not a key
@@ -60,15 +68,71 @@ def check_exposure(host: str, settings: ServerSettings, no_key: bool) -> None:
         )
 
 
-def run(app: ASGIApp, settings: ServerSettings, *, host: str, port: int) -> None:
-    """Serve `app` until a signal ends it. Raises ConfigError if the address is not available."""
+def check_address(host: str, port: int) -> None:
+    """Raise ConfigError if nothing can listen at this address."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        socket.create_server((host, port), family=family).close()
+    except (OSError, UnicodeError) as error:
+        way_out = "give --host an address of this machine, such as 127.0.0.1 or 0.0.0.0"
+        if getattr(error, "errno", None) in (errno.EADDRINUSE, errno.EACCES):
+            way_out = "choose another --port, or 0 for any"
+        reason = getattr(error, "strerror", None) or "not a host name"
+        raise ConfigError(f"cannot listen on {host}:{port} ({reason.partition(' (')[0]}); {way_out}") from None
+
+
+def check_origins(origins: tuple[str, ...]) -> None:
+    """Raise ConfigError for a --cors that no browser could send as its Origin."""
+    for origin in origins:
+        if not _ORIGIN.fullmatch(origin):
+            raise ConfigError(
+                f"--cors {origin!r} is not an origin; write scheme and host, as in https://example.org, or *"
+            )
+
+
+class AccessLog:
+    """An application that logs a line for each request: method, route, status, time and id. No text, and no key."""
+
+    def __init__(self, app: Any) -> None:  # Any: an application with routes
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        start = time.perf_counter()
+        name = secrets.token_hex(4)
+        status = "closed"  # by the client, before an answer began
+
+        async def send_with_id(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = str(message["status"])
+                MutableHeaders(scope=message)["X-Request-Id"] = name
+            await send(message)
+
+        try:
+            await self.app(scope, receive, send_with_id)
+        finally:
+            milliseconds = 1000 * (time.perf_counter() - start)
+            matching = (route.path for route in self.app.routes if route.matches(scope)[0] != Match.NONE)
+            route = next(matching, "(no route)")  # not the path, in which a client may have put anything
+            _ACCESS.info("%s %s %s %.0f ms %s", scope["method"], route, status, milliseconds, name)
+
+
+def run(app: ASGIApp, settings: ServerSettings, *, host: str, port: int, log_level: str = "error") -> None:
+    """Serve `app` until a signal ends it. Raises ConfigError if the address is not available.
+
+    With `log_level` "info" or "debug" each request is logged.
+    """
     descriptors, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     if descriptors == resource.RLIM_INFINITY:
         descriptors = 2**20
     most = settings.max_connections or max(512, 2 * (settings.engine.max_batch + settings.engine.max_waiting))
     connection = partial(Connection, settings=settings, most=min(most, descriptors // 2))
+    level = getattr(logging, log_level.upper())
     config = uvicorn.Config(
-        app,
+        AccessLog(app) if level <= logging.INFO else app,
         host=host,
         port=port,
         http=connection,  # type: ignore[arg-type]  # makes one for each connection
@@ -79,14 +143,15 @@ def run(app: ASGIApp, settings: ServerSettings, *, host: str, port: int) -> None
         access_log=False,
         timeout_graceful_shutdown=int(settings.engine.deadline) + 1,
     )
+    logging.basicConfig(format="%(asctime)s %(message)s", stream=sys.stderr)
+    _ACCESS.setLevel(level)
     server = _Server(config)
     try:
         server.run()
-    except SystemExit as error:
-        if server.started:
-            raise
-        reason = getattr(error.__context__, "strerror", None) or "see above"
-        raise ConfigError(f"cannot listen on {host}:{port} ({reason}); choose another --port, or 0 for any") from error
+    except SystemExit:
+        if not server.started:
+            check_address(host, port)
+        raise
 
 
 def announce(host: str, port: int) -> None:
@@ -111,7 +176,7 @@ class _Server(uvicorn.Server):
         await super().startup(sockets)  # type: ignore[arg-type]
         if not self.started:
             return
-        _LOG.setLevel(logging.ERROR)
+        _LOG.setLevel(_ACCESS.level)
         asyncio.get_running_loop().set_exception_handler(self._report)
         gc.freeze()  # else each body of many small values makes the collector look at all of torch's objects
         self._watcher = asyncio.create_task(self._watch())

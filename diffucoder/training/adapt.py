@@ -64,6 +64,7 @@ def packed_stage(
 ) -> MaskedStage:
     """A stage over packed rows of `data`, with the given shares, and plain rows of `held_out`."""
     check_length(denoiser, "context", settings.context)
+    denoiser.trained_length = settings.context
 
     def rows_of(sources: tuple[str, ...], **shares: float) -> PackedRows:
         store = prepare(sources, tokenizer, settings.cache, kind="documents")

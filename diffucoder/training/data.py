@@ -25,7 +25,17 @@ from diffucoder.diffusion import keyed_generator
 from diffucoder.errors import CheckpointError, ConfigError, DiffuCoderError, PromptError
 from diffucoder.files import Json, disk_is_full, read_json, write_json
 from diffucoder.tokenizer import Tokenizer
-from diffucoder.training.sources import SUFFIXES, Kind, Record, Skipped, Sources, find_files, source_names, usable
+from diffucoder.training.sources import (
+    SUFFIXES,
+    Kind,
+    Record,
+    Skipped,
+    Sources,
+    find_files,
+    other_files,
+    source_names,
+    usable,
+)
 from diffucoder.training.sources import records as read_records
 
 MANIFEST = "manifest.json"
@@ -118,6 +128,11 @@ def prepare(sources: Sources, tokenizer: Tokenizer, cache: str | Path, *, kind: 
             raise ConfigError("sources changed while they were read; run again when nothing writes to them")
         listing = {"count": len(skipped), "first": list(map(vars, skipped[:_LISTED]))}
         write_json(folder / MANIFEST, {"fingerprint": fingerprint, "sources": sources, "skipped": listing})
+        for source in sources:
+            others = other_files(source, SUFFIXES[kind])
+            if others:
+                read = " ".join(SUFFIXES[kind])
+                print(f"{source}: only {read} are read; left out {len(others)}, as {others[0]}", file=sys.stderr)
         size = f"{count:,} records, {tokens / 1e6:,.1f} M tokens"
         print(f"tokenised {size} in {time.perf_counter() - began:.1f} s -> {folder}", file=sys.stderr)
         if skipped:

@@ -277,6 +277,8 @@ def grpo(settings: GrpoSettings) -> Path:
     denoiser, tokenizer = load_start(settings)
     longest = settings.prompt_tokens + settings.decoding.new_tokens
     check_length(denoiser, "prompt_tokens + decoding.new_tokens", longest)
+    if denoiser.trained_length is not None:
+        denoiser.trained_length = max(longest, denoiser.trained_length)
     with Sandbox(settings.workers or None) as sandbox:
         coder = DiffuCoder(denoiser, tokenizer, name=str(settings.model or "tiny"))
         stage = GrpoStage(denoiser, Rollouts(coder, settings, sandbox), exercises, held_out, settings)

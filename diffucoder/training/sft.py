@@ -118,6 +118,10 @@ def sft(settings: SftSettings) -> Path:
         return rows
 
     rows = rows_of("data", settings.data)
+    denoiser.trained_length = settings.length
+    if settings.padding == "flexible":
+        longest = int(rows.store.lengths[rows.fitting].max())
+        denoiser.trained_length = min(longest + settings.spare, settings.length)
     settings = settings.model_copy(update={"steps": rows.steps})
     held_out = rows_of("held_out", settings.held_out) if settings.held_out else None
     stage = masked_stage(settings, denoiser, tokenizer, rows, held_out)

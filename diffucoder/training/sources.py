@@ -110,13 +110,25 @@ def find_files(source: str, suffixes: Sequence[str]) -> list[Path]:
         return [path]
     if not path.is_dir():
         raise ConfigError(f"source {source!r} is not a folder or a file; check the path, or write hub:owner/name")
+    files = [file for file in _visible_files(path) if file.name.endswith(tuple(suffixes))]
+    if not files:
+        raise ConfigError(f"source {source!r} holds no file with suffix {' '.join(suffixes)}; name another folder")
+    return files
+
+
+def other_files(source: str, suffixes: Sequence[str]) -> list[Path]:
+    """The files of a folder that `find_files` leaves out for their suffix."""
+    if not Path(source).is_dir():
+        return []
+    return [file for file in _visible_files(Path(source)) if not file.name.endswith(tuple(suffixes))]
+
+
+def _visible_files(path: Path) -> list[Path]:
     files = []
     for folder, inner, names in os.walk(path):
         inner[:] = [name for name in inner if not _is_foreign(Path(folder, name))]
-        files += [Path(folder, name) for name in names if name.endswith(tuple(suffixes)) and name[0] != "."]
-    if not any(map(Path.is_file, files)):
-        raise ConfigError(f"source {source!r} holds no file with suffix {' '.join(suffixes)}; name another folder")
-    return sorted(filter(Path.is_file, files))
+        files += [Path(folder, name) for name in names if name[0] != "."]
+    return sorted(file for file in files if file.is_file())
 
 
 def _is_foreign(folder: Path) -> bool:

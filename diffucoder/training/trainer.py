@@ -18,13 +18,13 @@ from typing import Any, Protocol
 import torch
 from accelerate.state import AcceleratorState
 from rich.console import Console
-from rich.progress import Progress
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from diffucoder.errors import ConfigError
 from diffucoder.files import append_jsonl
 from diffucoder.models.denoiser import Denoiser
+from diffucoder.progress import progress
 from diffucoder.training import checkpoints
 from diffucoder.training.processes import reshard, rows_of_process, start_accelerator
 from diffucoder.training.settings import TrainSettings
@@ -110,16 +110,17 @@ class Trainer:
         """Run the remaining steps and return the model. A signal stops it after a step: checkpoint and SystemExit."""
         settings = self.settings
         self.accelerator.init_trackers("diffucoder", config={name: str(value) for name, value in settings})
-        console = Console(stderr=True)
-        hidden = not (self.accelerator.is_main_process and console.is_terminal)
-        with _stop_on_signals(self), Progress(console=console, disable=hidden) as bar:
-            task = bar.add_task(settings.run.name, total=settings.steps, completed=self.step)
+        console = Console(stderr=True, quiet=not self.accelerator.is_main_process)
+        heading = settings.run.name
+        with (
+            _stop_on_signals(self),
+            progress(heading, settings.steps, done=self.step, unit="step", console=console) as update,
+        ):
             while self.step < settings.steps:
                 for batch in self.stage.batches(self.step, self._shares):
                     figures = self._train_step(batch)
                     self.step += 1
-                    shown = " ".join(f"{name} {figures[name]:.3f}" for name in ("loss", *self.stage.shown))
-                    bar.update(task, completed=self.step, description=f"{settings.run.name} {self.step} {shown}")
+                    update(self.step, ", ".join(f"{name} {figures[name]:.3g}" for name in ("loss", *self.stage.shown)))
                     self._log(figures)
                 if self._stopping or self.step % settings.save_every == 0 or self.step == settings.steps:
                     checkpoints.save(settings.run, self.step, self._state, self.accelerator, keep=settings.keep)

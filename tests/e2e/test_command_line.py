@@ -1,6 +1,7 @@
 """What holds for every command: version, help, the user's defaults, and errors of the system in one line."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -147,3 +148,15 @@ def test_a_file_that_cannot_be_written_is_one_line() -> None:
 
 def test_a_prompts_file_that_is_not_there_is_one_line(cli: Run) -> None:
     assert_refused(cli("generate", "--prompts", "/nonexistent"), "'/nonexistent' cannot be read")
+
+
+def test_help_imports_no_command_and_lists_their_own_summaries(cli: Run) -> None:
+    program = (
+        "import sys; from diffucoder.cli import main; sys.argv[1:] = ['--help']\n"
+        "try: main()\n"
+        "except SystemExit: assert not {'torch', 'pydantic', 'diffucoder.cli.common'} & sys.modules.keys()"
+    )
+    listed = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True).stdout
+    for command in COMMANDS:
+        [summary] = re.findall(rf"^  {command} +(.*)$", listed, re.MULTILINE)
+        assert cli(command, "--help").out.splitlines()[2].strip().startswith(summary)

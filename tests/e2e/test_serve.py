@@ -1,6 +1,7 @@
 """A real server process and the real `openai` client, on the shipped model."""
 
 import json
+import re
 import signal
 import socket
 import subprocess
@@ -457,3 +458,25 @@ def test_an_address_that_is_taken_is_one_line(server: str) -> None:
     assert done.stderr.count("\n") == 1
     assert "in use" in done.stderr
     assert "choose another --port" in done.stderr
+
+
+def test_the_log_has_a_line_for_each_request_without_text_or_key() -> None:
+    key = "0123456789abcdef"
+    with serving("--log-level", "info", DIFFUCODER_API_KEY=key) as (url, process):
+        body = {"text": "secret_name = <|hole:2|>\n"}
+        filled = post(f"{url}/v1/fill?secret_query", json=body, headers={"Authorization": f"Bearer {key}"})
+        denied = post(f"{url}/v1/fill", json=body)
+        unknown = get(f"{url}/secret_path", headers={"Authorization": f"Bearer {key}"})
+        assert (filled.status_code, denied.status_code, unknown.status_code) == (200, 401, 404)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(PATIENCE) == 0
+        assert process.stderr is not None
+        log = process.stderr.read()
+    for answer, line in (
+        (filled, "POST /v1/fill 200"),
+        (denied, "POST /v1/fill 401"),
+        (unknown, r"GET \(no route\) 404"),
+    ):
+        assert re.search(rf"^[\d-]+ [\d:,]+ {line} \d+ ms {answer.headers['X-Request-Id']}$", log, re.MULTILINE), log
+    assert "secret" not in log
+    assert key not in log

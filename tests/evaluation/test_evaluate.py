@@ -197,7 +197,7 @@ def test_a_model_is_identified_by_its_config_and_tokenizer_too(tmp_path: Path, n
 def test_a_model_of_the_hub_is_identified_by_its_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = tmp_path / "models--owner--name" / "snapshots" / ("0123456789abcdef" + "0" * 24)
     folder.mkdir(parents=True)
-    monkeypatch.setattr("diffucoder.models.hub.snapshot_download", lambda *_, **__: str(folder))
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: str(folder))
     assert weights_hash("owner/name") == weights_hash("instruct") == "0123456789abcdef"
 
 

@@ -7,13 +7,14 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from diffucoder.errors import CheckpointError, ConfigError
-from diffucoder.models import checkpoint, families
+from diffucoder.models import families
 from diffucoder.models import hub as hub_module
 from diffucoder.models.checkpoint import (
     default_device_and_dtype,
@@ -186,12 +187,12 @@ def test_other_types_say_nothing_bidirectional_to_other_tools(causal_lm: MakeLM,
 def test_shards_load_and_replace_what_was_there(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     denoiser = load(saved)  # its weights are mapped from the very file that is now replaced
     before = scores(denoiser)
-    split = checkpoint.split_torch_state_dict_into_shards
+    split = huggingface_hub.split_torch_state_dict_into_shards
 
     def small(state: dict[str, Tensor], **_: Any) -> Any:
         return split(state, max_shard_size=9_000)
 
-    monkeypatch.setattr(checkpoint, "split_torch_state_dict_into_shards", small)
+    monkeypatch.setattr(huggingface_hub, "split_torch_state_dict_into_shards", small)
     save_denoiser(denoiser, saved)
     assert not (saved / "model.safetensors").exists()
     assert len(list(saved.glob("model-*-of-*.safetensors"))) > 2
