@@ -4,15 +4,13 @@ import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
-from rich.color import Color, blend_rgb
-from rich.color_triplet import ColorTriplet
+from rich.columns import Columns
 from rich.console import Console, Group
 from rich.live import Live
 from rich.panel import Panel
 from rich.progress import Progress
 from rich.progress_bar import ProgressBar
 from rich.style import Style
-from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
@@ -20,10 +18,11 @@ from diffucoder.decoding.coder import OnStep
 from diffucoder.decoding.requests import Request
 from diffucoder.decoding.step import Sequence, Step
 from diffucoder.errors import printable
+from diffucoder.ramp import ramp
 from diffucoder.tokenizer import PLACEHOLDER, Tokenizer
 
-_BLUE = ColorTriplet(86, 156, 255)  # for the first step
-_ORANGE = ColorTriplet(255, 166, 77)  # for the last
+_NARROW = 60  # columns; with fewer the figures are left out
+_LEGEND = Text.assemble(("█ first", f"not dim {ramp(0)}"), "  →  ", ("█ last", f"not dim {ramp(1)}"))
 
 
 class CanvasView:
@@ -61,8 +60,8 @@ class CanvasView:
             elif token in self.tokenizer.special_ids:
                 continue
             elif position in self.step_of:
-                style = _style(self.step_of[position] / max(self.passes - 1, 1))
-                text.append(printable(piece), style=style)
+                share = min(1.0, self.step_of[position] / max(self.passes - 1, 1))
+                text.append(printable(piece), style=Style(color=ramp(share), bold=True))
             else:
                 text.append(printable(piece))
         return text
@@ -76,38 +75,41 @@ class CanvasView:
                 return self.tokens[:position]
         return self.tokens
 
-    def render(self, *, finished: bool = False) -> Group:
-        """Canvas, progress bar and figures."""
+    def render(self, console: Console, *, finish_reason: str | None = None) -> Group:
+        """Canvas, progress bar and figures; a legend where there are colours."""
+        panel = Panel(self.text(), title="canvas", border_style="dim")
+        if console.color_system is not None and not console.no_color:
+            panel.subtitle = _LEGEND
+        done = len(self.step_of) if finish_reason is None else self.wanted
+        bar = ProgressBar(total=max(1, self.wanted), completed=done, width=24)
+        if console.width < _NARROW:
+            return Group(panel, bar)
         seconds = time.perf_counter() - self.start
         written = 0
         for position, token in enumerate(self._answer()):
             written += position in self.step_of and token not in self.tokenizer.terminator_ids
-        figures = (
-            f"{written} tokens in {self.passes} forward passes · {seconds:.1f} s · "
-            f"{written / max(seconds, 1e-9):.0f} tokens/s"
-        )
-        grid = Table.grid(padding=(0, 1), expand=True)
-        grid.add_column(width=24)
-        grid.add_column()
-        done = self.wanted if finished else len(self.step_of)
-        grid.add_row(ProgressBar(total=max(1, self.wanted), completed=done, width=24), figures)
-        legend = Text.assemble(("█ first", _style(0)), "  →  ", ("█ last", _style(1)))
-        return Group(Panel(self.text(), title="canvas", subtitle=legend, border_style="dim"), grid)
+        figures = f"{_counted(written, 'token')}, {_counted(self.passes, 'pass', 'passes')}, {seconds:.1f} s"
+        if finish_reason is not None:
+            figures += f", finish reason: {finish_reason}"
+        return Group(panel, Columns([bar, Text(figures)]))
+
+
+def _counted(count: int, one: str, many: str = "") -> str:
+    return f"{count} {one if count == 1 else many or one + 's'}"
 
 
 @contextmanager
 def watch(request: Request, tokenizer: Tokenizer, console: Console) -> Iterator[OnStep]:
     """Show the first row of a request while it is decoded: call the yielded function after each step."""
     view = CanvasView(tokenizer, request.canvas.masked[0])
-    with Live(console=console, refresh_per_second=20, transient=False) as live:
+    with Live(view.render(console), console=console, refresh_per_second=20) as live:
 
         def show(sequence: Sequence, step: Step) -> None:
             if sequence.row == 0:
                 view.update(step)
-                live.update(view.render())
+                live.update(view.render(console, finish_reason=sequence.finish_reason))
 
         yield show
-        live.update(view.render(finished=True))
 
 
 @contextmanager
@@ -121,8 +123,3 @@ def progress(requests: Iterable[Request], console: Console) -> Iterator[OnStep]:
             bar.advance(task, int(step.committed.sum()) - taken_back)
 
         yield show
-
-
-def _style(share: float) -> Style:
-    """The colour of a step, which is at this share of all steps."""
-    return Style(color=Color.from_triplet(blend_rgb(_BLUE, _ORANGE, min(1.0, share))))
