@@ -1,26 +1,28 @@
-"""Decoding in a terminal: the live view of `--watch`, with tokens coloured by step, or a progress bar."""
+"""What a terminal shows of decoding: the live view of `--watch`, tokens coloured by step, or just a progress bar."""
 
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
-from rich.color import Color
+from rich.columns import Columns
 from rich.console import Console, Group
 from rich.live import Live
 from rich.panel import Panel
 from rich.progress_bar import ProgressBar
 from rich.style import Style
-from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
 from diffucoder.decoding.coder import OnStep
-from diffucoder.decoding.colours import colour_of
 from diffucoder.decoding.requests import Request
 from diffucoder.decoding.step import Sequence, Step
 from diffucoder.errors import printable
 from diffucoder.progress import progress as show_progress
+from diffucoder.ramp import ramp
 from diffucoder.tokenizer import PLACEHOLDER, Tokenizer
+
+_NARROW = 60  # columns; with fewer the figures are left out
+_LEGEND = Text.assemble(("█ first", f"not dim {ramp(0)}"), "  →  ", ("█ last", f"not dim {ramp(1)}"))
 
 
 class CanvasView:
@@ -37,9 +39,10 @@ class CanvasView:
         self.start = time.perf_counter()
 
     def update(self, step: Step) -> None:
-        """Add a step, whose first row is this one."""
+        """Add what one step did; the row is the first of its canvas."""
         self.tokens = step.canvas[0, self.first :].tolist()
-        self.step_of |= dict.fromkeys(step.committed[0, self.first :].nonzero()[:, 0].tolist(), step.index)
+        for position in step.committed[0, self.first :].nonzero()[:, 0].tolist():
+            self.step_of[position] = step.index
         if step.revoked is not None:
             for position in step.revoked[0, self.first :].nonzero()[:, 0].tolist():
                 self.step_of.pop(position, None)
@@ -51,7 +54,7 @@ class CanvasView:
         self.passes = step.forward_passes
 
     def text(self) -> Text:
-        """Return the canvas with placeholders for masks, up to the first terminator if there is one."""
+        """The canvas, masks as placeholders, nothing after the first terminator once it is known."""
         text = Text()
         tokens = self._answer()
         for position, (token, piece) in enumerate(zip(tokens, self.tokenizer.pieces(tokens), strict=True)):
@@ -62,14 +65,14 @@ class CanvasView:
             elif token in self.tokenizer.special_ids:
                 continue
             elif position in self.step_of:
-                style = _style(self.step_of[position], self.passes)
-                text.append(printable(piece), style=style)
+                share = min(1.0, self.step_of[position] / max(self.passes - 1, 1))
+                text.append(printable(piece), style=Style(color=ramp(share), bold=True))
             else:
                 text.append(printable(piece))
         return text
 
     def _answer(self) -> list[int]:
-        """Return the tokens before the terminator if nothing before it is masked, else all."""
+        """The tokens up to the terminator, once nothing before it is masked."""
         for position, token in enumerate(self.tokens):
             if token == self.tokenizer.mask_id:
                 break
@@ -77,42 +80,46 @@ class CanvasView:
                 return self.tokens[:position]
         return self.tokens
 
-    def render(self, *, finished: bool = False) -> Group:
+    def render(self, console: Console, *, finish_reason: str | None = None) -> Group:
+        """Canvas, progress bar and figures; a legend where there are colours."""
+        panel = Panel(self.text(), title="canvas", border_style="dim")
+        if console.color_system is not None and not console.no_color:
+            panel.subtitle = _LEGEND
+        done = len(self.step_of) if finish_reason is None else self.wanted
+        bar = ProgressBar(total=max(1, self.wanted), completed=done, width=24)
+        if console.width < _NARROW:
+            return Group(panel, bar)
         seconds = time.perf_counter() - self.start
         written = 0
         for position, token in enumerate(self._answer()):
             written += position in self.step_of and token not in self.tokenizer.terminator_ids
-        figures = (
-            f"{written} tokens in {self.passes} forward passes · {seconds:.1f} s · "
-            f"{written / max(seconds, 1e-9):.0f} tokens/s"
-        )
-        grid = Table.grid(padding=(0, 1), expand=True)
-        grid.add_column(width=24)
-        grid.add_column()
-        done = self.wanted if finished else len(self.step_of)
-        grid.add_row(ProgressBar(total=max(1, self.wanted), completed=done, width=24), figures)
-        legend = Text.assemble(("█ first", _style(0, 2)), "  →  ", ("█ last", _style(1, 2)))
-        return Group(Panel(self.text(), title="canvas", subtitle=legend, border_style="dim"), grid)
+        figures = f"{_counted(written, 'token')}, {_counted(self.passes, 'pass', 'passes')}, {seconds:.1f} s"
+        if finish_reason is not None:
+            figures += f", finish reason: {finish_reason}"
+        return Group(panel, Columns([bar, Text(figures)]))
+
+
+def _counted(count: int, one: str, many: str = "") -> str:
+    return f"{count} {one if count == 1 else many or one + 's'}"
 
 
 @contextmanager
 def watch(request: Request, tokenizer: Tokenizer, console: Console) -> Iterator[OnStep]:
     """Show the first row of a request while it is decoded: call the yielded function after each step."""
     view = CanvasView(tokenizer, request.canvas.masked[0])
-    with Live(console=console, refresh_per_second=20, transient=False) as live:
+    with Live(view.render(console), console=console, refresh_per_second=20) as live:
 
         def show(sequence: Sequence, step: Step) -> None:
             if sequence.row == 0:
                 view.update(step)
-                live.update(view.render())
+                live.update(view.render(console, finish_reason=sequence.finish_reason))
 
         yield show
-        live.update(view.render(finished=True))
 
 
 @contextmanager
 def progress(requests: Iterable[Request], console: Console) -> Iterator[OnStep]:
-    """Show a progress bar over the tokens of all rows of `requests`, which goes away at the end."""
+    """Show a progress bar over the tokens of all rows of `requests`, and remove it at the end."""
     total = sum(int(request.canvas.masked.sum()) for request in requests)
     done = 0
     with show_progress("decoding", total, unit="token", transient=True, console=console) as update:
@@ -125,8 +132,3 @@ def progress(requests: Iterable[Request], console: Console) -> Iterator[OnStep]:
             update(done)
 
         yield show
-
-
-def _style(step: int, steps: int) -> Style:
-    """The colour of a step, which is one of `steps`."""
-    return Style(color=Color.from_rgb(*colour_of(step, steps)))

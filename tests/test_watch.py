@@ -17,6 +17,7 @@ from rich.text import Text
 from diffucoder import Canvas, DecodingParams, Denoiser, DiffuCoder, Step
 from diffucoder.decoding.requests import Request
 from diffucoder.decoding.step import denoise
+from diffucoder.ramp import ramp
 from diffucoder.tokenizer import PLACEHOLDER, Tokenizer
 from diffucoder.watch import CanvasView, progress, watch
 from recipes.tiny.problems import problems
@@ -127,8 +128,8 @@ def test_a_revoked_token_is_a_mask_again_and_counts_no_more(view: CanvasView, ca
     view.update(replace(last, committed=torch.zeros_like(taken_back), revoked=taken_back))
     assert view.text().plain == "x" + PLACEHOLDER * 7
     assert view.step_of == {0: 0}
-    console.print(view.render())
-    assert "1 tokens in 2 forward passes" in console.export_text()
+    console.print(view.render(console))
+    assert "1 token, 2 passes" in console.export_text()
 
 
 def test_figures_count_passes_and_the_tokens_before_the_terminator(
@@ -136,16 +137,54 @@ def test_figures_count_passes_and_the_tokens_before_the_terminator(
 ) -> None:
     one, two, three = view.tokenizer.encode("xyz")[:3]
     view.update(at(canvas, 1, {0: one, 1: two, 2: view.tokenizer.encode("<|im_end|>", special=True)[0], 3: three}))
-    console.print(view.render(finished=True))
+    console.print(view.render(console, finish_reason="stop"))
     shown = console.export_text()
-    assert "2 tokens in 2 forward passes" in shown
-    assert "tokens/s" in shown
+    assert "2 tokens, 2 passes" in shown
+    assert "finish reason: stop" in shown
     assert "first" in shown
 
 
 def test_a_view_can_be_drawn_before_the_first_step(view: CanvasView, console: Console) -> None:
-    console.print(view.render())
-    assert "0 forward passes" in console.export_text()
+    console.print(view.render(console))
+    assert "0 passes" in console.export_text()
+
+
+@pytest.mark.parametrize(
+    "more",
+    [{"color_system": None}, {"no_color": True}, {"_environ": {"NO_COLOR": "1"}}, {"_environ": {"TERM": "dumb"}}],
+    ids=str,
+)
+def test_without_colours_there_is_no_legend(view: CanvasView, steps: list[Step], more: dict[str, Any]) -> None:
+    console = Console(file=io.StringIO(), force_terminal=True, width=80, **more)
+    for step in steps:
+        view.update(step)
+    with console.capture() as capture:
+        console.print(view.render(console))
+    assert "first" not in capture.get()
+    assert "8 tokens, 4 passes" in capture.get()
+
+
+@pytest.mark.parametrize("width", [20, 59])
+def test_a_narrow_terminal_shows_no_figures(view: CanvasView, steps: list[Step], width: int) -> None:
+    console = Console(record=True, file=io.StringIO(), force_terminal=True, width=width)
+    for step in steps:
+        view.update(step)
+    console.print(view.render(console, finish_reason="length"))
+    shown = console.export_text()
+    assert "passes" not in shown
+    assert max(map(len, shown.splitlines())) <= width
+
+
+def test_every_colour_of_the_ramp_reads_on_white_and_on_black() -> None:
+    def luminance(colour: str) -> float:
+        channels = [int(colour[at : at + 2], 16) / 255 for at in (1, 3, 5)]
+        linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
+        return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+    for step in range(11):
+        bright = luminance(ramp(step / 10)) + 0.05
+        assert 1.05 / bright > 3.4, "on white"
+        assert bright / 0.05 > 3.4, "on black"
 
 
 def test_watching_shows_the_first_sample_and_changes_nothing(
@@ -164,7 +203,7 @@ def test_a_pipe_gets_the_finished_view_once(coder: DiffuCoder, request_of_two: R
     pipe = io.StringIO()
     with watch(request_of_two, coder.tokenizer, Console(file=pipe, width=80)) as on_step:
         coder.run([request_of_two], on_step=on_step)
-    assert pipe.getvalue().count("forward passes") == 1
+    assert pipe.getvalue().count(" passes") == 1
     assert "\x1b" not in pipe.getvalue()
 
 
@@ -196,7 +235,7 @@ def test_the_view_can_be_saved_as_a_picture(
 ) -> None:
     for step in steps:
         view.update(step)
-    console.print(view.render(finished=True))
+    console.print(view.render(console, finish_reason="stop"))
     console.save_svg(str(tmp_path / "watch.svg"), title="diffucoder")
     assert "<svg" in (tmp_path / "watch.svg").read_text(encoding="utf-8")
 

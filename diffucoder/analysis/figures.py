@@ -1,10 +1,12 @@
 """Drawings of a report on order, by matplotlib: AR-ness, temperature, the entropy sink, what comes first.
 
-For: report.json's content to SVG and PNG. Bands and bars are the intervals over prompts.
+For: report.json's content to SVG and PNG. A run has one colour and one mark in all of them, as in the page's legend.
+Bars and bands are intervals over prompts. A run of few prompts has points alone: a line would look like a trend.
 """
 
 import io
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,140 +18,143 @@ from matplotlib.figure import Figure  # without pyplot: no window, no state
 from diffucoder.analysis.runs import GLOBAL, LOCAL
 from diffucoder.analysis.tokens import CLASSES
 from diffucoder.files import Json, write_text
+from diffucoder.ramp import ramp
 
+FEW = 10  # prompts; with fewer no line is drawn
 _INK = "#1c2430"  # in the page: whatever colour the text has
 _INKED = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")
-_TEMPERED = ("local_ar_ness@1", "global_ar_ness@1", "pass@1", "pass@10", "distinct")
 _POSITION = "position after the prompt"
+_WHEN = "when committed (0 first, 1 last)"
+_BY_TEMPERATURE = {  # title, axis, and the figures with full and with open marks
+    "ar_ness": ("AR-ness@1 by temperature", "AR-ness@1", "local_ar_ness@1", "global_ar_ness@1"),
+    "pass": ("pass@k by temperature", "pass@k", "pass@1", "pass@10"),
+    "programs": ("Different programs by temperature", "different programs of a prompt", "distinct", ""),
+}
 
-_Line = tuple[str, Sequence[float], Sequence[Json]]  # label, x, and mean, low and high at each x
-_Panel = tuple[str, str, Sequence[_Line]]  # names of x and y, lines
+# Of a line: number of its run, x, mean and interval at each x, and whether its marks are open
+_Line = tuple[int, list[float], list[Json], bool]
+_Point = tuple[float | None, Json | None]  # x, and mean and interval there
 
 
-def draw(report: Json, folder: Path) -> dict[str, str]:
-    """Write each figure as NAME.svg and NAME.png. Return their SVG by name, ready for a page."""
+@dataclass(frozen=True)
+class _Plot:
+    """One drawing."""
+
+    title: str
+    x_name: str
+    y_name: str
+    lines: Sequence[_Line]
+    is_share: bool = True  # from 0 to 1
+    names: Sequence[str] = ()  # of the places on x, whose points are then not joined
+
+
+def draw(report: Json, folder: Path) -> dict[str, Json]:
+    """Write each drawing as NAME.svg and NAME.png. Return by name its title and, without title and legend, its SVG."""
     style: dict[Any, Any] = dict.fromkeys(_INKED, _INK)  # Any: matplotlib lists every name there is
     style |= {"svg.hashsalt": "diffucoder", "svg.fonttype": "none", "font.size": 9}  # the same drawing, the same bytes
     style["text.parse_math"] = False  # the name of a model may have dollars
     drawings = {}
+    runs = report["runs"]
     with matplotlib.rc_context(style):
-        for name, figure in _figures(report["runs"]).items():
-            text = io.StringIO()
-            figure.savefig(text, format="svg", metadata={"Date": None})
-            svg = text.getvalue()
-            write_text(folder / f"{name}.svg", svg)
+        for name, plot in _plots(runs).items():
+            figure = Figure(figsize=(4, 3), layout="constrained")  # in the page 9 points are at least 11 pixels
+            axes = figure.add_subplot(xlabel=plot.x_name, ylabel=plot.y_name)
+            _draw_lines(axes, plot, runs)
+            axes.grid(alpha=0.25)
+            axes.spines[["top", "right"]].set_visible(False)
+            inline = _svg(figure).replace(_INK, "currentColor").replace("fill: #ffffff", "fill: none")
+            drawings[name] = {"title": plot.title, "svg": inline[inline.index("<svg") :]}
+            axes.set_title(plot.title)
+            if len(runs) > 1:
+                figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=8)
+            write_text(folder / f"{name}.svg", _svg(figure))
             (folder / f"{name}.png").unlink(missing_ok=True)  # a link could lead to any file
             figure.savefig(folder / f"{name}.png", dpi=150, metadata={"Software": None})
-            inline = svg[svg.index("<svg") :]
-            drawings[name] = inline.replace(_INK, "currentColor").replace("fill: #ffffff", "fill: none")
     return drawings
 
 
-def _figures(runs: Sequence[Json]) -> dict[str, Figure]:
-    local_lines: list[_Line] = []
-    global_lines: list[_Line] = []
-    pass_at_k: list[_Line] = []
-    sinks: dict[str, _Line] = {}
-    ranks: list[_Line] = []
-    for run in runs:
-        local_lines.append(_line_over(LOCAL, "local_ar_ness@{}", run))
-        global_lines.append(_line_over(GLOBAL, "global_ar_ness@{}", run))
-        if "pass@2" in run["figures"]:
-            pass_at_k.append(_line_over(range(1, len(run["figures"])), "pass@{}", run))
-        by_position = run["first_pass_entropy_by_position"]
-        if by_position:
-            # of each model the first run: before the first pass nothing is decided, so settings change nothing
-            model = run["settings"].get("model", "")
-            sinks.setdefault(model, (model, range(len(by_position)), by_position))
-        ranks.append((run["label"], range(len(run["rank_by_position"])), run["rank_by_position"]))
-    figures = {"ar_ness": _panels([("k", "local AR-ness@k", local_lines), ("k", "global AR-ness@k", global_lines)])}
-    for axes, ks in zip(figures["ar_ness"].axes, (LOCAL, GLOBAL), strict=True):
-        axes.set(ylim=(-0.02, 1.02), xticks=list(ks))
-    if len({run["settings"].get("temperature") for run in runs}) > 1:
-        figures["temperature"] = _panels(_by_temperature(runs))
-    if pass_at_k:
-        figures["pass_at_k"] = _panels([("samples, k", "pass@k", pass_at_k)])
-    if sinks:
-        figures["sink"] = _panels([(_POSITION, "entropy at the first pass (nats)", list(sinks.values()))])
-    figures["classes"] = _classes(runs)
-    figures["positions"] = _panels([(_POSITION, "when committed (0 first, 1 last)", ranks)])
-    return figures
+def _svg(figure: Figure) -> str:
+    text = io.StringIO()
+    figure.savefig(text, format="svg", metadata={"Date": None})
+    return text.getvalue()
 
 
-def _line_over(ks: Iterable[int], name: str, run: Json) -> _Line:
-    """Return the figures of a run that `name` means with k in it, for those `ks` that it has."""
-    x = [k for k in ks if name.format(k) in run["figures"]]
-    return run["label"], x, [run["figures"][name.format(k)] for k in x]
+def _plots(runs: Sequence[Json]) -> dict[str, _Plot]:
+    figures = [run["figures"] for run in runs]
+    local_lines = _lines([(k, own.get(f"local_ar_ness@{k}")) for k in LOCAL] for own in figures)
+    global_lines = _lines([(k, own.get(f"global_ar_ness@{k}")) for k in GLOBAL] for own in figures)
+    positions = _lines(enumerate(run["rank_by_position"]) for run in runs)
+    counts = {kind: sum(run["tokens_of_class"][kind] for run in runs) for kind in CLASSES}
+    kinds = [kind for kind, count in counts.items() if count]
+    classes = _lines(enumerate(own.get(f"rank_{kind}") for kind in kinds) for own in figures)
+    names = [f"{kind} ({counts[kind]:,})" for kind in kinds]
+    plots = {
+        "ar_ness": _Plot("Local AR-ness@k", "k", "local AR-ness@k", local_lines),
+        "global_ar_ness": _Plot("Global AR-ness@k", "k", "global AR-ness@k", global_lines),
+        "positions": _Plot("When each position is committed", _POSITION, _WHEN, positions),
+        "classes": _Plot("When each kind of token is committed", "", _WHEN, classes, names=names),
+    }
+    # Before the first pass nothing is decided, so settings change nothing: of each model the first run is drawn
+    entropies = {run["settings"].get("model"): run["first_pass_entropy_by_position"] for run in reversed(runs)}
+    if any(entropies.values()):
+        sinks = _lines(enumerate(entropies.pop(run["settings"].get("model"), [])) for run in runs)
+        plots["sink"] = _Plot("Entropy before the first pass", _POSITION, "entropy (nats)", sinks, is_share=False)
+    if any("pass@2" in own for own in figures):
+        passes = _lines([(k, own.get(f"pass@{k}")) for k in range(1, len(own))] for own in figures)
+        plots["pass_at_k"] = _Plot("pass@k", "samples, k", "pass@k", passes)
+    temperatures = [run["settings"].get("temperature") for run in runs]
+    if len(set(temperatures)) > 1:
+        for name, (title, y_name, full, empty) in _BY_TEMPERATURE.items():
+            lines = _lines([(x, own.get(full))] for x, own in zip(temperatures, figures, strict=True))
+            lines += _lines(([(x, own.get(empty))] for x, own in zip(temperatures, figures, strict=True)), is_open=True)
+            if lines:
+                plots[f"temperature_{name}"] = _Plot(title, "temperature", y_name, lines, is_share=name != "programs")
+    return plots
 
 
-def _by_temperature(runs: Sequence[Json]) -> list[_Panel]:
-    """Return figures against temperature: a line for the runs that are alike in all else."""
-    groups: dict[str, list[Json]] = {}
-    for run in runs:
-        groups.setdefault(str(run["settings"] | {"temperature": None}), []).append(run)
-    panels: list[_Panel] = []
-    for name in _TEMPERED:
-        lines: list[_Line] = []
-        for group in groups.values():
-            having = [run for run in group if name in run["figures"] and run["settings"].get("temperature") is not None]
-            having.sort(key=lambda run: run["settings"]["temperature"])
-            if having:
-                x = [run["settings"]["temperature"] for run in having]
-                label = having[0]["label"].replace(f"temperature {x[0]}", "").strip(", ")
-                lines.append((label, x, [run["figures"][name] for run in having]))
-        if lines:
-            panels.append(("temperature", name.replace("_ar_ness", " AR-ness"), lines))
-    return panels
+def _lines(runs: Iterable[Iterable[_Point]], *, is_open: bool = False) -> list[_Line]:
+    """Return a line for each run that has points."""
+    lines: list[_Line] = []
+    for number, points in enumerate(runs):
+        known = [(x, row) for x, row in points if x is not None and row is not None]
+        if known:
+            lines.append((number, [x for x, _ in known], [row for _, row in known], is_open))
+    return lines
 
 
-def _panels(panels: Sequence[_Panel]) -> Figure:
-    """Draw lines through the means, within their intervals; where there are none a line breaks."""
-    figure = Figure(figsize=(4.6 * len(panels), 3.4), layout="constrained")
-    for number, (x_name, y_name, lines) in enumerate(panels, 1):
-        axes = figure.add_subplot(1, len(panels), number)
-        for label, x, rows in lines:
-            mean, low, high = _bounds(rows)
-            [line] = axes.plot(x, mean, marker="o" if len(x) < 20 else "", markersize=3, linewidth=1.2, label=label)
-            axes.fill_between(x, low, high, alpha=0.15, color=line.get_color(), linewidth=0)
-        axes.set(xlabel=x_name, ylabel=y_name)
-        _decorate(axes, with_legend=number == 1 and any(label for label, _, _ in lines))
-    return figure
+def _draw_lines(axes: Axes, plot: _Plot, runs: Sequence[Json]) -> None:
+    """Draw means with their intervals; where there are none a line breaks."""
+    every_x = [place for _, x, _, _ in plot.lines for place in x]
+    width = min(0.3, 0.04 * (max(every_x) - min(every_x)))  # of the runs beside each other, where x is the same
+    for number, x, rows, is_open in plot.lines:
+        mean, bars = _means(rows)
+        look = _look(number, runs)
+        if is_open:
+            look |= {"markerfacecolor": "none", "label": ""}
+        if len(x) > 1:
+            axes.locator_params(axis="x", integer=True)
+        if len(x) > 1 and not plot.names and runs[number]["prompts"] >= FEW:
+            axes.fill_between(x, mean - bars[0], mean + bars[1], alpha=0.15, color=look["color"], linewidth=0)
+            axes.errorbar(x, mean, markevery=len(x) // 12 + 1, **look | {"linestyle": "-"})
+        else:
+            beside = width * (number / max(len(runs) - 1, 1) - 0.5)
+            axes.errorbar(np.array(x) + beside, mean, yerr=bars if len(x) < 100 else None, **look)
+    if plot.names:
+        axes.set_xticks(range(len(plot.names)), plot.names, rotation=35, ha="right", rotation_mode="anchor")
+    if plot.is_share:
+        axes.set_ylim(-0.03, 1.03)
+    else:
+        axes.set_ylim(bottom=0)
 
 
-def _classes(runs: Sequence[Json]) -> Figure:
-    """Draw when tokens of each class are committed: a dot with its interval for each run."""
-    figure = Figure(figsize=(4.6, 3.4), layout="constrained")
-    axes = figure.add_subplot()
-    labels: dict[str, str] = {}
-    for kind in CLASSES:
-        count = sum(run["tokens_of_class"][kind] for run in runs)
-        if count:
-            labels[kind] = f"{kind}\n{count:,} tokens"
-    for number, run in enumerate(runs):
-        rows: list[Json] = []
-        heights: list[float] = []
-        for place, kind in enumerate(labels):
-            if f"rank_{kind}" in run["figures"]:
-                rows.append(run["figures"][f"rank_{kind}"])
-                heights.append(place + 0.6 * (number + 0.5) / len(runs) - 0.3)
-        mean, low, high = _bounds(rows)
-        bars = [mean - low, high - mean]
-        axes.errorbar(mean, heights, xerr=bars, fmt="o", markersize=4, linewidth=1, label=run["label"])
-    axes.set(xlabel="when committed (0 first, 1 last)", xlim=(0, 1))
-    axes.set(yticks=range(len(labels)), yticklabels=list(labels.values()))
-    axes.invert_yaxis()
-    _decorate(axes, with_legend=True)
-    return figure
+def _look(number: int, runs: Sequence[Json]) -> Json:
+    """Return colour, mark and label of a run, as matplotlib names them."""
+    look: Json = {"color": ramp(number / max(len(runs) - 1, 1)), "label": runs[number]["label"], "linestyle": ""}
+    return look | {"marker": "osD^v"[number % 5], "markersize": 3.5, "elinewidth": 0.8}  # in the page ●■◆▲▼
 
 
-def _bounds(rows: Sequence[Json]) -> np.ndarray:
-    """Return (3, N): mean, low and high; nan where there are none."""
+def _means(rows: Sequence[Json]) -> tuple[np.ndarray, np.ndarray]:
+    """Return (N,) means and (2, N) how far their intervals reach down and up; nan where there are none."""
     bounds = [(row["mean"], row["low"], row["high"]) for row in rows]
-    return np.array(bounds, dtype=float).reshape(-1, 3).T  # None becomes nan
-
-
-def _decorate(axes: Axes, *, with_legend: bool) -> None:
-    axes.grid(alpha=0.25)
-    axes.spines[["top", "right"]].set_visible(False)
-    if with_legend:
-        axes.legend(frameon=False, fontsize=8)
+    mean, low, high = np.array(bounds, dtype=float).reshape(-1, 3).T  # None becomes nan
+    return mean, np.maximum([mean - low, high - mean], 0)  # a mean may be outside its bootstrap interval

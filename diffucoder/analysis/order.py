@@ -18,6 +18,7 @@ from diffucoder.analysis.tokens import CLASSES
 from diffucoder.decoding.trace import LARGEST_MAP
 from diffucoder.errors import ConfigError
 from diffucoder.files import Json
+from diffucoder.grading.extract import program_key
 from diffucoder.metrics import bootstrap, is_share, pass_at_k, wilson
 
 ROUNDS = 2000  # of the bootstrap
@@ -30,19 +31,15 @@ Figures = dict[str, float]  # of one answer or prompt, by name
 
 def analyse(runs: Sequence[Run], conventions: Conventions) -> Json:
     """Return the content of report.json: the figures of every run, and the differences of every two."""
-    tables: list[dict[str, Figures]] = []
-    reports: list[Json] = []
+    tables = [_figures_by_prompt(run, conventions) for run in runs]
     differences: list[Json] = []
-    for run in runs:
-        tables.append(_figures_by_prompt(run, conventions))
-        reports.append(_report_of(run, tables[-1]))
     for one, other in combinations(range(len(runs)), 2):
         pair = {"a": runs[one].label, "b": runs[other].label}
         differences.append(pair | _difference(tables[one], tables[other]))
     return {
         "conventions": conventions.model_dump(),
         "interval": f"95 %, bootstrap over prompts, {ROUNDS} rounds; Wilson for shares of prompts",
-        "runs": reports,
+        "runs": [_report_of(run, table) for run, table in zip(runs, tables, strict=True)],
         "differences": differences,
     }
 
@@ -60,7 +57,7 @@ def _report_of(run: Run, table: Mapping[str, Figures]) -> Json:
             entropies.setdefault(answer.task, []).append(_by_position(first_pass))
     by_prompt = {}
     for task, figures in table.items():
-        by_prompt[task] = {name: _plain(value) for name, value in figures.items()}
+        by_prompt[task] = {name: plain(value) for name, value in figures.items()}
     return {
         "label": run.label,
         "settings": run.settings,
@@ -81,7 +78,7 @@ def _with_wilson(summary: dict[str, Json], table: Mapping[str, Figures]) -> dict
         values = [figures[name] for figures in table.values() if name in figures]
         if name.startswith("pass@") and is_share(values):
             low, high = wilson(sum(values), len(values))
-            summary[name] |= {"low": _plain(low), "high": _plain(high)}
+            summary[name] |= {"low": plain(low), "high": plain(high)}
     return summary
 
 
@@ -112,7 +109,7 @@ def _figures_by_prompt(run: Run, conventions: Conventions) -> dict[str, Figures]
         graded = True
         for answer in answers:
             rows.append(_figures_of(answer, conventions))
-            programs.append(answer.program)
+            programs.append(program_key("".join(answer.pieces[: answer.end])))  # its syntax tree, or its text
             graded = graded and answer.passed is not None
             if answer.passed:
                 right.append(programs[-1])
@@ -162,7 +159,7 @@ def _summary(rows: Sequence[Figures]) -> dict[str, Json]:
     counts = (~np.isnan(values)).sum(0)
     summary = {}
     for k, name in enumerate(names):
-        interval = {"mean": _plain(mean[k]), "low": _plain(low[k]), "high": _plain(high[k])}
+        interval = {"mean": plain(mean[k]), "low": plain(low[k]), "high": plain(high[k])}
         summary[name] = {**interval, "prompts": int(counts[k])}
     return summary
 
@@ -191,28 +188,26 @@ def mean_map(maps: Iterable[np.ndarray], most: int = 64) -> np.ndarray:
     Neighbours are averaged where there are more than `most` of them in a direction. Raises ConfigError for maps that
     are long in different directions, whose mean would take too much memory.
     """
-    total = np.zeros((0, 0))
-    count = np.zeros((0, 0))
+    sums = np.zeros((2, 0, 0), np.float32)  # of the entropies, and how many they are
     for entropies in maps:
         steps, length = entropies.shape
         if steps < 2:  # the first pass alone is not a map
             continue
-        shape = np.maximum(total.shape, entropies.shape)
+        shape = np.maximum(sums.shape[1:], entropies.shape)
         if np.prod(shape) > LARGEST_MAP:
             raise ConfigError(f"entropies of {shape[0]:,} steps and {shape[1]:,} tokens are too many to be averaged")
-        if (shape > total.shape).any():
-            more = [(0, new - old) for new, old in zip(shape, total.shape, strict=True)]
-            total = np.pad(total, more)
-            count = np.pad(count, more)
-        total[:steps, :length] += np.nan_to_num(entropies)
-        count[:steps, :length] += ~np.isnan(entropies)
-    if not total.size:
-        return total
-    for axis, size in enumerate(total.shape):
+        if (shape > sums.shape[1:]).any():
+            smaller = sums
+            sums = np.zeros((2, *shape), np.float32)
+            sums[:, : smaller.shape[1], : smaller.shape[2]] = smaller
+        known = ~np.isnan(entropies)
+        total, count = sums[:, :steps, :length]
+        np.add(total, entropies, out=total, where=known)
+        count += known
+    for axis, size in enumerate(sums.shape[1:], 1):
         starts = np.unique(np.linspace(0, size, min(most, size), endpoint=False).astype(int))
-        total = np.add.reduceat(total, starts, axis=axis)
-        count = np.add.reduceat(count, starts, axis=axis)
-    return _ratio(total, count)
+        sums = np.add.reduceat(sums, starts, axis=axis) if size else sums
+    return _ratio(*sums)
 
 
 def _mean(values: np.ndarray) -> np.ndarray:
@@ -226,5 +221,5 @@ def _ratio(total: np.ndarray, count: np.ndarray) -> np.ndarray:
     return ratio
 
 
-def _plain(value: float) -> float | None:
+def plain(value: float) -> float | None:
     return None if math.isnan(value) else round(float(value), 6)

@@ -1,10 +1,11 @@
-// The report's page: the samples that stand in it, step by step, of one run or of two side by side.
-import { shades, spans, standing } from "../canvas/canvas.js";
+// The report's page: its samples step by step, of one run or of two side by side.
+import { ramp, shades, spans, standing } from "../canvas/canvas.js";
 
 const $ = (selector) => document.querySelector(selector);
 const { runs, classes, differences, columns } = JSON.parse($("#data").textContent);
-const HUES = [265, 215, 0, 120, 170, 60, 320, 30]; // of the classes
-const shown = { sample: 0, step: Infinity };
+const KINDS = ["#0072b2", "#56b4e9", "#d55e00", "#009e73", "#8a8f98", "#e69f00", "#cc79a7", "#b8a800"]; // colours that colour-blind readers can tell apart
+const shown = { item: 0, step: Infinity }; // an item of the list, after so many steps
+let items = []; // of the list: the numbers of the samples that each is
 let playing = 0;
 
 // --- a sample as a row of a canvas ---
@@ -28,7 +29,7 @@ function rowOf(sample) {
 
 const shadeOf = (sample) => {
   const by = $("#colour").value;
-  return by === "kind" ? (cell) => `hsl(${HUES[sample.kinds[cell.position]]} 70% 55%)` : shades[by];
+  return by === "kind" ? (cell) => KINDS[sample.kinds[cell.position]] : shades[by];
 };
 
 function strip(sample) {
@@ -54,8 +55,7 @@ function heat(map, count) {
   const most = Math.max(1, ...bytes.filter((byte) => byte < 255));
   const image = new ImageData(map.columns, map.rows);
   bytes.forEach((byte, at) => {
-    const share = byte / most;
-    image.data.set(byte === 255 ? [0, 0, 0, 0] : [255 * Math.min(1, 1.6 * share), 90 + 110 * share, 160 * (1 - share), 255], 4 * at);
+    image.data.set(byte === 255 ? [0, 0, 0, 0] : [...ramp(byte / most), 255], 4 * at);
   });
   canvas.getContext("2d").putImageData(image, 0, 0);
   const box = document.createElement("div");
@@ -78,33 +78,36 @@ function said(tag, text, name = "") {
 }
 
 function figuresOf(sample) {
-  const mark = sample.passed === null ? "" : sample.passed ? "right, " : "wrong, ";
-  return `${mark}${sample.length} tokens in ${sample.passes} passes, local AR-ness@1 ${sample.local ?? "–"}, global ${sample.global ?? "–"}`;
+  const verdict = sample.passed === null ? "" : sample.passed ? "Passed, " : "Failed, ";
+  return `${verdict}${sample.length} tokens in ${sample.passes} passes; local AR-ness@1 ${sample.local?.toFixed(3) ?? "–"}, global ${sample.global?.toFixed(3) ?? "–"}`;
 }
 
 function panel(run) {
   const box = document.createElement("div");
-  const sample = run.samples[shown.sample];
+  const sample = run.samples[items[shown.item]?.[0]];
   box.append(said("h3", run.label));
-  if (!sample) return box.append(said("p", "this run has no such sample")), box;
+  if (!sample) {
+    box.append(said("p", "This run has no such answer."));
+    return box;
+  }
   const row = rowOf(sample);
   const canvas = said("pre", "", "canvas");
   canvas.tabIndex = 0;
-  canvas.setAttribute("aria-label", `sample of ${run.label}`);
+  canvas.setAttribute("aria-label", `answer of ${run.label}`);
   canvas.append(...spans(row, Math.min(shown.step, row.steps.length), shadeOf(sample)));
   box.append(canvas, said("p", figuresOf(sample) + (sample.revoked.length ? `, ${sample.revoked.length} taken back` : ""), "figures"));
   const map = sample.map ?? run.map;
   if (map) {
     const [picture, nats] = heat(map, row.steps.length);
-    const whose = sample.map ? "Entropy" : "Mean entropy of the run's samples";
-    box.append(picture, said("p", `${whose}: steps downwards, positions to the right; bright is unsure, at most ${nats.toFixed(1)} nats; what is decided is blank.`, "figures"));
+    const whose = sample.map ? "Entropy of each open position" : "Mean entropy of each open position, over the run's answers";
+    box.append(picture, ramped("0", `${nats.toFixed(1)} nats`), said("p", `${whose}, before each step (downwards). Committed positions are blank.`, "figures"));
   }
   return box;
 }
 
 function show() {
   const some = chosen();
-  const samples = some.map((run) => run.samples[shown.sample]).filter(Boolean);
+  const samples = some.map((run) => run.samples[items[shown.item]?.[0]]).filter(Boolean);
   const last = Math.max(1, ...samples.map((sample) => rowOf(sample).steps.length));
   shown.step = Math.max(0, Math.min(shown.step, last));
   $("#step").max = last;
@@ -115,43 +118,59 @@ function show() {
 }
 
 function pick(at) {
-  const items = $("#samples").children;
-  shown.sample = Math.max(0, Math.min(at, items.length - 1));
-  for (const [number, item] of [...items].entries()) item.setAttribute("aria-selected", number === shown.sample);
-  $("#samples").setAttribute("aria-activedescendant", `sample-${shown.sample}`);
-  const [list, item] = [$("#samples"), items[shown.sample]];
-  if (item && (item.offsetTop < list.scrollTop + list.offsetTop || item.offsetTop + item.offsetHeight > list.scrollTop + list.offsetTop + list.clientHeight))
-    list.scrollTop = item.offsetTop - list.offsetTop - list.clientHeight / 2;
+  const list = $("#samples");
+  shown.item = Math.max(0, Math.min(at, items.length - 1));
+  for (const [number, item] of [...list.children].entries()) item.setAttribute("aria-selected", number === shown.item);
+  list.setAttribute("aria-activedescendant", `sample-${shown.item}`);
+  const item = list.children[shown.item];
+  if (item && (item.offsetTop < list.scrollTop || item.offsetTop + item.offsetHeight > list.scrollTop + list.clientHeight))
+    list.scrollTop = item.offsetTop - list.clientHeight / 2;
   shown.step = Infinity;
   show();
 }
 
+// failures first; answers to one prompt with the same text are one item, if wanted
+function itemsOf(run) {
+  const found = new Map();
+  run.samples.forEach((sample, at) => {
+    const key = $("#fold").checked ? JSON.stringify([sample.prompt, sample.passed, sample.pieces.slice(0, sample.length)]) : at;
+    found.set(key, [...(found.get(key) ?? []), at]);
+  });
+  const failed = ([at]) => run.samples[at].passed === false;
+  return [...found.values()].sort((one, other) => failed(other) - failed(one));
+}
+
 function list() {
   const run = runs[$("#a").value];
-  const items = run.samples.map((sample, at) => {
-    const item = said("li", `${sample.passed === null ? "" : sample.passed ? "✓ " : "✗ "}${sample.name}`);
+  items = itemsOf(run);
+  const entries = items.map((numbers, at) => {
+    const sample = run.samples[numbers[0]];
+    const item = said("li", `${sample.passed === null ? "" : sample.passed ? "✓ " : "✗ "}${sample.name}`, sample.passed === false ? "failed" : "");
     item.setAttribute("role", "option");
     item.id = `sample-${at}`;
+    if (numbers.length > 1) item.append(said("b", `×${numbers.length}`));
     item.append(strip(sample));
     item.addEventListener("click", () => pick(at));
     return item;
   });
-  $("#samples").replaceChildren(...items);
-  pick(shown.sample);
+  $("#samples").replaceChildren(...entries);
+  pick(shown.item);
+}
+
+function ramped(first, last) {
+  const bar = said("span", "", "legend figures");
+  bar.append(first, document.createElement("i"), last);
+  return bar;
 }
 
 function legend() {
   const by = $("#colour").value;
-  if (by !== "kind") {
-    const [first, last] = by === "order" ? ["first step", "last step"] : ["sure", "unsure"];
-    const bar = said("span", "", "legend");
-    bar.append(first, document.createElement("i"), last);
-    return $("#legend").replaceChildren(bar);
-  }
+  if (by === "order") return $("#legend").replaceChildren(ramped("first step", "last step"));
+  if (by === "sure") return $("#legend").replaceChildren(ramped("sure", "unsure"));
   $("#legend").replaceChildren(
     ...classes.flatMap((name, at) => {
       const key = said("span", "", "key");
-      key.style.setProperty("--colour", `hsl(${HUES[at]} 70% 55%)`);
+      key.style.setProperty("--colour", KINDS[at]);
       return [key, name];
     }),
   );
@@ -164,21 +183,24 @@ function compare() {
   table.hidden = !found || a === b;
   if (table.hidden) return;
   const sign = found.a === a ? 1 : -1;
-  const head = document.createElement("tr");
+  const head = document.createElement("thead");
   const body = document.createElement("tr");
-  head.append(said("th", `${b} less ${a}, over ${found.prompts} prompts`));
-  body.append(said("th", "paired, 95 %"));
+  head.append(said("th", "Difference"));
+  body.append(said("th", `${b} less ${a}, over ${found.prompts} prompts`));
   for (const name of columns) {
     const row = found.figures[name];
     if (!row || row.mean === null) continue;
     const [low, high] = [sign * row.low, sign * row.high].sort((x, y) => x - y);
-    head.append(said("th", name.replace("ar_ness", "AR-ness").replaceAll("_", " ")));
-    const cell = said("td", (sign * row.mean).toFixed(3));
-    cell.append(said("small", `${low.toFixed(3)} to ${high.toFixed(3)}, n=${row.prompts}`));
+    const cell = said("td", signed(sign * row.mean));
+    cell.dataset.name = name.replace("ar_ness", "AR-ness").replace("distinct", "different programs").replaceAll("_", " ");
+    head.append(said("th", cell.dataset.name));
+    cell.append(said("small", `${signed(low)} to ${signed(high)}${row.prompts === found.prompts ? "" : `, ${row.prompts} prompts`}`));
     body.append(cell);
   }
   table.replaceChildren(head, body);
 }
+
+const signed = (value) => `${value > 0 ? "+" : ""}${value.toFixed(3)}`;
 
 // --- choices and keys ---
 
@@ -195,8 +217,8 @@ function play() {
 }
 
 const keys = {
-  ArrowUp: () => pick(shown.sample - 1),
-  ArrowDown: () => pick(shown.sample + 1),
+  ArrowUp: () => pick(shown.item - 1),
+  ArrowDown: () => pick(shown.item + 1),
   ArrowLeft: () => (shown.step -= 1),
   ArrowRight: () => (shown.step += 1),
   Home: () => (shown.step = 0),
@@ -221,6 +243,7 @@ for (const select of [$("#a"), $("#b")]) {
 }
 $("#b").value = runs.length > 1 ? 1 : "";
 $("#colour").addEventListener("change", () => (list(), legend()));
+$("#fold").addEventListener("change", list);
 list();
 legend();
 compare();

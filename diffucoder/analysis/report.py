@@ -9,12 +9,13 @@ from pathlib import Path
 
 import numpy as np
 
-from diffucoder.analysis.figures import draw
-from diffucoder.analysis.order import analyse, mean_map
+from diffucoder.analysis.figures import FEW, draw
+from diffucoder.analysis.order import analyse, mean_map, plain
 from diffucoder.analysis.runs import Answer, Run, read_runs
 from diffucoder.analysis.settings import Conventions
 from diffucoder.analysis.tokens import CLASSES
 from diffucoder.files import Json, write_json, write_text
+from diffucoder.ramp import ramp
 
 _HERE = Path(__file__).parent
 _SHARED = _HERE.parent / "data" / "canvas"  # the server's page draws canvases by these files too
@@ -38,18 +39,18 @@ def write(
     return report
 
 
-def _page(report: Json, shown: Sequence[Json], drawings: dict[str, str]) -> str:
+def _page(report: Json, shown: Sequence[Json], drawings: dict[str, Json]) -> str:
     """Return the page, with styles, script, drawings and samples in it."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined  # here, because only pages need it
 
-    columns = []
-    for name in _COLUMNS:
-        if any(run["figures"].get(name, {}).get("high") for run in report["runs"]):  # not a column of zeros
-            columns.append(name)
+    figures = [run["figures"] for run in report["runs"]]
+    columns = [name for name in _COLUMNS if any(own.get(name, {}).get("high") for own in figures)]  # not of zeros
     data = {"runs": shown, "classes": CLASSES, "differences": report["differences"], "columns": columns}
     room = Environment(autoescape=True, loader=FileSystemLoader(_HERE), undefined=StrictUndefined, trim_blocks=True)
     return room.get_template("page.html").render(
         told=report,
+        few=FEW,
+        ramp=ramp,
         columns=columns,
         drawings=drawings,
         style=(_SHARED / "canvas.css").read_text(encoding="utf-8") + (_HERE / "page.css").read_text(encoding="utf-8"),
@@ -86,8 +87,8 @@ def _shown_sample(answer: Answer, conventions: Conventions) -> Json:
         "passed": answer.passed,
         "length": answer.length,
         "passes": trace.forward_passes,
-        "local": _rounded(local_ar_ness[0]),
-        "global": _rounded(global_ar_ness[0]),
+        "local": plain(local_ar_ness[0]),
+        "global": plain(global_ar_ness[0]),
         "map": _as_bytes(mean_map([trace.entropy_map], _MOST)),
     }
 
@@ -99,10 +100,6 @@ def _as_bytes(entropies: np.ndarray) -> Json | None:
     levels = np.clip(np.nan_to_num(entropies) * 40, 0, 254)
     levels = np.where(np.isnan(entropies), 255, levels).astype(np.uint8)
     return {"rows": len(levels), "columns": levels.shape[1], "bytes": base64.b64encode(levels.tobytes()).decode()}
-
-
-def _rounded(value: float) -> float | None:
-    return None if math.isnan(value) else round(value, 3)
 
 
 def summary(report: Json, folder: Path) -> str:

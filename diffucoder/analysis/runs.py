@@ -3,6 +3,7 @@
 import json
 import zlib
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
@@ -13,9 +14,8 @@ import numpy as np
 from diffucoder.analysis.settings import Conventions
 from diffucoder.analysis.tokens import token_classes
 from diffucoder.decoding.trace import Trace, commit_order, committed_before, global_ar_ness, local_ar_ness, read_traces
-from diffucoder.errors import ConfigError, printable
+from diffucoder.errors import ConfigError, DiffuCoderError, printable
 from diffucoder.files import Json, read_json, read_whole_lines
-from diffucoder.grading.extract import program_key
 from diffucoder.models.checkpoint import load_tokenizer
 from diffucoder.models.hub import find
 from diffucoder.tokenizer import Tokenizer
@@ -47,7 +47,10 @@ class Answer:
             end += 1
         pieces = tokenizer.pieces(tokens)
         classes = token_classes(pieces[:end]) + ["end"] * (len(tokens) - end)
+        before, _, after = _template(tokenizer)
         prompt = tokenizer.decode(trace.tokens[: trace.prompt_length], skip_special=False)
+        if prompt.startswith(before) and prompt.endswith(after):
+            prompt = prompt.removeprefix(before).removesuffix(after)
         revoked = []
         for position, token, committed, taken_back in trace.revoked:
             revoked.append((position, tokenizer.pieces([token])[0], committed, taken_back))
@@ -57,11 +60,6 @@ class Answer:
     def length(self) -> int:
         """Tokens of the answer, its terminator included."""
         return min(self.end + 1, len(self.pieces))
-
-    @property
-    def program(self) -> str:
-        """A key for comparing programs: the dump of its syntax tree, or its text if it does not parse."""
-        return program_key("".join(self.pieces[: self.end]))
 
     def ar_ness(self, conventions: Conventions) -> tuple[list[float], list[float]]:
         """Local AR-ness@k and global AR-ness@k, for `LOCAL` and `GLOBAL` k."""
@@ -88,11 +86,7 @@ class Run:
 
 
 def ar_ness(
-    steps: Sequence[int],
-    conventions: Conventions,
-    confidence: Sequence[float] | None = None,
-    *,
-    end: int | None = None,
+    steps: Sequence[int], conventions: Conventions, confidence: Sequence[float] | None = None, *, end: int | None = None
 ) -> tuple[list[float], list[float]]:
     """Return local and global AR-ness, given the step of each position from the first hole on; -1 if none.
 
@@ -124,16 +118,19 @@ def read_runs(paths: Iterable[Path], model: str | None = None) -> list[Run]:
     is unfit.
     """
     runs: dict[str, Run] = {}
+    given = load_tokenizer(None if model == "tiny" else model) if model else None
     for path in paths:
         file = path / "traces.jsonl" if path.is_dir() else path
         if not file.is_file():
             raise ConfigError(f"{str(path)!r} holds no traces; give a folder of diffucoder order, or a file of traces")
         verdicts: dict[str, bool] = {}
-        for verdict in read_whole_lines(file.with_name("verdicts.jsonl")):
-            verdicts[f"{verdict.get('task_id')}#{verdict.get('sample')}"] = bool(verdict.get("passed"))
         prompts = _prompts(file.with_name("settings.json"))
+        for verdict in read_whole_lines(file.with_name("verdicts.jsonl")):
+            if isinstance(verdict.get("after_step"), int):  # of training
+                prompts["after_step"] = verdict["after_step"]
+            verdicts[f"{verdict.get('task_id')}#{verdict.get('sample')}"] = bool(verdict.get("passed"))
         for trace in read_traces(file):
-            tokenizer = _tokenizer(model) if model else _tokenizer_of(trace.model, file)
+            tokenizer = given or _tokenizer_of(trace.model, file)
             _check_tokens(trace, tokenizer, file)
             settings = {"model": trace.model, **prompts, **trace.params} | {"model": trace.model}
             settings.pop("seed", None)
@@ -150,26 +147,19 @@ def read_runs(paths: Iterable[Path], model: str | None = None) -> list[Run]:
 
 def labelled(runs: Sequence[Run]) -> list[Run]:
     """Return the runs, each named by the settings in which they differ, or by its model."""
-    names: Json = {}
-    for run in runs:
-        names |= run.settings
+    names = dict.fromkeys(name for run in runs for name in run.settings)
     differing = [name for name in names if len({json.dumps(run.settings.get(name)) for run in runs}) > 1]
     labels: list[str] = []
     for run in runs:
         parts = []
         for name in differing:
             value = run.settings.get(name)
-            parts.append(str(value) if name == "model" else f"{name} {value}")
+            parts.append(str(value) if name == "model" else f"{name.replace('_', ' ')} {value}")
         label = printable(" ".join((", ".join(parts) or str(run.settings.get("model"))).split()))[:200]
         if label in labels:
             label = f"{label} ({labels.count(label) + 1})"
         labels.append(label)
     return [replace(run, label=label) for run, label in zip(runs, labels, strict=True)]
-
-
-@cache
-def _tokenizer(model: str) -> Tokenizer:
-    return load_tokenizer(None if model == "tiny" else model)
 
 
 @cache
@@ -183,6 +173,14 @@ def _tokenizer_of(name: str, file: Path) -> Tokenizer:
             "downloaded; give the model, or one with its tokenizer: --model NAME"
         ) from None
     return load_tokenizer(folder)
+
+
+@cache
+def _template(tokenizer: Tokenizer) -> tuple[str, str, str]:
+    """What the chat template writes before a request, the request's place, and what follows; nothing if it fails."""
+    with suppress(DiffuCoderError):
+        return tokenizer.chat("\0").partition("\0")
+    return "", "", ""
 
 
 def _check_tokens(trace: Trace, tokenizer: Tokenizer, file: Path) -> None:

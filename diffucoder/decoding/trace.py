@@ -169,7 +169,8 @@ def _problem(trace: Trace) -> str | None:
     if not isinstance(temperature, int | float) or not 0 <= temperature <= _HOTTEST:
         return f"params.temperature is {str(temperature)[:40]!r}, not a number from 0 to {_HOTTEST:,}"
     try:
-        _ = trace.entropy_map
+        if np.isinf(trace.entropy_map).any():
+            return "an entropy is infinite"
     except (ValueError, zlib.error) as error:
         return f"entropies are not rows of {length} packed numbers ({error})"
     return None

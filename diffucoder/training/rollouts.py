@@ -158,7 +158,8 @@ def write_samples(
             line[name] = None if math.isnan(value) else round(value, 6)  # JSON has no nan
         lines.append(line)
         traces.append(replace(trace, id=f"{exercise.id}#{number}"))
-        verdicts.append({"task_id": exercise.id, "sample": number, "passed": completion.reward.solved})
+        verdict = {"task_id": exercise.id, "sample": number, "passed": completion.reward.solved}
+        verdicts.append(verdict | {"after_step": step - 1})
     append_jsonl(run / "samples.jsonl", lines)
     write_traces(run / "traces.jsonl", traces)
     write_jsonl(run / "verdicts.jsonl", verdicts)

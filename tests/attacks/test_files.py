@@ -181,6 +181,7 @@ BOMB = base64.b64encode(zlib.compress(bytes(2**27), 9)).decode()
         ({"entropies": base64.b64encode(zlib.compress(b"123456")).decode()}, "entropies"),
         ({"entropies": base64.b64encode(zlib.compress(bytes(64))[:-6]).decode()}, "entropies"),
         ({"entropies": BOMB}, "entropies"),
+        ({"entropies": base64.b64encode(zlib.compress(b"\0\x7c" * 4)).decode()}, "an entropy is infinite"),
         ({"params": {"temperature": "hot"}}, "temperature"),
         ({"params": {"temperature": float("inf")}}, "temperature"),
         ({"params": {"temperature": 10**400}}, "temperature"),
@@ -206,7 +207,7 @@ def test_settings_that_only_some_traces_have_are_drawn(tmp_path: Path) -> None:
     (tmp_path / "t.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     report = write(tmp_path / "report", [tmp_path / "t.jsonl"], Conventions())
     assert {run["settings"]["model"] for run in report["runs"]} == {"tiny"}
-    assert (tmp_path / "report" / "temperature.svg").exists()
+    assert (tmp_path / "report" / "temperature_ar_ness.svg").exists()
 
 
 def test_drawings_and_texts_are_written_through_no_link(tmp_path: Path) -> None:

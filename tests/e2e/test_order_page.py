@@ -1,9 +1,5 @@
-"""The report on order in a real browser, from disk: many traces at once, step by step, by keyboard, without a network.
+"""The report on order in a browser, from disk: many traces at once, step by step, by keyboard, without a network."""
 
-`DIFFUCODER_SCREENSHOTS=docs pytest tests/e2e/test_order_page.py` also writes the picture that the docs show.
-"""
-
-import os
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -11,11 +7,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from commands import Run
 
 from diffucoder.analysis.report import write
 from diffucoder.analysis.settings import Conventions
 from diffucoder.decoding.trace import Trace, write_traces
+from diffucoder.files import write_jsonl
 from diffucoder.models.checkpoint import load_tokenizer
 
 SECONDS = 2.0  # in which all is to be drawn
@@ -150,23 +146,81 @@ def test_a_narrow_screen_holds_all(browser: Any, report: Path, scheme: str) -> N
     page.goto(report.as_uri())
     page.wait_for_selector("body[data-shown]")
     assert page.evaluate("document.documentElement.scrollWidth") <= 390
+    inside = "[...document.querySelectorAll('section *')].filter((each) => each.scrollWidth > each.clientWidth + 1)"
+    assert page.evaluate(f"{inside}.filter((each) => getComputedStyle(each).overflowX !== 'visible').length") == 0
     page.close()
 
 
-@pytest.mark.skipif("DIFFUCODER_SCREENSHOTS" not in os.environ, reason="takes the pictures of the docs")
-def test_the_shipped_models_report_has_its_picture_taken(
-    cli: Run, browser: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("width", [390, 1200])
+def test_labels_of_figures_are_readable_and_shares_reach_from_0_to_1(browser: Any, report: Path, width: int) -> None:
+    page = browser.new_page(viewport={"width": width, "height": 844})
+    page.goto(report.as_uri())
+    page.wait_for_selector("body[data-shown]")
+    sizes = (
+        "[...document.querySelectorAll('figure svg')].map((each) => 9 * each.clientWidth / each.viewBox.baseVal.width)"
+    )
+    assert min(page.evaluate(sizes)) >= 11
+    assert {"0.0", "1.0"} <= set(page.locator("#figure-ar_ness svg text").all_inner_texts())
+    columns = page.evaluate(
+        "new Set([...document.querySelectorAll('.drawings figure')].map((each) => each.offsetLeft)).size"
+    )
+    assert columns == (1 if width == 390 else 3)
+    page.close()
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [390, 1200])
+def test_everybody_can_read_it(browser: Any, report: Path, scheme: str, width: int) -> None:
+    axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="the dev extra brings axe").Axe()
+    page = browser.new_page(viewport={"width": width, "height": 844}, color_scheme=scheme, reduced_motion="reduce")
+    page.goto(report.as_uri())
+    page.wait_for_selector("body[data-shown]")
+    found = axe.run(page).response["violations"]
+    page.close()
+    serious = [
+        (each["id"], [node["html"][:80] for node in each["nodes"]])
+        for each in found
+        if each["impact"] in ("serious", "critical")
+    ]
+    assert not serious
+
+
+def test_a_run_of_training_shows_its_step_its_failures_first_and_equal_answers_once(
+    browser: Any, tmp_path: Path
 ) -> None:
-    pictures = Path(os.environ["DIFFUCODER_SCREENSHOTS"]).resolve()
-    monkeypatch.chdir(tmp_path)
-    asked = ("order", "tiny", "--limit", 24, "--temperature", "0.2,1.2", "--num-samples", 2, "--dtype", "float32")
-    assert cli(*asked, "--run", "out").code == 0
-    page = browser.new_page(viewport={"width": 1200, "height": 1060}, color_scheme="light")
-    page.goto((tmp_path / "out/index.html").as_uri())
-    page.wait_for_selector("body[data-shown='48']")
-    for _ in range(28):
-        page.locator("#step").press("ArrowLeft")
-    page.locator("#viewer").scroll_into_view_if_needed()
-    page.evaluate("document.querySelector('#viewer').scrollIntoView()")
-    page.screenshot(path=pictures / "order_viewer.png")
+    tokenizer = load_tokenizer(None)
+    prompt = tokenizer.encode_chat("Double it.")
+    end = min(tokenizer.terminator_ids)
+    traces = []
+    verdicts = []
+    for number, text in enumerate(["return 2 * x", "return 2 * x", "return x", "return 2 * x"]):
+        tokens = [*tokenizer.encode(text), end]
+        score = [-0.1] * len(tokens)
+        trace = Trace(
+            tokens=[*prompt, *tokens],
+            prompt_length=len(prompt),
+            steps=list(range(len(tokens))),
+            confidence=score,
+            log_probs=score,
+            forward_passes=len(tokens),
+            model="tiny",
+            id=f"double#{number}",
+        )
+        traces.append(trace)
+        verdicts.append({"task_id": "double", "sample": number, "passed": text != "return x", "after_step": 3})
+    write_traces(tmp_path / "traces.jsonl", traces)
+    write_jsonl(tmp_path / "verdicts.jsonl", verdicts)
+    write(tmp_path / "report", [tmp_path], Conventions())
+    page = browser.new_page()
+    page.goto((tmp_path / "report/index.html").as_uri())
+    page.wait_for_selector("body[data-shown='4']")
+    assert "wrote 4 answers to 1 prompt" in page.locator(".lead").inner_text()
+    assert "after training step 3" in page.locator(".lead").inner_text()
+    assert page.locator("#prompt").inner_text() == "Double it."
+    assert [text.split() for text in page.locator("#samples li").all_inner_texts()] == [
+        ["✗", "double#2"],
+        ["✓", "double#0", "×3"],
+    ]
+    page.uncheck("#fold")
+    assert page.locator("#samples li").count() == 4
     page.close()

@@ -1,9 +1,5 @@
-"""The page in a real browser: writing, holes, replay, comparison, keyboard, a narrow screen; nothing from elsewhere.
+"""The page in a real browser: writing, holes, replay, comparison, keyboard, a narrow screen; nothing from elsewhere."""
 
-`DIFFUCODER_SCREENSHOTS=docs pytest tests/e2e/test_page.py` also writes the pictures that the docs show.
-"""
-
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -35,11 +31,6 @@ def write(page: Any) -> None:
     page.wait_for_selector("#status:has-text('Done')")
 
 
-def shot(page: Any, name: str) -> None:
-    if folder := os.environ.get("DIFFUCODER_SCREENSHOTS"):
-        page.screenshot(path=Path(folder) / f"page_{name}.png")
-
-
 def test_a_request_is_written_and_replayed(page: Any) -> None:
     write(page)
     canvas = page.locator(".canvas")
@@ -47,7 +38,6 @@ def test_a_request_is_written_and_replayed(page: Any) -> None:
     assert whole.startswith("def filter_numbers(nums):")
     assert "▢" not in whole.split("return")[0]
     assert "tokens in" in page.locator(".figures").inner_text()
-    shot(page, "written")
     slider = page.locator("[name=step]")
     last = int(slider.get_attribute("max"))
     slider.focus()
@@ -68,7 +58,6 @@ def test_two_holes_are_filled(page: Any) -> None:
     write(page)
     assert page.locator(".canvas .token").count() == 8
     assert "▢" not in page.locator(".canvas").inner_text()
-    shot(page, "holes")
 
 
 def test_two_settings_side_by_side(page: Any) -> None:
@@ -77,7 +66,6 @@ def test_two_settings_side_by_side(page: Any) -> None:
     assert page.locator(".panel").count() == 2
     passes = [text.split(" passes")[0].split()[-1] for text in page.locator(".figures").all_inner_texts()]
     assert int(passes[0]) > int(passes[1])
-    shot(page, "compared")
     page.uncheck("#compare")
     assert page.locator(".panel").count() == 1
 
@@ -185,5 +173,4 @@ def test_a_narrow_screen_holds_all(browser: Any, server: str, scheme: str) -> No
         box = button.bounding_box()
         assert box["x"] >= 0
         assert box["x"] + box["width"] <= 390
-    shot(page, f"narrow_{scheme}")
     page.close()

@@ -1,18 +1,22 @@
 // A canvas as it stands after some steps: what the server's page and the report on order both draw.
 // A row is { canvas: [text, or null where masked], steps: [{ committed: [{ position, text, bytes, log_prob }], revoked: [position] }] }.
 
-// The colours of the first step and the last, as in the terminal. Blue and orange differ for colour-blind readers too.
-const EARLY = [86, 156, 255];
-const LATE = [255, 166, 77];
+// Red, green and blue of both ends of the ramp, which the style sheet defines.
+const [FIRST, LAST] = ["--first", "--last"].map((name) => {
+  const hex = getComputedStyle(document.documentElement).getPropertyValue(name).trim();
+  return [1, 3, 5].map((at) => parseInt(hex.slice(at, at + 2), 16));
+});
 
-function ramp(share) {
-  return `rgb(${EARLY.map((early, channel) => Math.round(early + (LATE[channel] - early) * share)).join(" ")})`;
+export function ramp(share) {
+  return FIRST.map((first, channel) => Math.round(first + (LAST[channel] - first) * share));
 }
+
+const colour = (share) => `rgb(${ramp(share).join(" ")})`;
 
 // how a token is coloured: a colour, from the cell and its row
 export const shades = {
-  order: (cell, row) => ramp(cell.step / Math.max(row.steps.length - 1, 1)),
-  sure: (cell) => ramp(1 - cell.sure),
+  order: (cell, row) => colour(cell.step / Math.max(row.steps.length - 1, 1)),
+  sure: (cell) => colour(1 - cell.sure),
 };
 
 export function standing(row, upTo) {
