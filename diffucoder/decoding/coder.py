@@ -4,8 +4,7 @@ This is the only pipeline. A `Request` is made from text. Its sequences are deco
 its engine. `Request.results` makes `Generation`s of them.
 
 A hole without a given length is tried at a few lengths, as rows of one batch. The row whose tokens were most likely on
-average is kept. Several such holes in one text have the same length.
-A model that was trained to decide the length
+average is kept. Several such holes in one text have the same length. A model that was trained to decide the length
 (DreamOn) resizes its holes instead (`resize`), to `new_tokens` tokens at most.
 """
 

@@ -32,7 +32,7 @@ class DecodingParams(Settings):
     """denoising steps, each one forward pass; if left out, one for each masked token"""
 
     new_tokens: int = Field(default=64, ge=1, lt=2**31)
-    """longest answer in tokens: the number of masks after the prompt (not for holes)"""
+    """longest answer in tokens: the number of masks after the prompt"""
 
     num_samples: int = Field(default=1, ge=1, le=10**6)
     """number of answers for each prompt"""
