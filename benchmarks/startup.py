@@ -23,35 +23,42 @@ PROGRAMS = {
 }
 
 
-def seconds(folder: Path, program: tuple[str, ...], *, first: bool) -> float:
-    """How long a program takes to end, or to its `first` output."""
+def seconds(folder: Path, program: tuple[str, ...], *, first: bool) -> tuple[float, float]:
+    """How long a program takes to end, or to its `first` output: by the clock, and of a processor until its end."""
     environment = {**os.environ, "PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1"}
     ours, theirs = pty.openpty()
     start = time.perf_counter()
-    with subprocess.Popen([sys.executable, *program], env=environment, stdout=theirs, stderr=theirs) as process:
-        if first:
-            os.read(ours, 1)
-        else:
-            process.wait()
+    process = subprocess.Popen([sys.executable, *program], env=environment, stdout=theirs, stderr=theirs)
+    if first:
+        os.read(ours, 1)
         taken = time.perf_counter() - start
         process.kill()
+    _, _, usage = os.wait4(process.pid, 0)
+    process.returncode = 0
+    if not first:
+        taken = time.perf_counter() - start
     os.close(ours)
     os.close(theirs)
-    return taken
+    return taken, usage.ru_utime + usage.ru_stime
 
 
 def main() -> None:
     folders = [Path(name).resolve() for name in sys.argv[1:]] or [Path(__file__).resolve().parents[1]]
     processor = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text(encoding="utf-8"))
     print(f"{processor and processor[1]}, {os.cpu_count()} cores; load {os.getloadavg()[0]:.1f}\n")
-    print("| seconds |", *(f"{folder.name} |" for folder in folders))
+    print("| seconds by the clock (of a processor) |", *(f"{folder.name} |" for folder in folders))
     print("| --- |", *("--: |" for _ in folders))
     for name, program in PROGRAMS.items():
-        times: dict[Path, list[float]] = {folder: [] for folder in folders}
+        times: dict[Path, list[tuple[float, float]]] = {folder: [] for folder in folders}
         for folder in folders * 6:
             times[folder].append(seconds(folder, program, first="first" in name))
-        medians = (statistics.median(times[folder][1:]) for folder in folders)  # the first run fills caches of files
-        print(f"| `{name}` |", *(f"{median:.2f} |" for median in medians), flush=True)
+        cells = []
+        for folder in folders:
+            clock, processor_time = map(
+                statistics.median, zip(*times[folder][1:], strict=True)
+            )  # the first fills caches
+            cells.append(f"{clock:.2f} ({processor_time:.2f}) |")
+        print(f"| `{name}` |", *cells, flush=True)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@
 9  convert on a full disk                      convert_on_a_full_disk_leaves_nothing
 10 tracebacks                                  test_command_line (full disk, Ctrl-C); unreadable_traces_are_one_line
 11 lists, numbers and names in Python          decoding/test_keywords
-12 the page of a server with preset=fast       test_page: the page shows the defaults of the server
+12 the page of a server with preset=fast       the_page_claims_nothing_about_settings_it_does_not_send
 13 infill --num-samples is ignored             test_cli: infill_watches_traces_and_gives_every_sample
 14 the name tiny works in some places          the_shipped_model_has_a_name_everywhere
 15 --resume wants all settings; --model RUN    a_run_resumes_from_its_folder_alone; a_run_folder_is_not_a_model
@@ -243,6 +243,15 @@ def test_the_layout_in_the_docs_is_the_one_on_disk() -> None:
     assert "to come" not in design
     for name in re.findall(r"`(diffucoder/[\w/]+\.py)`", design):
         assert (ROOT / name).exists(), name
+
+
+def test_the_page_claims_nothing_about_settings_it_does_not_send() -> None:
+    page = (ROOT / "diffucoder" / "serving" / "page" / "page.js").read_text()
+    for unsent in (
+        'field.name === "steps" && field.value === "0"',
+        'field.name === "threshold" && field.value === "1"',
+    ):
+        assert f'if ({unsent}) return "the server\'s default";' in page
 
 
 @pytest.mark.parametrize(

@@ -104,8 +104,8 @@ class Panel {
   }
 
   said(field) {
-    if (field.name === "steps" && field.value === "0") return "one per token";
-    if (field.name === "threshold" && field.value === "1") return "off";
+    if (field.name === "steps" && field.value === "0") return "the server's default";
+    if (field.name === "threshold" && field.value === "1") return "the server's default";
     return field.name === "threshold" ? `p ≥ ${field.value}` : field.value;
   }
 
