@@ -32,7 +32,7 @@ PROMPT = "Write a function filter_numbers(nums) that keeps only the even numbers
 MOMENTS = (0.15, 0.4, 0.7, 1.0)  # of the live view: shares of the passes
 BROWSER = "--no-sandbox --disable-gpu --no-first-run --disable-background-networking --disable-component-update"
 PATIENCE = 300_000  # milliseconds
-COLOURS = 128  # of a picture
+COLOURS = 256  # of a picture
 
 
 # --- what is shown. Any: playwright's page --------------------------------------------------------------------------
