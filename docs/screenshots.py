@@ -155,7 +155,7 @@ def serving() -> Iterator[str]:
 
 def make_report(folder: Path) -> str:
     """Analyse the shipped model on some of its problems. Return the address of the page."""
-    options = "tiny --limit 16 --temperature 0.2,1.2 --num-samples 4 --dtype float32 --run".split()
+    options = "tiny --limit 12 --temperature 0.2,1.2 --num-samples 3 --dtype float32 --run".split()
     subprocess.run([sys.executable, "-m", "diffucoder.cli", "order", *options, str(folder)], check=True)
     return (folder / "index.html").as_uri()
 
