@@ -32,7 +32,7 @@ PROMPT = "Write a function filter_numbers(nums) that keeps only the even numbers
 MOMENTS = (0.15, 0.4, 0.7, 1.0)  # of the live view: shares of the passes
 BROWSER = "--no-sandbox --disable-gpu --no-first-run --disable-background-networking --disable-component-update"
 PATIENCE = 300_000  # milliseconds
-COLOURS = 128  # of a picture
+COLOURS = 256  # of a picture
 
 
 # --- what is shown. Any: playwright's page --------------------------------------------------------------------------
@@ -155,7 +155,7 @@ def serving() -> Iterator[str]:
 
 def make_report(folder: Path) -> str:
     """Analyse the shipped model on some of its problems. Return the address of the page."""
-    options = "tiny --limit 16 --temperature 0.2,1.2 --num-samples 4 --dtype float32 --run".split()
+    options = "tiny --limit 12 --temperature 0.2,1.2 --num-samples 3 --dtype float32 --run".split()
     subprocess.run([sys.executable, "-m", "diffucoder.cli", "order", *options, str(folder)], check=True)
     return (folder / "index.html").as_uri()
 

@@ -95,8 +95,9 @@ def _plots(runs: Sequence[Json]) -> dict[str, _Plot]:
         "classes": _Plot("When each kind of token is committed", "", _WHEN, classes, names=names),
     }
     # Before the first pass nothing is decided, so settings change nothing: of each model the first run is drawn
-    entropies = {run["settings"].get("model"): run["first_pass_entropy_by_position"] for run in reversed(runs)}
-    if any(entropies.values()):
+    recorded = [run for run in reversed(runs) if run["first_pass_entropy_by_position"]]
+    entropies = {run["settings"].get("model"): run["first_pass_entropy_by_position"] for run in recorded}
+    if entropies:
         sinks = _lines(enumerate(entropies.pop(run["settings"].get("model"), [])) for run in runs)
         plots["sink"] = _Plot("Entropy before the first pass", _POSITION, "entropy (nats)", sinks, is_share=False)
     if any("pass@2" in own for own in figures):
@@ -125,14 +126,14 @@ def _lines(runs: Iterable[Iterable[_Point]], *, is_open: bool = False) -> list[_
 def _draw_lines(axes: Axes, plot: _Plot, runs: Sequence[Json]) -> None:
     """Draw means with their intervals; where there are none a line breaks."""
     every_x = [place for _, x, _, _ in plot.lines for place in x]
-    width = min(0.3, 0.04 * (max(every_x) - min(every_x)))  # of the runs beside each other, where x is the same
+    width = min(0.3, 0.04 * float(np.ptp(every_x or [0])))  # of the runs beside each other, where x is the same
     for number, x, rows, is_open in plot.lines:
         mean, bars = _means(rows)
         look = _look(number, runs)
         if is_open:
             look |= {"markerfacecolor": "none", "label": ""}
         if len(x) > 1:
-            axes.locator_params(axis="x", integer=True)
+            axes.locator_params(axis="x", integer=True, nbins=10)
         if len(x) > 1 and not plot.names and runs[number]["prompts"] >= FEW:
             axes.fill_between(x, mean - bars[0], mean + bars[1], alpha=0.15, color=look["color"], linewidth=0)
             axes.errorbar(x, mean, markevery=len(x) // 12 + 1, **look | {"linestyle": "-"})

@@ -14,6 +14,7 @@ from diffucoder.analysis.order import analyse, mean_map, plain
 from diffucoder.analysis.runs import Answer, Run, read_runs
 from diffucoder.analysis.settings import Conventions
 from diffucoder.analysis.tokens import CLASSES
+from diffucoder.errors import printable
 from diffucoder.files import Json, write_json, write_text
 from diffucoder.ramp import ramp
 
@@ -43,14 +44,14 @@ def _page(report: Json, shown: Sequence[Json], drawings: dict[str, Json]) -> str
     """Return the page, with styles, script, drawings and samples in it."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined  # here, because only pages need it
 
-    figures = [run["figures"] for run in report["runs"]]
-    columns = [name for name in _COLUMNS if any(own.get(name, {}).get("high") for own in figures)]  # not of zeros
+    columns = [name for name in _COLUMNS if any(run["figures"].get(name, {}).get("high") for run in report["runs"])]
     data = {"runs": shown, "classes": CLASSES, "differences": report["differences"], "columns": columns}
     room = Environment(autoescape=True, loader=FileSystemLoader(_HERE), undefined=StrictUndefined, trim_blocks=True)
     return room.get_template("page.html").render(
         told=report,
         few=FEW,
         ramp=ramp,
+        printable=printable,
         columns=columns,
         drawings=drawings,
         style=(_SHARED / "canvas.css").read_text(encoding="utf-8") + (_HERE / "page.css").read_text(encoding="utf-8"),

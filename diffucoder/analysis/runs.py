@@ -114,8 +114,7 @@ def read_runs(paths: Iterable[Path], model: str | None = None) -> list[Run]:
     """Return runs from run folders, with their verdicts, or from files of traces: one for each model and setting.
 
     `model` is the one whose tokenizer reads them all; without it each names its own, which must be on this machine: a
-    file asks for no download. Raises ConfigError if there are no runs or too many, and CheckpointError if a tokenizer
-    is unfit.
+    file asks for no download. Raises ConfigError for no runs or too many, and CheckpointError for an unfit tokenizer.
     """
     runs: dict[str, Run] = {}
     given = load_tokenizer(None if model == "tiny" else model) if model else None

@@ -160,7 +160,7 @@ def test_labels_of_figures_are_readable_and_shares_reach_from_0_to_1(browser: An
         "[...document.querySelectorAll('figure svg')].map((each) => 9 * each.clientWidth / each.viewBox.baseVal.width)"
     )
     assert min(page.evaluate(sizes)) >= 11
-    assert {"0.0", "1.0"} <= set(page.locator("#figure-ar_ness svg text").all_inner_texts())
+    assert {"0.0", "1.0"} <= set(page.locator("#figure-ar_ness svg text").all_text_contents())
     columns = page.evaluate(
         "new Set([...document.querySelectorAll('.drawings figure')].map((each) => each.offsetLeft)).size"
     )

@@ -356,6 +356,7 @@ def test_programs_that_are_written_are_run_and_told(fields: Fields, tmp_path: Pa
     traces = read_traces(fields["run"] / "traces.jsonl")
     assert [trace.id for trace in traces] == [f"{sample['id']}#{number}" for number, sample in enumerate(samples)]
     (run,) = read_runs([fields["run"]])  # as diffucoder order does
+    assert run.settings["after_step"] == samples[0]["step"] - 1
     assert [answer.passed for answer in run.answers] == [sample["pass_rate"] == 1 for sample in samples]
     assert ["".join(answer.pieces[: answer.length]) for answer in run.answers] == [
         "".join(sample["tokens"]) for sample in samples
