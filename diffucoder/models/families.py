@@ -25,9 +25,9 @@ class Signs:
 
     @property
     def name(self) -> str:
-        """The name of the model, in lower case: of its folder, or of `models--owner--name` in the Hub's cache."""
+        """The name of the model, in lower case: of its folder, or after the last -- in the Hub's cache."""
         in_cache = self.folder.parent.name == "snapshots"
-        return (self.folder.parents[1] if in_cache else self.folder.resolve()).name.lower()
+        return (self.folder.parents[1] if in_cache else self.folder.resolve()).name.lower().rpartition("--")[2]
 
 
 @dataclass(frozen=True)

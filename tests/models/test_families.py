@@ -12,11 +12,13 @@ from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken
 from torch import Tensor
 
+from diffucoder.decoding.coder import DiffuCoder
 from diffucoder.decoding.params import DecodingParams
 from diffucoder.errors import CheckpointError
 from diffucoder.models import hub
 from diffucoder.models.attention import Attention
 from diffucoder.models.checkpoint import find_checkpoint, load_denoiser, load_tokenizer, save_denoiser
+from diffucoder.models.convert import convert, export
 from diffucoder.models.denoiser import Denoiser
 from diffucoder.models.families import FAMILIES
 from diffucoder.models.hub import known_models
@@ -411,6 +413,23 @@ def test_a_name_in_the_hubs_cache_counts(tmp_path: Path) -> None:
     cache.mkdir(parents=True)
     folder = published({**CASES["Tiny-A2D qwen3"], "folder": "1a2b"}, cache)
     assert find_checkpoint(folder).attention == Attention(32)
+    adapters = tmp_path / "models--SJTU-Deng-Lab--D2F_DiffuCoder_Instruct_7B_Lora" / "snapshots"
+    adapters.mkdir(parents=True)
+    write_adapter(adapters / "3c4d", str(published(CASES["Dream"], tmp_path)), MODULES["Dream"])
+    assert find_checkpoint(adapters / "3c4d").attention == Attention(32, "prompt")
+
+
+def test_a_mask_token_may_be_described(tmp_path: Path) -> None:
+    folder = published(CASES["Open-dCoder"], tmp_path)
+    (folder / "tokenizer_config.json").write_text("{}")
+    token = {"content": "<M>", "lstrip": False, "normalized": False, "rstrip": False, "single_word": False}
+    (folder / "special_tokens_map.json").write_text(json.dumps({"mask_token": token}))
+    assert load(folder).mask_id == load_tokenizer(folder).mask_id == 300
+
+
+def test_a_parent_is_not_a_denoiser_because_its_tokenizer_has_a_mask(tmp_path: Path) -> None:
+    folder = published({**CASES["Open-dCoder"], "mask_token": "<|mask|>"}, tmp_path)
+    assert find_checkpoint(folder).mask_id is None
 
 
 @pytest.mark.parametrize("name", ["LLaDA", "iLLaDA", "Open-dCoder", "SDAR b8"])
@@ -423,6 +442,41 @@ def test_an_answer_ends_at_the_end_of_a_familys_turns(tmp_path: Path) -> None:
     folder = published(CASES["LLaDA"], tmp_path)
     assert load_tokenizer(folder).terminator_ids == {0, 2}
     assert Tokenizer.load(folder, mask_id=300, end_ids=(1, 50, 999)).terminator_ids == {0, 1, 2}  # 50 is text
+
+
+# ---- the rest of the project ----
+
+
+@pytest.mark.parametrize("name", ["Dream", "Open-dCoder", "Tiny-A2D llama", "LLaDA", "SDAR", "Fast-dLLM v2", "CoDA"])
+def test_a_family_decodes(name: str, tmp_path: Path) -> None:
+    coder = DiffuCoder.load(published(CASES[name], tmp_path), dtype=torch.float32, device="cpu")
+    answer = coder.generate("x = 1", DecodingParams(new_tokens=8, steps=8), chat=False)
+    assert 0 < answer.forward_passes <= 8
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("LLaDA", "rows that are not shifted"),
+        ("Fast-dLLM v2", "block-causal attention"),
+        ("CoDA", "norms of queries and keys"),
+    ],
+)
+def test_a_denoiser_is_not_converted_and_a_gguf_says_what_it_cannot_hold(
+    name: str, reason: str, tmp_path: Path
+) -> None:
+    folder = published(CASES[name], tmp_path)
+    with pytest.raises(CheckpointError, match="is a diffusion model already"):
+        convert(folder, tmp_path / "converted")
+    pytest.importorskip("gguf")
+    with pytest.raises(CheckpointError, match=f"a dream GGUF cannot represent this .* model: it has {reason}; export"):
+        export(folder, tmp_path / "out.gguf")
+
+
+def test_open_dcoder_is_exported(tmp_path: Path) -> None:
+    pytest.importorskip("gguf")
+    export(published(CASES["Open-dCoder"], tmp_path), tmp_path / "out.gguf")
+    assert (tmp_path / "out.gguf").stat().st_size > 0
 
 
 # ---- the table ----
