@@ -80,19 +80,23 @@ def _svg(figure: Figure) -> str:
 
 
 def _plots(runs: Sequence[Json]) -> dict[str, _Plot]:
-    figures = [run["figures"] for run in runs]
-    local_lines = _lines([(k, own.get(f"local_ar_ness@{k}")) for k in LOCAL] for own in figures)
-    global_lines = _lines([(k, own.get(f"global_ar_ness@{k}")) for k in GLOBAL] for own in figures)
+    kinds = []
+    names = []
+    for kind in CLASSES:
+        count = sum(run["tokens_of_class"][kind] for run in runs)
+        if count:
+            kinds.append(kind)
+            names.append(f"{kind} ({count:,})")
     positions = _lines(enumerate(run["rank_by_position"]) for run in runs)
-    counts = {kind: sum(run["tokens_of_class"][kind] for run in runs) for kind in CLASSES}
-    kinds = [kind for kind, count in counts.items() if count]
-    classes = _lines(enumerate(own.get(f"rank_{kind}") for kind in kinds) for own in figures)
-    names = [f"{kind} ({counts[kind]:,})" for kind in kinds]
+    local_lines = _by_number(runs, "local_ar_ness@", LOCAL)
+    global_lines = _by_number(runs, "global_ar_ness@", GLOBAL)
     plots = {
         "ar_ness": _Plot("Local AR-ness@k", "k", "local AR-ness@k", local_lines),
         "global_ar_ness": _Plot("Global AR-ness@k", "k", "global AR-ness@k", global_lines),
         "positions": _Plot("When each position is committed", _POSITION, _WHEN, positions),
-        "classes": _Plot("When each kind of token is committed", "", _WHEN, classes, names=names),
+        "classes": _Plot(
+            "When each kind of token is committed", "", _WHEN, _by_number(runs, "rank_", kinds), names=names
+        ),
     }
     # Before the first pass nothing is decided, so settings change nothing: of each model the first run is drawn
     recorded = [run for run in reversed(runs) if run["first_pass_entropy_by_position"]]
@@ -100,17 +104,31 @@ def _plots(runs: Sequence[Json]) -> dict[str, _Plot]:
     if entropies:
         sinks = _lines(enumerate(entropies.pop(run["settings"].get("model"), [])) for run in runs)
         plots["sink"] = _Plot("Entropy before the first pass", _POSITION, "entropy (nats)", sinks, is_share=False)
-    if any("pass@2" in own for own in figures):
-        passes = _lines([(k, own.get(f"pass@{k}")) for k in range(1, len(own))] for own in figures)
+    passes = _by_number(runs, "pass@", range(1, max(len(run["figures"]) for run in runs)))
+    if any(len(x) > 1 for _, x, _, _ in passes):
         plots["pass_at_k"] = _Plot("pass@k", "samples, k", "pass@k", passes)
-    temperatures = [run["settings"].get("temperature") for run in runs]
-    if len(set(temperatures)) > 1:
+    if len({run["settings"].get("temperature") for run in runs}) > 1:
         for name, (title, y_name, full, empty) in _BY_TEMPERATURE.items():
-            lines = _lines([(x, own.get(full))] for x, own in zip(temperatures, figures, strict=True))
-            lines += _lines(([(x, own.get(empty))] for x, own in zip(temperatures, figures, strict=True)), is_open=True)
+            lines = _by_temperature(runs, full) + _by_temperature(runs, empty, is_open=True)
             if lines:
                 plots[f"temperature_{name}"] = _Plot(title, "temperature", y_name, lines, is_share=name != "programs")
     return plots
+
+
+def _by_number(runs: Sequence[Json], prefix: str, ends: Sequence[object]) -> list[_Line]:
+    """Return the lines of the figures whose names are `prefix` and one of `ends`, which are numbers, or counted."""
+    lines = []
+    for run in runs:
+        points: list[_Point] = []
+        for place, end in enumerate(ends):
+            x = end if isinstance(end, int) else place
+            points.append((x, run["figures"].get(f"{prefix}{end}")))
+        lines.append(points)
+    return _lines(lines)
+
+
+def _by_temperature(runs: Sequence[Json], name: str, *, is_open: bool = False) -> list[_Line]:
+    return _lines(([(run["settings"].get("temperature"), run["figures"].get(name))] for run in runs), is_open=is_open)
 
 
 def _lines(runs: Iterable[Iterable[_Point]], *, is_open: bool = False) -> list[_Line]:

@@ -15,9 +15,9 @@ class KVCache:
 
     def __init__(self, layers: int, heads: int, head_dim: int, *, like: Tensor) -> None:
         """An empty cache for a model of so many `layers` and key `heads`, in dtype and on the device of `like`."""
-        empty = like.new_zeros(0, 0, heads, head_dim)
-        self.keys = [empty for _ in range(layers)]
-        self.values = [empty for _ in range(layers)]
+        self._empty = [like.new_zeros(0, 0, heads, head_dim)] * layers
+        self.keys = self._empty
+        self.values = self._empty
         self._lengths: list[int] = []  # of each row's canvas; 0 where the row is free
 
     @property
@@ -50,8 +50,8 @@ class KVCache:
         self._lengths[row] = 0
         if not self.in_use:
             self._lengths = []
-            self.keys = [layer[:0, :0].clone() for layer in self.keys]
-            self.values = [layer[:0, :0].clone() for layer in self.values]
+            self.keys = self._empty
+            self.values = self._empty
 
     def lengths(self, rows: Sequence[int]) -> list[int]:
         """The canvas lengths of some rows; 1 for a free row, so that attention over it is defined."""
