@@ -106,7 +106,8 @@ def _counted(count: int, one: str, many: str = "") -> str:
 @contextmanager
 def watch(request: Request, tokenizer: Tokenizer, console: Console) -> Iterator[OnStep]:
     """Show the first row of a request while it is decoded: call the yielded function after each step."""
-    view = CanvasView(tokenizer, request.canvas.masked[0])
+    canvas = request.canvas
+    view = CanvasView(tokenizer, canvas.masked[0][canvas.valid[0]])
     with Live(view.render(console), console=console, refresh_per_second=20) as live:
 
         def show(sequence: Sequence, step: Step) -> None:
@@ -129,6 +130,6 @@ def progress(requests: Iterable[Request], console: Console) -> Iterator[OnStep]:
             done += int(step.committed.sum())
             if step.revoked is not None:
                 done -= int(step.revoked.sum())
-            update(done)
+            update(min(done, total))  # a hole may become longer than it was
 
         yield show

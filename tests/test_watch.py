@@ -248,3 +248,21 @@ def test_the_recorded_picture_shows_what_the_shipped_model_writes() -> None:
     answer = DiffuCoder.load().generate(" ".join(prompt[1].split()))
     last_canvas = "".join(shown.rpartition(" canvas ")[2].replace("│", "").split())
     assert "".join(answer.text.split()) in last_canvas
+
+
+def test_the_view_of_an_open_hole_begins_where_the_hole_does(coder: DiffuCoder, console: Console) -> None:
+    request = coder.fill_request("def f(x):\n  <|hole|>\n", DecodingParams())
+    first = int(request.canvas.masked[0].sum())
+    steps = []
+    with watch(request, coder.tokenizer, console) as on_step:
+
+        def show(sequence: Any, step: Step) -> None:
+            on_step(sequence, step)
+            if sequence.row == 0:
+                steps.append(step)
+
+        coder.run([request], on_step=show)
+    view = CanvasView(coder.tokenizer, request.canvas.masked[0][request.canvas.valid[0]])
+    for step in steps:
+        view.update(step)
+    assert sorted(view.step_of) == list(range(first))

@@ -98,13 +98,21 @@ def _plots(runs: Sequence[Json]) -> dict[str, _Plot]:
             "When each kind of token is committed", "", _WHEN, _by_number(runs, "rank_", kinds), names=names
         ),
     }
-    # Before the first pass nothing is decided, so settings change nothing: of each model the first run is drawn
-    recorded = [run for run in reversed(runs) if run["first_pass_entropy_by_position"]]
-    entropies = {run["settings"].get("model"): run["first_pass_entropy_by_position"] for run in recorded}
-    if entropies:
-        sinks = _lines(enumerate(entropies.pop(run["settings"].get("model"), [])) for run in runs)
-        plots["sink"] = _Plot("Entropy before the first pass", _POSITION, "entropy (nats)", sinks, is_share=False)
-    passes = _by_number(runs, "pass@", range(1, max(len(run["figures"]) for run in runs)))
+    # Before the first pass nothing is decided, so settings change nothing: of each model one run is drawn
+    sinks = []
+    drawn = set()
+    for run in runs:
+        model = run["settings"].get("model")
+        entropies = [] if model in drawn else run["first_pass_entropy_by_position"]
+        sinks.append(enumerate(entropies))
+        if entropies:
+            drawn.add(model)
+    if drawn:
+        plots["sink"] = _Plot(
+            "Entropy before the first pass", _POSITION, "entropy (nats)", _lines(sinks), is_share=False
+        )
+    numbers = {int(name[5:]) for run in runs for name in run["figures"] if name.startswith("pass@")}
+    passes = _by_number(runs, "pass@", sorted(numbers))
     if any(len(x) > 1 for _, x, _, _ in passes):
         plots["pass_at_k"] = _Plot("pass@k", "samples, k", "pass@k", passes)
     if len({run["settings"].get("temperature") for run in runs}) > 1:

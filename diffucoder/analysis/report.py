@@ -44,7 +44,9 @@ def _page(report: Json, shown: Sequence[Json], drawings: dict[str, Json]) -> str
     """Return the page, with styles, script, drawings and samples in it."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined  # here, because only pages need it
 
-    columns = [name for name in _COLUMNS if any(run["figures"].get(name, {}).get("high") for run in report["runs"])]
+    columns = [
+        name for name in _COLUMNS if any(run["figures"].get(name, {}).get("high") is not None for run in report["runs"])
+    ]
     data = {"runs": shown, "classes": CLASSES, "differences": report["differences"], "columns": columns}
     room = Environment(autoescape=True, loader=FileSystemLoader(_HERE), undefined=StrictUndefined, trim_blocks=True)
     return room.get_template("page.html").render(

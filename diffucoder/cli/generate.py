@@ -263,7 +263,8 @@ def _write_file(
         except OSError as error:
             raise ConfigError(f"file {path!r} cannot be written ({error.strerror}); leave out --in-place") from None
     if as_json or not in_place:
-        print_answers(results, coder, as_json=as_json, shown=watched)
+        is_shown = watched and len(request.canvas.tokens) == request.result_count  # no other length was tried
+        print_answers(results, coder, as_json=as_json, shown=is_shown)
     surest = max(math.exp(result.trace.mean_log_prob) for result in results)
     if surest < UNSURE:
         note(f"the model is unsure of this text (mean probability of a token {surest:.0%}); check it")

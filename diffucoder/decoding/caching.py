@@ -43,7 +43,7 @@ class BlockCache(NoCache):
         self._block: tuple[int, int] | None = None  # the block that was current when everything was computed
 
     def feed(self, sequence: "Sequence", model: Denoiser) -> Tensor:
-        start, end = sequence.block_bounds()
+        start, end = sequence.open_block()
         if self._block != (start, end):
             return torch.ones_like(sequence.holes)
         fed = torch.zeros_like(sequence.holes)
@@ -51,7 +51,7 @@ class BlockCache(NoCache):
         return fed | model.needed_for(fed)
 
     def passed(self, sequence: "Sequence") -> None:
-        self._block = sequence.block_bounds()
+        self._block = sequence.open_block()
 
 
 class DelayedCache(NoCache):
@@ -88,12 +88,12 @@ class BlockCausal(NoCache):
 
     def feed(self, sequence: "Sequence", model: Denoiser) -> Tensor:
         fed = torch.zeros_like(sequence.holes)
-        fed[self._final : sequence.attention_block()[1]] = True
+        fed[self._final : sequence.model_block()[1]] = True
         return fed | model.needed_for(fed)
 
     def passed(self, sequence: "Sequence") -> None:
         if self.uses_cache:
-            self._final = sequence.attention_block()[0]
+            self._final = sequence.model_block()[0]
 
 
 def cache_plan_of(params: DecodingParams, attention: Attention) -> NoCache:

@@ -88,7 +88,11 @@ class Canvas:
             tokens.append(pad(canvas.tokens, missing, value=canvas.pad_id or 0))
             valid.append(pad(canvas.valid, missing, value=False))
         sample = torch.cat([canvas.sample for canvas in canvases])
-        return replace(canvases[0], tokens=torch.cat(tokens), valid=torch.cat(valid), sample=sample)
+        resize = canvases[0].resize
+        if resize is not None:
+            most = min(canvas.resize.most for canvas in canvases if canvas.resize is not None)
+            resize = replace(resize, most=most)
+        return replace(canvases[0], tokens=torch.cat(tokens), valid=torch.cat(valid), sample=sample, resize=resize)
 
     @property
     def masked(self) -> Tensor:

@@ -156,12 +156,16 @@ class DiffuCoder:
 
     def request(self, prompt: Prompt, params: DecodingParams, *, chat: bool = True, prefill: str = "") -> Request:
         """Make the request for one prompt, with a row for each sample. In a chat, the answer continues `prefill`."""
-        if not isinstance(prompt, Sequence):
+        if not isinstance(prompt, Sequence) or isinstance(prompt, bytes | bytearray):
             raise PromptError(f"prompt {prompt!r} is not a text; give a text, or the messages of a conversation")
         if not prompt or (isinstance(prompt, str) and not prompt.strip()):
             raise PromptError("the prompt is empty; write a request")
         if not isinstance(prompt, str) and all(isinstance(message, str) for message in prompt):
             raise PromptError(f"{len(prompt)} texts are given in place of one; use generate_batch for several requests")
+        if not isinstance(prompt, str) and not all(isinstance(message, Mapping) for message in prompt):
+            raise PromptError(
+                f"prompt {str(prompt)[:60]} is not a text; give a text, or the messages of a conversation"
+            )
         if chat:
             ids = self.tokenizer.encode_chat(prompt, prefill=prefill)
         elif isinstance(prompt, str):
@@ -301,8 +305,8 @@ class DiffuCoder:
         canvas = self._canvas(rows, 0, forbidden=tuple(sorted(special)))
         if resize is not None:
             room = self.model.max_length - needed + int(canvas.masked[0].sum())
-            allowed = tuple(sorted(special - {resize.expand_id, resize.delete_id}))
-            canvas = replace(canvas, forbidden=allowed, resize=replace(resize, most=min(resize.most, room)))
+            forbidden = tuple(sorted(special - {resize.expand_id, resize.delete_id}))
+            canvas = replace(canvas, forbidden=forbidden, resize=replace(resize, most=min(resize.most, room)))
         return HoleRequest(
             canvas=canvas.repeat(params.num_samples),
             params=params,

@@ -44,6 +44,9 @@ class Verifier(Protocol):
     def revoke(self, sequence: "Sequence", proposals: "Proposals", decision: Decision) -> Tensor:
         """Return (T,) bool: verified commitments to revoke, fewer than the step commits, so that decoding ends."""
 
+    def move(self, places: Tensor) -> None:
+        """Note that the sequence was resized: each of its positions was at `places` (T',) before."""
+
 
 class LostProbability:
     """Revoke the tokens that lost most probability since they were scored last, at most `share` times the committed.
@@ -65,6 +68,9 @@ class LostProbability:
         scored = proposals.log_prob.where(proposals.verified, self._scored)
         self._scored = decision.log_prob.where(decision.committed, scored)
         return revoked
+
+    def move(self, places: Tensor) -> None:
+        self._scored = self._scored[places]
 
 
 def verifier_of(params: DecodingParams) -> Verifier | None:

@@ -165,8 +165,8 @@ class Request:
         """Return the ids of an answer, from `start` on, that no later step can change; [] while any may be revoked."""
         if sequence.verifier is not None and sequence.finish_reason is None:
             return []
-        masks = int(sequence.holes.sum())
-        end = min(sequence.written_end, sequence.first_hole + masks)
+        hole_end = sequence.first_hole + int(sequence.holes.sum())  # of the only hole; text after it is no answer
+        end = min(sequence.written_end, hole_end)
         ids: list[int] = sequence.tokens[sequence.first_hole + start : end].tolist()
         return ids
 
@@ -299,6 +299,5 @@ class WindowedRequest(HoleRequest):
 
 def before_stops(text: str, stops: Iterable[str]) -> str:
     """Return `text` up to the first of `stops`."""
-    for stop in stops:
-        text = text.partition(stop)[0]
-    return text
+    found = [text.find(stop) for stop in stops]
+    return text[: min((start for start in found if start >= 0), default=len(text))]

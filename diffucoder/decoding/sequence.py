@@ -103,7 +103,7 @@ class Sequence:
         self.constraint = constraint
         self.places = torch.arange(len(self.tokens))  # (T,) of the canvas: which of its positions each comes from
         self._expansions = 0
-        self._schedule_began = 0  # the step that is the first of the schedule
+        self._schedule_began = 0  # the step that is the first of the schedule: later ones follow a resize
         self.verifier = verifier_of(params)
         self.finish_reason: Literal["stop", "length"] | None = None if masked else "length"
         self.forward_passes = 0
@@ -146,7 +146,7 @@ class Sequence:
         """End of the part of the answer that has no gap. A stop string may leave gaps."""
         return min(leftmost(self.holes & (self._committed_by < 0)), self.answer_end)
 
-    def attention_block(self) -> tuple[int, int]:
+    def model_block(self) -> tuple[int, int]:
         """Return the bounds of the current block of the model, the first with a mask. A pass shows nothing after it.
 
         With full attention there is one block, from the first hole to the end.
@@ -157,9 +157,9 @@ class Sequence:
         origin = 0 if self.canvas.attention.origin == "start" else self.first_hole
         return self._first_masked_part(origin, len(self.tokens), size)
 
-    def block_bounds(self) -> tuple[int, int]:
+    def open_block(self) -> tuple[int, int]:
         """Return the bounds of the current block: the part of the model's block that may be filled now."""
-        start, end = self.attention_block()
+        start, end = self.model_block()
         return self._first_masked_part(start, end, self.params.block or len(self.tokens))
 
     def _first_masked_part(self, start: int, end: int, size: int) -> tuple[int, int]:
@@ -234,19 +234,19 @@ class Sequence:
             self._take_back(revoked[0])
         self.forward_passes += 1
         self._uniform = None
-        canvas = self.tokens[None]
+        before = self.tokens[None]
         places = self._resize()
-        resized = None if places is None else self.tokens[None]
-        self._finish_if_over()
+        self._finish_if_over()  # may fill what is still masked with pads
+        after = self.tokens[None]
         return Step(
             index=self.forward_passes - 1,
-            canvas=self.tokens[None] if resized is None else canvas,
+            canvas=after if places is None else before,
             committed=committed[None],
             revoked=revoked,
             confidence=confidence[None],
             log_prob=log_prob[None],
             entropy=entropy,
-            resized=resized,
+            resized=None if places is None else after,
             places=places,
         )
 
@@ -281,12 +281,17 @@ class Sequence:
         self._log_prob = self._log_prob[places]
         expanded = self.holes & (self.tokens == resize.expand_id)
         self.tokens = self.tokens.masked_fill(expanded, self.canvas.mask_id)
-        self._committed_by = self._committed_by.masked_fill(expanded, -1)
+        self._forget(expanded)
         self._expansions += int(expanded.sum()) // 2
-        self._entropies = []  # they are of other positions
+        self.entropies = 0  # a trace has them for the same positions in all steps
+        self._entropies = []
         self._revoked = []
-        self.verifier = verifier_of(self.params)
-        self.schedule = schedule_of(self.params, int(self.masked.sum()))
+        if self.verifier is not None:
+            self.verifier.move(places)
+        steps = None
+        if self.params.steps is not None:
+            steps = max(1, self.params.steps - self.forward_passes)  # those that are left
+        self.schedule = schedule_of(self.params.replace(steps=steps), int(self.masked.sum()))
         self._schedule_began = self.forward_passes
         self._set_sampler()
         return places[None]
@@ -297,9 +302,15 @@ class Sequence:
             token = int(self.tokens[position])
             made = int(self._committed_by[position])
             self._revoked.append([position - self.first_hole, token, made, self.forward_passes])
-        self._committed_by[revoked] = -1
+        self._forget(revoked)
         self.tokens = self.tokens.masked_fill(revoked, self.canvas.mask_id)
         self._until_saw = min(self._until_saw, self.first_masked)  # other tokens may come there
+
+    def _forget(self, positions: Tensor) -> None:
+        """Note that nothing is committed at `positions` (T,) bool."""
+        self._committed_by = self._committed_by.masked_fill(positions, -1)
+        self._confidence = self._confidence.masked_fill(positions, 0)
+        self._log_prob = self._log_prob.masked_fill(positions, 0)
 
     def _finish_if_over(self) -> None:
         """Set `finish_reason` when nothing before the end of the answer is masked, or `until` returns True.
@@ -325,14 +336,13 @@ class Sequence:
         """Return the history so far as a trace. `model` is the name of the model in it."""
         start = self.first_hole
         steps: list[int] = self._committed_by[start:].tolist()
-        resized = len(self.places) != self.canvas.valid[self.row].sum()
         return Trace(
             tokens=self.tokens.tolist(),
             prompt_length=start,
             steps=steps,
             confidence=[float(f"{value:.4g}") for value in self._confidence[start:].tolist()],
             log_probs=[round(value, 4) for value in self._log_prob[start:].tolist()],
-            forward_passes=self.forward_passes if self._expansions or resized else max(steps, default=-1) + 1,
+            forward_passes=self.forward_passes if self._schedule_began else max(steps, default=-1) + 1,
             params=self.params.model_dump(mode="json"),
             model=model,
             revoked=self._revoked,

@@ -66,7 +66,8 @@ def denoise(
         raise PromptError(
             f"the canvas marks holes with {canvas.mask_id}, the model with {model.mask_id}; use the model's"
         )
-    assert canvas.resize is None, "all steps have the canvas's shape"
+    if canvas.resize is not None:
+        raise PromptError("the canvas has holes that may change their length; decode it with DiffuCoder.run")
     canvas.check_scorable(model.first_scorable)
     canvas = replace(canvas, attention=model.attention).repeat(params.num_samples)
     rows = range(len(canvas.tokens))
@@ -106,13 +107,13 @@ def plan(model: Denoiser, sequence: Sequence) -> Plan:
     """Return the part of one sequence in a pass, (T,) each."""
     feed = sequence.cache_plan.feed(sequence, model)
     scorable = model.scorable(feed)
-    start, end = sequence.block_bounds()
+    start, end = sequence.open_block()
     open_ = torch.zeros_like(scorable)
     open_[start:end] = (sequence.masked & scorable)[start:end]
     verified = torch.zeros_like(scorable)
     if sequence.verifier is not None:
         verified = sequence.verifier.verify(sequence) & ~sequence.masked & scorable
-        verified[: sequence.attention_block()[0]] = False  # of a finished block nothing is taken back
+        verified[: sequence.model_block()[0]] = False  # of a finished block nothing is taken back
     return Plan(sequence.tokens, torch.ones_like(feed), feed, open_, verified, sequence.uniform.T)
 
 

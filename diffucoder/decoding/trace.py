@@ -67,9 +67,9 @@ class Trace:
 
     @property
     def mean_log_prob(self) -> float:
-        """Mean log-probability of the committed tokens; 0 if none was committed."""
+        """Mean log-probability of the committed tokens; minus infinity if none was committed."""
         committed = [value for value, step in zip(self.log_probs, self.steps, strict=True) if step >= 0]
-        return sum(committed) / max(len(committed), 1)
+        return sum(committed) / len(committed) if committed else -math.inf
 
 
 def commit_order(steps: Sequence[int], confidence: Sequence[float] | None = None) -> list[int]:

@@ -34,11 +34,10 @@ def windows_of(pieces: Pieces, budget: int, count: Callable[[str | Hole], int]) 
             continue
         if cost(line) > budget:
             raise PromptError(f"line {line + 1} has a hole and over {budget} tokens, too many to read; break the line")
-        between = range(spans[-1][1] + 1, line + 1) if spans else range(0)
-        if (
-            spans and len(between) < budget and total + sum(map(cost, between)) <= budget // 2
-        ):  # half for what is around
-            total += sum(map(cost, between))
+        added = range(spans[-1][1] + 1, line + 1) if spans else range(0)  # the line, and those between
+        is_near = bool(spans) and len(added) < budget  # a line has at least one token
+        if is_near and total + sum(map(cost, added)) <= budget // 2:  # the other half is for lines around
+            total += sum(map(cost, added))
             spans[-1] = (spans[-1][0], line)
         else:
             total = cost(line)
@@ -61,7 +60,8 @@ def windows_of(pieces: Pieces, budget: int, count: Callable[[str | Hole], int]) 
                     left -= cost(line)
                     first, last = min(first, line), max(last, line)
                     grows = True
-        windows.append((range(first, last + 1), _joined(lines[first : last + 1])))
+        before: list[Pieces] = [["\n"]] if first else []  # a hole that begins a line needs a token to its left
+        windows.append((range(first, last + 1), _joined(before + lines[first : last + 1])))
     return windows
 
 

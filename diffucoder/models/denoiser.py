@@ -159,12 +159,12 @@ class Denoiser(nn.Module):
         `compiled` has torch compile them, for which passes are padded to a few shapes; CheckpointError without support.
         """
         self.fast = FastLayers.of(self._inner)
-        self.compiled = compiled
         if compiled:
             if self.fast is None:
                 kind = self.config.model_type
                 raise CheckpointError(f"a {kind!r} model has no layers to compile; use compiled=False")
             self.fast.compile()
+        self.compiled = compiled
 
     @contextmanager
     def fast_snapshot(self, dtype: torch.dtype) -> Iterator[None]:

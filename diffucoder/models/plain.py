@@ -74,5 +74,6 @@ class _Rotation:
         """(..., D) each for `positions` (...), in the dtype of `like`."""
         exponents = torch.arange(0, self.head_dim, 2, dtype=torch.float) / self.head_dim
         frequencies = 1.0 / self.theta**exponents  # on the CPU, as transformers has them
-        angles = (positions[..., None].float() * frequencies.to(positions.device)).repeat(1, 1, 2)
+        half = positions[..., None].float() * frequencies.to(positions.device)
+        angles = torch.cat([half, half], -1)
         return angles.cos().to(like.dtype), angles.sin().to(like.dtype)

@@ -70,6 +70,7 @@ class Budget:
         if resize is not None:  # each pass may make a hole longer, and then fill it
             positions += max(0, resize.most - masked)
             masked += 2 * resize.most
+            return self.cost(rows, positions, masked, request.params.replace(steps=None))
         return self.cost(rows, positions, masked, request.params)
 
     def cost(self, rows: int, positions: int, masked: int, params: DecodingParams) -> Cost:

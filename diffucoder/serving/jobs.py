@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 LEAD = 256  # positions that a request may be computed further than the one that has had least
 SHORT = 2048  # positions that all passes of a short request compute at most
-FILL = 16  # a pass for short requests is filled up with rows of others to this part of its positions
+FILL = 16  # a pass for short requests is filled with rows of others up to 1/16 of the usual positions
 LONG = 2**13  # positions, whose answers take some milliseconds to make
 UNCLAIMED = 30.0  # seconds until a job ends whose client has not begun to wait for it: it left before
 UNREAD = 2**17  # positions in the steps that a client has not read yet, after which its request pauses
@@ -233,7 +233,7 @@ def rows_of_next_pass(jobs: Sequence[Job], *, most_rows: int, most_positions: in
         row = job.rows[number]
         length = max(longest, len(row.sequence.tokens))
         if chosen and length * (len(chosen) + 1) > (most_beside if beside else most_positions):
-            continue  # it has had least, so it is in time
+            continue  # its job has had least, so it comes first in a later pass
         chosen.append(row)
         longest = length
         job.computed = computed + row.cost

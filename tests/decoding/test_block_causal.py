@@ -144,7 +144,7 @@ def test_a_cached_pass_is_fed_the_block_and_what_was_just_finished(model: Denois
     sequence = Sequence(canvas, DecodingParams(cache="delayed"))
     fed = []
     while sequence.finish_reason is None:
-        _, end = sequence.attention_block()
+        _, end = sequence.model_block()
         feed = sequence.cache_plan.feed(sequence, model)
         assert not feed[end:].any()
         fed.append(int(feed.sum()))
@@ -185,7 +185,7 @@ def test_nothing_is_taken_back_from_a_finished_block(model: Denoiser, monkeypatc
     for seed in range(20):
         sequence = Sequence(canvas, DecodingParams(revoke=0.9, steps=10, temperature=2.0, seed=seed))
         while sequence.finish_reason is None:
-            start, _ = sequence.attention_block()
+            start, _ = sequence.model_block()
             [step] = advance(model, [sequence])
             assert step.revoked is not None
             assert not step.revoked[0, :start].any()

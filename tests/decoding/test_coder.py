@@ -16,6 +16,7 @@ from torch import Tensor
 
 from diffucoder import DecodingParams, Denoiser, DiffuCoder, Generation
 from diffucoder.decoding.coder import HOLE_LENGTHS, Span
+from diffucoder.decoding.requests import before_stops
 from diffucoder.errors import CheckpointError, ConfigError, PromptError, SandboxError
 from diffucoder.grading.extract import program_from
 from diffucoder.grading.grade import grade
@@ -442,3 +443,9 @@ def test_the_shipped_model_writes_a_correct_program() -> None:
     tests = [f"assert filter_numbers({given}) == {wanted}" for given, wanted in cases.items()]
     verdict = grade(program_from(result.text), tests)
     assert verdict.passed, (verdict.detail, result.text)
+
+
+def test_the_first_of_several_stop_strings_ends_a_text() -> None:
+    assert before_stops("abc", ("c", "bc")) == before_stops("abc", ("bc", "c")) == "a"
+    assert before_stops("abc", ("x",)) == "abc"
+    assert before_stops("abc", ()) == "abc"

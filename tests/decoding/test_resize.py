@@ -1,6 +1,7 @@
 """Holes whose length the model decides: exact texts of scripted models, alone and in batches, and limits that hold."""
 
 import json
+import math
 from typing import Any
 
 import pytest
@@ -13,8 +14,10 @@ from torch import Tensor
 
 from diffucoder import DecodingParams, DiffuCoder
 from diffucoder.decoding.canvas import Canvas
+from diffucoder.decoding.constraints import LostProbability
 from diffucoder.decoding.resize import Resize
-from diffucoder.decoding.step import Sequence, Step, decode
+from diffucoder.decoding.step import Sequence, Step, decode, denoise
+from diffucoder.errors import PromptError
 from diffucoder.models.attention import FULL
 from diffucoder.models.checkpoint import load_denoiser, load_tokenizer
 from diffucoder.models.denoiser import Denoiser, grow_vocabulary
@@ -176,6 +179,49 @@ def test_masks_right_of_a_deletion_go_and_tokens_stay() -> None:
     assert places is not None
     assert places.tolist() == [0, 1, 4, 6, 7, 8, 8]
     assert RULE.places(torch.tensor([8, 3, MASK]), torch.tensor([False, True, True]), MASK) is None
+
+
+def test_a_step_count_holds_but_for_what_is_added() -> None:
+    texts = {1: [3] * 12}
+    _, one = run(Wanted(texts), [[8, 1, *[MASK] * 12, 8]], steps=3)
+    assert len(one) == 3
+    _, more = run(Wanted(texts), [[8, 1, *[MASK] * 6, 8]], steps=3)
+    assert len(more) <= 3 + 3
+
+
+def test_what_was_scored_moves_with_its_tokens() -> None:
+    verifier = LostProbability(0.9)
+    verifier._scored = torch.tensor([0.0, -1.0, -2.0, -3.0])
+    verifier.move(torch.tensor([0, 2, 2, 3]))
+    assert verifier._scored.tolist() == [0, -2, -2, -3]
+
+
+def test_a_revoked_or_expanded_position_has_no_score_in_the_trace() -> None:
+    for seed in range(20):
+        more = {"revoke": 0.5, "steps": 3}
+        [sequence], _ = run(Random(seed), [[8, 1, *[MASK] * 6, 8]], Resize(EXPAND, DELETE, 12), **more)
+        trace = sequence.trace()
+        for step, log_prob in zip(trace.steps, trace.log_probs, strict=True):
+            assert step >= 0 or log_prob == 0
+
+
+def test_an_emptied_hole_is_never_the_likeliest() -> None:
+    [sequence], _ = run(Wanted({1: []}), [[8, 1, *[MASK] * 3, 8]])
+    assert sequence.tokens.tolist() == [8, 1, 8]
+    assert sequence.trace().mean_log_prob == -math.inf
+
+
+def test_canvases_that_are_decoded_together_have_the_smallest_limit() -> None:
+    canvases = []
+    for most in (9, 5):
+        tokens = torch.tensor([[8, MASK]])
+        valid = torch.ones_like(tokens, dtype=torch.bool)
+        resize = Resize(EXPAND, DELETE, most)
+        canvases.append(Canvas(tokens=tokens, valid=valid, sample=torch.zeros(1), mask_id=MASK, resize=resize))
+    assert Canvas.stacked(canvases).resize == Resize(EXPAND, DELETE, 5)
+    model: Any = Random(0)
+    with pytest.raises(PromptError, match=r"may change their length; decode it with DiffuCoder.run"):
+        next(denoise(model, canvases[0], DecodingParams()))
 
 
 # --- text and server -------------------------------------------------------------------------------------------------

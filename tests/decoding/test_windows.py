@@ -154,3 +154,10 @@ def test_more_than_the_trained_length_is_a_warning(tiny: DiffuCoder) -> None:
 def test_up_to_the_trained_length_there_is_none(tiny: DiffuCoder, ask: Callable[[DiffuCoder], object]) -> None:
     with warnings.catch_warnings(action="error"):
         ask(tiny)
+
+
+def test_a_window_that_begins_with_a_hole_has_a_token_before_it() -> None:
+    text = ["x" * 60 + "\n", Hole(2), "\n" + "y" * 60]
+    [(lines, own)] = windows_of(text, 20, lambda piece: len(piece) if isinstance(piece, str) else 2)
+    assert lines == range(1, 2)
+    assert own[:2] == ["\n", Hole(2)]
