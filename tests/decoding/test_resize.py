@@ -21,6 +21,7 @@ from diffucoder.models.denoiser import Denoiser, grow_vocabulary
 from diffucoder.serving.app import create_app
 from diffucoder.serving.settings import ServerSettings
 from diffucoder.tokenizer import DELETE_TOKEN, EXPAND_TOKEN, Tokenizer
+from diffucoder.watch import CanvasView
 
 VOCABULARY, MASK, EXPAND, DELETE = 12, 9, 10, 11
 RULE = Resize(EXPAND, DELETE, most=64)
@@ -221,6 +222,23 @@ def test_text_is_filled_by_holes_that_change_their_length(coder: DiffuCoder, cac
     assert len(result.tokens) == result.forward_passes - len(changes)  # each other pass commits a token
     assert len(changes) >= 3
     assert coder.model.cache.in_use == 0
+
+
+def test_the_live_view_follows_holes_that_change_their_length(coder: DiffuCoder) -> None:
+    request = coder.fill_request(TEXT, DecodingParams())
+    view = CanvasView(coder.tokenizer, request.canvas.masked[0])
+    resized = 0
+
+    def show(_: Sequence, step: Step) -> None:
+        nonlocal resized
+        view.update(step)
+        resized += step.resized is not None
+
+    [[result]] = coder.run([request], on_step=show)
+    assert resized >= 3
+    assert view.tokens == list(result.trace.tokens[result.trace.prompt_length :])
+    committed = {position: step for position, step in enumerate(result.trace.steps) if step >= 0}
+    assert view.step_of == committed
 
 
 def test_given_lengths_are_kept(coder: DiffuCoder) -> None:

@@ -183,7 +183,7 @@ def test_infill_watches_traces_and_gives_every_sample(cli: Run, tmp_path: Path) 
     options = ("--dtype", "float32", "--num-samples", 2, "--trace", tmp_path / "trace.jsonl", "--watch", "--json")
     code, out, err = cli("infill", path, *options)
     assert code == 0
-    assert "forward passes" in err
+    assert "1 token, 1 pass," in err
     assert "unsure" not in err
     assert [json.loads(line)["index"] for line in out.splitlines()] == [0, 1]
     assert len(read_traces(tmp_path / "trace.jsonl")) == 2
