@@ -369,6 +369,7 @@ def test_a_trace_that_cannot_be_written_does_not_cost_the_answer(cli: Run, tmp_p
     [
         (["generate"], "", ["the prompt is empty"]),
         (["generate", ""], "", ["the prompt is empty; write a request"]),
+        (["generate", "Write", "a", "function"], "", ["(a function); quote a text that has spaces; see"]),
         (["generate", "-"], " \n", ["the prompt is empty"]),
         (["generate", "-"], b"caf\xe9", ["standard input", "not UTF-8"]),
         (["generate", "half \udcff"], "", ["is not Unicode; give it as UTF-8"]),
