@@ -116,6 +116,8 @@ def watch(request: Request, tokenizer: Tokenizer, console: Console) -> Iterator[
                 live.update(view.render(console, finish_reason=sequence.finish_reason))
 
         yield show
+    if not console.is_terminal:
+        console.line()  # rich ends the last line on a terminal only
 
 
 @contextmanager

@@ -204,6 +204,7 @@ def test_a_pipe_gets_the_finished_view_once(coder: DiffuCoder, request_of_two: R
     with watch(request_of_two, coder.tokenizer, Console(file=pipe, width=80)) as on_step:
         coder.run([request_of_two], on_step=on_step)
     assert pipe.getvalue().count(" passes") == 1
+    assert pipe.getvalue().endswith("\n")
     assert "\x1b" not in pipe.getvalue()
 
 

@@ -104,7 +104,10 @@ def run() -> None:
     except typer.TyperException as error:  # an unknown command or option, or a value of another type
         context = getattr(error, "ctx", None)
         command = context.command_path if context else "diffucoder"
-        _refuse(f"{error.format_message().rstrip('.')}; see {command} --help")
+        message = error.format_message().rstrip(".")
+        if "extra argument" in message:
+            message += "; quote a text that has spaces"
+        _refuse(f"{message}; see {command} --help")
     except DiffuCoderError as error:
         _refuse(str(error))
     except BrokenPipeError:  # the reader of our output is gone

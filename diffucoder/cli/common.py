@@ -34,7 +34,7 @@ _GROUPS = {
 Model = Annotated[
     str | None,
     typer.Option(
-        help="folder, hub id, or name from `diffucoder models`; the shipped model if left out",
+        help="folder, Hub id, or name from `diffucoder models`; if left out, the shipped model",
         envvar="DIFFUCODER_MODEL",
         show_envvar=False,
     ),
@@ -52,8 +52,8 @@ def _choice(name: str, choices: tuple[str, ...], text: str) -> Any:  # Any: as t
     )
 
 
-DType = Annotated[str | None, _choice("DTYPE", _DTYPES, "of the weights; the fastest on this machine if left out")]
-Device = Annotated[str | None, _choice("DEVICE", _DEVICES, "the best on this machine if left out")]
+DType = Annotated[str | None, _choice("DTYPE", _DTYPES, "dtype of the weights; if left out, the fastest on the device")]
+Device = Annotated[str | None, _choice("DEVICE", _DEVICES, "if left out, the best on this machine")]
 AsJson = Annotated[bool, typer.Option("--json", help="print one JSON object per result instead of text")]
 
 
@@ -68,7 +68,8 @@ class GroupedHelp(TyperCommand):
                 heading = "Arguments"
             record = parameter.get_help_record(ctx)
             if record is not None:
-                groups.setdefault(heading, []).append(record)
+                name = record[0].replace("list[str]", "str").replace("int range", "int")
+                groups.setdefault(heading, []).append((name, record[1]))
         for heading, records in groups.items():
             if records:
                 with formatter.section(heading):

@@ -131,19 +131,12 @@ def edit(
     coder = load_model(model, dtype, device)
     spans = []
     for start, end in places:
+        start -= text[start - 1 : start] == " "  # a token of the model has this space and the word after it
         length = tokens or max(1, len(coder.tokenizer.encode(_as_models_know(text[start:end]))))
         spans.append(Span(len(_as_models_know(text[:start])), len(_as_models_know(text[:end])), length))
     request = coder.edit_request(_as_models_know(text), spans, params)
-    _write_file(
-        path,
-        request,
-        coder,
-        partial(_replaced, text, places),
-        as_json=as_json,
-        in_place=in_place,
-        watched=watch,
-        trace=trace,
-    )
+    complete = partial(_replaced, text, places)
+    _write_file(path, request, coder, complete, as_json=as_json, in_place=in_place, watched=watch, trace=trace)
 
 
 def decode(
@@ -318,9 +311,10 @@ def _filled(text: str, answers: Sequence[str]) -> str:
 
 
 def _replaced(text: str, spans: Sequence[tuple[int, int]], answers: Sequence[str]) -> str:
-    """Return `text` with its spans replaced and everything else as it is."""
+    """Return `text` with its spans replaced and everything else as it is, the space before a span too."""
     for (start, end), answer in reversed(list(zip(spans, answers, strict=True))):
-        text = text[:start] + _with_line_ends_of(text, answer) + text[end:]
+        written = answer.removeprefix(" ") if text[start - 1 : start] == " " else answer
+        text = text[:start] + _with_line_ends_of(text, written) + text[end:]
     return text
 
 

@@ -32,14 +32,15 @@ def models(*, as_json: AsJson = False) -> None:
         if as_json:
             print(json.dumps(row))
             continue
+        print(f"{row['name']:21} {row['source']}")
+        print(f"    {row['note']}; {row['licence']}")
         here = "here" if row["here"] else "not downloaded"
-        print(f"{row['name']:12} {row['source']}")
         needs = f"needs {row['memory_gb']} GB of GPU or main memory"
-        print(f"{'':12} {row['parameters']}, {row['size_gb']} GB, {here}; {needs}; {row['licence']}; {row['note']}")
+        print(f"    {row['parameters']}, {row['size_gb']} GB, {here}; {needs}")
 
 
 def convert(
-    source: Annotated[str, typer.Argument(help="folder, hub id or .gguf file of the model")],
+    source: Annotated[str, typer.Argument(help="folder, Hub id or .gguf file of the model")],
     out: Annotated[Path, typer.Argument(help="folder to write, or a .gguf file for llama.cpp")],
     *,
     pad: Annotated[
@@ -49,7 +50,7 @@ def convert(
         str | None,
         typer.Option(help="float32, bfloat16, float16, for .gguf also q8_0; the model's own if left out"),
     ] = None,
-    revision: Annotated[str | None, typer.Option(help="branch, tag or commit of a hub id")] = None,
+    revision: Annotated[str | None, typer.Option(help="branch, tag or commit of a Hub id")] = None,
 ) -> None:
     """Turn a causal model into a denoiser.
 

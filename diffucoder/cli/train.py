@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from diffucoder.cli.common import naming_extra
+from diffucoder.cli.common import GroupedHelp, naming_extra
 from diffucoder.config import all_settings, load_settings
 from diffucoder.files import Json
 from diffucoder.model_files import read_json
@@ -65,4 +65,4 @@ def _help(kind: type[TrainSettings]) -> str:
 
 
 for _stage, _kind in STAGES.items():
-    train.command(_stage, help=_help(_kind))(run_stage)
+    train.command(_stage, cls=GroupedHelp, help=_help(_kind), short_help=_help(_kind).partition("\n")[0])(run_stage)

@@ -204,6 +204,13 @@ def test_edit_writes_the_given_lines_again_and_nothing_else(cli: Run, tmp_path: 
     assert written.endswith(line_end.join(["", *lines[3:]]))
 
 
+def test_edit_lets_the_model_write_the_space_before_a_word(cli: Run, tmp_path: Path) -> None:
+    path = tmp_path / "code.py"
+    path.write_text("# Given a number, double the number.\ndef double(n):\n    return n + 1\n")
+    edited = "# Given a number, double the number.\ndef double(n):\n    return n * 2\n"
+    assert cli("edit", path, "--lines", "3", "--dtype", "float32").out == edited
+
+
 @pytest.mark.parametrize(
     ("text", "kept"),
     [
@@ -304,8 +311,9 @@ def test_models_lists_what_is_here_and_what_can_be_fetched_with_licences(cli: Ru
     code, out, _ = cli("models")
     assert code == 0
     for row in rows:
-        assert f"{row['name']:12} {row['source']}\n" in out
-        assert row["licence"] in out
+        assert f"{row['name']:21} {row['source']}\n" in out
+        assert f"{row['note']}; {row['licence']}\n" in out
+    assert max(map(len, out.splitlines())) <= 80
 
 
 def test_bench_prints_figures_for_people_and_for_programs(cli: Run) -> None:
@@ -361,6 +369,7 @@ def test_a_trace_that_cannot_be_written_does_not_cost_the_answer(cli: Run, tmp_p
     [
         (["generate"], "", ["the prompt is empty"]),
         (["generate", ""], "", ["the prompt is empty; write a request"]),
+        (["generate", "Write", "a", "function"], "", ["(a function); quote a text that has spaces; see"]),
         (["generate", "-"], " \n", ["the prompt is empty"]),
         (["generate", "-"], b"caf\xe9", ["standard input", "not UTF-8"]),
         (["generate", "half \udcff"], "", ["is not Unicode; give it as UTF-8"]),
