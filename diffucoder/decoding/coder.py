@@ -156,16 +156,14 @@ class DiffuCoder:
 
     def request(self, prompt: Prompt, params: DecodingParams, *, chat: bool = True, prefill: str = "") -> Request:
         """Make the request for one prompt, with a row for each sample. In a chat, the answer continues `prefill`."""
-        if not isinstance(prompt, Sequence) or isinstance(prompt, bytes | bytearray):
-            raise PromptError(f"prompt {prompt!r} is not a text; give a text, or the messages of a conversation")
-        if not prompt or (isinstance(prompt, str) and not prompt.strip()):
+        given: Any = prompt
+        if isinstance(given, list | tuple) and given and all(isinstance(message, str) for message in given):
+            raise PromptError(f"{len(given)} texts are given in place of one; use generate_batch for several requests")
+        is_chat = isinstance(given, list | tuple) and all(isinstance(message, Mapping) for message in given)
+        if not (isinstance(given, str) or is_chat):
+            raise PromptError(f"prompt {str(given)[:60]} is not a text; give a text, or the messages of a conversation")
+        if not given or (isinstance(given, str) and not given.strip()):
             raise PromptError("the prompt is empty; write a request")
-        if not isinstance(prompt, str) and all(isinstance(message, str) for message in prompt):
-            raise PromptError(f"{len(prompt)} texts are given in place of one; use generate_batch for several requests")
-        if not isinstance(prompt, str) and not all(isinstance(message, Mapping) for message in prompt):
-            raise PromptError(
-                f"prompt {str(prompt)[:60]} is not a text; give a text, or the messages of a conversation"
-            )
         if chat:
             ids = self.tokenizer.encode_chat(prompt, prefill=prefill)
         elif isinstance(prompt, str):
