@@ -41,3 +41,8 @@ class CheckpointError(DiffuCoderError, OSError):
 
 class SandboxError(DiffuCoderError, RuntimeError):
     """This machine cannot isolate generated programs."""
+
+
+def install(extra: str) -> str:
+    """How to install what an extra of the package brings."""
+    return f"run pip install -e '.[{extra}]' in a clone of the repository"

@@ -13,7 +13,7 @@ from typer.core import TyperCommand
 
 from diffucoder.config import Settings, all_settings, put
 from diffucoder.decoding.params import DecodingParams
-from diffucoder.errors import ConfigError
+from diffucoder.errors import ConfigError, install
 
 if TYPE_CHECKING:
     import torch
@@ -193,4 +193,4 @@ def naming_extra(extra: str, subject: str) -> Iterator[None]:
     try:
         yield
     except ModuleNotFoundError as error:
-        raise ConfigError(f'{subject} {error.name}; install it: pip install "diffucoder[{extra}]"') from None
+        raise ConfigError(f"{subject} {error.name}; {install(extra)}") from None

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from diffucoder.config import suggestion
-from diffucoder.errors import ConfigError
+from diffucoder.errors import ConfigError, install
 from diffucoder.evaluation.evalplus import Arguments, read_arguments
 from diffucoder.files import decode_text, parse_json, read_unpacked, without_nulls
 from diffucoder.grading.extract import future_first
@@ -307,7 +307,7 @@ def _rows_from_hub(name: str, benchmark: _Benchmark) -> Iterable[_Row]:
     try:
         datasets = import_module("datasets")  # here, because it is optional and takes seconds
     except ModuleNotFoundError:
-        raise ConfigError(f'benchmark {name!r} needs datasets; pip install "diffucoder[train]", or --data') from None
+        raise ConfigError(f"benchmark {name!r} needs datasets; {install('train')}, or give --data") from None
     try:
         rows: Iterable[_Row] = datasets.load_dataset(benchmark.repository, benchmark.config, split=benchmark.split)
     except (OSError, ValueError, RuntimeError) as error:  # offline, removed, or in a form that it cannot read

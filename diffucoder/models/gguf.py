@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, GgufConfig
 
-from diffucoder.errors import CheckpointError, ConfigError
+from diffucoder.errors import CheckpointError, ConfigError, install
 from diffucoder.model_files import one_line, shown
 from diffucoder.models.checkpoint import dream_weights, why_not_dream
 from diffucoder.models.denoiser import Denoiser
@@ -137,7 +137,7 @@ def _import_gguf() -> Any:  # Any: a module that mypy does not follow
     try:
         import gguf
     except ImportError as error:
-        raise ConfigError('GGUF files need the gguf package; run: pip install "diffucoder[gguf]"') from error
+        raise ConfigError(f"GGUF files need the gguf package; {install('gguf')}") from error
     return gguf
 
 

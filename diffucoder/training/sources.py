@@ -12,7 +12,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from diffucoder.errors import CheckpointError, ConfigError, printable
+from diffucoder.errors import CheckpointError, ConfigError, install, printable
 from diffucoder.files import Json, decode_text, parse_json_line, read_bytes, read_lines, without_nulls
 
 Kind = Literal["documents", "chat"]
@@ -162,7 +162,7 @@ def _hub_rows(source: str, parse: Parse[T]) -> Iterator[T | Skipped]:
     try:
         datasets = import_module("datasets")  # late: it is optional, and its import takes seconds
     except ImportError:
-        raise ConfigError(f'source {source!r} needs datasets; pip install "diffucoder[train]"') from None
+        raise ConfigError(f"source {source!r} needs datasets; {install('train')}") from None
     number = 0
     try:
         rows = datasets.load_dataset(parts["name"], parts["config"], split=parts["split"], streaming=True)

@@ -17,7 +17,7 @@ from commands import Run, assert_refused, process
 from serving import PATIENCE, serving, wait
 
 pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec("ray") is None, reason="ray is missing; install it: pip install 'diffucoder[scale]'"
+    importlib.util.find_spec("ray") is None, reason="ray is missing; run pip install -e '.[scale]'"
 )
 # a hole: it has no early end
 BODY: dict[str, Any] = {
@@ -158,7 +158,7 @@ def test_a_killed_replica_loses_no_request_but_the_streams_on_it(service: Servic
         (("--ray", "--replicas", "3:2"), ("replicas='3:2'",)),
         (("--ray", "--dtype", "float7"), ("dtype='float7'",)),
         (("--replicas", "2"), ("add --ray",)),
-        (("--ray",), ("replicas need ray", 'pip install "diffucoder[scale]"')),
+        (("--ray",), ("replicas need ray", "pip install -e '.[scale]'")),
     ],
     ids=str,
 )

@@ -220,7 +220,7 @@ def test_without_the_extra_training_says_what_to_install(
     for name in ("pretrain", "adapt", "masked", "run", "trainer", "processes", "checkpoints"):
         monkeypatch.delitem(sys.modules, f"diffucoder.training.{name}", raising=False)
     monkeypatch.setitem(sys.modules, "accelerate", None)
-    refusal = 'training needs accelerate; install it: pip install "diffucoder[train]"'
+    refusal = "training needs accelerate; run pip install -e '.[train]' in a clone of the repository"
     assert_refused(cli(*parent(*settings)), refusal)
 
 
