@@ -283,7 +283,8 @@ class Sequence:
         self.tokens = self.tokens.masked_fill(expanded, self.canvas.mask_id)
         self._committed_by = self._committed_by.masked_fill(expanded, -1)
         self._expansions += int(expanded.sum()) // 2
-        self._entropies = []  # they are of other positions
+        self._entropies = []  # they are of other positions, and a trace has those of its first steps or none
+        self.entropies = 0
         self._revoked = []
         self.verifier = verifier_of(self.params)
         self.schedule = schedule_of(self.params, int(self.masked.sum()))

@@ -35,9 +35,8 @@ def windows_of(pieces: Pieces, budget: int, count: Callable[[str | Hole], int]) 
         if cost(line) > budget:
             raise PromptError(f"line {line + 1} has a hole and over {budget} tokens, too many to read; break the line")
         between = range(spans[-1][1] + 1, line + 1) if spans else range(0)
-        if (
-            spans and len(between) < budget and total + sum(map(cost, between)) <= budget // 2
-        ):  # half for what is around
+        half = budget // 2  # the other one is for what is around
+        if spans and len(between) < budget and total + sum(map(cost, between)) <= half:
             total += sum(map(cost, between))
             spans[-1] = (spans[-1][0], line)
         else:
