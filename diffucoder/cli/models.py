@@ -47,8 +47,7 @@ def convert(
         bool, typer.Option("--pad", help="add <|dlm_pad|> where the parent pads with its end of text")
     ] = False,
     dtype: Annotated[
-        str | None,
-        typer.Option(help="float32, bfloat16, float16, for .gguf also q8_0; the model's own if left out"),
+        str | None, typer.Option(help="float32, bfloat16, float16, for .gguf also q8_0; the model's own if left out")
     ] = None,
     revision: Annotated[str | None, typer.Option(help="branch, tag or commit of a Hub id")] = None,
 ) -> None:

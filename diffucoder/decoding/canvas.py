@@ -79,7 +79,7 @@ class Canvas:
 
     @classmethod
     def stacked(cls, canvases: "list[Canvas]") -> "Canvas":
-        """Return the rows of several canvases of one model, left-padded to the longest."""
+        """Return the rows of several canvases of one model, left-padded to the longest; holes have the least limit."""
         longest = max(canvas.tokens.shape[1] for canvas in canvases)
         tokens = []
         valid = []
@@ -88,11 +88,8 @@ class Canvas:
             tokens.append(pad(canvas.tokens, missing, value=canvas.pad_id or 0))
             valid.append(pad(canvas.valid, missing, value=False))
         sample = torch.cat([canvas.sample for canvas in canvases])
-        resize = canvases[0].resize
-        if resize is not None:
-            most = min(canvas.resize.most for canvas in canvases if canvas.resize is not None)
-            resize = replace(resize, most=most)
-        return replace(canvases[0], tokens=torch.cat(tokens), valid=torch.cat(valid), sample=sample, resize=resize)
+        first = min(canvases, key=lambda canvas: canvas.resize.most if canvas.resize else 0)
+        return replace(first, tokens=torch.cat(tokens), valid=torch.cat(valid), sample=sample)
 
     @property
     def masked(self) -> Tensor:

@@ -250,7 +250,8 @@ class DiffuCoder:
     def _likeliest(self, request: Request) -> Generation:
         _warn_of(request)
         [results] = self.run([request])
-        return max(results, key=lambda result: result.trace.mean_log_prob)  # the first of equals
+        # The first of equals. A sample of which nothing is left has no tokens to be sure of
+        return max(results, key=lambda result: (bool(result.order), result.trace.mean_log_prob))
 
     def _whole(self, pieces: list[str | Hole], params: DecodingParams) -> Request:
         """Make the request that fills the holes between pieces of text and returns the whole text."""
@@ -262,8 +263,9 @@ class DiffuCoder:
         return self._holes(pieces, params, whole=True)
 
     def _holes(
-        self, pieces: Pieces, params: DecodingParams, *, whole: bool, most: int | None = None, windowed: bool = True
+        self, pieces: Pieces, params: DecodingParams, *, whole: bool, most: int | None = None, of: Pieces | None = None
     ) -> Request:
+        """Make the request for pieces with holes, which may be a window `of` a longer text."""
         block = self.model.attention.block
         first_hole = next(n for n, piece in enumerate(pieces) if isinstance(piece, Hole))
         if block is not None and any(piece and isinstance(piece, str) for piece in pieces[first_hole:]):
@@ -272,7 +274,7 @@ class DiffuCoder:
                 f"{block} tokens from left to right; let it continue the text before the hole, or use another model"
             )
         lengths: tuple[int, ...] = (0,)
-        resize = self._resize(pieces, params, most)
+        resize = self._resize(of or pieces, params, most)
         if resize is not None:
             lengths = (max(1, min(FIRST_LENGTH, resize.most // pieces.count(Hole()))),)
         elif Hole() in pieces:
@@ -288,7 +290,7 @@ class DiffuCoder:
         encoded = [self.tokenizer.encode(piece) if isinstance(piece, str) else [] for piece in pieces]
         sizes = [len(ids) for ids in encoded]
         needed += sum(sizes)
-        if windowed and needed > self.model.max_length:
+        if of is None and needed > self.model.max_length:
             return self._windowed(pieces, params, whole=whole, longest=lengths[-1], most=most)
         self._check_length(needed, f"text and holes of {needed} tokens")
         rows = []
@@ -336,7 +338,7 @@ class DiffuCoder:
             return len(self.tokenizer.encode(piece)) if isinstance(piece, str) else piece.length or longest
 
         windows = windows_of(pieces, budget, count)
-        parts = [self._holes(own, params, whole=whole, most=most, windowed=False) for _, own in windows]
+        parts = [self._holes(own, params, whole=whole, most=most, of=pieces) for _, own in windows]
         lines = ", ".join(f"{lines.start + 1} to {lines.stop}" for lines, _ in windows)
         return WindowedRequest(
             canvas=Canvas.stacked([part.canvas for part in parts]),

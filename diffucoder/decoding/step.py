@@ -173,11 +173,7 @@ def _score(model: Denoiser, sequences: list[Sequence], batch: Plan, candidates: 
             stop = max(start, min(span.stop, chunk.stop))  # equal to start where the chunk has none of this sampler
             in_chunk = logits[start - chunk.start : stop - chunk.start]
             part = sampler.sample(
-                in_chunk,
-                uniform[start:stop],
-                known[start:stop],
-                with_entropy=with_entropy,
-                candidates=candidates,
+                in_chunk, uniform[start:stop], known[start:stop], with_entropy=with_entropy, candidates=candidates
             )
             parts.append(part)
         return Samples(*map(torch.cat, zip(*parts, strict=True)))

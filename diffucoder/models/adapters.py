@@ -31,8 +31,10 @@ class Adapter(BaseModel):
     base_model_name_or_path: Annotated[str, Field(min_length=1)]
     r: Annotated[int, Field(gt=0, le=2**16)]
     lora_alpha: Annotated[float, Field(gt=0, le=1e6)]
+    init_lora_weights: Literal[True, False, "gaussian", "eva", "orthogonal"] = True  # others change the base
     use_rslora: bool = False
     use_dora: Literal[False] = False
+    use_qalora: Literal[False] = False
     fan_in_fan_out: Literal[False] = False
     lora_bias: Literal[False] = False
     bias: Literal["none"] = "none"
@@ -69,6 +71,8 @@ def read_adapter(folder: Path, *, fetch: bool) -> tuple[Adapter, str | Path]:
 def merge(adapter: Adapter, folder: Path, model: Any, family: Family) -> None:  # Any: a transformers model
     """Add the adapter in `folder` to the weights of its base, in place. CheckpointError unless all of it fits them."""
     stored = stored_tensors(folder, [ADAPTER_WEIGHTS])
+    if not stored:
+        raise CheckpointError(f"{folder / ADAPTER_WEIGHTS} has no weights; fetch it again")
     weights = dict(model.named_parameters())
     rank = adapter.r
     targets = {}

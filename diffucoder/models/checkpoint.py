@@ -109,7 +109,7 @@ def load_tokenizer(source: Source = None) -> Tokenizer:
     """Load the tokenizer beside a model; a parent's gets a mask token. CheckpointError if it is damaged or unfit."""
     checkpoint = find_checkpoint(source)
     family = checkpoint.published.family
-    mask_id = checkpoint.mask_id if family.mask_id is not None else None
+    mask_id = None if family.title == "Dream" else checkpoint.mask_id
     try:
         tokenizer = Tokenizer.load(
             checkpoint.folder, add_mask=checkpoint.mask_id is None, mask_id=mask_id, end_ids=family.end_ids
@@ -240,11 +240,7 @@ def _find_base(source: str | Path | None, folder: Path, revision: str | None) ->
 
 
 def save_denoiser(
-    denoiser: Denoiser,
-    folder: str | Path,
-    *,
-    state: Mapping[str, Tensor] | None = None,
-    as_parent: bool = False,
+    denoiser: Denoiser, folder: str | Path, *, state: Mapping[str, Tensor] | None = None, as_parent: bool = False
 ) -> None:
     """Write `denoiser` to `folder` in the format of its family (module docstring).
 
@@ -370,7 +366,7 @@ def _extras(denoiser: Denoiser) -> Json:
     if denoiser.attention.block is not None:
         fields |= {"block_size": denoiser.attention.block, "block_origin": denoiser.attention.origin}
     if denoiser.published is not None and denoiser.published.family.keeps_format:
-        fields["family"] = denoiser.published.family.title
+        fields |= {"block_size": denoiser.attention.block, "family": denoiser.published.family.title}
     return fields
 
 

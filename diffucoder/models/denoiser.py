@@ -332,11 +332,7 @@ class Denoiser(nn.Module):
             tokens = torch.cat([tokens, clean], -1)
         body = self.model.base_model  # the layers and final norm, without the head
         hidden: Tensor = body(
-            input_ids=tokens,
-            attention_mask=mask,
-            position_ids=positions,
-            use_cache=False,
-            return_dict=True,
+            input_ids=tokens, attention_mask=mask, position_ids=positions, use_cache=False, return_dict=True
         ).last_hidden_state
         return hidden
 

@@ -61,7 +61,9 @@ class Family:
         return self.diffusion and self.title != "Dream"
 
     def weight_name(self, stored: str) -> str:
-        """The name that transformers has for a stored weight."""
+        """The name that transformers has for a stored weight, whose prefix may be missing or there twice."""
+        if not stored.startswith(tuple(self.weight_names)):
+            stored = re.sub(r"^(model\.)*", "model.", stored).replace("model.lm_head.", "lm_head.")
         for theirs, ours in self.weight_names.items():
             stored = stored.replace(theirs, ours)
         return stored
@@ -223,10 +225,10 @@ FAMILIES = (  # of several rows that fit a checkpoint, the first counts
     ),
 )
 
-_REJECTED = {  # model types, and what their nearest family does not do
+_REJECTED = {  # in model types or classes, and what their nearest family does not do
     "refusion": "ReFusion reorders slots of tokens before each pass and fills each left to right, nearest is SDAR",
     "wedlm": "WeDLM attends causally over reordered tokens, nearest is SDAR; its licence is not for use in the EU",
-    "diffusion_gemma": "DiffusionGemma denoises random tokens and has no mask token, nearest is LLaDA",
+    "diffusiongemma": "DiffusionGemma denoises random tokens and has no mask token, nearest is LLaDA",
     "moe": "a mixture of experts has feed-forward layers that are not dense, nearest is LLaDA",
 }
 _LAYERS = re.compile(  # the weights of the layers that are supported, as transformers calls them
@@ -237,19 +239,27 @@ _LAYERS = re.compile(  # the weights of the layers that are supported, as transf
 
 def family_of(signs: Signs, named: object = None) -> Family:
     """The family of a checkpoint: of the rows that fit, the one `named` or the first. CheckpointError if none fits."""
-    kind = str(signs.fields.get("model_type"))
+    kind = signs.fields.get("model_type")
+    names = re.sub("[_-]", "", f"{kind} {signs.fields.get('architectures')}".lower())
     experts = ("num_experts", "num_local_experts", "n_routed_experts")
-    if "moe" in kind.lower() or any(signs.fields.get(name) not in (None, 0, 1) for name in experts):
-        kind = "moe"
-    elif kind == "qwen3" and (signs.fields.get("mask_token_id") == 151670 or "refusion" in signs.name):
-        kind = "refusion"
-    place = f"{signs.folder}/config.json: model_type {shown(signs.fields.get('model_type'))} is not supported"
-    if kind in _REJECTED:
-        raise CheckpointError(f"{place}: {_REJECTED[kind]}")
-    rows = [family for family in FAMILIES if family.model_type == signs.fields.get("model_type")]
-    for family in sorted(rows, key=lambda family: family.title != named):
-        if family.title == named or family.sign is None or family.sign(signs):
+    if any(signs.fields.get(name) not in (None, 0, 1) for name in experts):
+        names += " moe"
+    if kind == "qwen3" and (signs.fields.get("mask_token_id") == 151670 or "refusion" in signs.name):
+        names += " refusion"
+    place = f"{signs.folder}/config.json: model_type {shown(kind)} is not supported"
+    for name, reason in _REJECTED.items():
+        if name in names:
+            raise CheckpointError(f"{place}: {reason}")
+    rows = [family for family in FAMILIES if family.model_type == kind]
+    for other in FAMILIES if rows else ():
+        beginning = re.sub("[_-]", "", f"'{other.model_type}".lower())  # of a class
+        if beginning in names and other.model_type not in (other.architecture, kind):
+            raise CheckpointError(f"{place} with architectures of {other.title}, the nearest; correct one of them")
+    for family in rows:
+        if named == family.title or (named is None and (family.sign is None or family.sign(signs))):
             return family
+    if rows:
+        raise CheckpointError(f"{place} with the family {shown(named)} of diffucoder.json, nearest is {rows[0].title}")
     known = ", ".join(dict.fromkeys(family.model_type for family in FAMILIES))
     raise CheckpointError(f"{place}; use one of {known}; {_nearest(signs)}")
 
@@ -261,12 +271,11 @@ def attention_of(signs: Signs, extras: Json, default: Attention) -> Attention:
     CheckpointError for a size that is none.
     """
     block: object = default.block
-    if block is not None:
-        for size in re.findall(r"-b(\d{1,5})\b", signs.name):
-            block = int(size)
-        for key in ("block_length", "bd_size", "block_size"):
-            if signs.fields.get(key) is not None:
-                block = signs.fields[key]
+    for size in re.findall(r"-b(\d{1,5})\b", signs.name if block else ""):
+        block = int(size)
+    for key in ("block_length", "bd_size", "block_size"):
+        if signs.fields.get(key) is not None:
+            block = signs.fields[key]
     block = extras.get("block_size", block)
     origin = extras.get("block_origin", default.origin)
     if block is not None and (type(block) is not int or not 0 < block < 2**31):

@@ -112,9 +112,7 @@ def transformers_config(family: Family, fields: Json, folder: Path) -> Any:  # A
     _check_heads(config, place)
     turned = fields.get("partial_rotary_factor", config.rope_parameters.get("partial_rotary_factor"))
     if turned not in (None, 1):
-        raise CheckpointError(
-            f"{folder}/config.json: partial_rotary_factor={shown(turned)} is not supported; it must be 1"
-        )
+        raise CheckpointError(f"{place}: partial_rotary_factor={shown(turned)} is not supported; it must be 1")
     return config
 
 
@@ -130,6 +128,9 @@ def validated(kind: type[Model], fields: Json, place: str, way_out: str) -> Mode
 
 def _check_heads(config: Any, place: str) -> None:  # Any: mypy does not follow transformers
     """CheckpointError for heads that cannot attend: transformers finds out in the first forward pass."""
+    narrow = set(getattr(config, "layer_types", None) or ()) - {"full_attention"}
+    if narrow:
+        raise CheckpointError(f"{place}: a model with {min(narrow)} layers cannot see a canvas; use full attention")
     heads = config.num_attention_heads
     key_heads = config.num_key_value_heads
     size = getattr(config, "head_dim", None) or config.hidden_size // heads
@@ -145,8 +146,7 @@ def _named_dtype(fields: Json, folder: Path) -> torch.dtype | None:
     if name is None:
         return None
     if str(name).removeprefix("torch.") not in DTYPES:
-        choices = ", ".join(DTYPES)
-        raise CheckpointError(f"{folder}/config.json: dtype {shown(name)} is not one of {choices}; write one")
+        raise CheckpointError(f"{folder}/config.json: dtype {shown(name)} is not one of {', '.join(DTYPES)}; write one")
     return getattr(torch, str(name).removeprefix("torch."))  # type: ignore[no-any-return]  # of a module
 
 

@@ -55,6 +55,8 @@ def load_causal_lm(
             model = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].from_pretrained(
                 None, config=config, state_dict=read_tensors(stored), dtype=dtype, attn_implementation="sdpa"
             )
+            if model.get_output_embeddings().weight is not model.get_input_embeddings().weight:
+                model.config.tie_word_embeddings = False  # both are stored, whatever the config says
             model.to(device)
     except (SafetensorError, OSError, RuntimeError, ValueError, TypeError, ArithmeticError, MemoryError) as error:
         raise CheckpointError(f"{folder} cannot be loaded ({one_line(error)})") from error

@@ -67,11 +67,11 @@ class Budget:
         rows, positions = request.canvas.tokens.shape
         masked = int(request.canvas.masked.sum(-1).max())
         resize = request.canvas.resize
-        if resize is not None:  # each pass may make a hole longer, and then fill it
-            positions += max(0, resize.most - masked)
-            masked += 2 * resize.most
-            return self.cost(rows, positions, masked, request.params.replace(steps=None))
-        return self.cost(rows, positions, masked, request.params)
+        if resize is None:
+            return self.cost(rows, positions, masked, request.params)
+        # Each pass may make a hole longer, and then fill it: its steps begin again
+        positions += max(0, resize.most - masked)
+        return self.cost(rows, positions, masked + 2 * resize.most, request.params.replace(steps=None))
 
     def cost(self, rows: int, positions: int, masked: int, params: DecodingParams) -> Cost:
         """Estimate what decoding so many rows takes, of at most so many positions, `masked` of them masked."""

@@ -14,7 +14,9 @@ from torch import Tensor
 
 from diffucoder import DecodingParams, DiffuCoder
 from diffucoder.decoding.canvas import Canvas
+from diffucoder.decoding.coder import HOLE_LENGTHS
 from diffucoder.decoding.constraints import LostProbability
+from diffucoder.decoding.requests import WindowedRequest
 from diffucoder.decoding.resize import Resize
 from diffucoder.decoding.step import Sequence, Step, decode, denoise
 from diffucoder.errors import PromptError
@@ -22,7 +24,8 @@ from diffucoder.models.attention import FULL
 from diffucoder.models.checkpoint import load_denoiser, load_tokenizer
 from diffucoder.models.denoiser import Denoiser, grow_vocabulary
 from diffucoder.serving.app import create_app
-from diffucoder.serving.settings import ServerSettings
+from diffucoder.serving.cost import Budget
+from diffucoder.serving.settings import EngineSettings, ServerSettings
 from diffucoder.tokenizer import DELETE_TOKEN, EXPAND_TOKEN, Tokenizer
 from diffucoder.watch import CanvasView
 
@@ -224,6 +227,35 @@ def test_canvases_that_are_decoded_together_have_the_smallest_limit() -> None:
         next(denoise(model, canvases[0], DecodingParams()))
 
 
+def test_windows_share_the_least_limit() -> None:
+    canvases = []
+    for length, most in ((9, 40), (30, 7)):
+        tokens = torch.tensor([[8] * length + [MASK]])
+        valid, sample = torch.ones_like(tokens, dtype=torch.bool), torch.zeros(1, dtype=torch.long)
+        rule = Resize(EXPAND, DELETE, most)
+        canvases.append(Canvas(tokens=tokens, valid=valid, sample=sample, mask_id=MASK, resize=rule))
+    for both in (canvases, canvases[::-1]):
+        stacked = Canvas.stacked(both)
+        assert stacked.resize is not None
+        assert stacked.resize.most == 7
+
+
+def test_entropies_are_those_of_the_first_steps_or_none() -> None:
+    canvas = Canvas(
+        tokens=torch.tensor([[1, MASK, MASK, 8]]),
+        valid=torch.ones(1, 4, dtype=torch.bool),
+        sample=torch.zeros(1, dtype=torch.long),
+        mask_id=MASK,
+        resize=RULE,
+    )
+    for text, recorded in (([3, 4], True), ([3, 4, 5, 6], False)):
+        sequence = Sequence(canvas, DecodingParams(), entropies=9)
+        model: Any = Wanted({1: text})
+        for _ in decode(model, [sequence]):
+            pass
+        assert bool(sequence.trace().entropies) == recorded
+
+
 # --- text and server -------------------------------------------------------------------------------------------------
 
 TEXT = "def f(x):\n    y = <|hole|>\n    return <|hole|>\n"
@@ -291,6 +323,36 @@ def test_given_lengths_are_kept(coder: DiffuCoder) -> None:
     result = coder.fill(TEXT.replace("<|hole|>", "<|hole:3|>"))
     assert len(result.tokens) == 6
     assert len(coder.fill(TEXT, DecodingParams(new_tokens=5)).tokens) <= 5
+
+
+def test_holes_of_far_windows_keep_their_lengths_whichever_is_given(coder: DiffuCoder) -> None:
+    lines = [f"value_{number} = {number}\n" for number in range(300)]
+    for first, last in (("<|hole:3|>", "<|hole|>"), ("<|hole|>", "<|hole:3|>")):
+        lines[2], lines[250] = f"v = {first}\n", f"w = {last}\n"
+        request = coder.fill_request("".join(lines), DecodingParams(steps=1))
+        assert isinstance(request, WindowedRequest)
+        assert request.canvas.resize is None
+        assert len(request.canvas.tokens) == 1 + len(HOLE_LENGTHS)
+
+
+def test_a_sample_of_which_nothing_is_left_is_not_the_likeliest(
+    coder: DiffuCoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert isinstance(coder.model, Insisting)
+    coder.model.passes = 5  # the next pass deletes, the one after the next expands
+    [[empty]] = coder.run([coder.fill_request("x = <|hole|>", DecodingParams())])
+    [[other]] = coder.run([coder.fill_request("x = <|hole|>", DecodingParams(new_tokens=4))])
+    assert other.order
+    assert not empty.order
+    monkeypatch.setattr(coder, "run", lambda requests: [[empty, other]])
+    assert coder.fill("x = <|hole|>") is other
+
+
+def test_the_estimate_holds_whatever_steps_are_asked_for(coder: DiffuCoder) -> None:
+    request = coder.fill_request(TEXT, DecodingParams(steps=2))
+    passes = Budget(coder.model, EngineSettings()).cost_of(request).passes
+    [[result]] = coder.run([request])
+    assert 2 < result.forward_passes <= passes
 
 
 def test_a_stream_shows_each_change_of_length(coder: DiffuCoder) -> None:

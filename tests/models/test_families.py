@@ -1,9 +1,11 @@
 """Every family: a random checkpoint in its published layout scores as a plain transformer does, and survives saving."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import plain
 import pytest
 import torch
@@ -15,7 +17,6 @@ from torch import Tensor
 from diffucoder.decoding.coder import DiffuCoder
 from diffucoder.decoding.params import DecodingParams
 from diffucoder.errors import CheckpointError
-from diffucoder.models import hub
 from diffucoder.models.attention import Attention
 from diffucoder.models.checkpoint import find_checkpoint, load_denoiser, load_tokenizer, save_denoiser
 from diffucoder.models.convert import convert, export
@@ -250,18 +251,37 @@ def test_a_family_is_saved_under_its_own_names(name: str, tmp_path: Path) -> Non
     assert changed <= {"tie_word_embeddings", "torch_dtype", "pad_token_id", "bos_token_id", "eos_token_id"}
 
 
-# ---- what does not fit ----
-
-
-def with_weights(folder: Path, *, remove: str = "", **added: Tensor) -> None:
-    """Write the weights again in one file, without those whose name contains `remove`."""
+def with_weights(folder: Path, *, remove: str = "", rename: Callable[[str], str] = str, **added: Tensor) -> None:
+    """Write the weights again in one file, without those whose name contains `remove`, renamed."""
     weights: dict[str, Tensor] = {}
     for file in sorted(folder.glob("model-*.safetensors")):
         weights |= load_file(file)
         file.unlink()
     (folder / "model.safetensors.index.json").unlink()
-    kept = {name: tensor for name, tensor in weights.items() if not remove or remove not in name}
+    kept = {rename(name): tensor for name, tensor in weights.items() if not remove or remove not in name}
     save_file({**kept, **added}, folder / "model.safetensors", {"format": "pt"})
+
+
+@pytest.mark.parametrize("name", ["Dream", "LLaDA", "Stable-DiffCoder"])
+@pytest.mark.parametrize("rename", [lambda name: f"model.{name}", lambda name: name.removeprefix("model.")])
+def test_a_prefix_may_be_missing_or_doubled(name: str, rename: Callable[[str], str], tmp_path: Path) -> None:
+    folder = published(CASES[name], tmp_path)
+    with_weights(folder, rename=rename)
+    tokens = random_tokens(1, 30)
+    torch.testing.assert_close(load(folder)(tokens)[0], expected(CASES[name], tokens[0]), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["Dream", "LLaDA", "SDAR"])
+def test_a_head_that_is_stored_counts_and_is_saved_whatever_the_config_says(name: str, tmp_path: Path) -> None:
+    tied = "weight_tying" if name == "LLaDA" else "tie_word_embeddings"
+    folder = published(CASES[name], tmp_path, **{tied: True})
+    tokens = random_tokens(1, 30)
+    torch.testing.assert_close(load(folder)(tokens)[0], expected(CASES[name], tokens[0]), rtol=0, atol=1e-5)
+    save_denoiser(load(folder), tmp_path / "saved")
+    assert torch.equal(load(tmp_path / "saved")(tokens), load(folder)(tokens))
+
+
+# ---- what does not fit ----
 
 
 # name: family, changes of its config, changes of its weights, what the error says
@@ -358,6 +378,25 @@ WRONG: dict[str, tuple[str, Case, Case, str]] = {
         {},
         "block_size=0 is not a positive whole number; correct it",
     ),
+    "no blocks in a family that has none": ("CoDA", {"block_size": 0}, {}, "block_size=0 is not a positive"),
+    "windows of attention": (
+        "SDAR",
+        {"layer_types": ["sliding_attention"] * 2},
+        {},
+        "is not a SDAR config: a model with sliding_attention layers cannot see a canvas; use full attention",
+    ),
+    "an unshifted model as Dream": (
+        "Tiny-A2D qwen2",
+        {"model_type": "Dream", "mask_token_id": 300},
+        {},
+        "model_type 'Dream' is not supported with architectures of Tiny-A2D.*, the nearest; correct one of them",
+    ),
+    "WeDLM by its class": (
+        "SDAR",
+        {"model_type": "qwen3", "architectures": ["WeDLMForCausalLM"]},
+        {},
+        "'qwen3' is not supported: WeDLM attends causally",
+    ),
     "blocks of text": ("SDAR", {"block_size": "4"}, {}, "block_size='4' is not a positive whole number; correct it"),
     "a mask that the vocabulary lacks": (
         "SDAR",
@@ -403,9 +442,23 @@ def test_the_blocks_of_a_checkpoint_overrule_those_of_its_family(tmp_path: Path)
         find_checkpoint(folder)
 
 
+def test_a_family_that_does_not_fit_is_named(tmp_path: Path) -> None:
+    folder = extras(published(CASES["Open-dCoder"], tmp_path), family="LLaDA")
+    with pytest.raises(CheckpointError, match=r"the family 'LLaDA' of diffucoder.json, nearest is Open-dCoder$"):
+        load(folder)
+
+
+@pytest.mark.parametrize("name", ["SDAR", "CoDA"])
+def test_a_model_without_blocks_is_saved_so(name: str, tmp_path: Path) -> None:
+    folder = extras(published(CASES[name], tmp_path, block_size=16), block_size=None)
+    save_denoiser(load(folder), tmp_path / "saved")
+    assert load(tmp_path / "saved").attention == Attention(None)
+
+
 @pytest.mark.parametrize(("field", "block"), [("block_size", 16), ("bd_size", 2), ("block_length", 64)])
-def test_a_config_may_have_the_size_of_blocks(field: str, block: int, tmp_path: Path) -> None:
-    assert find_checkpoint(published(CASES["SDAR"], tmp_path, **{field: block})).attention == Attention(block)
+@pytest.mark.parametrize("family", ["SDAR", "CoDA"])
+def test_a_config_may_have_the_size_of_blocks(family: str, field: str, block: int, tmp_path: Path) -> None:
+    assert find_checkpoint(published(CASES[family], tmp_path, **{field: block})).attention == Attention(block)
 
 
 def test_a_name_in_the_hubs_cache_counts(tmp_path: Path) -> None:
@@ -430,6 +483,13 @@ def test_a_mask_token_may_be_described(tmp_path: Path) -> None:
 def test_a_parent_is_not_a_denoiser_because_its_tokenizer_has_a_mask(tmp_path: Path) -> None:
     folder = published({**CASES["Open-dCoder"], "mask_token": "<|mask|>"}, tmp_path)
     assert find_checkpoint(folder).mask_id is None
+
+
+def test_a_mask_that_only_we_name_is_that_of_the_tokenizer(tmp_path: Path) -> None:
+    folder = published(CASES["Open-dCoder"], tmp_path)
+    (folder / "tokenizer_config.json").write_text("{}")
+    extras(folder, mask_token_id=300, family="Open-dCoder")
+    assert load(folder).mask_id == load_tokenizer(folder).mask_id == 300
 
 
 @pytest.mark.parametrize("name", ["LLaDA", "iLLaDA", "Open-dCoder", "SDAR b8"])
@@ -584,6 +644,7 @@ def test_an_adapter_merges_as_by_peft(tmp_path: Path) -> None:
             {"use_dora": True},
             "json: use_dora=True: .*; use a plain LoRA adapter",
         ),
+        ({"init_lora_weights": "pissa"}, "json: init_lora_weights='pissa': .*; use a plain LoRA adapter"),
         ({"peft_type": "IA3"}, "json: peft_type='IA3': "),
         ({"bias": "all"}, "json: bias='all': "),
         ({"alpha_pattern": {"q_proj": 2}}, "json: alpha_pattern={'q_proj': 2}: "),
@@ -612,11 +673,17 @@ def test_the_base_of_a_local_adapter_is_never_downloaded(tmp_path: Path, monkeyp
         asked.append((hub_id, options["local_files_only"]))
         raise OSError("no network")
 
-    monkeypatch.setattr(hub, "snapshot_download", download)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     write_adapter(tmp_path / "adapter", "/home/author/DiffuCoder-7B-Instruct", MODULES["Dream"])
     with pytest.raises(CheckpointError, match="is not on this machine; fetch it"):
         find_checkpoint(tmp_path / "adapter")
     assert asked == [("apple/DiffuCoder-7B-Instruct", True)]
+
+
+def test_an_adapter_without_weights_is_rejected(tmp_path: Path) -> None:
+    write_adapter(tmp_path / "adapter", str(published(CASES["Dream"], tmp_path)), [])
+    with pytest.raises(CheckpointError, match=r"adapter_model.safetensors has no weights; fetch it again$"):
+        load(tmp_path / "adapter")
 
 
 def test_an_adapter_for_another_layer_is_rejected(tmp_path: Path) -> None:
