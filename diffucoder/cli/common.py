@@ -193,4 +193,5 @@ def naming_extra(extra: str, subject: str) -> Iterator[None]:
     try:
         yield
     except ModuleNotFoundError as error:
-        raise ConfigError(f"{subject} {error.name}; {install(extra)}") from None
+        package = (error.name or "a package").partition(".")[0]
+        raise ConfigError(f"{subject} {package}; {install(extra)}") from None

@@ -352,7 +352,7 @@ def test_the_estimate_holds_whatever_steps_are_asked_for(coder: DiffuCoder) -> N
     request = coder.fill_request(TEXT, DecodingParams(steps=2))
     passes = Budget(coder.model, EngineSettings()).cost_of(request).passes
     [[result]] = coder.run([request])
-    assert 2 < result.forward_passes <= passes
+    assert result.forward_passes <= passes
 
 
 def test_a_stream_shows_each_change_of_length(coder: DiffuCoder) -> None:

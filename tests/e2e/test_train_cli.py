@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from commands import Outcome, Run, assert_refused, process
+from transformers import Qwen2ForCausalLM
 
 from diffucoder import DiffuCoder
 from diffucoder.config import all_settings, load_settings
@@ -219,6 +220,7 @@ def test_without_the_extra_training_says_what_to_install(
     # as if nobody had imported them yet
     for name in ("pretrain", "adapt", "masked", "run", "trainer", "processes", "checkpoints"):
         monkeypatch.delitem(sys.modules, f"diffucoder.training.{name}", raising=False)
+    assert Qwen2ForCausalLM  # imported, since transformers only does that if accelerate is there or not installed
     monkeypatch.setitem(sys.modules, "accelerate", None)
     refusal = "training needs accelerate; run pip install -e '.[train]' in a clone of the repository"
     assert_refused(cli(*parent(*settings)), refusal)
