@@ -23,12 +23,18 @@ from typing import Any
 
 from PIL import Image
 from rich.console import Console
+from rich.terminal_theme import DEFAULT_TERMINAL_THEME, SVG_EXPORT_THEME
 
 from diffucoder import DecodingParams, DiffuCoder
 from diffucoder.watch import CanvasView
 
 DOCS = Path(__file__).parent
 PROMPT = "Write a function filter_numbers(nums) that keeps only the even numbers, then sums the numbers."
+TERMINALS = {  # columns and colours of the live view; 48 columns are as wide as a telephone
+    "watch": (96, SVG_EXPORT_THEME),
+    "watch_light": (96, DEFAULT_TERMINAL_THEME),
+    "watch_narrow": (48, SVG_EXPORT_THEME),
+}
 MOMENTS = (0.15, 0.4, 0.7, 1.0)  # of the live view: shares of the passes
 BROWSER = "--no-sandbox --disable-gpu --no-first-run --disable-background-networking --disable-component-update"
 PATIENCE = 300_000  # milliseconds
@@ -119,12 +125,13 @@ def take(browser: Any, names: Iterable[str], folder: Path, *, server: str, repor
 
 
 def record_watch(path: Path) -> None:
-    """Write the live view of `--watch` at a few moments of one generation, as SVG."""
+    """Write the live view of `--watch` at a few moments of one generation, as SVG, in one of the `TERMINALS`."""
+    width, theme = TERMINALS[path.stem]
     coder = DiffuCoder.load()
     request = coder.request(PROMPT, DecodingParams())
     passes = coder.run([request])[0][0].forward_passes
     wanted = {max(1, round(share * passes)) for share in MOMENTS}
-    console = Console(record=True, width=96, force_terminal=True, file=io.StringIO())
+    console = Console(record=True, width=width, force_terminal=True, file=io.StringIO())
     console.print(f'[bold]$ diffucoder generate --watch [green]"{PROMPT}"[/green][/bold]')
     view = CanvasView(coder.tokenizer, request.canvas.masked[0])
 
@@ -134,7 +141,7 @@ def record_watch(path: Path) -> None:
             console.print(view.render(console, finish_reason=sequence.finish_reason))
 
     coder.run([request], on_step=show)
-    console.save_svg(str(path), title="diffucoder generate --watch")
+    console.save_svg(str(path), title="diffucoder generate --watch", theme=theme)
 
 
 # --- what is pictured ------------------------------------------------------------------------------------------------
@@ -173,16 +180,18 @@ def chromium() -> Iterator[Any]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="take the pictures of the documentation")
-    parser.add_argument("names", nargs="*", help=f"which ones: watch, {', '.join(PICTURES)}; all if left out")
+    known = [*TERMINALS, *PICTURES]
+    parser.add_argument("names", nargs="*", help=f"which ones: {', '.join(known)}; all if left out")
     parser.add_argument("--to", type=Path, default=DOCS, help="the folder for them")
     options = parser.parse_args()
-    names = options.names or ["watch", *PICTURES]
-    if unknown := [name for name in names if name not in ("watch", *PICTURES)]:
-        parser.error(f"{', '.join(unknown)}: not a picture; choose from watch, {', '.join(PICTURES)}")
+    names = options.names or known
+    if unknown := [name for name in names if name not in known]:
+        parser.error(f"{', '.join(unknown)}: not a picture; choose from {', '.join(known)}")
     options.to.mkdir(parents=True, exist_ok=True)
-    if "watch" in names:
-        record_watch(options.to / "watch.svg")
-    names = [name for name in names if name != "watch"]
+    for name in TERMINALS:
+        if name in names:
+            record_watch(options.to / f"{name}.svg")
+    names = [name for name in names if name in PICTURES]
     wrong: list[str] = []
     if names:
         with tempfile.TemporaryDirectory() as scratch, serving() as server, chromium() as browser:

@@ -241,8 +241,9 @@ def test_the_view_can_be_saved_as_a_picture(
     assert "<svg" in (tmp_path / "watch.svg").read_text(encoding="utf-8")
 
 
-def test_the_recorded_picture_shows_what_the_shipped_model_writes() -> None:
-    picture = (Path(__file__).parents[1] / "docs" / "watch.svg").read_text(encoding="utf-8")
+@pytest.mark.parametrize("name", ["watch", "watch_light", "watch_narrow"])
+def test_the_recorded_pictures_show_what_the_shipped_model_writes(name: str) -> None:
+    picture = (Path(__file__).parents[1] / "docs" / f"{name}.svg").read_text(encoding="utf-8")
     shown = "".join(html.unescape(text) for text in re.findall(r">([^<]*)<", picture)).replace("\xa0", " ")
     prompt = re.search(r'--watch "(.*?)"', shown, re.DOTALL)
     assert prompt is not None
