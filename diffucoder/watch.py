@@ -88,7 +88,7 @@ class CanvasView:
         done = len(self.step_of) if finish_reason is None else self.wanted
         bar = ProgressBar(total=max(1, self.wanted), completed=done, width=24)
         if console.width < _NARROW:
-            return Group(panel, bar)
+            return Group(panel, Columns([bar]))  # a bar alone ends no line
         seconds = time.perf_counter() - self.start
         written = 0
         for position, token in enumerate(self._answer()):

@@ -173,6 +173,7 @@ def test_a_narrow_terminal_shows_no_figures(view: CanvasView, steps: list[Step],
     shown = console.export_text()
     assert "passes" not in shown
     assert max(map(len, shown.splitlines())) <= width
+    assert shown.endswith("\n")
 
 
 def test_every_colour_of_the_ramp_reads_on_white_and_on_black() -> None:
