@@ -106,7 +106,7 @@ def _counted(count: int, one: str, many: str = "") -> str:
 @contextmanager
 def watch(request: Request, tokenizer: Tokenizer, console: Console) -> Iterator[OnStep]:
     """Show the first row of a request while it is decoded: call the yielded function after each step."""
-    view = CanvasView(tokenizer, request.canvas.masked[0])
+    view = CanvasView(tokenizer, request.canvas.masked[0, request.canvas.valid[0]])  # steps have no padding
     with Live(view.render(console), console=console, refresh_per_second=20) as live:
 
         def show(sequence: Sequence, step: Step) -> None:
