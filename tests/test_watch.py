@@ -15,6 +15,7 @@ from rich.style import Style
 from rich.text import Text
 
 from diffucoder import Canvas, DecodingParams, Denoiser, DiffuCoder, Step
+from diffucoder.decoding.coder import HOLE_LENGTHS
 from diffucoder.decoding.requests import Request
 from diffucoder.decoding.step import denoise
 from diffucoder.ramp import ramp
@@ -198,6 +199,13 @@ def test_watching_shows_the_first_sample_and_changes_nothing(
     for step in steps:
         view.update(step)
     assert view.text().plain.strip().splitlines()[0] in console.export_text()
+
+
+def test_the_shortest_length_that_a_hole_is_tried_at_is_shown_whole(coder: DiffuCoder, console: Console) -> None:
+    request = coder.fill_request("x = <|hole|>", DecodingParams())
+    with watch(request, coder.tokenizer, console) as on_step:
+        coder.run([request], on_step=on_step)
+    assert f"{HOLE_LENGTHS[0]} tokens, {HOLE_LENGTHS[0]} passes" in console.export_text()
 
 
 def test_a_pipe_gets_the_finished_view_once(coder: DiffuCoder, request_of_two: Request) -> None:

@@ -170,7 +170,7 @@ FAMILIES = (  # of several rows that fit a checkpoint, the first counts
         "llama",
         "llama",
         "Stable-DiffCoder",
-        sign=lambda signs: "StableDiffcoder" in str(signs.fields.get("architectures")),
+        sign=lambda signs: "StableDiffcoder" in f"{signs.fields.get('architectures')} {signs.fields.get('auto_map')}",
         shifted=False,
         attention=Attention(4),
         mask_id=5,

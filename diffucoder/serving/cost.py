@@ -65,17 +65,18 @@ class Budget:
     def cost_of(self, request: Request) -> Cost:
         """Estimate what decoding `request` takes."""
         rows, positions = request.canvas.tokens.shape
-        masked = int(request.canvas.masked.sum(-1).max())
+        masks = request.canvas.masked.sum(-1)  # (rows,)
+        masked = int(masks.max())
         resize = request.canvas.resize
         if resize is None:
             return self.cost(rows, positions, masked, request.params)
         # Each pass may make a hole longer, and then fill it: its steps begin again
-        positions += max(0, resize.most - masked)
+        positions += max(0, resize.most - int(masks.min()))
         return self.cost(rows, positions, masked + 2 * resize.most, request.params.replace(steps=None))
 
     def cost(self, rows: int, positions: int, masked: int, params: DecodingParams) -> Cost:
         """Estimate what decoding so many rows takes, of at most so many positions, `masked` of them masked."""
-        passes = params.steps or masked
+        passes = masked if params.revoke else params.steps or masked  # what is revoked takes further steps
         if params.preset != "reference":  # which takes all its steps
             passes = min(passes, masked)
         kept = rows * positions * _KEPT

@@ -1,11 +1,11 @@
 """Holes whose length the model decides (DreamOn), against lengths that are tried: both tuned alike from `tiny`.
 
-    python recipes/tiny/holes.py              # train both arms, then measure 500 held-out holes: half an hour on a core
+    python recipes/tiny/holes.py              # train two arms, measure 500 held-out holes: half an hour on a core
 
-The arm `resized` learns two more tokens. A hole of too few places is filled from the left, and its last place says
-`<|expand|>`; places too many say `<|delete|>`. The arm `lengths` sees holes of the right length, and is decoded as any
-model is: at seven lengths, of which the likeliest is kept. Each arm is a folder under `runs/tiny-holes`; a finished one
-is not trained again. The table goes to benchmarks/results/holes.md.
+The arm `shipped` is `tiny` itself. The arm `resized` learns two more tokens: a hole of too few places is filled from
+the left, and its last place says `<|expand|>`; places too many say `<|delete|>`. The arm `lengths` sees holes of the
+right length, and is decoded as any model is: at seven lengths, of which the likeliest is kept. Each arm is a folder
+under `runs/tiny-holes`; a finished one is not trained again. The table goes to benchmarks/results/holes.md.
 """
 
 import random
@@ -18,6 +18,7 @@ from typing import Annotated
 import tokenizers
 import torch
 import typer
+from rich.progress import track
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -25,14 +26,15 @@ sys.path[:0] = [str(Path(__file__).parents[2]), str(Path(__file__).parents[2] / 
 
 from common import RESULTS, paired_gain, solved, write_page
 
-from diffucoder import DecodingParams, DiffuCoder
+from diffucoder import DecodingParams, DiffuCoder, Generation
 from diffucoder.metrics import wilson
 from diffucoder.models.checkpoint import load_denoiser, load_tokenizer, save_denoiser
 from diffucoder.models.denoiser import Denoiser, grow_vocabulary
 from diffucoder.tokenizer import DELETE_TOKEN, EXPAND_TOKEN, Tokenizer
 from recipes.tiny.problems import Problem, problems
 
-ARMS = {"resized": "its own length, from 4 masks on", "lengths": "the likeliest of seven lengths"}
+LENGTHS = "the likeliest of seven lengths"
+ARMS = {"resized": "its own length, from 4 masks on", "shipped": LENGTHS, "lengths": LENGTHS}
 BATCH = 32
 LONGEST = 24  # tokens of a hole
 RATE = 1e-3
@@ -49,22 +51,31 @@ def main(
     texts = list(cut(drawn, seed=1))
     rows = []
     verdicts = {}
-    for arm in (*ARMS, "shipped"):
+    for arm, way in ARMS.items():
         if arm != "shipped" and not (run / arm / "model.safetensors").exists():
             train(arm, run / arm, steps)
         coder = DiffuCoder.load(None if arm == "shipped" else run / arm, dtype=torch.float32)
-        results = [coder.fill(f"{before}<|hole|>{after}", DecodingParams()) for before, _, after in texts]
+        results = list(filled(coder, texts))
         verdicts[arm] = solved([result.text for result in results], drawn)
         low, high = wilson(sum(verdicts[arm]), count)
         exact = mean([result.pieces[0] == middle for result, (_, middle, _) in zip(results, texts, strict=True)])
         passes = mean([result.forward_passes for result in results])
         figures = [f"**{mean(verdicts[arm]):.1%}**", f"{low:.1%} – {high:.1%}", f"{exact:.1%}", f"{passes:.1f}"]
-        rows.append([arm, ARMS.get(arm, ARMS["lengths"]), *figures, paired_gain(verdicts["resized"], verdicts[arm])])
+        rows.append([arm, way, *figures, paired_gain(verdicts["resized"], verdicts[arm])])
         print(*rows[-1], flush=True)
     details = (f"{count} holes of 1 to {LONGEST} tokens in solutions of the {split} split; {steps} steps each arm",)
     head = ("model", "length of a hole", "solved", "95 % interval", "same text", "passes", "against resized")
     if split == "test":
         write_page(RESULTS / "holes.md", "python recipes/tiny/holes.py", details, head, rows)
+
+
+def filled(coder: DiffuCoder, texts: list[tuple[str, str, str]]) -> Iterator[Generation]:
+    """Yield the text with its hole filled, decoded in batches."""
+    for start in track(range(0, len(texts), BATCH), description="filling"):
+        batch = texts[start : start + BATCH]
+        requests = [coder.fill_request(f"{before}<|hole|>{after}", DecodingParams()) for before, _, after in batch]
+        for [result] in coder.run(requests):
+            yield result
 
 
 def cut(drawn: list[Problem], *, seed: int) -> Iterator[tuple[str, str, str]]:

@@ -348,11 +348,26 @@ def test_a_sample_of_which_nothing_is_left_is_not_the_likeliest(
     assert coder.fill("x = <|hole|>") is other
 
 
-def test_the_estimate_holds_whatever_steps_are_asked_for(coder: DiffuCoder) -> None:
-    request = coder.fill_request(TEXT, DecodingParams(steps=2))
-    passes = Budget(coder.model, EngineSettings()).cost_of(request).passes
+@pytest.mark.parametrize("more", [{"steps": 2}, {"steps": 3, "revoke": 0.5}, {"new_tokens": 1}])
+@pytest.mark.parametrize("text", [TEXT, TEXT + "value = 1\n" * 200 + "w = <|hole|>"])
+def test_the_estimate_holds_in_windows_too(coder: DiffuCoder, text: str, more: dict[str, Any]) -> None:
+    request = coder.fill_request(text, DecodingParams(**more))
+    cost = Budget(coder.model, EngineSettings()).cost_of(request)
+    longest = 0
+
+    def watch(sequence: Sequence, _: Step) -> None:
+        nonlocal longest
+        longest = max(longest, len(sequence.tokens))
+
+    [[result]] = coder.run([request], on_step=watch)
+    assert result.forward_passes <= cost.passes
+    assert longest <= cost.positions
+
+
+def test_what_is_revoked_is_estimated(coder: DiffuCoder) -> None:
+    request = coder.request("Write a function.", DecodingParams(new_tokens=12, steps=3, revoke=0.5))
     [[result]] = coder.run([request])
-    assert result.forward_passes <= passes
+    assert 3 < result.forward_passes <= Budget(coder.model, EngineSettings()).cost_of(request).passes
 
 
 def test_a_stream_shows_each_change_of_length(coder: DiffuCoder) -> None:

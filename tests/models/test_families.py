@@ -472,6 +472,12 @@ def test_a_name_in_the_hubs_cache_counts(tmp_path: Path) -> None:
     assert find_checkpoint(adapters / "3c4d").attention == Attention(32, "prompt")
 
 
+def test_a_class_of_the_auto_map_counts(tmp_path: Path) -> None:
+    classes = {"AutoModelForCausalLM": "modeling.StableDiffcoderForCausalLM"}
+    folder = published(CASES["Stable-DiffCoder"], tmp_path, architectures=["LlamaForCausalLM"], auto_map=classes)
+    assert find_checkpoint(folder).attention == Attention(4)
+
+
 def test_a_mask_token_may_be_described(tmp_path: Path) -> None:
     folder = published(CASES["Open-dCoder"], tmp_path)
     (folder / "tokenizer_config.json").write_text("{}")
