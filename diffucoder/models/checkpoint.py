@@ -34,7 +34,7 @@ from diffucoder.models.model_config import transformers_config, whole_number
 from diffucoder.models.plain import PlainModel
 from diffucoder.models.weights import INDEX, WEIGHTS, expected_shapes, load_causal_lm, weight_names
 from diffucoder.tokenizer import Tokenizer
-from diffucoder.tokenizer_files import read_config, token_name
+from diffucoder.tokenizer_files import read_config
 
 EXTRAS = "diffucoder.json"
 TRAINED_LENGTH = "trained_length"  # of config.json, where training has written it
@@ -200,7 +200,9 @@ def find_checkpoint(source: Source, *, revision: str | None = None) -> Checkpoin
         raise CheckpointError(f"{folder} has no config.json; is it a model's folder?")
     fields = read_json(folder / "config.json")
     extras = read_json(folder / EXTRAS)
-    mask_token = token_name(read_config(folder).get("mask_token"))
+    mask_token = read_config(folder).get("mask_token")
+    if isinstance(mask_token, Mapping):
+        mask_token = mask_token.get("content")
     signs = Signs(folder, fields, mask_token, weight_names(folder))
     family = family_of(signs, extras.get("family"))
     config = transformers_config(family, fields, folder)

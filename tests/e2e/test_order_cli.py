@@ -134,6 +134,6 @@ def test_what_cannot_be_is_refused_in_one_line(cli: Run, tmp_path: Path) -> None
     assert_refused(cli("order", "--traces", "nowhere"), "'nowhere' holds no traces")
     assert_refused(cli("order", "tiny", "--policy", "best"), "policy='best'")
     assert_refused(cli("order", "tiny", "--boundary", "none"), "boundary='none'")
-    assert_refused(cli("order", "nowhere.jsonl"), "none of nowhere.jsonl")
+    assert_refused(cli("order", "nowhere.jsonl"), "file 'nowhere.jsonl' is not there; check the path")
     (tmp_path / "broken.jsonl").write_text('{"prompt": 3}\n')
     assert_refused(cli("order", "broken.jsonl"), "prompt must be a string")

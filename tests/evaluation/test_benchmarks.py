@@ -274,7 +274,7 @@ def test_a_hub_out_of_reach_is_said_so(hub: Callable[..., list[Any]]) -> None:
 
 def test_without_datasets_the_message_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "datasets", None)  # type: ignore[arg-type]
-    with pytest.raises(ConfigError, match=r"pip install \"diffucoder\[train\]\", or --data"):
+    with pytest.raises(ConfigError, match=r"pip install -e '\.\[train\]' in a clone of the repository, or give --data"):
         load("humaneval")
 
 

@@ -90,7 +90,7 @@ def test_heads_follow_from_the_width(lab: Lab, tmp_path: Path, hidden: int, head
         ({"data": ("nowhere",)}, "'nowhere' is not a folder or a file; check the path"),
         ({"data": ()}, r"data=\(\) names no source"),
         ({"hidden": 100}, "hidden=100: input should be a multiple of 64"),
-        ({"model": "tiny"}, "model='tiny': .*a parent has no parent"),
+        ({"model": "tiny"}, "model='tiny': .*a parent starts from nothing"),
     ],
 )
 def test_what_cannot_be_trained_is_one_line(lab: Lab, tmp_path: Path, changes: dict[str, object], message: str) -> None:

@@ -284,5 +284,5 @@ def test_a_hub_that_breaks_off_is_an_error_and_not_the_end(hub: Path, monkeypatc
 
 def test_without_datasets_the_way_out_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(ConfigError, match=r'needs datasets; pip install "diffucoder\[train\]"'):
+    with pytest.raises(ConfigError, match=r"needs datasets; run pip install -e '\.\[train\]'"):
         read("hub:owner/name")
