@@ -48,9 +48,11 @@ def _page(report: Json, shown: Sequence[Json], drawings: dict[str, Json]) -> str
         name for name in _COLUMNS if any(run["figures"].get(name, {}).get("high") is not None for run in report["runs"])
     ]
     data = {"runs": shown, "classes": CLASSES, "differences": report["differences"], "columns": columns}
-    room = Environment(autoescape=True, loader=FileSystemLoader(_HERE), undefined=StrictUndefined, trim_blocks=True)
-    return room.get_template("page.html").render(
-        told=report,
+    environment = Environment(
+        autoescape=True, loader=FileSystemLoader(_HERE), undefined=StrictUndefined, trim_blocks=True
+    )
+    return environment.get_template("page.html").render(
+        report=report,
         few=FEW,
         ramp=ramp,
         printable=printable,

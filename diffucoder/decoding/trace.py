@@ -189,7 +189,7 @@ def local_ar_ness(
 
     This is local AR-ness@k of DiffuCoder (arXiv 2506.20639) §4.1, which compares sets. With `ordered`, the run must
     also go from left to right. The first k commitments have no k predecessors: they are left out, or count as failures
-    with `boundary="include"`. `before` (`committed_before`) tells which commitments share a step. Positions from `end`
+    with `boundary="include"`. `before` (`committed_before`) shows which commitments share a step. Positions from `end`
     on interrupt runs but are not counted. nan if nothing is counted.
     """
     before = range(len(order)) if before is None else before
