@@ -18,12 +18,13 @@ from typing import Any
 import torch
 
 from diffucoder.decoding.canvas import Canvas
+from diffucoder.decoding.checkers import python_flaw
 from diffucoder.decoding.params import DecodingParams
 from diffucoder.decoding.requests import Generation, HoleRequest, Request, WindowedRequest
 from diffucoder.decoding.resize import Resize
 from diffucoder.decoding.sequence import Sequence as DecodingSequence
 from diffucoder.decoding.step import Step, decode, denoise
-from diffucoder.decoding.windows import Pieces, windows_of
+from diffucoder.decoding.windows import Pieces, texts_around, windows_of
 from diffucoder.errors import ConfigError, PromptError
 from diffucoder.models.checkpoint import load_shipped, load_with_tokenizer
 from diffucoder.models.denoiser import Denoiser
@@ -109,7 +110,7 @@ class DiffuCoder:
         """Answer one request, and yield each step when it is done. `show` turns a step into text."""
         [request] = self._warned_requests([prompt], _params(params, settings), chat)
         one_each = request.params.replace(num_samples=1)  # samples are rows already
-        yield from denoise(self.model, request.canvas, one_each, until=request.until)
+        yield from denoise(self.model, request.canvas, one_each, until=request.until, constraint_of=request.constraint)
 
     def infill(
         self,
@@ -170,7 +171,11 @@ class DiffuCoder:
             ids = self.tokenizer.encode(prompt)
         else:
             raise PromptError("messages are a conversation; raw text is a string: leave chat=True, or pass a string")
-        return self.request_of_ids(ids, params)
+        request = self.request_of_ids(ids, params)
+        if chat:
+            return replace(request, before=prefill, fenced=True)
+        flaw = python_flaw(given)
+        return replace(request, before=given if flaw is None or flaw.incomplete else "")
 
     def request_of_ids(self, ids: list[int], params: DecodingParams, *, sample: int = 0) -> Request:
         """Make the request for a prompt of token ids. `sample` and the seed fix the random numbers.
@@ -264,7 +269,7 @@ class DiffuCoder:
 
     def _holes(
         self, pieces: Pieces, params: DecodingParams, *, whole: bool, most: int | None = None, of: Pieces | None = None
-    ) -> Request:
+    ) -> HoleRequest:
         """Make the request for pieces with holes, which may be a window `of` a longer text."""
         block = self.model.attention.block
         first_hole = next(n for n, piece in enumerate(pieces) if isinstance(piece, Hole))
@@ -329,7 +334,7 @@ class DiffuCoder:
 
     def _windowed(
         self, pieces: Pieces, params: DecodingParams, *, whole: bool, longest: int, most: int | None
-    ) -> Request:
+    ) -> HoleRequest:
         """What fills the holes of a long text, each from the lines around it."""
         budget = self.model.max_length * 15 // 16  # lines in a row may have a few tokens more than each alone
         budget = min(budget, self.model.trained_length or budget)
@@ -338,14 +343,18 @@ class DiffuCoder:
             return len(self.tokenizer.encode(piece)) if isinstance(piece, str) else piece.length or longest
 
         windows = windows_of(pieces, budget, count)
-        parts = [self._holes(own, params, whole=whole, most=most, of=pieces) for _, own in windows]
-        lines = ", ".join(f"{lines.start + 1} to {lines.stop}" for lines, _ in windows)
+        parts = []
+        for lines, own in windows:
+            part = self._holes(own, params, whole=whole, most=most, of=pieces)
+            before, after = texts_around(pieces, lines)
+            parts.append(replace(part, text_before=before[:-1], text_after=after))  # the window has its line end
+        read = ", ".join(f"{lines.start + 1} to {lines.stop}" for lines, _ in windows)
         return WindowedRequest(
             canvas=Canvas.stacked([part.canvas for part in parts]),
             params=params,
             tokenizer=self.tokenizer,
             model_name=self.name,
-            remark=f"the text is longer than the model's context; it reads lines {lines}",
+            remark=f"the text is longer than the model's context; it reads lines {read}",
             parts=parts,
             pieces=pieces,
             sizes=[],

@@ -24,12 +24,24 @@ class Decision:
     committed: Tensor  # (T,) bool
     tokens: Tensor  # (T,) ids, read where committed
     log_prob: Tensor  # (T,) of those tokens
+    revoked: Tensor | None = None  # (T,) bool: earlier commitments to mask again before these are made
 
 
 class Constraint(Protocol):
-    """Decides whether the chosen tokens may be committed. It must leave at least one commitment to each step."""
+    """Decides whether the chosen tokens may be committed. It must let decoding come to an end."""
 
-    candidates: int  # number of most probable ids of each position to choose from
+    @property
+    def takes_back(self) -> bool:
+        """Whether it may mask committed tokens again."""
+
+    def candidates(self, sequence: "Sequence") -> int:
+        """Return the number of most probable ids of each position that it wants of the next pass."""
+
+    def move(self, places: Tensor) -> None:
+        """Note that the sequence was resized: each of its positions was at `places` (T',) before."""
+
+    def problem(self, sequence: "Sequence") -> str:
+        """Why the finished `sequence` does not keep the constraint; empty if it does."""
 
     def allow(self, sequence: "Sequence", proposals: "Proposals", decision: Decision) -> Decision:
         """Return the decision with vetoes and replacements, given the proposals of the sequence, (T,) each."""

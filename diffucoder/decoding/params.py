@@ -79,6 +79,9 @@ class DecodingParams(Settings):
     revoke: float = Field(default=0.0, ge=0, lt=1)
     """mask tokens that lost most probability again, up to this fraction of the tokens that the step commits"""
 
+    syntax: Literal["python", "compile", "names"] | None = None
+    """write only text that keeps a rule: python (it parses), compile (it compiles), names (and no name is unknown)"""
+
     # cache: keys and values that a pass does not compute again
 
     cache: Literal["none", "prefix", "dual", "delayed"] = "none"
@@ -141,7 +144,7 @@ class DecodingParams(Settings):
 
 
 _RULES = ("threshold", "factor", "entropy_bound")
-_NOT_REFERENCE = (*_RULES, "revoke", "block", "cache")
+_NOT_REFERENCE = (*_RULES, "revoke", "syntax", "block", "cache")
 _DREAM_POLICIES = {"origin": "random", "maskgit_plus": "max_prob", "topk_margin": "margin", "entropy": "entropy"}
 _DREAM_NAMES = {"alg": "policy", "alg_temp": "policy_temperature", "num_return_sequences": "num_samples"}
 _DREAM_NAMES |= {name: name for name in ("eps", "steps", "temperature", "top_k", "top_p")}

@@ -8,11 +8,15 @@ from itertools import islice
 import torch
 from torch import Tensor
 
-from diffucoder.decoding.canvas import Canvas
+from diffucoder.decoding.canvas import Canvas, leftmost
+from diffucoder.decoding.checkers import CHECKERS
 from diffucoder.decoding.colours import as_html
+from diffucoder.decoding.constraints import Constraint
+from diffucoder.decoding.document import Document, Part
 from diffucoder.decoding.params import DecodingParams
 from diffucoder.decoding.sequence import Sequence, Until
 from diffucoder.decoding.trace import Trace, commit_order
+from diffucoder.decoding.witness import Witness
 from diffucoder.tokenizer import Hole, Tokenizer
 
 
@@ -103,6 +107,7 @@ class Generation:
     finish_reason: str  # "stop": a terminator or stop string; "length": the canvas is full
     trace: Trace  # the whole row, with the step that committed each token
     tokenizer: Tokenizer | None = field(default=None, compare=False)
+    problem: str = ""  # why the text does not keep the rule that was asked for
 
     def __repr__(self) -> str:
         text = repr(self.text if len(self.text) <= 60 else f"{self.text[:57]}...")
@@ -141,6 +146,8 @@ class Request:
     tokenizer: Tokenizer
     model_name: str
     remark: str = ""  # what a user should know about it
+    before: str = ""  # text before the answer that belongs to its program
+    fenced: bool = False  # whether it is a reply, in which programs may stand in fences
 
     @property
     def result_count(self) -> int:
@@ -156,14 +163,42 @@ class Request:
         """The function that ends a row early, at a stop string in its text."""
         return StopSearch(self.tokenizer, self.params.stop) if self.params.stop else None
 
+    def document(self, row: int) -> Document:
+        """The text that a row of the canvas stands for."""
+        own = self.canvas.tokens[row][self.canvas.valid[row]]
+        answer = Part(leftmost(own == self.canvas.mask_id), len(own), is_answer=True)
+        return self._document((self.before, answer))
+
+    def _document(self, pieces: tuple[str | Part, ...]) -> Document:
+        return Document(
+            pieces=pieces,
+            tokenizer=self.tokenizer,
+            mask_id=self.canvas.mask_id,
+            terminators=self.canvas.terminators,
+            stops=self.params.stop,
+            fenced=self.fenced,
+        )
+
+    def constraint(self, row: int) -> Constraint | None:
+        """The constraint of a row of the canvas, if the settings ask for one."""
+        if self.params.syntax is None:
+            return None
+        return Witness(self.document(row), CHECKERS[self.params.syntax])
+
     def sequences(self, *, entropies: int = 0) -> list[Sequence]:
         """Make a sequence for each row. Their traces hold the entropies of the first `entropies` steps."""
-        rows = range(len(self.canvas.tokens))
-        return [Sequence(self.canvas, self.params, row=n, until=self.until, entropies=entropies) for n in rows]
+        sequences = []
+        for row in range(len(self.canvas.tokens)):
+            constraint = self.constraint(row)
+            sequence = Sequence(
+                self.canvas, self.params, row=row, until=self.until, entropies=entropies, constraint=constraint
+            )
+            sequences.append(sequence)
+        return sequences
 
     def settled_ids(self, sequence: Sequence, *, start: int = 0) -> list[int]:
         """Return the ids of an answer, from `start` on, that no later step can change; [] while any may be revoked."""
-        if sequence.verifier is not None and sequence.finish_reason is None:
+        if sequence.takes_back and sequence.finish_reason is None:
             return []
         hole_end = sequence.first_hole + int(sequence.holes.sum())  # of the only hole; text after it is no answer
         end = min(sequence.written_end, hole_end)
@@ -188,6 +223,7 @@ class Request:
             finish_reason="stop" if stopped or sequence.finish_reason == "stop" else "length",
             trace=trace,
             tokenizer=self.tokenizer,
+            problem=_problem(sequence),
         )
 
     def _before_stops(self, ids: list[int]) -> tuple[str, list[int], bool]:
@@ -208,6 +244,8 @@ class HoleRequest(Request):
     sizes: list[int]  # tokens of each piece of text; 0 for a hole
     lengths: tuple[int, ...]  # that open holes are tried at
     whole: bool  # whether the result's text is the whole, filled, or the first hole alone
+    text_before: str = ""  # text before and after the pieces, if they are a window of a longer text
+    text_after: str = ""
 
     @property
     def result_count(self) -> int:
@@ -226,10 +264,26 @@ class HoleRequest(Request):
         results = []
         for sample in range(samples):
             rows = range(sample, len(traces), samples)
-            best = max(rows, key=lambda row: traces[row].mean_log_prob)  # the first of equals
+            problems = [_problem(sequence) for sequence in sequences]
+            best = max(rows, key=lambda row: (not problems[row], traces[row].mean_log_prob))  # the first of equals
             places = sequences[best].places.tolist()
-            results.append(self._filled(sample, self.lengths[best // samples], traces[best], places, seconds))
+            result = self._filled(sample, self.lengths[best // samples], traces[best], places, seconds)
+            results.append(replace(result, problem=problems[best]))
         return results
+
+    def document(self, row: int) -> Document:
+        """The whole text, with its holes filled by a row of the canvas."""
+        length = self.lengths[row // self.params.num_samples]
+        position = 0
+        pieces: list[str | Part] = [self.text_before]
+        for piece, size in zip(self.pieces, self.sizes, strict=True):
+            if isinstance(piece, Hole):
+                size = piece.length or length
+                pieces.append(Part(position, position + size, is_answer=False))
+            else:
+                pieces.append(piece)
+            position += size
+        return self._document((*pieces, self.text_after))
 
     def _filled(self, index: int, length: int, trace: Trace, places: list[int], seconds: float) -> Generation:
         """The result of a row, of which each token comes from one of the `places` of the canvas."""
@@ -267,11 +321,19 @@ class HoleRequest(Request):
 class WindowedRequest(HoleRequest):
     """A text that is longer than the model's context: the rows are those of `parts`, each a window of its lines."""
 
-    parts: list[Request]
+    parts: list[HoleRequest]
 
     def prompt_tokens(self, index: int) -> int:
         """The known tokens of all windows."""
         return sum(part.prompt_tokens(index) for part in self.parts)
+
+    def constraint(self, row: int) -> Constraint | None:
+        """The constraint of a row of one of the parts."""
+        for part in self.parts:
+            if row < len(part.canvas.tokens):
+                return part.constraint(row)
+            row -= len(part.canvas.tokens)
+        return None
 
     def results(self, sequences: list[Sequence], seconds: float) -> list[Generation]:
         """The whole text for each sample, in order. The trace is that of the window that is least sure."""
@@ -294,7 +356,12 @@ class WindowedRequest(HoleRequest):
             tokens=tuple(token for window in windows for token in window.tokens),
             forward_passes=max(window.forward_passes for window in windows),
             finish_reason="stop" if stopped else "length",
+            problem="; ".join(window.problem for window in windows if window.problem),
         )
+
+
+def _problem(sequence: Sequence) -> str:
+    return "" if sequence.constraint is None else sequence.constraint.problem(sequence)
 
 
 def before_stops(text: str, stops: Iterable[str]) -> str:

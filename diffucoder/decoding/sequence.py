@@ -4,6 +4,7 @@ A sequence owns its tokens without padding, its settings as small objects (sampl
 verifier), its random numbers, its cache row and its history. So its result does not depend on its batch.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Literal
@@ -168,6 +169,11 @@ class Sequence:
         return start, min(start + size, end)
 
     @property
+    def takes_back(self) -> bool:
+        """Whether a later step may mask committed tokens again."""
+        return self.verifier is not None or (self.constraint is not None and self.constraint.takes_back)
+
+    @property
     def wants_entropy(self) -> bool:
         """Whether the next step records entropies."""
         return self.forward_passes < self.entropies
@@ -218,22 +224,29 @@ class Sequence:
         # Not by products: a token that has become impossible has minus infinity
         confidence = proposals.confidence.masked_fill(~committed, 0)
         log_prob = decision.log_prob.masked_fill(~committed, 0)
-        revoked = None
+        revoked = torch.zeros_like(committed) if self.takes_back else None
+        doubted = None
         if self.verifier is not None:
-            revoked = self.verifier.revoke(self, proposals, decision)[None]
+            doubted = self.verifier.revoke(self, proposals, decision)
         entropy = None
         if self.wants_entropy:
             entropy = proposals.entropy[None]
             self._entropies.append(proposals.entropy)
         self.cache_plan.passed(self)
+        if decision.revoked is not None:
+            revoked = self._retreat(decision.revoked) & ~committed
         self.tokens = decision.tokens.where(committed, self.tokens)
         self._committed_by[committed] = self.forward_passes
         self._confidence = confidence.where(committed, self._confidence)
         self._log_prob = log_prob.where(committed, self._log_prob)
-        if revoked is not None:
-            self._take_back(revoked[0])
+        if revoked is not None and doubted is not None:
+            self._take_back(doubted)
+            revoked = revoked | doubted
         self.forward_passes += 1
         self._uniform = None
+        if decision.revoked is not None and self.params.steps is not None:  # as many tokens a step as before
+            share = int(self.masked.sum()) / int(self.holes.sum())
+            self._schedule_again(math.ceil(share * self.params.steps))
         before = self.tokens[None]
         places = self._resize()
         self._finish_if_over()  # may fill what is still masked with pads
@@ -242,7 +255,7 @@ class Sequence:
             index=self.forward_passes - 1,
             canvas=after if places is None else before,
             committed=committed[None],
-            revoked=revoked,
+            revoked=None if revoked is None else revoked[None],
             confidence=confidence[None],
             log_prob=log_prob[None],
             entropy=entropy,
@@ -288,13 +301,28 @@ class Sequence:
         self._revoked = []
         if self.verifier is not None:
             self.verifier.move(places)
-        steps = None
-        if self.params.steps is not None:
-            steps = max(1, self.params.steps - self.forward_passes)  # those that are left
-        self.schedule = schedule_of(self.params.replace(steps=steps), int(self.masked.sum()))
-        self._schedule_began = self.forward_passes
+        if self.constraint is not None:
+            self.constraint.move(places)
+        left = None if self.params.steps is None else self.params.steps - self.forward_passes
+        self._schedule_again(left)
         self._set_sampler()
         return places[None]
+
+    def _schedule_again(self, steps: int | None) -> None:
+        """Plan this number of steps for the masks that are left."""
+        params = self.params.replace(steps=None if steps is None else max(1, steps))
+        self.schedule = schedule_of(params, int(self.masked.sum()))
+        self._schedule_began = self.forward_passes
+
+    def _retreat(self, revoked: Tensor) -> Tensor:
+        """Mask the positions `revoked` (T,) again, where the model writes in blocks also those after them."""
+        first = leftmost(revoked)
+        if self.canvas.attention.block is not None:
+            revoked = self.holes & ~self.masked & (torch.arange(len(revoked)) >= first)
+        if first < self.model_block()[0]:
+            self.release()  # its block is at work again
+        self._take_back(revoked)
+        return revoked
 
     def _take_back(self, revoked: Tensor) -> None:
         """Mask the positions `revoked` (T,) again."""

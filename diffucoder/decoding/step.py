@@ -9,7 +9,7 @@ rounding of matrix products. Tensors with a vocabulary axis are on the model's d
 rows of T positions, is on the host.
 """
 
-from collections.abc import Hashable, Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from diffucoder.decoding.canvas import Canvas
+from diffucoder.decoding.constraints import Constraint
 from diffucoder.decoding.params import DecodingParams
 from diffucoder.decoding.policies import RuleInput
 from diffucoder.decoding.sampling import Sampler, Samples
@@ -54,13 +55,20 @@ def decode(model: Denoiser, sequences: list[Sequence]) -> Iterator[list[tuple[Se
 
 
 def denoise(
-    model: Denoiser, canvas: Canvas, params: DecodingParams, *, until: Until | None = None, entropies: int = 0
+    model: Denoiser,
+    canvas: Canvas,
+    params: DecodingParams,
+    *,
+    until: Until | None = None,
+    entropies: int = 0,
+    constraint_of: Callable[[int], Constraint | None] = lambda row: None,
 ) -> Iterator[Step]:
     """Fill in a canvas, and yield each step. Rows that are finished cost nothing and do not change.
 
     Steps have the canvas's own shape and padding, with `params.num_samples` consecutive rows for each of its rows.
     `until` may end any row early; masks that are left there become the canvas's `pad_id`. The first `entropies` steps
-    also have the entropy of every position that may be committed (`sampling.entropy`).
+    also have the entropy of every position that may be committed (`sampling.entropy`). `constraint_of` gives the
+    constraint of each row.
     """
     if canvas.mask_id != model.mask_id:
         raise PromptError(
@@ -70,8 +78,12 @@ def denoise(
         raise PromptError("the canvas has holes that may change their length; decode it with DiffuCoder.run")
     canvas.check_scorable(model.first_scorable)
     canvas = replace(canvas, attention=model.attention).repeat(params.num_samples)
-    rows = range(len(canvas.tokens))
-    sequences = [Sequence(canvas, params, row=row, until=until, entropies=entropies) for row in rows]
+    sequences = []
+    for row in range(len(canvas.tokens)):
+        constraint = constraint_of(row)
+        sequence = Sequence(canvas, params, row=row, until=until, entropies=entropies, constraint=constraint)
+        sequences.append(sequence)
+    revokes = any(sequence.takes_back for sequence in sequences)
     tokens = canvas.tokens
     for index, steps in enumerate(decode(model, sequences)):
         tokens = tokens.clone()
@@ -79,7 +91,7 @@ def denoise(
             index=index,
             canvas=tokens,
             committed=torch.zeros_like(tokens, dtype=torch.bool),
-            revoked=torch.zeros_like(tokens, dtype=torch.bool) if params.revoke else None,
+            revoked=torch.zeros_like(tokens, dtype=torch.bool) if revokes else None,
             confidence=torch.zeros_like(tokens, dtype=torch.float32),
             log_prob=torch.zeros_like(tokens, dtype=torch.float32),
             entropy=torch.full_like(tokens, torch.nan, dtype=torch.float32) if index < entropies else None,
@@ -135,7 +147,7 @@ def propose(model: Denoiser, sequences: list[Sequence], batch: Plan) -> Proposal
     candidates = 0
     for sequence in sequences:
         if sequence.constraint is not None:
-            candidates = max(candidates, sequence.constraint.candidates)
+            candidates = max(candidates, sequence.constraint.candidates(sequence))
     proposals = Proposals(
         open=batch.open,
         verified=batch.verified,

@@ -65,6 +65,12 @@ def windows_of(pieces: Pieces, budget: int, count: Callable[[str | Hole], int]) 
     return windows
 
 
+def texts_around(pieces: Pieces, lines: range) -> tuple[str, str]:
+    """The text before and after some lines, without its holes."""
+    texts = ["".join(piece for piece in line if isinstance(piece, str)) for line in _lines(pieces)]
+    return "".join(texts[: lines.start]), "".join(texts[lines.stop :])
+
+
 def _lines(pieces: Pieces) -> list[Pieces]:
     """The pieces of each line, with its line end."""
     lines: list[Pieces] = [[]]

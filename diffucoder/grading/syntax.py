@@ -8,7 +8,8 @@ import builtins
 import re
 import threading
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 Import = ast.Import | ast.ImportFrom
@@ -18,10 +19,17 @@ _INCOMPLETE = re.compile(r"\s*(?:@[\w.]+(?:\(.*\))?\s*)?$|.*\\$")  # a blank lin
 _parsing = threading.Lock()  # warning filters belong to the process: two threads would restore each other's
 
 
-def parsed(program: str) -> ast.Module:
-    """`ast.parse` without warnings, as of a "\\d" in somebody's program."""
+@contextmanager
+def quietly() -> Iterator[None]:
+    """Parse or compile here without warnings, as of a "\\d" in somebody's program."""
     with _parsing, warnings.catch_warnings():
         warnings.simplefilter("ignore")
+        yield
+
+
+def parsed(program: str) -> ast.Module:
+    """`ast.parse` without warnings."""
+    with quietly():
         return ast.parse(program)
 
 
