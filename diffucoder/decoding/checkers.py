@@ -65,6 +65,8 @@ CHECKERS: Mapping[str, Checker] = {"python": python_flaw, "compile": compile_fla
 
 
 def _flaw_of(text: str, flags: int) -> Flaw | None:
+    if "\0" in text:
+        return Flaw(text.index("\0"), "a null character")
     try:
         with quietly():
             compile(text, "<text>", "exec", flags | _TELL_INCOMPLETE, dont_inherit=True)
@@ -73,8 +75,8 @@ def _flaw_of(text: str, flags: int) -> Flaw | None:
         rest = text[at:].strip()
         is_last = at >= len(text.rstrip()) or (error.msg.startswith("unterminated string") and "\n" not in rest)
         return Flaw(at, error.msg, incomplete=is_last or error.msg == "incomplete input")
-    except NOT_PARSED as error:  # a null character, or too deeply nested
-        return Flaw(max(0, text.find("\0")), str(error) or type(error).__name__)
+    except NOT_PARSED as error:  # too deeply nested, or half of a character
+        return Flaw(0, str(error) or type(error).__name__)
     return None
 
 

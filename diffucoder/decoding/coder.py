@@ -18,10 +18,11 @@ from typing import Any
 import torch
 
 from diffucoder.decoding.canvas import Canvas
-from diffucoder.decoding.checkers import python_flaw
+from diffucoder.decoding.checkers import CHECKERS, python_flaw
 from diffucoder.decoding.params import DecodingParams
 from diffucoder.decoding.requests import Generation, HoleRequest, Request, WindowedRequest
 from diffucoder.decoding.resize import Resize
+from diffucoder.decoding.scaffold import hole_texts
 from diffucoder.decoding.sequence import Sequence as DecodingSequence
 from diffucoder.decoding.step import Step, decode, denoise
 from diffucoder.decoding.windows import Pieces, texts_around, windows_of
@@ -343,10 +344,14 @@ class DiffuCoder:
             return len(self.tokenizer.encode(piece)) if isinstance(piece, str) else piece.length or longest
 
         windows = windows_of(pieces, budget, count)
+        plain = [""] * len(pieces)
+        if params.syntax is not None:
+            checker = CHECKERS[params.syntax]
+            plain = hole_texts(pieces, longest, self.tokenizer, self.model.mask_id, checker)
         parts = []
         for lines, own in windows:
             part = self._holes(own, params, whole=whole, most=most, of=pieces)
-            before, after = texts_around(pieces, lines)
+            before, after = texts_around(pieces, lines, plain)
             parts.append(replace(part, text_before=before[:-1], text_after=after))  # the window has its line end
         read = ", ".join(f"{lines.start + 1} to {lines.stop}" for lines, _ in windows)
         return WindowedRequest(

@@ -83,6 +83,15 @@ class Document:
                 return Flaw(begin + flaw.at, flaw.message, flaw.incomplete)
         return None
 
+    def problem(self, tokens: Tensor, checker: Checker) -> str:
+        """The first flaw as a line for people; empty if there is none."""
+        flaw = self.flaw(tokens, checker)
+        if flaw is None:
+            return ""
+        text, _ = self.text(tokens)
+        line = text.count("\n", 0, flaw.at) + 1
+        return f"line {line}: {flaw.message}"
+
     def position(self, tokens: Tensor, at: int) -> int:
         """The position of the row that wrote character `at` of the text, or of the nearest part before or after it."""
         ids = tokens.tolist()

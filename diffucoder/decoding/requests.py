@@ -344,6 +344,12 @@ class WindowedRequest(HoleRequest):
             columns.append(part.results(own, seconds))
         return [self._merged(list(windows)) for windows in zip(*columns, strict=True)]
 
+    def _problem_of(self, text: str) -> str:
+        if self.params.syntax is None:
+            return ""
+        document = Document((text,), self.tokenizer, self.canvas.mask_id)
+        return document.problem(torch.empty(0, dtype=torch.long), CHECKERS[self.params.syntax])
+
     def _merged(self, windows: list[Generation]) -> Generation:
         holes = [hole for window in windows for hole in window.pieces]
         remaining = iter(holes)
@@ -356,7 +362,7 @@ class WindowedRequest(HoleRequest):
             tokens=tuple(token for window in windows for token in window.tokens),
             forward_passes=max(window.forward_passes for window in windows),
             finish_reason="stop" if stopped else "length",
-            problem="; ".join(window.problem for window in windows if window.problem),
+            problem=self._problem_of(text),
         )
 
 

@@ -3,7 +3,7 @@
 It needs no model. `witness` falls back on it when nothing that the model proposes keeps the rule.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import islice
 
 import torch
@@ -11,15 +11,17 @@ from torch import Tensor
 
 from diffucoder.decoding.checkers import Checker
 from diffucoder.decoding.document import Document, Part
+from diffucoder.tokenizer import Hole, Tokenizer
 
 # What may stand in a gap of a program: a statement, an expression, a name, an operator, a delimiter
 CORES = (
     *("", "pass", "x", "0", "0,", "x,", ",", "x=0", "=x", "=", ":", "):", ")", "x:", "x: x", "()", "(", "]", "}"),
     *(".x", "+", "+x", "x+", "x.", "in x", "x in", "for x in x", "if x", "else x", "as x", "and", "in", "@", "#"),
     *("x in x:", "x()", "import x", "x)", "x]", "x}", '"', "'", '"""', '""', "def", "class", "if", "return", "import"),
+    *("in x:", "finally:x", "except:x", "else:x", "if x:x"),
 )
 FILLERS = (" ", "\n", "#")
-MOST_CHARACTERS = 2_000_000  # that are judged for a part
+MOST_CHARACTERS = 500_000  # that are judged for a part
 
 
 def scaffold(document: Document, checker: Checker, tokens: Tensor, holes: Tensor) -> Tensor | None:
@@ -43,6 +45,29 @@ def scaffold(document: Document, checker: Checker, tokens: Tensor, holes: Tensor
             best = max(best, (flaw.at, trial), key=lambda scored: scored[0])  # the first of equals
         filled = best[1]
     return filled if document.flaw(filled, checker) is None else None
+
+
+def hole_texts(
+    pieces: Iterable[str | Hole], longest: int, tokenizer: Tokenizer, mask_id: int, checker: Checker
+) -> list[str]:
+    """A text for each hole, of `longest` tokens if it has no length, that together keep the rule; empty ones if not."""
+    parts: list[str | Part] = []
+    masks = 0
+    for piece in pieces:
+        if isinstance(piece, Hole):
+            start = masks
+            masks += piece.length or longest
+            parts.append(Part(start, masks, is_answer=False))
+        else:
+            parts.append(piece)
+    document = Document(tuple(parts), tokenizer, mask_id)
+    holes = torch.ones(masks, dtype=torch.bool)
+    tokens = scaffold(document, checker, torch.full((masks,), mask_id), holes)
+    texts = []
+    for part in parts:
+        if isinstance(part, Part):
+            texts.append("" if tokens is None else tokenizer.decode(tokens[part.start : part.end].tolist()))
+    return texts
 
 
 def _fillings(document: Document, tokens: Tensor, part: Part) -> Iterator[list[int]]:

@@ -3,7 +3,7 @@
 Holes that are near each other share a window. Each hole is in one window; other lines may be in two.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import cache
 from itertools import chain, groupby
 
@@ -65,10 +65,11 @@ def windows_of(pieces: Pieces, budget: int, count: Callable[[str | Hole], int]) 
     return windows
 
 
-def texts_around(pieces: Pieces, lines: range) -> tuple[str, str]:
-    """The text before and after some lines, without its holes."""
-    texts = ["".join(piece for piece in line if isinstance(piece, str)) for line in _lines(pieces)]
-    return "".join(texts[: lines.start]), "".join(texts[lines.stop :])
+def texts_around(pieces: Pieces, lines: range, hole_texts: Iterable[str]) -> tuple[str, str]:
+    """The text before and after some lines, with a text in place of each hole."""
+    texts = iter(hole_texts)
+    filled = ["".join(next(texts) if isinstance(piece, Hole) else piece for piece in line) for line in _lines(pieces)]
+    return "".join(filled[: lines.start]), "".join(filled[lines.stop :])
 
 
 def _lines(pieces: Pieces) -> list[Pieces]:

@@ -69,12 +69,7 @@ class Witness:
 
     def problem(self, sequence: "Sequence") -> str:
         """Why the text of `sequence` does not keep the rule; empty if it does."""
-        flaw = self._flaw(sequence.tokens)
-        if flaw is None:
-            return ""
-        text, _ = self.document.text(sequence.tokens)
-        line = text.count("\n", 0, flaw.at) + 1
-        return f"line {line}: {flaw.message}"
+        return self.document.problem(sequence.tokens, self.checker)
 
     def allow(self, sequence: "Sequence", proposals: "Proposals", decision: Decision) -> Decision:
         """Return the part of `decision` that leaves a witness, or other commitments in its place."""

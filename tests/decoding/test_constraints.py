@@ -13,10 +13,19 @@ from diffucoder.decoding.step import decode
 class AllowedIds:
     """Commits the likeliest allowed candidate in place of an id that is not allowed; postpones it if there is none."""
 
-    candidates = VOCABULARY  # so that one of them is always allowed
+    takes_back = False
 
     def __init__(self, *ids: int) -> None:
         self.ids = torch.tensor(ids)
+
+    def candidates(self, sequence: Sequence) -> int:
+        return VOCABULARY  # so that one of them is always allowed
+
+    def move(self, places: Tensor) -> None:
+        raise AssertionError("no row is resized")
+
+    def problem(self, sequence: Sequence) -> str:
+        return ""
 
     def allow(self, sequence: Sequence, proposals: Proposals, decision: Decision) -> Decision:
         allowed = torch.isin(proposals.candidates, self.ids)  # (T, k)
