@@ -40,7 +40,7 @@ File = Annotated[
 
 _REPORTED = (  # by --json, besides the name of the model
     *("text", "tokens", "forward_passes", "tokens_per_forward", "seconds", "tokens_per_second"),
-    *("finish_reason", "seed", "index"),
+    *("finish_reason", "seed", "index", "problem"),
 )
 
 
@@ -177,6 +177,8 @@ def print_answers(
     """
     shown = shown and sys.stdout.isatty() and sys.stderr.isatty()
     for result in results:
+        if result.problem:
+            note(f"the text breaks the rule of --syntax ({result.problem}); give it more tokens, or mend the rest")
         if as_json:
             fields = {name: getattr(result, name) for name in _REPORTED} | {"model": coder.name}
             print(json.dumps(fields if number is None else {"request": number, **fields}), flush=True)

@@ -55,9 +55,9 @@ def names_flaw(text: str) -> Flaw | None:
             if symbol.is_global() or table.get_type() == "module":
                 bound = symbol.is_assigned() or symbol.is_imported() or symbol.is_namespace()
                 (defined if bound else looked_up).add(symbol.get_name())
-    for name in sorted(looked_up - defined):
-        found = re.search(rf"\b{re.escape(name)}\b", text)
-        return Flaw(found.start() if found else 0, f"name {name!r} is not defined")
+    for found in re.finditer(r"[^\W\d]\w*", text):
+        if found[0] in looked_up - defined:
+            return Flaw(found.start(), f"name {found[0]!r} is not defined")
     return None
 
 

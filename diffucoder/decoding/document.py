@@ -54,22 +54,18 @@ class Document:
 
     def programs(self, text: str) -> Iterator[tuple[int, int]]:
         """Begin and end of each program in `text`: the blocks of Python in a reply that has fences, else all of it."""
-        begin: int | None = None
-        fence = ""
-        found = False
-        for match in _FENCE.finditer(text) if self.fenced else ():
-            if begin is None:
-                found = True
-                fence = match[1]
-                begin = match.end() + 1 if match[2].lower() in _PYTHON else len(text) + 1
-            elif match[1].startswith(fence) and not match[2]:
-                if begin <= match.start():
-                    yield begin, match.start()
-                begin = None
-        if not found:
+        if not self.fenced or _FENCE.search(text) is None:
             yield 0, len(text)
-        elif begin is not None and begin <= len(text):
-            yield begin, len(text)
+            return
+        fence: re.Match[str] | None = None  # the line that opens the block at work
+        for line in _FENCE.finditer(text):
+            if fence is None:
+                fence = line
+            elif line[1].startswith(fence[1]) and not line[2]:
+                yield from _block(fence, line.start())
+                fence = None
+        if fence is not None:
+            yield from _block(fence, len(text))
 
     def flaw(self, tokens: Tensor, checker: Checker) -> Flaw | None:
         """The first flaw that `checker` finds in the programs of the text.
@@ -95,20 +91,22 @@ class Document:
     def position(self, tokens: Tensor, at: int) -> int:
         """The position of the row that wrote character `at` of the text, or of the nearest part before or after it."""
         ids = tokens.tolist()
-        nearest = 0
+        nearest: int | None = None
         for piece in self.pieces:
             if isinstance(piece, str):
                 at -= len(piece)
                 continue
             written, _ = self._written(piece, ids)
+            if nearest is None:
+                nearest = piece.start
             if at < 0:
-                return piece.start if nearest == 0 else nearest
+                break
             nearest = piece.end - 1
             if at < len(written):
                 count = range(1, piece.end - piece.start + 1)
                 return piece.start + bisect_right(count, at, key=lambda n: len(self._decoded(piece, ids, n)))
             at -= len(written)
-        return nearest
+        return nearest or 0
 
     def moved(self, places: Tensor) -> "Document":
         """The document of a resized row, of which each position was at `places` (T',) before."""
@@ -138,3 +136,9 @@ class Document:
 
     def _decoded(self, part: Part, ids: list[int], count: int) -> str:
         return self.tokenizer.decode(ids[part.start : part.start + count])
+
+
+def _block(fence: re.Match[str], end: int) -> Iterator[tuple[int, int]]:
+    """Begin and end of the block after a fence, if it is Python."""
+    if fence[2].lower() in _PYTHON and fence.end() < end:
+        yield fence.end() + 1, end

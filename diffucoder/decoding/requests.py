@@ -367,7 +367,9 @@ class WindowedRequest(HoleRequest):
 
 
 def _problem(sequence: Sequence) -> str:
-    return "" if sequence.constraint is None else sequence.constraint.problem(sequence)
+    if sequence.constraint is None:
+        return ""
+    return sequence.constraint.problem(sequence)
 
 
 def before_stops(text: str, stops: Iterable[str]) -> str:

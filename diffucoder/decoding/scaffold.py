@@ -63,11 +63,10 @@ def hole_texts(
     document = Document(tuple(parts), tokenizer, mask_id)
     holes = torch.ones(masks, dtype=torch.bool)
     tokens = scaffold(document, checker, torch.full((masks,), mask_id), holes)
-    texts = []
-    for part in parts:
-        if isinstance(part, Part):
-            texts.append("" if tokens is None else tokenizer.decode(tokens[part.start : part.end].tolist()))
-    return texts
+    if tokens is None:
+        return [""] * len(parts)
+    own = [part for part in parts if isinstance(part, Part)]
+    return [tokenizer.decode(tokens[part.start : part.end].tolist()) for part in own]
 
 
 def _fillings(document: Document, tokens: Tensor, part: Part) -> Iterator[list[int]]:
@@ -76,7 +75,9 @@ def _fillings(document: Document, tokens: Tensor, part: Part) -> Iterator[list[i
     encode = document.tokenizer.encode
     text, _ = document.text(tokens)
     line = text.rpartition("\n")[2]
-    indents = [""] if line.strip() else _indents(text)
+    indents = _indents(text)
+    if line.strip():
+        indents = [""]
     for filler in FILLERS:
         unit = encode(filler)
         if len(unit) != 1:
@@ -94,5 +95,5 @@ def _indents(text: str) -> list[str]:
     """Indentations that a line after `text` may have: those of the lines before it, and one level more."""
     lines = [line for line in text.split("\n") if line.strip()]
     found = [line[: len(line) - len(line.lstrip())] for line in lines[-20:]]
-    deeper = found[-1] + ("\t" if "\t" in found[-1] else "    ") if found else ""
-    return list(dict.fromkeys(["", deeper, *reversed(found)]))
+    deeper = [f"{indent}    " for indent in found[-1:]] + [f"{indent}\t" for indent in found[-1:]]
+    return list(dict.fromkeys(["", *deeper, *reversed(found)]))

@@ -61,7 +61,7 @@ def denoise(
     *,
     until: Until | None = None,
     entropies: int = 0,
-    constraint_of: Callable[[int], Constraint | None] = lambda row: None,
+    constraint_of: Callable[[int], Constraint | None] | None = None,
 ) -> Iterator[Step]:
     """Fill in a canvas, and yield each step. Rows that are finished cost nothing and do not change.
 
@@ -80,7 +80,9 @@ def denoise(
     canvas = replace(canvas, attention=model.attention).repeat(params.num_samples)
     sequences = []
     for row in range(len(canvas.tokens)):
-        constraint = constraint_of(row)
+        constraint = None
+        if constraint_of is not None:
+            constraint = constraint_of(row)
         sequence = Sequence(canvas, params, row=row, until=until, entropies=entropies, constraint=constraint)
         sequences.append(sequence)
     revokes = any(sequence.takes_back for sequence in sequences)

@@ -60,7 +60,9 @@ class Witness:
 
     def candidates(self, sequence: "Sequence") -> int:
         """Return the number of most probable ids of each position that the next pass should give."""
-        return CANDIDATES if self._witness is None and self._may_search(sequence) else 0
+        if self._witness is None and self._may_search(sequence):
+            return CANDIDATES
+        return 0
 
     def move(self, places: Tensor) -> None:
         """Follow a sequence that was resized: each of its positions was at `places` (T',) before."""
@@ -208,10 +210,13 @@ class Witness:
         begin = end = flaw.at
         for _ in range(self._retreats):
             begin = text.rfind("\n", 0, max(0, begin - 1)) + 1
-            end = text.find("\n", end + 1) if "\n" in text[end + 1 :] else len(text)
+            line_end = text.find("\n", end + 1)
+            end = line_end if line_end >= 0 else len(text)
         first, last = (self.document.position(tokens, at) for at in (begin, end))
         flawed = torch.zeros_like(tokens, dtype=torch.bool)
-        flawed[first : last + 1 + (MARGIN if end == len(text) else 0)] = True
+        if end == len(text):
+            last += MARGIN
+        flawed[first : last + 1] = True
         return flawed
 
 

@@ -86,7 +86,7 @@ class Answer:
 
     def whole(self, results: Sequence[Generation]) -> Json:
         """The answer as one JSON object."""
-        choices = [_choice(result.index, self.choice(result), result.finish_reason) for result in results]
+        choices = [_finished(result, self.choice(result)) for result in results]
         return {**self._head(self.kind), "choices": choices, "usage": self._usage(results)}
 
     async def events(self, job: Job) -> AsyncIterator[str]:
@@ -130,7 +130,7 @@ class Answer:
             content = self.piece(rest) or self.choice(result)
             if self.options.denoise:
                 content |= {"row": self._row(job, result), "trace": as_json(result.trace)}
-            yield {"choices": [_choice(result.index, content, result.finish_reason)]}
+            yield {"choices": [_finished(result, content)]}
         if self.options.include_usage:
             yield {"usage": self._usage(results)}
 
@@ -202,6 +202,13 @@ class Answer:
 
 def _choice(index: int, content: Json, finish_reason: str | None = None) -> Json:
     return {"index": index, "finish_reason": finish_reason, **content}
+
+
+def _finished(result: Generation, content: Json) -> Json:
+    choice = _choice(result.index, content, result.finish_reason)
+    if result.problem:
+        choice["problem"] = result.problem
+    return choice
 
 
 class ChatAnswer(Answer):
