@@ -144,7 +144,7 @@ def decode(
 ) -> "Iterator[list[Generation]]":
     """Yield the answers to each request. Show the live view, or a progress bar on a terminal, on standard error.
 
-    Prints what a user should know about the requests.
+    Prints what a user should know about the requests and their results.
     """
     for remark in sorted({request.remark for request in requests} - {""}):
         note(remark)
@@ -160,6 +160,8 @@ def decode(
         view = progress(requests, console)
     with view as on_step:
         results = coder.run(requests, on_step=on_step)
+    for problem in sorted({result.problem for answers in results for result in answers} - {""}):
+        note(f"a text breaks the rule of --syntax ({problem}); give it more tokens, or mend the rest")
     yield from results
 
 
@@ -177,8 +179,6 @@ def print_answers(
     """
     shown = shown and sys.stdout.isatty() and sys.stderr.isatty()
     for result in results:
-        if result.problem:
-            note(f"the text breaks the rule of --syntax ({result.problem}); give it more tokens, or mend the rest")
         if as_json:
             fields = {name: getattr(result, name) for name in _REPORTED} | {"model": coder.name}
             print(json.dumps(fields if number is None else {"request": number, **fields}), flush=True)

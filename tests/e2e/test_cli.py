@@ -158,6 +158,18 @@ def test_infill_prints_the_file_with_its_holes_filled(cli: Run, tmp_path: Path) 
     assert cli("infill", "-", "--dtype", "float32", stdin=path.read_text()).out == out
 
 
+def test_infill_names_what_keeps_a_text_from_parsing(cli: Run, tmp_path: Path) -> None:
+    path = tmp_path / "program.py"
+    path.write_text("def f(xs):\n    return <|hole:3|>\n")
+    whole = cli("infill", path, "--syntax", "python")
+    compile(whole.out, "whole", "exec")
+    assert "rule of --syntax" not in whole.err
+    path.write_text("def f(xs:\n    return <|hole:3|>\n")
+    broken = cli("infill", path, "--syntax", "python", "--json")
+    assert json.loads(broken.out)["problem"].startswith("line ")
+    assert broken.err.startswith("note: a text breaks the rule of --syntax (line ")
+
+
 def test_infill_in_place_writes_the_file_and_prints_nothing(cli: Run, tmp_path: Path) -> None:
     path = tmp_path / "code.py"
     path.write_text("def f(xs):\n    <|hole:3|>\n    return xs\n")

@@ -1,5 +1,6 @@
 """A real server process and the real `openai` client, on the shipped model."""
 
+import ast
 import json
 import re
 import signal
@@ -216,6 +217,27 @@ def test_two_holes_are_filled(server: str) -> None:
     holes = answer["choices"][0]["holes"]
     assert len(holes) == 2
     assert answer["choices"][0]["text"] == text.replace("<|hole:5|>", holes[0]).replace("<|hole|>", holes[1])
+
+
+def test_text_that_keeps_a_rule_or_the_reason_why_not(server: str, client: openai.OpenAI) -> None:
+    keeping = {"decoding": {"syntax": "python", "steps": 12}}
+    asked: dict[str, Any] = {
+        "model": "tiny",
+        "messages": [{"role": "user", "content": "Given a text, sort its words."}],
+    }
+    whole = client.chat.completions.create(**asked, extra_body=keeping, n=3, temperature=1.2, seed=5)
+    texts = [choice.message.content for choice in whole.choices]
+    for text in texts:
+        compile(text, "answer", "exec", flags=ast.PyCF_ONLY_AST)
+    streamed = ["", "", ""]
+    for chunk in client.chat.completions.create(**asked, extra_body=keeping, n=3, temperature=1.2, seed=5, stream=True):
+        for choice in chunk.choices:
+            streamed[choice.index] += choice.delta.content or ""
+    assert streamed == texts
+    filled = post(f"{server}/v1/fill", json={"text": "x = <|hole:2|>\n", **keeping}).json()
+    assert "problem" not in filled["choices"][0]
+    broken = post(f"{server}/v1/fill", json={"text": "x = <|hole:2|>\ny = )\n", **keeping}).json()
+    assert broken["choices"][0]["problem"].startswith("line ")
 
 
 def test_an_edit_keeps_what_is_frozen_and_shows_the_difference(server: str) -> None:
