@@ -12,7 +12,7 @@ import symtable
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from diffucoder.grading.syntax import NOT_PARSED, quietly
+from diffucoder.grading.syntax import quietly
 
 _TELL_INCOMPLETE: int = codeop.PyCF_ALLOW_INCOMPLETE_INPUT  # type: ignore[attr-defined]  # not in the stubs
 _LINE_END = re.compile(r"\r\n|\r|\n")
@@ -55,8 +55,9 @@ def names_flaw(text: str) -> Flaw | None:
             if symbol.is_global() or table.get_type() == "module":
                 bound = symbol.is_assigned() or symbol.is_imported() or symbol.is_namespace()
                 (defined if bound else looked_up).add(symbol.get_name())
+    unknown = looked_up - defined
     for found in re.finditer(r"[^\W\d]\w*", text):
-        if found[0] in looked_up - defined:
+        if found[0] in unknown:
             return Flaw(found.start(), f"name {found[0]!r} is not defined")
     return None
 
@@ -75,8 +76,10 @@ def _flaw_of(text: str, flags: int) -> Flaw | None:
         rest = text[at:].strip()
         is_last = at >= len(text.rstrip()) or (error.msg.startswith("unterminated string") and "\n" not in rest)
         return Flaw(at, error.msg, incomplete=is_last or error.msg == "incomplete input")
-    except NOT_PARSED as error:  # too deeply nested, or half of a character
-        return Flaw(0, str(error) or type(error).__name__)
+    except (RecursionError, MemoryError):
+        return Flaw(0, "nested too deeply")
+    except ValueError as error:  # half of a character
+        return Flaw(0, str(error))
     return None
 
 

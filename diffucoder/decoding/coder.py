@@ -33,6 +33,7 @@ from diffucoder.tokenizer import Hole, Tokenizer, split_holes
 
 FIRST_LENGTH = 4  # tokens that a hole begins with whose length the model decides
 HOLE_LENGTHS = (2, 4, 6, 8, 12, 16, 24)  # tokens, tried for a hole without a given length
+MOST_JUDGED = 100_000  # characters of a text with holes that must keep a rule
 Prompt = str | Sequence[Mapping[str, str]]  # a request, or the messages of a conversation
 OnStep = Callable[[DecodingSequence, Step], None]  # called after each step of each sequence
 
@@ -272,6 +273,12 @@ class DiffuCoder:
         self, pieces: Pieces, params: DecodingParams, *, whole: bool, most: int | None = None, of: Pieces | None = None
     ) -> HoleRequest:
         """Make the request for pieces with holes, which may be a window `of` a longer text."""
+        judged = sum(len(piece) for piece in pieces if isinstance(piece, str))
+        if params.syntax is not None and judged > MOST_JUDGED:
+            raise PromptError(
+                f"syntax={params.syntax!r} reads the whole text after each pass, and it has {judged:,} characters, over "
+                f"{MOST_JUDGED:,}; give the part around the holes, or leave syntax out"
+            )
         block = self.model.attention.block
         first_hole = next(n for n, piece in enumerate(pieces) if isinstance(piece, Hole))
         if block is not None and any(piece and isinstance(piece, str) for piece in pieces[first_hole:]):

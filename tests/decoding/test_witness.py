@@ -20,7 +20,7 @@ from diffucoder.decoding.checkers import compile_flaw, names_flaw, python_flaw
 from diffucoder.decoding.document import Document, Part
 from diffucoder.decoding.scaffold import scaffold
 from diffucoder.decoding.step import decode
-from diffucoder.errors import ConfigError
+from diffucoder.errors import ConfigError, PromptError
 from diffucoder.models.attention import Attention
 from diffucoder.tokenizer import Tokenizer
 from recipes.tiny.problems import problems
@@ -79,6 +79,8 @@ def parses(text: str) -> bool:
         ("x = 1\nreturn = x\ny = 2\n", 13, False),
         ("a\0b", 1, False),
         ("(" * 300, None, False),
+        ("x = " + "not " * 10_000 + "1", 0, False),
+        ("x = " + "1 + " * 20_000 + "1", 0, False),
     ],
 )
 def test_the_parser_names_the_place_and_whether_more_text_could_mend_it(
@@ -315,6 +317,12 @@ def test_windows_of_a_long_text_keep_the_whole_text(random_coder: Callable[..., 
     result = coder.fill(text, syntax="python")
     assert parses(result.text)
     assert not result.problem
+
+
+def test_a_text_that_is_too_long_to_judge_is_an_error(random_coder: Callable[..., DiffuCoder]) -> None:
+    text = "x = 1\n" * 20_000 + "y = <|hole:2|>\n"
+    with pytest.raises(PromptError, match="120,004 characters, over 100,000"):
+        random_coder().fill(text, syntax="python")
 
 
 def test_the_reference_preset_keeps_no_rule() -> None:
