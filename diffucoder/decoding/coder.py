@@ -273,12 +273,7 @@ class DiffuCoder:
         self, pieces: Pieces, params: DecodingParams, *, whole: bool, most: int | None = None, of: Pieces | None = None
     ) -> HoleRequest:
         """Make the request for pieces with holes, which may be a window `of` a longer text."""
-        judged = sum(len(piece) for piece in pieces if isinstance(piece, str))
-        if params.syntax is not None and judged > MOST_JUDGED:
-            raise PromptError(
-                f"syntax={params.syntax!r} reads the whole text after each pass, and it has {judged:,} characters, over "
-                f"{MOST_JUDGED:,}; give the part around the holes, or leave syntax out"
-            )
+        _check_judged(pieces, params)
         block = self.model.attention.block
         first_hole = next(n for n, piece in enumerate(pieces) if isinstance(piece, Hole))
         if block is not None and any(piece and isinstance(piece, str) for piece in pieces[first_hole:]):
@@ -398,6 +393,16 @@ def _params(params: DecodingParams | None, settings: Mapping[str, Any]) -> Decod
     if params is not None and not isinstance(params, DecodingParams):
         raise ConfigError(f"params={params!r} is not DecodingParams; give settings by name, as in steps=8")
     return (params or DecodingParams()).replace(**settings)
+
+
+def _check_judged(pieces: Pieces, params: DecodingParams) -> None:
+    """Raise PromptError for a text that is too long to judge it after each pass."""
+    judged = sum(len(piece) for piece in pieces if isinstance(piece, str))
+    if params.syntax is not None and judged > MOST_JUDGED:
+        raise PromptError(
+            f"syntax={params.syntax!r} reads the whole text after each pass, and it has {judged:,} characters, more "
+            f"than {MOST_JUDGED:,}; give the part around the holes, or leave syntax out"
+        )
 
 
 def _warn_of(request: Request) -> None:

@@ -321,7 +321,7 @@ def test_windows_of_a_long_text_keep_the_whole_text(random_coder: Callable[..., 
 
 def test_a_text_that_is_too_long_to_judge_is_an_error(random_coder: Callable[..., DiffuCoder]) -> None:
     text = "x = 1\n" * 20_000 + "y = <|hole:2|>\n"
-    with pytest.raises(PromptError, match="120,004 characters, over 100,000"):
+    with pytest.raises(PromptError, match="120,005 characters, more than 100,000"):
         random_coder().fill(text, syntax="python")
 
 
