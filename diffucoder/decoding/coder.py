@@ -148,7 +148,7 @@ class DiffuCoder:
         tests: Sequence[str] = (),
         passes: int = PASSES,
         sandbox: Sandbox | None = None,
-        on_round: Callable[[int], None] = lambda passes: None,
+        on_round: Callable[[int], None] | None = None,
         **settings: Any,
     ) -> Repair:
         """Find what is wrong in a program, and write that again until `tests` pass, or until it took `passes`.
@@ -165,7 +165,8 @@ class DiffuCoder:
                     repair: Repair = end.value
                     return repair
                 [results] = self.run([request])
-                on_round(sum(result.forward_passes for result in results))
+                if on_round is not None:
+                    on_round(sum(result.forward_passes for result in results))
 
     def run(
         self, requests: Sequence[Request], *, on_step: OnStep | None = None, entropies: int = 0

@@ -163,7 +163,7 @@ class _Search:
 
     def probe(self) -> Generator[RoundRequest, list[Generation], Iterator[Hole]]:
         """Try one other token in each place, several where the model prefers another. Return what to try next."""
-        tokens = _tokens_of(self.coder, self.text)
+        tokens = _tokens_of(self.coder, self.text, self.left + self.spent)
         probes = yield from self.fill([Hole(start, end, 1) for start, end in tokens])
         if len(probes) < len(tokens) or self.best.passed:
             return iter(())
@@ -222,15 +222,18 @@ def round_of(coder: "DiffuCoder", text: str, holes: Sequence[Hole], params: Deco
     )
 
 
-def _tokens_of(coder: "DiffuCoder", text: str) -> list[tuple[int, int]]:
-    """The characters of each token of the code, without comments at its beginning and the first token."""
+def _tokens_of(coder: "DiffuCoder", text: str, most: int) -> list[tuple[int, int]]:
+    """The characters of each token, without the first one and lines of comments. PromptError for more than `most`."""
+    ids = coder.tokenizer.encode(text)
+    if len(ids) > most:
+        raise PromptError(f"the text has {len(ids)} tokens, each takes a pass, and passes={most}; raise it")
     position = 0
     tokens = []
-    for piece in coder.tokenizer.pieces(coder.tokenizer.encode(text)):
+    for piece in coder.tokenizer.pieces(ids):
         start = position
         position += len(piece)
-        line = text[text.rfind("\n", 0, start) + 1 :].lstrip(" ")
-        if start and piece and not line.startswith("#"):
+        line_start = text.rfind("\n", 0, start) + 1
+        if start and piece and not text[line_start:position].lstrip().startswith("#"):
             tokens.append((start, position))
     if not tokens:
         raise PromptError("the text has no code to repair; give a program")

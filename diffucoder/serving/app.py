@@ -28,6 +28,7 @@ from diffucoder.decoding.coder import DiffuCoder, Span
 from diffucoder.decoding.params import DecodingParams
 from diffucoder.decoding.repair import ROWS, Judge, Repair, RoundRequest, Rounds, repair_rounds
 from diffucoder.decoding.requests import Generation, Request
+from diffucoder.errors import ConfigError
 from diffucoder.grading.sandbox import Sandbox
 from diffucoder.serving import protocol, responses
 from diffucoder.serving.edge import ApiError, add_error_handlers
@@ -57,6 +58,7 @@ def create_app(coder: DiffuCoder, settings: ServerSettings | None = None) -> Fas
         yield
         await asyncio.to_thread(server.engine.close)
         server.threads.close()
+        server.judging.close()
         if server.sandbox is not None:
             server.sandbox.close()
 
@@ -103,6 +105,7 @@ class Server:
         self.settings = settings
         self.engine = Engine(coder, settings.engine)
         self.threads = Threads()
+        self.judging = Threads()  # of repairs
         self.sandbox = Sandbox(1) if settings.run_tests else None
         self.registry = CollectorRegistry()
         self.registry.register(self.engine)
@@ -164,13 +167,13 @@ class Server:
         deadline = self.settings.engine.deadline
         try:
             async with asyncio.timeout(deadline):
-                repair = await _unless_gone(self._finished(rounds), http)
+                repair = await _unless_gone(self._repaired(rounds, body.passes), http)
         except TimeoutError:
             raise LateError(f"the repair was not finished within {deadline:.0f} s; ask for fewer passes") from None
         return _printed(responses.repair_answer(self.coder, body.text, repair))
 
-    async def _finished(self, rounds: Rounds) -> Repair:
-        """Decode the rounds of a repair."""
+    async def _repaired(self, rounds: Rounds, passes: int) -> Repair:
+        """Decode the rounds of a repair. Raises BusyError, and ConfigError for one that may compute too much."""
         results: list[Generation] | None = None
 
         def next_round() -> RoundRequest | Repair:
@@ -180,7 +183,15 @@ class Server:
                 repair: Repair = end.value
                 return repair
 
-        while not isinstance(step := await asyncio.to_thread(next_round), Repair):
+        if self.judging.pending >= self.settings.engine.max_batch + self.settings.engine.max_waiting:
+            raise BusyError(self.judging.pending, retry_after=5)
+        while not isinstance(step := await self.judging.run(next_round, size=0), Repair):
+            computed = passes * step.canvas.tokens.shape[1]
+            if results is None and computed > self.engine.budget.computed:
+                raise ConfigError(
+                    f"{passes} passes compute up to {computed:,} positions, and the limit is "
+                    f"{self.engine.budget.computed:,} (max_computed); ask for fewer passes"
+                )
             results = await self.engine.submit(step, watched=False).results()
         return step
 

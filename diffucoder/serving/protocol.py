@@ -312,7 +312,7 @@ class RepairRequest(DecodingRequest):
         fail_fast=True,
         description="asserts that the program has to pass; only where the server runs programs",
     )
-    passes: int = Field(default=512, ge=1, le=8192, description="the most forward passes of a row")
+    passes: int = Field(default=512, ge=1, le=8192, description="forward passes of a row that it may take")
 
 
 class Extra(Body):
