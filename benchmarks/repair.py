@@ -57,7 +57,7 @@ def main(
     head = ("mutation", "programs", "repaired", "95 % interval", "passes", "written again")
     details = (f"{count} programs of the {split} split, at most {passes} passes each; {SEEN} of 5 tests are seen",)
     if split == "test":
-        write_page(RESULTS / "repair.md", "python benchmarks/repair.py", details, head, rows)
+        write_page(RESULTS / "repair.md", f"python benchmarks/repair.py --count {count}", details, head, rows)
 
 
 def row_of(kind: str, outcomes: list[tuple[bool, int, bool]]) -> list[str]:
