@@ -25,6 +25,7 @@ _COMMANDS = {  # as --help lists them: the module, and the summary that the comm
     "generate": ("generate", "Answer a request with code."),
     "infill": ("generate", "Fill every hole of a file, all of them jointly."),
     "edit": ("generate", "Write some lines of a file again while the rest stays as it is."),
+    "fix": ("fix", "Find what is wrong in a file, and write that again."),
     "chat": ("chat", "Talk to a model."),
     "serve": ("serve", "Serve a model over HTTP."),
     "models": ("models", "List the models that load by name."),

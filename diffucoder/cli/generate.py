@@ -95,9 +95,9 @@ def infill(
 ) -> None:
     """Fill every hole of a file, all of them jointly."""
     _check_in_place(path, params, in_place)
-    text = _read_text(path)
+    text = read_text(path)
     coder = load_model(model, dtype, device)
-    request = coder.fill_request(_as_models_know(text), params)
+    request = coder.fill_request(as_models_know(text), params)
     complete = partial(_filled, text)
     _write_file(path, request, coder, complete, as_json=as_json, in_place=in_place, watched=watch, trace=trace)
 
@@ -126,15 +126,15 @@ def edit(
     from diffucoder.decoding.coder import Span
 
     _check_in_place(path, params, in_place)
-    text = _read_text(path)
+    text = read_text(path)
     places = _spans_of(text, lines)
     coder = load_model(model, dtype, device)
     spans = []
     for start, end in places:
         start -= text[start - 1 : start] == " "  # a token of the model has this space and the word after it
-        length = tokens or max(1, len(coder.tokenizer.encode(_as_models_know(text[start:end]))))
-        spans.append(Span(len(_as_models_know(text[:start])), len(_as_models_know(text[:end])), length))
-    request = coder.edit_request(_as_models_know(text), spans, params)
+        length = tokens or max(1, len(coder.tokenizer.encode(as_models_know(text[start:end]))))
+        spans.append(Span(len(as_models_know(text[:start])), len(as_models_know(text[:end])), length))
+    request = coder.edit_request(as_models_know(text), spans, params)
     complete = partial(_replaced, text, places)
     _write_file(path, request, coder, complete, as_json=as_json, in_place=in_place, watched=watch, trace=trace)
 
@@ -204,7 +204,7 @@ def _requests_of(prompt: str | None, file: Path | None) -> list[str]:
         if prompt is not None:
             raise ConfigError("a request and --prompts are given; leave one of them out")
         requests = []
-        for number, line in enumerate(_lines_of(_read_text(str(file)).removeprefix(BYTE_ORDER_MARK)), 1):
+        for number, line in enumerate(_lines_of(read_text(str(file)).removeprefix(BYTE_ORDER_MARK)), 1):
             if line.strip():
                 request = line.rstrip("\r\n")
                 requests.append(_request_in(request, f"{file}:{number}") if file.suffix == ".jsonl" else request)
@@ -214,7 +214,7 @@ def _requests_of(prompt: str | None, file: Path | None) -> list[str]:
     if prompt is None and sys.stdin.isatty():
         raise PromptError('no request is given; write it after the command: diffucoder generate "Write ..."')
     if prompt in (None, "-"):
-        prompt = _as_models_know(_read_text("-"))
+        prompt = as_models_know(read_text("-"))
     return [str(prompt)]
 
 
@@ -299,7 +299,7 @@ def _lines_of(text: str) -> Iterator[str]:
     return io.StringIO(text, newline="")
 
 
-def _as_models_know(text: str) -> str:
+def as_models_know(text: str) -> str:
     return text.removeprefix(BYTE_ORDER_MARK).replace("\r\n", "\n")
 
 
@@ -308,7 +308,7 @@ def _filled(text: str, answers: Sequence[str]) -> str:
     remaining = iter(answers)
     filled = ""
     for piece in split_holes(text):
-        filled += piece if isinstance(piece, str) else _with_line_ends_of(text, next(remaining))
+        filled += piece if isinstance(piece, str) else with_line_ends_of(text, next(remaining))
     return filled
 
 
@@ -316,16 +316,16 @@ def _replaced(text: str, spans: Sequence[tuple[int, int]], answers: Sequence[str
     """Return `text` with its spans replaced and everything else as it is, the space before a span too."""
     for (start, end), answer in reversed(list(zip(spans, answers, strict=True))):
         written = answer.removeprefix(" ") if text[start - 1 : start] == " " else answer
-        text = text[:start] + _with_line_ends_of(text, written) + text[end:]
+        text = text[:start] + with_line_ends_of(text, written) + text[end:]
     return text
 
 
-def _with_line_ends_of(text: str, answer: str) -> str:
+def with_line_ends_of(text: str, answer: str) -> str:
     line_end = "\r\n" if "\r\n" in text else "\n"
     return answer.replace("\r\n", "\n").replace("\n", line_end)
 
 
-def _read_text(path: str) -> str:
+def read_text(path: str) -> str:
     """Return the text of a file, or of standard input for "-", every character as it is. Raises PromptError."""
     try:
         if path == "-":

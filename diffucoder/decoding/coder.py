@@ -11,6 +11,7 @@ average is kept. Several such holes in one text have the same length. A model th
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ import torch
 from diffucoder.decoding.canvas import Canvas
 from diffucoder.decoding.checkers import CHECKERS, python_flaw
 from diffucoder.decoding.params import DecodingParams
+from diffucoder.decoding.repair import PASSES, Judge, Repair, repair_rounds
 from diffucoder.decoding.requests import Generation, HoleRequest, Request, WindowedRequest
 from diffucoder.decoding.resize import Resize
 from diffucoder.decoding.scaffold import hole_texts
@@ -27,6 +29,7 @@ from diffucoder.decoding.sequence import Sequence as DecodingSequence
 from diffucoder.decoding.step import Step, decode, denoise
 from diffucoder.decoding.windows import Pieces, texts_around, windows_of
 from diffucoder.errors import ConfigError, PromptError
+from diffucoder.grading.sandbox import Sandbox
 from diffucoder.models.checkpoint import load_shipped, load_with_tokenizer
 from diffucoder.models.denoiser import Denoiser
 from diffucoder.tokenizer import Hole, Tokenizer, split_holes
@@ -139,6 +142,34 @@ class DiffuCoder:
     ) -> Generation:
         """Write the `spans` of a text again and keep the rest. The result's `text` is the whole text."""
         return self._likeliest(self.edit_request(text, spans, _params(params, settings)))
+
+    def repair(
+        self,
+        text: str,
+        params: DecodingParams | None = None,
+        *,
+        tests: Sequence[str] = (),
+        passes: int = PASSES,
+        sandbox: Sandbox | None = None,
+        on_round: Callable[[int], None] | None = None,
+        **settings: Any,
+    ) -> Repair:
+        """Find what is wrong in a program, and write that again until `tests` pass, or until it took `passes`.
+
+        Without `tests`, until it parses and something defines each name. `on_round` gets the passes of each round.
+        """
+        with nullcontext(sandbox) if sandbox or not tests else Sandbox(1) as box:
+            rounds = repair_rounds(self, text, Judge(tests, box), _params(params, settings), passes=passes)
+            results: list[Generation] | None = None
+            while True:
+                try:
+                    request = next(rounds) if results is None else rounds.send(results)
+                except StopIteration as end:
+                    repair: Repair = end.value
+                    return repair
+                [results] = self.run([request])
+                if on_round is not None:
+                    on_round(sum(result.forward_passes for result in results))
 
     def run(
         self, requests: Sequence[Request], *, on_step: OnStep | None = None, entropies: int = 0

@@ -178,6 +178,21 @@ def needed_names(statements: Iterable[ast.stmt] | None) -> set[str]:
     return needed - vars(builtins).keys()
 
 
+def fault_of(program: str) -> tuple[int, str, bool]:
+    """What is wrong first: its line or 0, what it is, and whether the program parses; (0, "", True) for nothing."""
+    try:
+        body = parsed(program).body
+    except NOT_PARSED as error:
+        return getattr(error, "lineno", None) or 0, f"{type(error).__name__}: {getattr(error, 'msg', error)}", False
+    missing = needed_names(body) - defined_names(*body)
+    for node in (node for statement in body for node in ast.walk(statement)):
+        if isinstance(node, ast.ImportFrom) and node.names[0].name == "*":
+            return 0, "", True
+        if isinstance(node, ast.Name) and node.id in missing:
+            return node.lineno, f"NameError: nothing defines {node.id!r}", True
+    return 0, "", True
+
+
 def imported_packages(program: str) -> list[str]:
     """The packages that a program imports anywhere. Raises what `parsed` does."""
     names: set[str] = set()

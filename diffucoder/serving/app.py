@@ -26,7 +26,10 @@ from pydantic_core import to_json
 from diffucoder.decoding.canvas import Canvas
 from diffucoder.decoding.coder import DiffuCoder, Span
 from diffucoder.decoding.params import DecodingParams
+from diffucoder.decoding.repair import ROWS, Judge, Repair, RoundRequest, Rounds, repair_rounds
 from diffucoder.decoding.requests import Generation, Request
+from diffucoder.errors import ConfigError
+from diffucoder.grading.sandbox import Sandbox
 from diffucoder.serving import protocol, responses
 from diffucoder.serving.edge import ApiError, add_error_handlers
 from diffucoder.serving.engine import BusyError, Engine, LateError
@@ -55,6 +58,9 @@ def create_app(coder: DiffuCoder, settings: ServerSettings | None = None) -> Fas
         yield
         await asyncio.to_thread(server.engine.close)
         server.threads.close()
+        server.judging.close()
+        if server.sandbox is not None:
+            server.sandbox.close()
 
     # FastAPI's own pages are off, since they fetch scripts from elsewhere; /openapi.json is there
     app = FastAPI(
@@ -78,6 +84,7 @@ def create_app(coder: DiffuCoder, settings: ServerSettings | None = None) -> Fas
     post_or_stream("/v1/chat/completions")(server.chat)
     post_or_stream("/v1/fill")(server.fill)
     post_or_stream("/v1/edit")(server.edit)
+    app.post("/v1/repair", responses=_ERRORS)(server.repair)
     post_or_stream("/infill")(server.infill)
     post_or_stream("/completion")(server.completion)
     app.post("/tokenize", responses=_ERRORS)(server.tokenize)
@@ -98,6 +105,8 @@ class Server:
         self.settings = settings
         self.engine = Engine(coder, settings.engine)
         self.threads = Threads()
+        self.judging = Threads()  # of repairs
+        self.sandbox = Sandbox(1) if settings.run_tests else None
         self.registry = CollectorRegistry()
         self.registry.register(self.engine)
 
@@ -146,6 +155,45 @@ class Server:
             return self.coder.request(prompt, self._params(body))
 
         return await self._reply(request, responses.EditAnswer, body, http)
+
+    async def repair(self, body: protocol.RepairRequest, http: fastapi.Request) -> Response:
+        """Find what is wrong in a program, and write that again. Each round is a request of its own for the engine."""
+        if body.tests and not self.settings.run_tests:
+            message = "this server runs no programs; leave out tests, or start it with --run-tests"
+            raise ApiError(400, message, param="tests")
+        rows = min(ROWS, self.settings.engine.max_rows)
+        judge = Judge(body.tests, self.sandbox)
+        rounds = repair_rounds(self.coder, body.text, judge, self._params(body), passes=body.passes, rows=rows)
+        deadline = self.settings.engine.deadline
+        try:
+            async with asyncio.timeout(deadline):
+                repair = await _unless_gone(self._repaired(rounds, body.passes), http)
+        except TimeoutError:
+            raise LateError(f"the repair was not finished within {deadline:.0f} s; ask for fewer passes") from None
+        return _printed(responses.repair_answer(self.coder, body.text, repair))
+
+    async def _repaired(self, rounds: Rounds, passes: int) -> Repair:
+        """Decode the rounds of a repair. Raises BusyError, and ConfigError for one that may compute too much."""
+        results: list[Generation] | None = None
+
+        def next_round() -> RoundRequest | Repair:
+            try:
+                return next(rounds) if results is None else rounds.send(results)
+            except StopIteration as end:
+                repair: Repair = end.value
+                return repair
+
+        if self.judging.pending >= self.settings.engine.max_batch + self.settings.engine.max_waiting:
+            raise BusyError(self.judging.pending, retry_after=5)
+        while not isinstance(step := await self.judging.run(next_round, size=0), Repair):
+            computed = passes * step.canvas.tokens.shape[1]
+            if results is None and computed > self.engine.budget.computed:
+                raise ConfigError(
+                    f"{passes} passes compute up to {computed:,} positions, and the limit is "
+                    f"{self.engine.budget.computed:,} (max_computed); ask for fewer passes"
+                )
+            results = await self.engine.submit(step, watched=False).results()
+        return step
 
     async def infill(self, body: protocol.InfillRequest, http: fastapi.Request) -> Response:
         """Infill as llama.cpp does, for editor plug-ins."""

@@ -302,6 +302,19 @@ class EditRequest(SamplingRequest):
         return self
 
 
+class RepairRequest(DecodingRequest):
+    """`/v1/repair`: a program in which something is to be found and written again."""
+
+    text: str
+    tests: list[Annotated[str, Field(max_length=10_000)]] = Field(
+        default_factory=list,
+        max_length=64,
+        fail_fast=True,
+        description="asserts that the program has to pass; only where the server runs programs",
+    )
+    passes: int = Field(default=512, ge=1, le=8192, description="forward passes of a row that it may take")
+
+
 class Extra(Body):
     """Context from another file, as llama.cpp sends it."""
 

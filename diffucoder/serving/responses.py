@@ -7,19 +7,16 @@ two agree. The index of a choice is that of its result, `Generation.index`.
 """
 
 import asyncio
-import difflib
-import io
 import json
 import logging
-import re
 import time
 import uuid
 from collections.abc import AsyncIterator, Sequence
-from itertools import takewhile
-from operator import eq
 from typing import Any, ClassVar
 
 from diffucoder.decoding.coder import HOLE_LENGTHS, DiffuCoder
+from diffucoder.decoding.diffs import unified_diff
+from diffucoder.decoding.repair import Repair
 from diffucoder.decoding.requests import Generation, Request, SettledText
 from diffucoder.decoding.trace import as_json
 from diffucoder.errors import DiffuCoderError, PromptError
@@ -31,9 +28,6 @@ from diffucoder.serving.engine import Event, Job
 log = logging.getLogger(__name__)
 
 Json = dict[str, Any]  # Any: what is sent as JSON
-_CONTEXT = 3  # lines around a change
-_MOST_COMPARED = 10**6  # lines times lines; in longer texts everything from the first to the last change is replaced
-_OTHER = "\udfff"  # makes a line unlike all others: comparing takes the square or the cube of their number
 
 
 def ids_of(coder: DiffuCoder, prompt: Sequence[int | str]) -> list[int]:
@@ -290,28 +284,18 @@ class EditAnswer(Answer):
         return {"text": text, "diff": unified_diff(self.body.text, text)}
 
 
-def unified_diff(before: str, after: str) -> str:
-    """What changes `before` into `after`, as `git apply` and `patch` read it: only a newline ends a line."""
-    old = list(io.StringIO(before, newline="\n"))
-    new = list(io.StringIO(after, newline="\n"))
-    start = _common(old, new)
-    end = _common(old[start:][::-1], new[start:][::-1])
-    if (len(old) - start - end) * (len(new) - start - end) > _MOST_COMPARED:
-        new[start : len(new) - end] = [line + _OTHER for line in new[start : len(new) - end]]
-    first = max(0, start - _CONTEXT)  # of the lines that are shown
-    last = max(0, end - _CONTEXT)  # from the end
-    diff = ""
-    for line in difflib.unified_diff(old[first : len(old) - last], new[first : len(new) - last], "before", "after"):
-        line = line.replace(_OTHER, "")
-        if line.startswith("@@"):
-            line = re.sub(r"(?<=[-+])\d+", lambda number: str(int(number[0]) + first), line)
-        diff += line if line.endswith("\n") else f"{line}\n\\ No newline at end of file\n"
-    return diff
-
-
-def _common(old: list[str], new: list[str]) -> int:
-    """How many lines two texts begin with alike."""
-    return sum(takewhile(bool, map(eq, old, new)))
+def repair_answer(coder: DiffuCoder, before: str, repair: Repair) -> Json:
+    """What `/v1/repair` answers."""
+    return {
+        "id": f"repair-{uuid.uuid4().hex}",
+        "object": "repair",
+        "created": int(time.time()),
+        "model": coder.name,
+        "text": repair.text,
+        "diff": unified_diff(before, repair.text),
+        "changed": repair.changed,
+        **repair.figures(),
+    }
 
 
 # --- llama.cpp's /infill and /completion -----------------------------------------------------------------------------

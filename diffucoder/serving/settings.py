@@ -47,6 +47,7 @@ class ServerSettings(Settings):
     )
     read_timeout: float = Field(default=20.0, gt=0, description="seconds for a client to send a head, then a body")
     write_timeout: float = Field(default=30.0, gt=0, description="seconds for a client to read what is sent")
+    run_tests: bool = Field(default=False, description="run programs of /v1/repair in the sandbox, against their tests")
     decoding: DecodingParams = Field(default_factory=DecodingParams, description="defaults of requests")
     engine: EngineSettings = Field(default_factory=EngineSettings)
 

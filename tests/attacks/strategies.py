@@ -149,6 +149,8 @@ HONEST: dict[str, SearchStrategy[Json]] = {
     "prompt": st.one_of(text, text, ids, st.lists(text | ids, min_size=1, max_size=3)),
     "suffix": text,
     "text": st.one_of(text, st.lists(text | st.sampled_from(["<|hole|>", "<|hole:3|>"]), max_size=5).map("".join)),
+    "tests": st.lists(text, max_size=2),
+    "passes": st.integers(1, 64),
     "spans": st.lists(spans, max_size=4),
     "instruction": text,
     "messages": messages,

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from routes import ROUTES
 
 from diffucoder import DecodingParams, DiffuCoder
+from diffucoder.decoding.diffs import unified_diff
 from diffucoder.decoding.requests import SettledText, StopSearch, before_stops
 from diffucoder.serving import jobs as jobs_module
 from diffucoder.serving import protocol
@@ -24,7 +25,7 @@ from diffucoder.serving.app import create_app
 from diffucoder.serving.cost import Budget, free_memory
 from diffucoder.serving.engine import BusyError, Engine, Job
 from diffucoder.serving.jobs import FILL, LEAD, SHORT, ShortLane
-from diffucoder.serving.responses import CompletionAnswer, unified_diff
+from diffucoder.serving.responses import CompletionAnswer
 from diffucoder.serving.settings import EngineSettings, ServerSettings
 
 Json = Any

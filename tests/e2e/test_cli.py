@@ -202,6 +202,37 @@ def test_infill_watches_traces_and_gives_every_sample(cli: Run, tmp_path: Path) 
     assert_refused(cli("infill", path, "--num-samples", 2, "--in-place"), "--in-place writes one text")
 
 
+# --- fix -------------------------------------------------------------------------------------------------------------
+
+
+def test_fix_prints_a_diff_and_writes_nothing_unless_it_is_told_to(cli: Run, tmp_path: Path) -> None:
+    path = tmp_path / "code.py"
+    broken = b"# Given a number, double the number.\r\ndef double(n):\r\n    return m * 2\r\n"
+    path.write_bytes(broken)
+    code, out, err = cli("fix", path, "--dtype", "float32")
+    assert (code, path.read_bytes()) == (0, broken)
+    assert "-    return m * 2" in out
+    assert "line 3: NameError: nothing defines 'm'" in err
+    assert cli("fix", path, "--dtype", "float32", "--write").code == 0
+    assert path.read_bytes() == broken.replace(b"m *", b"n *")
+
+
+def test_fix_exits_with_1_if_nothing_is_better(cli: Run, tmp_path: Path) -> None:
+    path = tmp_path / "code.py"
+    path.write_text("# A word.\ndef f(n):\n    return ((((((((((((n\n")
+    code, out, err = cli("fix", path, "--dtype", "float32", "--passes", "60")
+    assert (code, out, path.read_text()) == (1, "", "# A word.\ndef f(n):\n    return ((((((((((((n\n")
+    assert err.count("\n") == 1
+    assert "nothing better was found" in err
+
+
+def test_fix_needs_asserts_to_test_with(cli: Run, tmp_path: Path) -> None:
+    (tmp_path / "code.py").write_text("x = 1\n")
+    (tmp_path / "tests.py").write_text("print(2)\n")
+    assert_refused(cli("fix", tmp_path / "code.py", "--tests", tmp_path / "tests.py"), "has no assert")
+    assert_refused(cli("fix", "-", "--write"), "--write needs a file")
+
+
 # --- edit ------------------------------------------------------------------------------------------------------------
 
 

@@ -14,7 +14,9 @@ from commands import Run, assert_refused, process
 from diffucoder import __version__
 
 REQUEST = "Given a number, double the number."
-COMMANDS = ("generate", "infill", "edit", "chat", "serve", "models", "convert", "evaluate", "order", "bench", "train")
+COMMANDS = (
+    *("generate", "infill", "edit", "fix", "chat", "serve", "models", "convert", "evaluate", "order", "bench", "train"),
+)
 
 
 def run(*arguments: str, stdout: int | None = subprocess.PIPE) -> subprocess.CompletedProcess[str]:

@@ -252,6 +252,21 @@ def test_an_edit_keeps_what_is_frozen_and_shows_the_difference(server: str) -> N
     assert choice["diff"] == "" or "-    return n + 1" in choice["diff"]
 
 
+def test_a_repair_is_decoded_by_the_engine(server: str) -> None:
+    text = "# Given a number, double the number.\ndef double(n):\n    return m * 2\n"
+    answer = post(f"{server}/v1/repair", json={"text": text}).json()
+    assert (answer["passed"], answer["line"], answer["fault"]) == (True, 3, "NameError: nothing defines 'm'")
+    assert "-    return m * 2" in answer["diff"]
+    assert answer["text"].startswith("# Given a number, double the number.\n")
+    assert 0 < answer["passes"] <= 512
+
+
+def test_a_server_runs_no_programs_unless_it_is_told_to(server: str) -> None:
+    answer = post(f"{server}/v1/repair", json={"text": "x = 1\n", "tests": ["assert x == 2"]})
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, "tests")
+    assert "runs no programs" in answer.json()["error"]["message"]
+
+
 def test_llama_cpps_infill(server: str) -> None:
     asked = {
         "input_prefix": "def double(n):\n",

@@ -13,12 +13,12 @@ from fastapi.testclient import TestClient
 from routes import CHAT, ROUTES
 
 from diffucoder import DiffuCoder
+from diffucoder.decoding.diffs import unified_diff
 from diffucoder.decoding.params import DecodingParams
 from diffucoder.decoding.requests import before_stops
 from diffucoder.decoding.step import decode
 from diffucoder.serving import protocol
 from diffucoder.serving.app import create_app
-from diffucoder.serving.responses import unified_diff
 from diffucoder.serving.settings import ServerSettings
 
 Json = dict[str, Any]
