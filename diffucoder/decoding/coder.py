@@ -19,8 +19,10 @@ import torch
 
 from diffucoder.decoding.canvas import Canvas
 from diffucoder.decoding.params import DecodingParams
-from diffucoder.decoding.requests import Generation, HoleRequest, Request, WindowedRequest
+from diffucoder.decoding.regular import HolePattern
+from diffucoder.decoding.requests import Generation, HoleRequest, Request, SchemaRequest, WindowedRequest
 from diffucoder.decoding.resize import Resize
+from diffucoder.decoding.schema import Value, fitted, slots_of
 from diffucoder.decoding.sequence import Sequence as DecodingSequence
 from diffucoder.decoding.step import Step, decode, denoise
 from diffucoder.decoding.windows import Pieces, windows_of
@@ -137,6 +139,18 @@ class DiffuCoder:
         """Write the `spans` of a text again and keep the rest. The result's `text` is the whole text."""
         return self._likeliest(self.edit_request(text, spans, _params(params, settings)))
 
+    def fill_schema(
+        self,
+        prompt: Prompt,
+        schema: Mapping[str, Any],
+        params: DecodingParams | None = None,
+        *,
+        chat: bool = True,
+        **settings: Any,
+    ) -> Generation:
+        """Answer with JSON that is valid for a JSON Schema, in at most `new_tokens` tokens; see docs/decoding.md."""
+        return self._likeliest(self.schema_request(self.request(prompt, _params(params, settings), chat=chat), schema))
+
     def run(
         self, requests: Sequence[Request], *, on_step: OnStep | None = None, entropies: int = 0
     ) -> list[list[Generation]]:
@@ -214,6 +228,47 @@ class DiffuCoder:
             pieces += [text[position : span.start], Hole(span.tokens)]
             position = span.end
         return self._whole([*pieces, text[position:]], params)
+
+    def schema_request(self, request: Request, schema: Mapping[str, Any]) -> Request:
+        """Make the request of `fill_schema` for the prompt of a request. PromptError or ConfigError if it cannot be."""
+        params = request.params
+        if params.preset == "reference" or params.stop:
+            raise ConfigError("the reference preset and stop strings would cut JSON; use preset='exact', and no stop")
+        if self.model.attention.block is not None:
+            raise PromptError("a schema has text after its values, which this model cannot see: it writes in blocks")
+        if request.result_count != params.num_samples:
+            raise PromptError("a schema belongs to one prompt; send a request for each prompt")
+        row: list[int] = request.canvas.tokens[0, : -params.new_tokens].tolist()
+        pieces: list[str | Hole] = [""]
+        sizes = [len(row)]
+        patterns = []
+        for piece in fitted(slots_of(schema), self.tokenizer, self.model.vocab_size, most=params.new_tokens):
+            ids: list[int] = []
+            if isinstance(piece, Value):
+                patterns.append(HolePattern(len(row), piece.length, piece.automaton))
+                row += [self.model.mask_id] * piece.length
+                pieces.append(Hole(piece.length))
+            else:
+                ids = self.tokenizer.encode(piece)
+                row += ids
+                pieces.append(piece)
+            sizes.append(len(ids))
+        if not patterns:
+            raise PromptError("the schema has one valid answer, so that nothing is left to decode; give it a value")
+        special = tuple(sorted(self.tokenizer.special_ids - {self.model.mask_id}))
+        canvas = self._canvas([row], 0, forbidden=special)
+        return SchemaRequest(
+            canvas=canvas.repeat(params.num_samples),
+            params=params,
+            tokenizer=self.tokenizer,
+            model_name=self.name,
+            remark=self._remark(canvas),
+            pieces=pieces,
+            sizes=sizes,
+            lengths=(0,),
+            whole=True,
+            patterns=patterns,
+        )
 
     def show(self, step: Step, row: int = 0) -> str:
         """Return the text of a canvas row after `step`: masks are placeholders, special tokens are left out."""

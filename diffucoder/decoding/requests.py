@@ -10,7 +10,9 @@ from torch import Tensor
 
 from diffucoder.decoding.canvas import Canvas
 from diffucoder.decoding.colours import as_html
+from diffucoder.decoding.constraints import Constraint
 from diffucoder.decoding.params import DecodingParams
+from diffucoder.decoding.regular import HolePattern, Patterns
 from diffucoder.decoding.sequence import Sequence, Until
 from diffucoder.decoding.trace import Trace, commit_order
 from diffucoder.tokenizer import Hole, Tokenizer
@@ -158,8 +160,24 @@ class Request:
 
     def sequences(self, *, entropies: int = 0) -> list[Sequence]:
         """Make a sequence for each row. Their traces hold the entropies of the first `entropies` steps."""
-        rows = range(len(self.canvas.tokens))
-        return [Sequence(self.canvas, self.params, row=n, until=self.until, entropies=entropies) for n in rows]
+        sequences = []
+        for row in range(len(self.canvas.tokens)):
+            constraint = self.constraint(row)
+            sequences.append(
+                Sequence(
+                    self.canvas,
+                    self.params,
+                    row=row,
+                    until=self.until,
+                    entropies=entropies,
+                    constraint=constraint,
+                )
+            )
+        return sequences
+
+    def constraint(self, row: int) -> Constraint | None:
+        """Return the constraint of a row, if it has one."""
+        return None
 
     def settled_ids(self, sequence: Sequence, *, start: int = 0) -> list[int]:
         """Return the ids of an answer, from `start` on, that no later step can change; [] while any may be revoked."""
@@ -261,6 +279,31 @@ class HoleRequest(Request):
             trace=trace,
             tokenizer=self.tokenizer,
         )
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class SchemaRequest(HoleRequest):
+    """Fixed text with a hole for each value, which matches a pattern. The first piece is the prompt."""
+
+    patterns: list[HolePattern]
+
+    def constraint(self, row: int) -> Constraint | None:
+        """The patterns, in each row."""
+        return Patterns(self.patterns)
+
+    def settled_ids(self, sequence: Sequence, *, start: int = 0) -> list[int]:
+        """[], because the text is printed without the blanks that fill its holes, when all of it is known."""
+        return []
+
+    def results(self, sequences: list[Sequence], seconds: float) -> list[Generation]:
+        """The compact JSON of each row."""
+        results = []
+        for result in super().results(sequences, seconds):
+            values = tuple(piece.strip(" ") for piece in result.pieces)
+            remaining = iter(values)
+            text = "".join(piece if isinstance(piece, str) else next(remaining) for piece in self.pieces[1:])
+            results.append(replace(result, text=text, pieces=values, finish_reason="stop"))
+        return results
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
