@@ -20,11 +20,13 @@ import torch
 
 from diffucoder.decoding.canvas import Canvas
 from diffucoder.decoding.checkers import CHECKERS, python_flaw
+from diffucoder.decoding.document import check_judged
 from diffucoder.decoding.params import DecodingParams
 from diffucoder.decoding.repair import PASSES, Judge, Repair, repair_rounds
 from diffucoder.decoding.requests import Generation, HoleRequest, Request, WindowedRequest
 from diffucoder.decoding.resize import Resize
 from diffucoder.decoding.scaffold import hole_texts
+from diffucoder.decoding.schema import schema_request
 from diffucoder.decoding.sequence import Sequence as DecodingSequence
 from diffucoder.decoding.step import Step, decode, denoise
 from diffucoder.decoding.windows import Pieces, texts_around, windows_of
@@ -36,7 +38,6 @@ from diffucoder.tokenizer import Hole, Tokenizer, split_holes
 
 FIRST_LENGTH = 4  # tokens that a hole begins with whose length the model decides
 HOLE_LENGTHS = (2, 4, 6, 8, 12, 16, 24)  # tokens, tried for a hole without a given length
-MOST_JUDGED = 100_000  # characters of a text with holes that must keep a rule
 Prompt = str | Sequence[Mapping[str, str]]  # a request, or the messages of a conversation
 OnStep = Callable[[DecodingSequence, Step], None]  # called after each step of each sequence
 
@@ -171,6 +172,18 @@ class DiffuCoder:
                 if on_round is not None:
                     on_round(sum(result.forward_passes for result in results))
 
+    def fill_schema(
+        self,
+        prompt: Prompt,
+        schema: Mapping[str, Any],
+        params: DecodingParams | None = None,
+        *,
+        chat: bool = True,
+        **settings: Any,
+    ) -> Generation:
+        """Answer with JSON that is valid for a JSON Schema, in at most `new_tokens` tokens; see docs/decoding.md."""
+        return self._likeliest(schema_request(self, self.request(prompt, _params(params, settings), chat=chat), schema))
+
     def run(
         self, requests: Sequence[Request], *, on_step: OnStep | None = None, entropies: int = 0
     ) -> list[list[Generation]]:
@@ -217,14 +230,14 @@ class DiffuCoder:
         """
         if self.model.mask_id in ids:  # else the answer would begin there
             raise PromptError(f"the prompt has the mask's id {self.model.mask_id}; mark holes in a text with <|hole|>")
-        canvas = self._canvas([ids], params.new_tokens)
+        canvas = self.canvas_of([ids], params.new_tokens)
         canvas.sample[:] = sample
         return Request(
             canvas=canvas.repeat(params.num_samples),
             params=params,
             tokenizer=self.tokenizer,
             model_name=self.name,
-            remark=self._remark(canvas),
+            remark=self.remark_of(canvas),
         )
 
     def infill_request(
@@ -257,7 +270,7 @@ class DiffuCoder:
         """Return the text of a canvas row after `step`: masks are placeholders, special tokens are left out."""
         return self.tokenizer.decode_partial(step.canvas[row].tolist())
 
-    def _canvas(self, rows: Sequence[list[int]], new_tokens: int, *, forbidden: tuple[int, ...] = ()) -> Canvas:
+    def canvas_of(self, rows: Sequence[list[int]], new_tokens: int, *, forbidden: tuple[int, ...] = ()) -> Canvas:
         """Return the canvas of prompts (ids), left-padded, with `new_tokens` masks after each."""
         longest = max(len(row) for row in rows)
         self._check_length(longest + new_tokens, f"prompt of {longest} tokens and {new_tokens} new ones")
@@ -304,7 +317,7 @@ class DiffuCoder:
         self, pieces: Pieces, params: DecodingParams, *, whole: bool, most: int | None = None, of: Pieces | None = None
     ) -> HoleRequest:
         """Make the request for pieces with holes, which may be a window `of` a longer text."""
-        _check_judged(pieces, params)
+        check_judged(pieces, params)
         block = self.model.attention.block
         first_hole = next(n for n, piece in enumerate(pieces) if isinstance(piece, Hole))
         if block is not None and any(piece and isinstance(piece, str) for piece in pieces[first_hole:]):
@@ -341,7 +354,7 @@ class DiffuCoder:
                     row += [self.model.mask_id] * (piece.length or length)
             rows.append(row)
         special = self.tokenizer.special_ids - {self.model.mask_id}
-        canvas = self._canvas(rows, 0, forbidden=tuple(sorted(special)))
+        canvas = self.canvas_of(rows, 0, forbidden=tuple(sorted(special)))
         if resize is not None:
             room = self.model.max_length - needed + int(canvas.masked[0].sum())
             forbidden = tuple(sorted(special - {resize.expand_id, resize.delete_id}))
@@ -351,7 +364,7 @@ class DiffuCoder:
             params=params,
             tokenizer=self.tokenizer,
             model_name=self.name,
-            remark=self._remark(canvas),
+            remark=self.remark_of(canvas),
             pieces=pieces,
             sizes=sizes,
             lengths=lengths,
@@ -400,7 +413,7 @@ class DiffuCoder:
             whole=whole,
         )
 
-    def _remark(self, canvas: Canvas) -> str:
+    def remark_of(self, canvas: Canvas) -> str:
         """What a user should know about a canvas: that the model was not trained on any so long."""
         length = canvas.tokens.shape[1]
         trained = self.model.trained_length or length
@@ -424,16 +437,6 @@ def _params(params: DecodingParams | None, settings: Mapping[str, Any]) -> Decod
     if params is not None and not isinstance(params, DecodingParams):
         raise ConfigError(f"params={params!r} is not DecodingParams; give settings by name, as in steps=8")
     return (params or DecodingParams()).replace(**settings)
-
-
-def _check_judged(pieces: Pieces, params: DecodingParams) -> None:
-    """Raise PromptError for a text that is too long to judge it after each pass."""
-    judged = sum(len(piece) for piece in pieces if isinstance(piece, str))
-    if params.syntax is not None and judged > MOST_JUDGED:
-        raise PromptError(
-            f"syntax={params.syntax!r} reads the whole text after each pass, and it has {judged:,} characters, more "
-            f"than {MOST_JUDGED:,}; give the part around the holes, or leave syntax out"
-        )
 
 
 def _warn_of(request: Request) -> None:

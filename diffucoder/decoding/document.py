@@ -6,15 +6,18 @@ with holes it is the whole text.
 
 import re
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
 from torch import Tensor
 
 from diffucoder.decoding.checkers import Checker, Flaw
-from diffucoder.tokenizer import Tokenizer
+from diffucoder.decoding.params import DecodingParams
+from diffucoder.errors import PromptError
+from diffucoder.tokenizer import Hole, Tokenizer
 
 _FENCE = re.compile(r"^[ \t]*(```+|~~~+)[ \t]*(\w*)[^\n]*$", re.MULTILINE)
+MOST_JUDGED = 100_000  # characters of a text with holes
 _PYTHON = ("", "python", "python3", "py")  # names of the language of a fence
 
 
@@ -142,3 +145,13 @@ def _block(fence: re.Match[str], end: int) -> Iterator[tuple[int, int]]:
     """Begin and end of the block after a fence, if it is Python."""
     if fence[2].lower() in _PYTHON and fence.end() < end:
         yield fence.end() + 1, end
+
+
+def check_judged(pieces: Iterable[str | Hole], params: DecodingParams) -> None:
+    """Raise PromptError for a text that is too long to judge it after each pass."""
+    judged = sum(len(piece) for piece in pieces if isinstance(piece, str))
+    if params.syntax is not None and judged > MOST_JUDGED:
+        raise PromptError(
+            f"syntax={params.syntax!r} reads the whole text after each pass, and it has {judged:,} characters, more "
+            f"than {MOST_JUDGED:,}; give the part around the holes, or leave syntax out"
+        )

@@ -14,6 +14,7 @@ from diffucoder.decoding.colours import as_html
 from diffucoder.decoding.constraints import Constraint
 from diffucoder.decoding.document import Document, Part
 from diffucoder.decoding.params import DecodingParams
+from diffucoder.decoding.regular import HolePattern, Patterns
 from diffucoder.decoding.sequence import Sequence, Until
 from diffucoder.decoding.trace import Trace, commit_order
 from diffucoder.decoding.witness import Witness
@@ -315,6 +316,31 @@ class HoleRequest(Request):
             trace=trace,
             tokenizer=self.tokenizer,
         )
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class SchemaRequest(HoleRequest):
+    """Fixed text with a hole for each value, which matches a pattern. The first piece is the prompt."""
+
+    patterns: list[HolePattern]
+
+    def constraint(self, row: int) -> Constraint | None:
+        """The patterns, in each row."""
+        return Patterns(self.patterns)
+
+    def settled_ids(self, sequence: Sequence, *, start: int = 0) -> list[int]:
+        """[], because the text is printed without the blanks that fill its holes, when all of it is known."""
+        return []
+
+    def results(self, sequences: list[Sequence], seconds: float) -> list[Generation]:
+        """The compact JSON of each row."""
+        results = []
+        for result in super().results(sequences, seconds):
+            values = tuple(piece.strip(" ") for piece in result.pieces)
+            remaining = iter(values)
+            text = "".join(piece if isinstance(piece, str) else next(remaining) for piece in self.pieces[1:])
+            results.append(replace(result, text=text, pieces=values, finish_reason="stop"))
+        return results
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

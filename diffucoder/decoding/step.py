@@ -21,6 +21,7 @@ from diffucoder.decoding.canvas import Canvas
 from diffucoder.decoding.constraints import Constraint
 from diffucoder.decoding.params import DecodingParams
 from diffucoder.decoding.policies import RuleInput
+from diffucoder.decoding.regular import Patterns
 from diffucoder.decoding.sampling import Sampler, Samples
 from diffucoder.decoding.sequence import Proposals, Sequence, Step, Until
 from diffucoder.errors import PromptError
@@ -178,10 +179,15 @@ def _score(model: Denoiser, sequences: list[Sequence], batch: Plan, candidates: 
     known = batch.tokens.masked_fill(batch.open, -1)[at].to(model.device)  # (M,) -1: to be proposed
     uniform = batch.uniform[..., 0][at].to(model.device)  # (M,)
     with_entropy = any(sequence.wants_entropy for sequence in sequences)
+    which, masks = _limits(sequences, batch.open)
+    which = which[at]  # (M,)
 
     def sample(logits: Tensor, chunk: slice) -> Samples:
         """Sample from `logits` (C, V) of the pairs `chunk` of `wanted`, each part with its own sampler."""
         parts = []
+        if masks is not None:
+            barred = ~masks[which[chunk]].to(logits.device)  # (C, V)
+            logits = logits.masked_fill(barred, torch.finfo(logits.dtype).min)
         for sampler, span in spans:
             start = max(span.start, chunk.start)
             stop = max(start, min(span.stop, chunk.stop))  # equal to start where the chunk has none of this sampler
@@ -208,6 +214,21 @@ def _score(model: Denoiser, sequences: list[Sequence], batch: Plan, candidates: 
         reference=sequences[0].sampler.reference,
     )
     return wanted, Samples(*results)
+
+
+def _limits(sequences: list[Sequence], open_: Tensor) -> tuple[Tensor, Tensor | None]:
+    """The rows (R, T) of masks (K, V) of the ids that may be proposed; the first mask allows all. None: no limits."""
+    which = torch.zeros_like(open_, dtype=torch.long)
+    masks: list[Tensor] = []
+    count = 1
+    for row, sequence in enumerate(sequences):
+        if isinstance(sequence.constraint, Patterns):
+            limits = sequence.constraint.limits(sequence)
+            limited = open_[row, -len(sequence.tokens) :] & (limits.which >= 0)
+            which[row, -len(sequence.tokens) :] = (limits.which + count).masked_fill(~limited, 0)
+            masks.append(limits.masks)
+            count += len(limits.masks)
+    return which, torch.cat([torch.ones_like(masks[0][:1]), *masks]) if masks else None
 
 
 def _by_sampler(sequences: list[Sequence], scored: Tensor) -> tuple[Tensor, list[tuple[Sampler, range]]]:
