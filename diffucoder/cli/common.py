@@ -28,7 +28,7 @@ _VARIABLES = ("model", "dtype", "device", "host", "port")  # options with a vari
 _GROUPS = {
     "Sampling": ("temperature", "top_p", "top_k", "num_samples", "seed", "stop"),
     "Order": ("policy", "policy_temperature", "block"),
-    "Speed": ("preset", "steps", "threshold", "factor", "entropy_bound", "revoke", "cache", "eps"),
+    "Speed": ("preset", "steps", "threshold", "factor", "entropy_bound", "stable", "revoke", "cache", "eps"),
 }
 
 Model = Annotated[

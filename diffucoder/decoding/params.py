@@ -76,6 +76,9 @@ class DecodingParams(Settings):
     entropy_bound: float | None = Field(default=None, ge=0, allow_inf_nan=False)
     """also commit tokens of lowest entropy while their sum, without the largest, is at most this (EB-Sampler)"""
 
+    stable: int = Field(default=0, ge=0, le=10**6)
+    """beyond the schedule, commit only tokens that were proposed in each of this many steps before, too (KLASS)"""
+
     revoke: float = Field(default=0.0, ge=0, lt=1)
     """mask tokens that lost most probability again, up to this fraction of the tokens that the step commits"""
 
@@ -144,7 +147,7 @@ class DecodingParams(Settings):
 
 
 _RULES = ("threshold", "factor", "entropy_bound")
-_NOT_REFERENCE = (*_RULES, "revoke", "syntax", "block", "cache")
+_NOT_REFERENCE = (*_RULES, "stable", "revoke", "syntax", "block", "cache")
 _DREAM_POLICIES = {"origin": "random", "maskgit_plus": "max_prob", "topk_margin": "margin", "entropy": "entropy"}
 _DREAM_NAMES = {"alg": "policy", "alg_temp": "policy_temperature", "num_return_sequences": "num_samples"}
 _DREAM_NAMES |= {name: name for name in ("eps", "steps", "temperature", "top_k", "top_p")}

@@ -122,6 +122,7 @@ class RuleInput:
     confidence: Tensor  # (R, T) by the order, without its noise
     probability: Tensor  # (R, T) of the proposed tokens
     due: Tensor  # (R,) by the schedule: a count, or a probability for each mask
+    stable: Tensor  # (R, T) bool: positions that may be committed beyond the schedule
 
 
 @dataclass(frozen=True)
@@ -130,7 +131,7 @@ class Rule:
 
     def commit(self, given: RuleInput) -> Tensor:
         """Return the positions to commit, (R, T) bool, a part of the open ones."""
-        return highest(given.priority, given.open, given.due) | (given.open & self.also(given))
+        return highest(given.priority, given.open, given.due) | (given.open & given.stable & self.also(given))
 
     def also(self, given: RuleInput) -> Tensor:
         """Return (R, T) bool: positions to commit beyond the schedule, if they are open."""

@@ -120,6 +120,8 @@ class Sequence:
         self._committed_by = torch.full_like(self.tokens, -1)  # (T,) the step that committed each; -1 = none did
         self._confidence = torch.zeros(len(self.tokens))  # (T,) of each commitment
         self._log_prob = torch.zeros(len(self.tokens))  # (T,)
+        self._proposed = self.tokens  # (T,) the proposals of the step before
+        self._kept = torch.zeros_like(self.tokens)  # (T,) in how many steps before these were the same
         self._revoked: list[list[int]] = []
         self._entropies: list[Tensor] = []  # (T,) each
 
@@ -190,6 +192,12 @@ class Sequence:
     def due(self) -> float:
         """Return the count or probability that the schedule wants of the next step."""
         return self.schedule.due(self.forward_passes - self._schedule_began, int(self.masked.sum()))
+
+    def stable(self, proposed: Tensor) -> Tensor:
+        """Note the tokens `proposed` (T,) by a step. Return which of them `params.stable` steps before it proposed."""
+        self._kept = (self._kept + 1).masked_fill(proposed != self._proposed, 0)
+        self._proposed = proposed
+        return self._kept >= self.params.stable
 
     def acquire(self, model: Denoiser) -> int:
         """Return its row of the model's cache. Raises CheckpointError for a model without one."""
@@ -296,6 +304,8 @@ class Sequence:
         self.tokens = self.tokens.masked_fill(expanded, self.canvas.mask_id)
         self._forget(expanded)
         self._expansions += int(expanded.sum()) // 2
+        self._proposed = self.tokens
+        self._kept = torch.zeros_like(self.tokens)
         self.entropies = 0  # a trace has them for the same positions in all steps
         self._entropies = []
         self._revoked = []

@@ -248,6 +248,10 @@ def _by_sampler(sequences: list[Sequence], scored: Tensor) -> tuple[Tensor, list
 def choose(sequences: list[Sequence], batch: Plan, proposals: Proposals) -> Tensor:
     """Return the open positions that each row commits by its order and rule: (R, T) bool."""
     chosen = torch.zeros_like(proposals.open)
+    stable = torch.zeros_like(chosen)
+    for row, sequence in enumerate(sequences):
+        length = len(sequence.tokens)
+        stable[row, -length:] = sequence.stable(proposals.tokens[row, -length:])
     due = torch.tensor([float(sequence.due()) for sequence in sequences])
     for rows in _alike((sequence.sampler.order, sequence.rule) for sequence in sequences):
         first = sequences[rows[0]]
@@ -258,6 +262,7 @@ def choose(sequences: list[Sequence], batch: Plan, proposals: Proposals) -> Tens
             confidence=confidence,
             probability=proposals.log_prob[rows].exp(),
             due=due[rows],
+            stable=stable[rows],
         )
         chosen[rows] = first.rule.commit(rule_input)
     return chosen

@@ -41,6 +41,7 @@ def test_a_bad_setting_is_refused_in_one_line(settings: dict[str, Any], said: st
         ({"threshold": 0.1, "entropy_bound": 0.1}, "threshold and entropy_bound are two rules"),
         ({"entropy_bound": 0.1, "policy": "max_prob"}, "entropy_bound needs the policy 'entropy', not 'max_prob'"),
         ({"cache": "dual"}, "cache='dual' needs a block; give block"),
+        ({"stable": 1, "preset": "reference"}, "stable is not a setting of the reference preset"),
         ({"entropy_bound": 0.1, "preset": "reference"}, "entropy_bound is not a setting of the reference preset"),
         ({"revoke": 0.1, "preset": "reference"}, "revoke is not a setting of the reference preset"),
     ],

@@ -42,7 +42,7 @@ def released_counts(masked: int, steps: int, eps: float = 1e-3) -> list[int]:
 
 def commit(rule: Rule, priority: Tensor, masked: Tensor, due: Tensor) -> Tensor:
     """What a rule commits by a priority that is the confidence and the probability too."""
-    return rule.commit(RuleInput(masked, priority, priority, priority, due))
+    return rule.commit(RuleInput(masked, priority, priority, priority, due, torch.ones_like(masked)))
 
 
 def by_schedule(priority: Tensor, masked: Tensor, due: Tensor) -> Tensor:

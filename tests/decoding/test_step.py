@@ -43,6 +43,7 @@ MIX = [
     DecodingParams(preset="fast", policy="margin", temperature=0.4, seed=7),
     DecodingParams(block=3, threshold=0.3, policy="max_prob"),
     DecodingParams(revoke=0.6, policy="max_prob", steps=4),
+    DecodingParams(threshold=0.01, stable=1, revoke=0.6, policy="max_prob"),
     DecodingParams(revoke=0.6, cache="delayed", steps=4),
     DecodingParams.from_dream(steps=6, alg="entropy"),
     DecodingParams.from_dream(steps=6, alg="origin", temperature=0.7),
@@ -368,6 +369,18 @@ def test_a_threshold_commits_what_is_sure_and_always_one() -> None:
     assert counts(score, factor=1.0, policy="max_prob") == [4, 1, 1, 1, 1]
     assert counts(score, entropy_bound=0.1) == [5, 1, 1, 1]  # the largest entropy does not count
     assert counts(score, threshold=0.9, policy="max_prob", steps=2) == [4, 4]  # what is due is committed all the same
+    for rule in ({"threshold": 0.9}, {"factor": 1.0}):
+        assert counts(score, **rule, stable=1) == [1, 3, 1, 1, 1, 1]  # the first step has none before it
+        assert counts(score, **rule, stable=2) == [1, 1, 2, 1, 1, 1, 1]
+
+
+def test_a_proposal_that_changes_is_not_stable() -> None:
+    def score(tokens: Tensor, place: Tensor) -> Tensor:  # sure of everything, of other tokens at each step
+        masked = (tokens == MASK).sum(-1, keepdim=True)
+        return torch.nn.functional.one_hot((place + masked) % 8, 12) * 9.0
+
+    assert counts(score, threshold=0.9) == [8]
+    assert counts(score, threshold=0.9, stable=1) == [1] * 8
 
 
 # --- part of the canvas
