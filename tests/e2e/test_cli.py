@@ -49,7 +49,7 @@ def test_json_has_the_documented_keys_and_they_agree(cli: Run) -> None:
     result = json.loads(out)
     assert set(result) == {
         *("text", "tokens", "forward_passes", "tokens_per_forward", "seconds", "tokens_per_second"),
-        *("finish_reason", "seed", "index", "model"),
+        *("finish_reason", "seed", "index", "problem", "model"),
     }
     assert (result["seed"], result["index"], result["model"]) == (7, 0, "tiny")
     assert result["finish_reason"] in ("stop", "length")

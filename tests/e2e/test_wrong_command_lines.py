@@ -15,6 +15,7 @@ WAYS = {  # how each command is called when nothing is wrong with it
     "generate": (REQUEST,),
     "infill": ("{hole}",),
     "edit": ("{code}", "--lines", "1"),
+    "fix": ("{code}",),
     "chat": (),
     "serve": ("--port", "0"),
     "models": (),
@@ -32,6 +33,7 @@ FILE_OPTIONS = (
     ("generate", REQUEST, "--model", "{bad}"),
     ("infill", "{bad}"),
     ("edit", "{bad}", "--lines", "1"),
+    ("fix", "{code}", "--tests", "{bad}"),
     ("chat", "--model", "{bad}"),
     ("bench", "--model", "{bad}"),
     ("convert", "{bad}", "{new}"),
@@ -45,6 +47,9 @@ FILE_OPTIONS = (
 )
 OTHERS = (
     ("infill", "{code}"),
+    ("fix", "{missing}"),
+    ("fix", "{folder}"),
+    ("fix", "{binary}"),
     ("infill", "{hole}", "--in-place", "--num-samples", "2"),
     ("edit", "{code}", "--lines", "9"),
     ("edit", "{code}", "--lines", "2:1"),
