@@ -25,7 +25,7 @@ ROOT = Path(__file__).parents[1]
 # The budgets (docs/design.md) of the redesign. Sizes are above theirs: they stay under limits. A commit that raises a
 # limit says what the lines are for; with everything that is planned they are 13,500 and 9,800
 BUDGET = {"lines": 11_000, "code": 8_000, "scripts": 2_300}
-LIMIT = {"lines": 21_130, "code": 15_345, "scripts": 2_655}  # scripts: lines of recipes and benchmarks together
+LIMIT = {"lines": 21_170, "code": 15_365, "scripts": 2_655}  # scripts: lines of recipes and benchmarks together
 MAX_FILE = 450
 MAX_FUNCTION = 60
 MAX_DENSITY = {"comprehensions": 35, "conditionals": 20, "packed": 6}

@@ -26,8 +26,8 @@ _VARIABLES = ("model", "dtype", "device", "host", "port")  # options with a vari
 
 # Decoding settings under the headings of --help; the rest is under Options
 _GROUPS = {
-    "Sampling": ("temperature", "top_p", "top_k", "num_samples", "seed", "stop"),
-    "Order": ("policy", "policy_temperature", "block"),
+    "Sampling": ("temperature", "top_p", "top_k", "num_samples", "seed", "stop", "syntax"),
+    "Order": ("policy", "policy_temperature", "block", "end_last", "end_penalty"),
     "Speed": ("preset", "steps", "threshold", "factor", "entropy_bound", "stable", "revoke", "cache", "eps"),
 }
 

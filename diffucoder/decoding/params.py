@@ -65,6 +65,12 @@ class DecodingParams(Settings):
     block: int | None = Field(default=None, ge=1, lt=2**31)
     """fill blocks of this many tokens from left to right, each in any order; if left out, everything is one block"""
 
+    end_last: bool = False
+    """commit the end of an answer only when no mask is left before it"""
+
+    end_penalty: float = Field(default=0.0, ge=0, allow_inf_nan=False)
+    """take this off the logits of tokens that end an answer, so that answers become longer (Dream-Coder)"""
+
     # rule: tokens that a step may commit beyond its schedule
 
     threshold: float | None = Field(default=None, gt=0, le=1)
@@ -147,7 +153,7 @@ class DecodingParams(Settings):
 
 
 _RULES = ("threshold", "factor", "entropy_bound")
-_NOT_REFERENCE = (*_RULES, "stable", "revoke", "syntax", "block", "cache")
+_NOT_REFERENCE = (*_RULES, "stable", "revoke", "end_last", "end_penalty", "syntax", "block", "cache")
 _DREAM_POLICIES = {"origin": "random", "maskgit_plus": "max_prob", "topk_margin": "margin", "entropy": "entropy"}
 _DREAM_NAMES = {"alg": "policy", "alg_temp": "policy_temperature", "num_return_sequences": "num_samples"}
 _DREAM_NAMES |= {name: name for name in ("eps", "steps", "temperature", "top_k", "top_p")}

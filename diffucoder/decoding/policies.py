@@ -110,6 +110,15 @@ def gumbel(uniform: Tensor) -> Tensor:
     return -(-uniform.clamp(min=torch.finfo(uniform.dtype).tiny).log()).log()
 
 
+def ends_last(values: Tensor, open_: Tensor, ends: Tensor) -> Tensor:
+    """Lower the `values` (R, T) of open positions that propose an end to the least of the open ones before them.
+
+    Ties go to the left, so an order or rule then takes the end only after, or together with, all of these.
+    """
+    least = values.masked_fill(~open_, torch.inf).cummin(-1).values  # (R, T), with the position itself
+    return least.where(open_ & ends, values)
+
+
 # --- rules -----------------------------------------------------------------------------------------------------------
 
 

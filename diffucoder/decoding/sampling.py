@@ -40,11 +40,19 @@ class Sampler:
     top_k: int | None
     barred: tuple[int, ...]  # ids never proposed
     proposable: int | None  # ids from this one on are never proposed either
+    ends: tuple[int, ...]  # ids that end a row
+    end_penalty: float  # taken off their logits
     reference: bool  # the arithmetic of the released code, in the logits' own dtype instead of fp32
 
     @classmethod
     def of(
-        cls, params: DecodingParams, *, mask_id: int, forbidden: tuple[int, ...] = (), proposable: int | None = None
+        cls,
+        params: DecodingParams,
+        *,
+        mask_id: int,
+        forbidden: tuple[int, ...] = (),
+        proposable: int | None = None,
+        terminators: tuple[int, ...] = (),
     ) -> "Sampler":
         """Return the sampler of `params`. That of the preset `reference` bars only the mask."""
         reference = params.preset == "reference"
@@ -55,6 +63,8 @@ class Sampler:
             top_k=params.top_k,
             barred=(mask_id,) if reference else (mask_id, *forbidden),
             proposable=None if reference else proposable,
+            ends=terminators,
+            end_penalty=params.end_penalty,
             reference=reference,
         )
 
@@ -74,6 +84,8 @@ class Sampler:
         logits[:, barred] = lowest
         if self.proposable is not None:
             logits[:, self.proposable :] = lowest
+        if self.end_penalty:
+            logits[:, torch.tensor(self.ends, device=logits.device)] -= self.end_penalty
         probabilities = self._filter(logits).softmax(-1)  # (M, V)
         del logits  # as large as the probabilities, and not read again
         tokens = draw(probabilities, uniform) if self.temperature > 0 else probabilities.argmax(-1)

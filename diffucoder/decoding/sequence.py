@@ -141,8 +141,11 @@ class Sequence:
 
         Only this decides it, except for stop strings, which `requests` looks for in text.
         """
-        terminators = torch.tensor(self.canvas.terminators, dtype=torch.long)
-        return leftmost(self.holes & torch.isin(self.tokens, terminators))
+        return leftmost(self.holes & self.are_ends(self.tokens))
+
+    def are_ends(self, tokens: Tensor) -> Tensor:
+        """Which of `tokens` end an answer, as bool."""
+        return torch.isin(tokens, torch.tensor(self.canvas.terminators, dtype=torch.long))
 
     @property
     def written_end(self) -> int:
@@ -220,7 +223,11 @@ class Sequence:
         if self.canvas.resize is not None and self._room <= 0:
             forbidden += (self.canvas.resize.expand_id,)
         self.sampler = Sampler.of(
-            self.params, mask_id=self.canvas.mask_id, forbidden=forbidden, proposable=self.canvas.proposable
+            self.params,
+            mask_id=self.canvas.mask_id,
+            forbidden=forbidden,
+            proposable=self.canvas.proposable,
+            terminators=self.canvas.terminators,
         )
 
     def apply(self, proposals: Proposals, chosen: Tensor) -> Step:

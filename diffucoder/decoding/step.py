@@ -20,7 +20,7 @@ from torch.nn.utils.rnn import pad_sequence
 from diffucoder.decoding.canvas import Canvas
 from diffucoder.decoding.constraints import Constraint
 from diffucoder.decoding.params import DecodingParams
-from diffucoder.decoding.policies import RuleInput
+from diffucoder.decoding.policies import RuleInput, ends_last
 from diffucoder.decoding.regular import Patterns
 from diffucoder.decoding.sampling import Sampler, Samples
 from diffucoder.decoding.sequence import Proposals, Sequence, Step, Until
@@ -252,15 +252,20 @@ def choose(sequences: list[Sequence], batch: Plan, proposals: Proposals) -> Tens
     for row, sequence in enumerate(sequences):
         length = len(sequence.tokens)
         stable[row, -length:] = sequence.stable(proposals.tokens[row, -length:])
+    ends = torch.zeros_like(chosen)
+    for row, sequence in enumerate(sequences):
+        if sequence.params.end_last:
+            ends[row] = sequence.are_ends(proposals.tokens[row])
     due = torch.tensor([float(sequence.due()) for sequence in sequences])
     for rows in _alike((sequence.sampler.order, sequence.rule) for sequence in sequences):
         first = sequences[rows[0]]
         confidence = proposals.confidence[rows]
+        priority = first.sampler.order.priority(confidence, batch.uniform[rows, :, 1])
         rule_input = RuleInput(
             open=proposals.open[rows],
-            priority=first.sampler.order.priority(confidence, batch.uniform[rows, :, 1]),
-            confidence=confidence,
-            probability=proposals.log_prob[rows].exp(),
+            priority=ends_last(priority, proposals.open[rows], ends[rows]),
+            confidence=ends_last(confidence, proposals.open[rows], ends[rows]),
+            probability=ends_last(proposals.log_prob[rows].exp(), proposals.open[rows], ends[rows]),
             due=due[rows],
             stable=stable[rows],
         )

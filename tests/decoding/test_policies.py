@@ -21,6 +21,7 @@ from diffucoder.decoding.policies import (
     RuleInput,
     Schedule,
     ThresholdRule,
+    ends_last,
     gumbel,
     schedule_of,
 )
@@ -219,3 +220,12 @@ def test_a_factor_of_one_with_equal_probabilities_is_the_papers_rule() -> None:
     for n in range(1, 6):  # (n + 1) epsilon <= 1, with confidence above 1 - epsilon
         probability = torch.full((1, n), 1 - 0.99 / (n + 1))
         assert beyond_schedule(FactorRule(1.0), probability, torch.ones(1, n, dtype=torch.bool)).all()
+
+
+def test_an_end_is_as_sure_as_the_least_sure_open_position_before_it() -> None:
+    values = torch.tensor([[0.9, 0.2, 0.7, 0.8, 0.1, 0.95]])
+    open_ = torch.tensor([[True, False, True, True, True, True]])
+    ends = torch.tensor([[False, True, False, True, False, True]])
+    lowered = ends_last(values, open_, ends)
+    assert lowered.tolist() == torch.tensor([[0.9, 0.2, 0.7, 0.7, 0.1, 0.1]]).tolist()
+    assert torch.equal(ends_last(values, open_, torch.zeros_like(ends)), values)

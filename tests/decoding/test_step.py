@@ -1,5 +1,6 @@
 """Denoising: rows independent of company, every mask committed once, exact ends."""
 
+from dataclasses import replace
 from typing import Any, get_args
 
 import pytest
@@ -100,6 +101,35 @@ def test_padding_changes_nothing(tiny: Denoiser, params: DecodingParams) -> None
     for row, prompt in enumerate(prompts):
         *_, alone = denoise(tiny, canvas(prompt, new_tokens=8, **ids), params)
         assert alone.canvas[0].tolist() == close.canvas[row, 4 - len(prompt) :].tolist()
+
+
+# --- the end of an answer
+
+
+@pytest.mark.parametrize(
+    "params", [params for params in MIX if params.preset != "reference" and not params.revoke], ids=changed
+)
+def test_with_end_last_no_mask_is_left_before_an_end(tiny: Denoiser, params: DecodingParams) -> None:
+    ids = {"mask_id": tiny.mask_id, "pad_id": 1, "terminators": tuple(range(0, 66, 3))}
+    start = canvas([5, 6, 7, 8], [9, 10], new_tokens=12, **ids)
+    ended = 0
+    for step in denoise(tiny, start, params.replace(end_last=True)):
+        is_end = step.committed & torch.isin(step.canvas, torch.tensor(ids["terminators"]))
+        for row, position in is_end.nonzero().tolist():
+            ended += 1
+            assert not (step.canvas[row, :position] == tiny.mask_id).any()
+    assert ended
+
+
+def test_a_penalty_of_ends_makes_them_less_likely_and_nothing_else(tiny: Denoiser) -> None:
+    ids = {"mask_id": tiny.mask_id, "pad_id": 1, "terminators": (3, 5)}
+    start = canvas([5, 6, 7, 8], new_tokens=40, **ids)
+    never = DecodingParams(temperature=3.0, end_penalty=1e4)
+    *_, last = denoise(tiny, start, never)
+    assert not torch.isin(last.canvas[:, 4:], torch.tensor([3, 5])).any()
+    without = replace(start, terminators=(), forbidden=(3, 5))
+    *_, same = denoise(tiny, without, DecodingParams(temperature=3.0))
+    assert torch.equal(last.canvas, same.canvas)
 
 
 # --- every masked position is committed exactly once (oracle 5)
