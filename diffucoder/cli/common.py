@@ -135,7 +135,7 @@ def _parameter(name: str, field: FieldInfo, *, positional: bool) -> inspect.Para
         return inspect.Parameter(name, place, default=default, annotation=argument)
     if not any(field.default is value for value in (None, False, ())):
         text += f" [default: {field.default}]"
-    names = [f"--{name}"] if kind is bool else []  # else typer adds --no-...
+    names = [f"--{name.replace('_', '-')}"] if kind is bool else []  # else typer adds --no-...
     option = typer.Option(
         *names,
         help=text,
