@@ -8,7 +8,7 @@ The code holds no token ids: it looks them up in the checkpoint by the tokens' n
 
 import codecs
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import groupby
@@ -61,6 +61,11 @@ def split_holes(text: str) -> list[str | Hole]:
         position = hole.end()
     pieces.append(text[position:])
     return [piece for piece in pieces if piece != ""]
+
+
+def with_texts(pieces: Iterable[str | Hole], texts: Iterator[str]) -> str:
+    """The text of `pieces`, with the next of `texts` in place of each hole."""
+    return "".join(next(texts) if isinstance(piece, Hole) else piece for piece in pieces)
 
 
 class Tokenizer:

@@ -80,9 +80,10 @@ def _asserts_of(path: Path | None) -> list[str]:
     from diffucoder.grading.syntax import statements_of
 
     text = read_text(str(path))
-    statements = statements_of(text)
-    if not any(isinstance(statement, ast.Assert) for statement in statements or []):
+    statements = statements_of(text) or []
+    are_asserts = [isinstance(statement, ast.Assert) for statement in statements]
+    if not any(are_asserts):
         raise ConfigError(f"file {str(path)!r} has no assert; write some, such as: assert double(2) == 4")
-    if all(isinstance(statement, ast.Assert) for statement in statements or []):
-        return [ast.unparse(statement) for statement in statements or []]
+    if all(are_asserts):
+        return [ast.unparse(statement) for statement in statements]
     return [text]

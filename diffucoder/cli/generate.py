@@ -19,7 +19,7 @@ from diffucoder.cli.common import AsJson, Device, DType, Model, load_model, with
 from diffucoder.decoding.params import DecodingParams
 from diffucoder.errors import ConfigError, PromptError, printable
 from diffucoder.files import LARGEST_FILE, parse_json, write_text
-from diffucoder.tokenizer import split_holes
+from diffucoder.tokenizer import split_holes, with_texts
 
 if TYPE_CHECKING:
     from diffucoder.decoding.coder import DiffuCoder, OnStep
@@ -123,7 +123,7 @@ def edit(
     params: DecodingParams,
 ) -> None:
     """Write some lines of a file again while the rest stays as it is."""
-    from diffucoder.decoding.coder import Span
+    from diffucoder.decoding.requests import Span
 
     _check_in_place(path, params, in_place)
     text = read_text(path)
@@ -305,11 +305,7 @@ def as_models_know(text: str) -> str:
 
 def _filled(text: str, answers: Sequence[str]) -> str:
     """Return `text` with its holes filled and everything else as it is."""
-    remaining = iter(answers)
-    filled = ""
-    for piece in split_holes(text):
-        filled += piece if isinstance(piece, str) else with_line_ends_of(text, next(remaining))
-    return filled
+    return with_texts(split_holes(text), (with_line_ends_of(text, answer) for answer in answers))
 
 
 def _replaced(text: str, spans: Sequence[tuple[int, int]], answers: Sequence[str]) -> str:

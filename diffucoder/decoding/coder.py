@@ -12,7 +12,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +22,13 @@ from diffucoder.decoding.canvas import Canvas
 from diffucoder.decoding.checkers import CHECKERS, python_flaw
 from diffucoder.decoding.document import check_judged
 from diffucoder.decoding.params import DecodingParams
-from diffucoder.decoding.repair import PASSES, Judge, Repair, repair_rounds
-from diffucoder.decoding.requests import Generation, HoleRequest, Request, WindowedRequest
+from diffucoder.decoding.repair import PASSES, Judge, Repair, RoundRequest, next_step, repair_rounds
+from diffucoder.decoding.requests import Generation, HoleRequest, Request, Span, WindowedRequest
 from diffucoder.decoding.resize import Resize
 from diffucoder.decoding.scaffold import hole_texts
 from diffucoder.decoding.schema import schema_request
 from diffucoder.decoding.sequence import Sequence as DecodingSequence
-from diffucoder.decoding.step import Step, decode, denoise
+from diffucoder.decoding.step import Step, decode, steps_of
 from diffucoder.decoding.windows import Pieces, texts_around, windows_of
 from diffucoder.errors import ConfigError, PromptError
 from diffucoder.grading.sandbox import Sandbox
@@ -40,15 +40,6 @@ FIRST_LENGTH = 4  # tokens that a hole begins with whose length the model decide
 HOLE_LENGTHS = (2, 4, 6, 8, 12, 16, 24)  # tokens, tried for a hole without a given length
 Prompt = str | Sequence[Mapping[str, str]]  # a request, or the messages of a conversation
 OnStep = Callable[[DecodingSequence, Step], None]  # called after each step of each sequence
-
-
-@dataclass(frozen=True)
-class Span:
-    """Characters of a text to write again, with this number of `tokens`; None tries several lengths."""
-
-    start: int
-    end: int
-    tokens: int | None = None
 
 
 class DiffuCoder:
@@ -115,8 +106,7 @@ class DiffuCoder:
     ) -> Iterator[Step]:
         """Answer one request, and yield each step when it is done. `show` turns a step into text."""
         [request] = self._warned_requests([prompt], _params(params, settings), chat)
-        one_each = request.params.replace(num_samples=1)  # samples are rows already
-        yield from denoise(self.model, request.canvas, one_each, until=request.until, constraint_of=request.constraint)
+        yield from steps_of(self.model, request.canvas.tokens, request.sequences())
 
     def infill(
         self,
@@ -161,16 +151,13 @@ class DiffuCoder:
         """
         with nullcontext(sandbox) if sandbox or not tests else Sandbox(1) as box:
             rounds = repair_rounds(self, text, Judge(tests, box), _params(params, settings), passes=passes)
-            results: list[Generation] | None = None
-            while True:
-                try:
-                    request = next(rounds) if results is None else rounds.send(results)
-                except StopIteration as end:
-                    repair: Repair = end.value
-                    return repair
-                [results] = self.run([request])
+            step = next_step(rounds)
+            while isinstance(step, RoundRequest):
+                [results] = self.run([step])
                 if on_round is not None:
                     on_round(sum(result.forward_passes for result in results))
+                step = next_step(rounds, results)
+            return step
 
     def fill_schema(
         self,
@@ -315,7 +302,7 @@ class DiffuCoder:
 
     def _holes(
         self, pieces: Pieces, params: DecodingParams, *, whole: bool, most: int | None = None, of: Pieces | None = None
-    ) -> HoleRequest:
+    ) -> HoleRequest | WindowedRequest:
         """Make the request for pieces with holes, which may be a window `of` a longer text."""
         check_judged(pieces, params)
         block = self.model.attention.block
@@ -381,7 +368,7 @@ class DiffuCoder:
 
     def _windowed(
         self, pieces: Pieces, params: DecodingParams, *, whole: bool, longest: int, most: int | None
-    ) -> HoleRequest:
+    ) -> WindowedRequest:
         """What fills the holes of a long text, each from the lines around it."""
         budget = self.model.max_length * 15 // 16  # lines in a row may have a few tokens more than each alone
         budget = min(budget, self.model.trained_length or budget)
@@ -394,9 +381,10 @@ class DiffuCoder:
         if params.syntax is not None:
             checker = CHECKERS[params.syntax]
             plain = hole_texts(pieces, longest, self.tokenizer, self.model.mask_id, checker)
-        parts = []
+        parts: list[Request] = []
         for lines, own in windows:
             part = self._holes(own, params, whole=whole, most=most, of=pieces)
+            assert isinstance(part, HoleRequest)  # a window fits into the context
             before, after = texts_around(pieces, lines, plain)
             parts.append(replace(part, text_before=before[:-1], text_after=after))  # the window has its line end
         read = ", ".join(f"{lines.start + 1} to {lines.stop}" for lines, _ in windows)
@@ -408,8 +396,6 @@ class DiffuCoder:
             remark=f"the text is longer than the model's context; it reads lines {read}",
             parts=parts,
             pieces=pieces,
-            sizes=[],
-            lengths=(),
             whole=whole,
         )
 

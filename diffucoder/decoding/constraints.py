@@ -5,7 +5,7 @@ follows from the settings (`verifier_of`). Both see one sequence at a time.
 """
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -27,6 +27,13 @@ class Decision:
     revoked: Tensor | None = None  # (T,) bool: earlier commitments to mask again before these are made
 
 
+class IdLimits(NamedTuple):
+    """The ids that the open positions of a sequence may have."""
+
+    which: Tensor  # (T,) the row of `masks` for each position; -1: no limit
+    masks: Tensor  # (K, V) bool
+
+
 class Constraint(Protocol):
     """Decides whether the chosen tokens may be committed. It must let decoding come to an end."""
 
@@ -36,6 +43,9 @@ class Constraint(Protocol):
 
     def candidates(self, sequence: "Sequence") -> int:
         """Return the number of most probable ids of each position that it wants of the next pass."""
+
+    def limits(self, sequence: "Sequence") -> IdLimits | None:
+        """Return the ids that open positions may propose in the next pass; None: all of them."""
 
     def move(self, places: Tensor) -> None:
         """Note that the sequence was resized: each of its positions was at `places` (T',) before."""

@@ -1,4 +1,4 @@
-"""Document: the text that a row of a canvas stands for, and which of its positions wrote which character.
+"""Document: the text of a row of a canvas, and which of its positions wrote which character.
 
 For an answer it is the text before it, as far as that belongs to the program, and the answer up to its end. For text
 with holes it is the whole text.
@@ -106,8 +106,10 @@ class Document:
                 break
             nearest = piece.end - 1
             if at < len(written):
-                count = range(1, piece.end - piece.start + 1)
-                return piece.start + bisect_right(count, at, key=lambda n: len(self._decoded(piece, ids, n)))
+                decode = self.tokenizer.decode
+                own = ids[piece.start : piece.end]
+                count = range(1, len(own) + 1)
+                return piece.start + bisect_right(count, at, key=lambda n: len(decode(own[:n])))
             at -= len(written)
         return nearest or 0
 
@@ -136,9 +138,6 @@ class Document:
             if found:
                 text, whole = before, True
         return text, whole
-
-    def _decoded(self, part: Part, ids: list[int], count: int) -> str:
-        return self.tokenizer.decode(ids[part.start : part.start + count])
 
 
 def _block(fence: re.Match[str], end: int) -> Iterator[tuple[int, int]]:

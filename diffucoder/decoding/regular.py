@@ -8,14 +8,14 @@ the proposals of each open position to ids that leave the hole a match, so each 
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from functools import lru_cache, reduce
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from diffucoder.decoding.constraints import Decision
+from diffucoder.decoding.constraints import Decision, IdLimits
 from diffucoder.errors import PromptError
 from diffucoder.tokenizer import Tokenizer
 
@@ -261,13 +261,6 @@ class HolePattern:
         """The tokens in the hole; None where one is masked."""
         ids: list[int] = sequence_tokens[self.start : self.start + self.length].tolist()
         return [None if id_ == mask_id else id_ for id_ in ids]
-
-
-class IdLimits(NamedTuple):
-    """The ids that the open positions of a sequence may have."""
-
-    which: Tensor  # (T,) the row of `masks` for each position; -1: no limit
-    masks: Tensor  # (K, V) bool
 
 
 class Patterns:

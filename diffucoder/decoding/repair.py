@@ -11,12 +11,12 @@ which a judge does (`Judge`).
 import math
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import islice
-from typing import TYPE_CHECKING, Any, NamedTuple
+from itertools import chain, islice
+from typing import TYPE_CHECKING, Any
 
 from diffucoder.decoding.canvas import Canvas
 from diffucoder.decoding.params import DecodingParams
-from diffucoder.decoding.requests import Generation, Request
+from diffucoder.decoding.requests import Generation, JoinedRequest, Span
 from diffucoder.decoding.sequence import Sequence as DecodingSequence
 from diffucoder.errors import PromptError
 from diffucoder.grading.grade import grade
@@ -86,33 +86,28 @@ class Repair:
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class RoundRequest(Request):
-    """Several texts with holes as rows of one batch, and the results of all of them."""
-
-    parts: list[Request]
+class RoundRequest(JoinedRequest):
+    """Several texts with holes, and the results of all of them."""
 
     @property
     def result_count(self) -> int:
         return sum(part.result_count for part in self.parts)
 
     def results(self, sequences: list[DecodingSequence], seconds: float) -> list[Generation]:
-        """The results of each part, in order."""
-        remaining = iter(sequences)
-        results = []
-        for part in self.parts:
-            results += part.results(list(islice(remaining, len(part.canvas.tokens))), seconds)
-        return results
-
-
-class Hole(NamedTuple):
-    """Characters of the text that are replaced by so many masked tokens."""
-
-    start: int
-    end: int
-    tokens: int
+        """The results of all parts, in order."""
+        return list(chain.from_iterable(self.results_of_parts(sequences, seconds)))
 
 
 Rounds = Generator[RoundRequest, list[Generation], Repair]
+
+
+def next_step(rounds: Rounds, results: list[Generation] | None = None) -> RoundRequest | Repair:
+    """The next request of a repair, given the `results` of the one before, if there was one; the repair at its end."""
+    try:
+        return next(rounds) if results is None else rounds.send(results)
+    except StopIteration as end:
+        repair: Repair = end.value
+        return repair
 
 
 def repair_rounds(
@@ -131,7 +126,7 @@ def repair_rounds(
     """
     params = params.replace(num_samples=1, stop=())
     search = _Search(coder, text, judge, params, left=passes, rows=rows)
-    holes: Iterator[Hole] | None = None
+    holes: Iterator[Span] | None = None
     for kept in (passes // 2, 0):  # the second half goes on from what was better in the first
         if search.best.passed:
             break
@@ -161,20 +156,20 @@ class _Search:
         self.best_text = text
         self.seen = {text}
 
-    def probe(self) -> Generator[RoundRequest, list[Generation], Iterator[Hole]]:
+    def probe(self) -> Generator[RoundRequest, list[Generation], Iterator[Span]]:
         """Try one other token in each place, several where the model prefers another. Return what to try next."""
         tokens = _tokens_of(self.coder, self.text, self.left + self.spent)
-        probes = yield from self.fill([Hole(start, end, 1) for start, end in tokens])
+        probes = yield from self.fill([Span(start, end, 1) for start, end in tokens])
         if len(probes) < len(tokens) or self.best.passed:
             return iter(())
         suspicion = suspicions(self.text, tokens, probes, self.judge(self.text).line)
         suspects = sorted(range(len(tokens)), key=lambda index: -suspicion[index])[:SUSPECTS]
         drawn = self.params.replace(temperature=self.params.temperature or 1.0, num_samples=min(DRAWS, self.rows))
-        yield from self.fill([Hole(*tokens[index], 1) for index in suspects], drawn)
+        yield from self.fill([Span(*tokens[index], 1) for index in suspects], drawn)
         return edits(tokens, suspicion)
 
     def fill(
-        self, holes: Iterable[Hole], params: DecodingParams | None = None
+        self, holes: Iterable[Span], params: DecodingParams | None = None
     ) -> Generator[RoundRequest, list[Generation], list[Generation]]:
         """Fill each hole, and judge the texts, the likeliest first."""
         params = params or self.params
@@ -193,25 +188,24 @@ class _Search:
                         self.best_text = result.text
         return results
 
-    def _affordable(self, holes: Iterator[Hole], samples: int) -> list[Hole]:
+    def _affordable(self, holes: Iterator[Span], samples: int) -> list[Span]:
         """The next holes, as many as fit into a round and into what is left of the passes."""
         batch = []
-        for hole in islice(holes, self.rows // samples):
-            if hole.tokens * samples > self.left - self.kept:
+        for span in islice(holes, self.rows // samples):
+            needed = (span.tokens or 1) * samples
+            if needed > self.left - self.kept:
                 break
-            self.left -= hole.tokens * samples
-            batch.append(hole)
+            self.left -= needed
+            batch.append(span)
         return batch
 
     def repair(self) -> Repair:
         return Repair(self.best_text, self.best_text != self.given_text, self.best, self.given, self.spent)
 
 
-def round_of(coder: "DiffuCoder", text: str, holes: Sequence[Hole], params: DecodingParams) -> RoundRequest:
-    """The request that fills each of these holes alone."""
-    from diffucoder.decoding.coder import Span
-
-    parts = [coder.edit_request(text, [Span(*hole)], params) for hole in holes]
+def round_of(coder: "DiffuCoder", text: str, spans: Sequence[Span], params: DecodingParams) -> RoundRequest:
+    """The request that writes each of these spans again, alone."""
+    parts = [coder.edit_request(text, [span], params) for span in spans]
     return RoundRequest(
         canvas=Canvas.stacked([part.canvas for part in parts]),
         params=params,
@@ -254,7 +248,7 @@ def suspicions(
     return scores
 
 
-def edits(tokens: Sequence[tuple[int, int]], suspicion: Sequence[float]) -> Iterator[Hole]:
+def edits(tokens: Sequence[tuple[int, int]], suspicion: Sequence[float]) -> Iterator[Span]:
     """Yield holes in place of runs of tokens, those first that are short and among suspects."""
     ranked = []
     for first in range(len(tokens) + 1):
@@ -268,4 +262,4 @@ def edits(tokens: Sequence[tuple[int, int]], suspicion: Sequence[float]) -> Iter
     for _, first, removed, written in sorted(ranked):
         start = tokens[first][0] if first < len(tokens) else tokens[-1][1]
         end = tokens[first + removed - 1][1] if removed else start
-        yield Hole(start, end, written)
+        yield Span(start, end, written)

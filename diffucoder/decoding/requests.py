@@ -18,7 +18,16 @@ from diffucoder.decoding.regular import HolePattern, Patterns
 from diffucoder.decoding.sequence import Sequence, Until
 from diffucoder.decoding.trace import Trace, commit_order
 from diffucoder.decoding.witness import Witness
-from diffucoder.tokenizer import Hole, Tokenizer
+from diffucoder.tokenizer import Hole, Tokenizer, with_texts
+
+
+@dataclass(frozen=True)
+class Span:
+    """Characters of a text to write again, with this number of `tokens`; None tries several lengths."""
+
+    start: int
+    end: int
+    tokens: int | None = None
 
 
 class StopSearch:
@@ -165,7 +174,7 @@ class Request:
         return StopSearch(self.tokenizer, self.params.stop) if self.params.stop else None
 
     def document(self, row: int) -> Document:
-        """The text that a row of the canvas stands for."""
+        """The text of a row of the canvas."""
         own = self.canvas.tokens[row][self.canvas.valid[row]]
         answer = Part(leftmost(own == self.canvas.mask_id), len(own), is_answer=True)
         return self._document((self.before, answer))
@@ -262,10 +271,10 @@ class HoleRequest(Request):
         """Return the row of the most likely length of each sample, in order of the samples."""
         traces = [sequence.trace(self.model_name) for sequence in sequences]
         samples = self.params.num_samples
+        problems = [_problem(sequence) for sequence in sequences]
         results = []
         for sample in range(samples):
             rows = range(sample, len(traces), samples)
-            problems = [_problem(sequence) for sequence in sequences]
             best = max(rows, key=lambda row: (not problems[row], traces[row].mean_log_prob))  # the first of equals
             places = sequences[best].places.tolist()
             result = self._filled(sample, self.lengths[best // samples], traces[best], places, seconds)
@@ -337,21 +346,21 @@ class SchemaRequest(HoleRequest):
         results = []
         for result in super().results(sequences, seconds):
             values = tuple(piece.strip(" ") for piece in result.pieces)
-            remaining = iter(values)
-            text = "".join(piece if isinstance(piece, str) else next(remaining) for piece in self.pieces[1:])
+            text = with_texts(self.pieces[1:], iter(values))
             results.append(replace(result, text=text, pieces=values, finish_reason="stop"))
         return results
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class WindowedRequest(HoleRequest):
-    """A text that is longer than the model's context: the rows are those of `parts`, each a window of its lines."""
+class JoinedRequest(Request):
+    """Rows of several requests, its `parts`, in one batch."""
 
-    parts: list[HoleRequest]
+    parts: list[Request]
 
-    def prompt_tokens(self, index: int) -> int:
-        """The known tokens of all windows."""
-        return sum(part.prompt_tokens(index) for part in self.parts)
+    @property
+    def until(self) -> Until | None:
+        """None, because no part ends a row early."""
+        return None
 
     def constraint(self, row: int) -> Constraint | None:
         """The constraint of a row of one of the parts."""
@@ -361,14 +370,32 @@ class WindowedRequest(HoleRequest):
             row -= len(part.canvas.tokens)
         return None
 
+    def results_of_parts(self, sequences: list[Sequence], seconds: float) -> list[list[Generation]]:
+        """The results of each part, in order."""
+        remaining = iter(sequences)
+        return [part.results(list(islice(remaining, len(part.canvas.tokens))), seconds) for part in self.parts]
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class WindowedRequest(JoinedRequest):
+    """A text that is longer than the model's context: each part is a window of its lines."""
+
+    pieces: list[str | Hole]
+    whole: bool  # as of `HoleRequest`
+
+    @property
+    def result_count(self) -> int:
+        """The number of samples."""
+        return self.params.num_samples
+
+    def prompt_tokens(self, index: int) -> int:
+        """The known tokens of all windows."""
+        return sum(part.prompt_tokens(index) for part in self.parts)
+
     def results(self, sequences: list[Sequence], seconds: float) -> list[Generation]:
         """The whole text for each sample, in order. The trace is that of the window that is least sure."""
-        remaining = iter(sequences)
-        columns = []
-        for part in self.parts:
-            own = list(islice(remaining, len(part.canvas.tokens)))
-            columns.append(part.results(own, seconds))
-        return [self._merged(list(windows)) for windows in zip(*columns, strict=True)]
+        samples = zip(*self.results_of_parts(sequences, seconds), strict=True)
+        return [self._merged(list(windows)) for windows in samples]
 
     def _problem_of(self, text: str) -> str:
         if self.params.syntax is None:
@@ -378,8 +405,7 @@ class WindowedRequest(HoleRequest):
 
     def _merged(self, windows: list[Generation]) -> Generation:
         holes = [hole for window in windows for hole in window.pieces]
-        remaining = iter(holes)
-        text = "".join(piece if isinstance(piece, str) else next(remaining) for piece in self.pieces)
+        text = with_texts(self.pieces, iter(holes))
         stopped = any(window.finish_reason == "stop" for window in windows)
         return replace(
             min(windows, key=lambda window: window.trace.mean_log_prob),

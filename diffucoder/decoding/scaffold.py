@@ -63,9 +63,9 @@ def hole_texts(
     document = Document(tuple(parts), tokenizer, mask_id)
     holes = torch.ones(masks, dtype=torch.bool)
     tokens = scaffold(document, checker, torch.full((masks,), mask_id), holes)
-    if tokens is None:
-        return [""] * len(parts)
     own = [part for part in parts if isinstance(part, Part)]
+    if tokens is None:
+        return [""] * len(own)
     return [tokenizer.decode(tokens[part.start : part.end].tolist()) for part in own]
 
 

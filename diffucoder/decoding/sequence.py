@@ -240,9 +240,9 @@ class Sequence:
         confidence = proposals.confidence.masked_fill(~committed, 0)
         log_prob = decision.log_prob.masked_fill(~committed, 0)
         revoked = torch.zeros_like(committed) if self.takes_back else None
-        doubted = None
+        rejected = None
         if self.verifier is not None:
-            doubted = self.verifier.revoke(self, proposals, decision)
+            rejected = self.verifier.revoke(self, proposals, decision)
         entropy = None
         if self.wants_entropy:
             entropy = proposals.entropy[None]
@@ -254,9 +254,9 @@ class Sequence:
         self._committed_by[committed] = self.forward_passes
         self._confidence = confidence.where(committed, self._confidence)
         self._log_prob = log_prob.where(committed, self._log_prob)
-        if revoked is not None and doubted is not None:
-            self._take_back(doubted)
-            revoked = revoked | doubted
+        if revoked is not None and rejected is not None:
+            self._take_back(rejected)
+            revoked = revoked | rejected
         self.forward_passes += 1
         self._uniform = None
         if decision.revoked is not None and self.params.steps is not None:  # as many tokens a step as before

@@ -9,7 +9,7 @@ rounding of matrix products. Tensors with a vocabulary axis are on the model's d
 rows of T positions, is on the host.
 """
 
-from collections.abc import Callable, Hashable, Iterable, Iterator
+from collections.abc import Hashable, Iterable, Iterator
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -18,10 +18,8 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from diffucoder.decoding.canvas import Canvas
-from diffucoder.decoding.constraints import Constraint
 from diffucoder.decoding.params import DecodingParams
 from diffucoder.decoding.policies import RuleInput, ends_last
-from diffucoder.decoding.regular import Patterns
 from diffucoder.decoding.sampling import Sampler, Samples
 from diffucoder.decoding.sequence import Proposals, Sequence, Step, Until
 from diffucoder.errors import PromptError
@@ -62,14 +60,12 @@ def denoise(
     *,
     until: Until | None = None,
     entropies: int = 0,
-    constraint_of: Callable[[int], Constraint | None] | None = None,
 ) -> Iterator[Step]:
     """Fill in a canvas, and yield each step. Rows that are finished cost nothing and do not change.
 
     Steps have the canvas's own shape and padding, with `params.num_samples` consecutive rows for each of its rows.
     `until` may end any row early; masks that are left there become the canvas's `pad_id`. The first `entropies` steps
-    also have the entropy of every position that may be committed (`sampling.entropy`). `constraint_of` gives the
-    constraint of each row.
+    also have the entropy of every position that may be committed (`sampling.entropy`).
     """
     if canvas.mask_id != model.mask_id:
         raise PromptError(
@@ -79,15 +75,14 @@ def denoise(
         raise PromptError("the canvas has holes that may change their length; decode it with DiffuCoder.run")
     canvas.check_scorable(model.first_scorable)
     canvas = replace(canvas, attention=model.attention).repeat(params.num_samples)
-    sequences = []
-    for row in range(len(canvas.tokens)):
-        constraint = None
-        if constraint_of is not None:
-            constraint = constraint_of(row)
-        sequence = Sequence(canvas, params, row=row, until=until, entropies=entropies, constraint=constraint)
-        sequences.append(sequence)
+    rows = range(len(canvas.tokens))
+    sequences = [Sequence(canvas, params, row=row, until=until, entropies=entropies) for row in rows]
+    yield from steps_of(model, canvas.tokens, sequences, entropies=entropies)
+
+
+def steps_of(model: Denoiser, tokens: Tensor, sequences: list[Sequence], *, entropies: int = 0) -> Iterator[Step]:
+    """Yield each step of `sequences`, which are the rows of a canvas with these `tokens` (B, T). See `denoise`."""
     revokes = any(sequence.takes_back for sequence in sequences)
-    tokens = canvas.tokens
     for index, steps in enumerate(decode(model, sequences)):
         tokens = tokens.clone()
         whole = Step(
@@ -222,8 +217,10 @@ def _limits(sequences: list[Sequence], open_: Tensor) -> tuple[Tensor, Tensor | 
     masks: list[Tensor] = []
     count = 1
     for row, sequence in enumerate(sequences):
-        if isinstance(sequence.constraint, Patterns):
+        limits = None
+        if sequence.constraint is not None:
             limits = sequence.constraint.limits(sequence)
+        if limits is not None:
             limited = open_[row, -len(sequence.tokens) :] & (limits.which >= 0)
             which[row, -len(sequence.tokens) :] = (limits.which + count).masked_fill(~limited, 0)
             masks.append(limits.masks)
@@ -248,24 +245,29 @@ def _by_sampler(sequences: list[Sequence], scored: Tensor) -> tuple[Tensor, list
 def choose(sequences: list[Sequence], batch: Plan, proposals: Proposals) -> Tensor:
     """Return the open positions that each row commits by its order and rule: (R, T) bool."""
     chosen = torch.zeros_like(proposals.open)
-    stable = torch.zeros_like(chosen)
-    for row, sequence in enumerate(sequences):
-        length = len(sequence.tokens)
-        stable[row, -length:] = sequence.stable(proposals.tokens[row, -length:])
+    stable = torch.ones_like(chosen)
     ends = torch.zeros_like(chosen)
     for row, sequence in enumerate(sequences):
+        proposed = proposals.tokens[row, -len(sequence.tokens) :]
+        if sequence.params.stable:
+            stable[row, -len(proposed) :] = sequence.stable(proposed)
         if sequence.params.end_last:
-            ends[row] = sequence.are_ends(proposals.tokens[row])
+            ends[row, -len(proposed) :] = sequence.are_ends(proposed)
     due = torch.tensor([float(sequence.due()) for sequence in sequences])
     for rows in _alike((sequence.sampler.order, sequence.rule) for sequence in sequences):
         first = sequences[rows[0]]
         confidence = proposals.confidence[rows]
         priority = first.sampler.order.priority(confidence, batch.uniform[rows, :, 1])
+        probability = proposals.log_prob[rows].exp()
+        if ends[rows].any():
+            priority = ends_last(priority, proposals.open[rows], ends[rows])
+            confidence = ends_last(confidence, proposals.open[rows], ends[rows])
+            probability = ends_last(probability, proposals.open[rows], ends[rows])
         rule_input = RuleInput(
             open=proposals.open[rows],
-            priority=ends_last(priority, proposals.open[rows], ends[rows]),
-            confidence=ends_last(confidence, proposals.open[rows], ends[rows]),
-            probability=ends_last(proposals.log_prob[rows].exp(), proposals.open[rows], ends[rows]),
+            priority=priority,
+            confidence=confidence,
+            probability=probability,
             due=due[rows],
             stable=stable[rows],
         )

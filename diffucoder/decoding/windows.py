@@ -8,7 +8,7 @@ from functools import cache
 from itertools import chain, groupby
 
 from diffucoder.errors import PromptError
-from diffucoder.tokenizer import Hole
+from diffucoder.tokenizer import Hole, with_texts
 
 MOST_WINDOWS = 32
 
@@ -68,7 +68,7 @@ def windows_of(pieces: Pieces, budget: int, count: Callable[[str | Hole], int]) 
 def texts_around(pieces: Pieces, lines: range, hole_texts: Iterable[str]) -> tuple[str, str]:
     """The text before and after some lines, with a text in place of each hole."""
     texts = iter(hole_texts)
-    filled = ["".join(next(texts) if isinstance(piece, Hole) else piece for piece in line) for line in _lines(pieces)]
+    filled = [with_texts(line, texts) for line in _lines(pieces)]
     return "".join(filled[: lines.start]), "".join(filled[lines.stop :])
 
 

@@ -40,6 +40,10 @@ class Completion(NamedTuple):
     tokens: Tensor  # (T,) ids; the mask's where nothing was proposed yet
     log_prob: Tensor  # (T,) when it was proposed
 
+    def replaced(self, where: Tensor, tokens: Tensor, log_prob: Tensor) -> "Completion":
+        """These with other tokens `where` (T,) is True."""
+        return Completion(tokens.where(where, self.tokens), log_prob.where(where, self.log_prob))
+
 
 class Witness:
     """The constraint that the text of a sequence keeps the rule of a checker."""
@@ -64,6 +68,9 @@ class Witness:
             return CANDIDATES
         return 0
 
+    def limits(self, sequence: "Sequence") -> None:
+        """No id is ruled out before it is tried."""
+
     def move(self, places: Tensor) -> None:
         """Follow a sequence that was resized: each of its positions was at `places` (T',) before."""
         self.document = self.document.moved(places)
@@ -80,11 +87,13 @@ class Witness:
         guess = self._next_guess(sequence, proposals)
         if self._is_hopeless:
             return decision
-        if self._keeps(guess):
+        is_known = self._witness is not None and torch.equal(guess.tokens, self._witness.tokens)
+        if is_known or self._keeps(guess):
             self._witness = guess
             return decision
         if self._witness is not None and self._has_gaps(self._witness):
-            self._witness = _filled(self._witness, guess, self.document.mask_id)
+            gaps = self._witness.tokens == self.document.mask_id
+            self._witness = self._witness.replaced(gaps, *guess)
             if not self._keeps(self._witness):  # what was proposed since does not go with it
                 self._witness = None
         if self._witness is not None:
@@ -138,7 +147,7 @@ class Witness:
         while len(chosen):
             committed[:] = False
             committed[chosen] = True
-            trial = _filled_by(witness, decision, committed)
+            trial = witness.replaced(committed, decision.tokens, decision.log_prob)
             if self._keeps(trial):
                 self._witness = trial
                 return Decision(committed, decision.tokens, decision.log_prob)
@@ -218,16 +227,3 @@ class Witness:
             last += MARGIN
         flawed[first : last + 1] = True
         return flawed
-
-
-def _filled(completion: Completion, other: Completion, mask_id: int) -> Completion:
-    """`completion` with the tokens of the `other` in its gaps."""
-    gaps = completion.tokens == mask_id
-    return Completion(*(theirs.where(gaps, own) for own, theirs in zip(completion, other, strict=True)))
-
-
-def _filled_by(completion: Completion, decision: Decision, committed: Tensor) -> Completion:
-    """`completion` with the tokens of a decision where they are `committed` (T,)."""
-    return Completion(
-        decision.tokens.where(committed, completion.tokens), decision.log_prob.where(committed, completion.log_prob)
-    )

@@ -24,10 +24,10 @@ from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_l
 from pydantic_core import to_json
 
 from diffucoder.decoding.canvas import Canvas
-from diffucoder.decoding.coder import DiffuCoder, Span
+from diffucoder.decoding.coder import DiffuCoder
 from diffucoder.decoding.params import DecodingParams
-from diffucoder.decoding.repair import ROWS, Judge, Repair, RoundRequest, Rounds, repair_rounds
-from diffucoder.decoding.requests import Generation, Request
+from diffucoder.decoding.repair import ROWS, Judge, Repair, RoundRequest, Rounds, next_step, repair_rounds
+from diffucoder.decoding.requests import Generation, Request, Span
 from diffucoder.errors import ConfigError
 from diffucoder.grading.sandbox import Sandbox
 from diffucoder.serving import protocol, responses
@@ -174,25 +174,19 @@ class Server:
 
     async def _repaired(self, rounds: Rounds, passes: int) -> Repair:
         """Decode the rounds of a repair. Raises BusyError, and ConfigError for one that may compute too much."""
-        results: list[Generation] | None = None
-
-        def next_round() -> RoundRequest | Repair:
-            try:
-                return next(rounds) if results is None else rounds.send(results)
-            except StopIteration as end:
-                repair: Repair = end.value
-                return repair
-
         if self.judging.pending >= self.settings.engine.max_batch + self.settings.engine.max_waiting:
             raise BusyError(self.judging.pending, retry_after=5)
-        while not isinstance(step := await self.judging.run(next_round, size=0), Repair):
+        step = await self.judging.run(partial(next_step, rounds), size=0)
+        if isinstance(step, RoundRequest):
             computed = passes * step.canvas.tokens.shape[1]
-            if results is None and computed > self.engine.budget.computed:
+            if computed > self.engine.budget.computed:
                 raise ConfigError(
                     f"{passes} passes compute up to {computed:,} positions, and the limit is "
                     f"{self.engine.budget.computed:,} (max_computed); ask for fewer passes"
                 )
+        while isinstance(step, RoundRequest):
             results = await self.engine.submit(step, watched=False).results()
+            step = await self.judging.run(partial(next_step, rounds, results), size=0)
         return step
 
     async def infill(self, body: protocol.InfillRequest, http: fastapi.Request) -> Response:

@@ -1,6 +1,7 @@
-"""Fixtures for decoding: the recorded behaviour of Dream's released code."""
+"""Fixtures for decoding: a small tokenizer, and the recorded behaviour of Dream's released code."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,6 +14,21 @@ from diffucoder.decoding.canvas import Canvas
 from diffucoder.decoding.params import DecodingParams
 from diffucoder.models.checkpoint import load_denoiser
 from diffucoder.models.denoiser import Denoiser
+from diffucoder.tokenizer import Tokenizer
+from recipes.tiny.problems import problems
+
+
+@pytest.fixture(scope="session")
+def vocabulary(train_tokenizer: Callable[..., None], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a tokenizer of 500 tokens, trained on the tiny problems."""
+    folder = tmp_path_factory.mktemp("tokenizer")
+    train_tokenizer(list(problems("train", 300, seed=0)), 500, folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tokenizer(vocabulary: Path) -> Tokenizer:
+    return Tokenizer.load(vocabulary)
 
 
 class Recording(NamedTuple):

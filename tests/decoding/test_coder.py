@@ -23,23 +23,10 @@ from diffucoder.grading.grade import grade
 from diffucoder.grading.sandbox import isolation
 from diffucoder.models.checkpoint import save_denoiser
 from diffucoder.tokenizer import PLACEHOLDER, Tokenizer
-from recipes.tiny.problems import problems
 
 ROWS = 520  # of the model's vocabulary; the tokenizer leaves the last ones free
 ASK, SHORT = "Write a function f(xs) that doubles each number.", "Reverse it."
 PREFIX, SUFFIX = "def f(xs):\n    ", "\n    return result\n"
-
-
-@pytest.fixture(scope="session")
-def vocabulary(train_tokenizer: Callable[..., None], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("tokenizer")
-    train_tokenizer(list(problems("train", 300, seed=0)), 500, folder)
-    return folder
-
-
-@pytest.fixture(scope="session")
-def tokenizer(vocabulary: Path) -> Tokenizer:
-    return Tokenizer.load(vocabulary)
 
 
 @pytest.fixture(scope="session")

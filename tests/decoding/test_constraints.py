@@ -21,6 +21,9 @@ class AllowedIds:
     def candidates(self, sequence: Sequence) -> int:
         return VOCABULARY  # so that one of them is always allowed
 
+    def limits(self, sequence: Sequence) -> None:
+        pass
+
     def move(self, places: Tensor) -> None:
         raise AssertionError("no row is resized")
 

@@ -4,7 +4,7 @@ import pytest
 
 from diffucoder import DiffuCoder
 from diffucoder.decoding.params import DecodingParams
-from diffucoder.decoding.repair import Judge, repair_rounds
+from diffucoder.decoding.repair import Judge, RoundRequest, next_step, repair_rounds
 from diffucoder.errors import PromptError, SandboxError
 from diffucoder.grading.sandbox import Sandbox, isolation
 from diffucoder.grading.syntax import fault_of
@@ -37,6 +37,15 @@ def test_without_tests_a_repair_parses_and_defines_its_names(tiny: DiffuCoder, l
     assert repair.changed
     assert fault_of(repair.text) == (0, "", True)
     assert 0 < repair.passes <= 1024
+
+
+def test_the_rows_of_a_round_keep_a_rule_of_the_whole_text(tiny: DiffuCoder) -> None:
+    params = DecodingParams(syntax="python")
+    step = next_step(repair_rounds(tiny, f"{HEAD}    return n *\n", Judge(), params))
+    assert isinstance(step, RoundRequest)
+    for result in tiny.run([step])[0]:
+        fault, message, parses = fault_of(result.text)
+        assert parses != bool(result.problem), (result.text, result.problem, fault, message)
 
 
 @sandboxed

@@ -14,21 +14,15 @@ from diffucoder import DecodingParams, Denoiser, DiffuCoder
 from diffucoder.decoding.schema import schema_request
 from diffucoder.errors import ConfigError, PromptError
 from diffucoder.tokenizer import Tokenizer
-from recipes.tiny.problems import problems
 
 ASK = "Describe the function that doubles each number."
 
 
-EXAMPLES = int(os.environ.get("EXAMPLES", "150"))  # schemas to draw; `docs/log.md` has the figures of 1,000
+EXAMPLES = int(os.environ.get("EXAMPLES", "150"))  # schemas to draw
 
 
 @pytest.fixture(scope="module")
-def coder(
-    train_tokenizer: Callable[..., None], causal_lm: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory
-) -> DiffuCoder:
-    folder = tmp_path_factory.mktemp("tokenizer")
-    train_tokenizer(list(problems("train", 300, seed=0)), 500, folder)
-    tokenizer = Tokenizer.load(folder)
+def coder(causal_lm: Callable[..., Any], tokenizer: Tokenizer) -> DiffuCoder:
     ids = {"pad_token_id": tokenizer.pad_id, "eos_token_id": tokenizer.eos_id}
     model = Denoiser.from_causal_lm(
         causal_lm(vocab_size=520, max_position_embeddings=512, **ids), mask_id=tokenizer.mask_id

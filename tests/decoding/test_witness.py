@@ -23,18 +23,10 @@ from diffucoder.decoding.step import decode
 from diffucoder.errors import ConfigError, PromptError
 from diffucoder.models.attention import Attention
 from diffucoder.tokenizer import Tokenizer
-from recipes.tiny.problems import problems
 
 ROWS = 520
 ASK = "Write a function f(xs) that doubles each number."
 SOURCES = sorted(Path(textwrap.__file__).parent.glob("*.py"))
-
-
-@pytest.fixture(scope="module")
-def tokenizer(train_tokenizer: Callable[..., None], tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
-    folder = tmp_path_factory.mktemp("tokenizer")
-    train_tokenizer(list(problems("train", 300, seed=0)), 500, folder)
-    return Tokenizer.load(folder)
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ def resident():
     return int(open("/proc/self/statm").read().split()[1]) * os.sysconf("SC_PAGE_SIZE") >> 20
 
 held = [bytes(2000) for _ in range(100_000)]
-last = held[-1]  # behind all others, so that the C library keeps what is free before it
+last = held[-1]  # after all others: the C library keeps the free memory before it
 del held
 before = resident()
 return_memory()

@@ -1,4 +1,4 @@
-"""`/v1/repair` runs tests only where the server is told to, keeps to the server's limits, and lets others pass."""
+"""`/v1/repair`: tests run only if the server allows it, its limits hold, and other requests do not wait for it."""
 
 from concurrent.futures import ThreadPoolExecutor
 
